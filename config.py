@@ -1,0 +1,344 @@
+"""The schema of a run: every field of every stage, the closed choices, and how YAML and flags are layered.
+
+Layering: the defaults below < `--config FILE` (repeatable, later files win) < flags. No torch is imported
+here, so that `uv run main.py --help` answers at once.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parent
+
+
+class UserError(ValueError):
+    """Something the user can put right. Its text is one sentence: found, needed, what to do. Exit code 2."""
+
+
+class Choice(str, Enum):
+    """A closed choice whose NAME equals its VALUE, so that YAML, flags, file names and README agree."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class SupportedVisionModels(Choice):
+    """Classifier architectures; each has one entry in `model.py`."""
+
+    HookedMLPClassifier = "HookedMLPClassifier"
+    HookedResnet = "HookedResnet"
+
+
+class SupportedDatasets(Choice):
+    """Image datasets; each has one spec in `utils_data.py`."""
+
+    DIGITS = "DIGITS"
+    FASHION_MNIST = "FASHION_MNIST"
+    MNIST = "MNIST"
+    CIFAR10 = "CIFAR10"
+    CIFAR100 = "CIFAR100"
+    SVHN = "SVHN"
+    IMAGENET_SMALL = "IMAGENET_SMALL"
+    PLANT_CLASSIFICATION = "PLANT_CLASSIFICATION"
+    POKEMON_CLASSIFICATION = "POKEMON_CLASSIFICATION"
+
+
+class SFTModes(Choice):
+    """What the supervised fine-tuning baseline trains the target layer on."""
+
+    Randomize_Forget = "Randomize_Forget"
+    Finetune_Retain = "Finetune_Retain"
+    Randomize_Forget_Finetune_Retain = "Randomize_Forget_Finetune_Retain"
+
+
+class GCNPriorDistribution(Choice):
+    """Prior p over the weights in the ELBO's KL term: proportional to |W|, |g|, |W g|, or flat."""
+
+    WEIGHT = "WEIGHT"
+    GRADIENT = "GRADIENT"
+    SALIENCY = "SALIENCY"
+    UNIFORM = "UNIFORM"
+
+
+class TopKSamplers(Choice):
+    """Relaxed k-subset samplers (METHOD: gumbel arXiv:1903.06059, sinkhorn arXiv:2002.06504)."""
+
+    sinkhorn = "sinkhorn"
+    threshold = "threshold"
+    gumbel = "gumbel"
+
+
+class MaskStrategies(Choice):
+    """How class importances become one unlearning mask."""
+
+    feasibility = "feasibility"
+    set_difference = "set_difference"
+
+
+class Importances(Choice):
+    """What `feasibility` ranks: the GCN's logits, or the mask prior q = softmax(theta)."""
+
+    theta = "theta"
+    q = "q"
+
+
+class Aggregations(Choice):
+    """How a node of the graph sums up its neighbours."""
+
+    mean = "mean"
+    gcn = "gcn"
+
+
+class Trackers(Choice):
+    """Where training curves go besides the JSON history that every stage writes."""
+
+    trackio = "trackio"
+    none = "none"
+
+
+def _require(ok: bool, found: str, needed: str) -> None:
+    if not ok:
+        raise UserError(f"{found}: {needed}")
+
+
+def _positive(config: object, *names: str, zero_ok: bool = False) -> None:
+    """Raise `UserError` unless each named field is > 0 (>= 0 with `zero_ok`)."""
+    for name in names:
+        value = getattr(config, name)
+        ok = value >= 0 if zero_ok else value > 0
+        _require(ok, f"{name} is {value}", f"give a number {'>=' if zero_ok else '>'} 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images take part."""
+
+    val_fraction: float = 0.1
+    """Share of the training data held out, stratified, for choosing (never for reporting)."""
+    split_seed: int = 0
+    """Seed of that split; apart from `seed`, so that runs with other seeds are judged on the same images."""
+    max_train_samples: int | None = None
+    """Train on a stratified subset of this many images (None: all)."""
+    max_test_samples: int | None = None
+    """Report on a stratified subset of this many test images (None: all)."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}", "give a share between 0 and 1")
+        for name in ("max_train_samples", "max_test_samples"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The classifier's training (AdamW)."""
+
+    epochs: int = 2
+    batch_size: int = 512
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    bf16: bool = False
+    """bfloat16 autocast: about four times faster for the ResNet on CPUs that have it, no use for the MLP."""
+    channels_last: bool = False
+    use_ddp: bool = False
+    """Train in several processes (not available yet)."""
+    num_workers: int = 1
+    """Processes of `use_ddp`."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "lr", "num_workers")
+        _positive(self, "weight_decay", zero_ok=True)
+        if self.num_workers != 1 and not self.use_ddp:
+            warnings.warn("train.num_workers is ignored without train.use_ddp", stacklevel=2)
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """Graphs made from training images."""
+
+    num_samples: int = 2048
+    """Graphs to make, spread evenly over the classes."""
+    min_per_class: int = 64
+    """At least this many of each class: a class's representative is their mean."""
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_samples", "min_per_class", "batch_size")
+
+
+@dataclass(frozen=True)
+class GCNConfig:
+    """The mask-learning graph network and its ELBO training."""
+
+    num_message_passing_rounds: int = 3
+    hidden_dim: int = 32
+    aggregation: Aggregations = Aggregations.mean
+    sampler: TopKSamplers = TopKSamplers.sinkhorn
+    prior: GCNPriorDistribution = GCNPriorDistribution.WEIGHT
+    beta: float = 0.01
+    """Weight of KL(q || p)."""
+    steps: int = 64
+    batch_size: int = 32
+    lr: float = 1e-2
+    weight_decay: float = 5e-4
+    temperature_start: float = 0.25
+    """Sampler temperature in units of std(theta), annealed geometrically ..."""
+    temperature_end: float = 0.05
+    """... to this."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_message_passing_rounds", "hidden_dim", "steps", "batch_size", "lr")
+        _positive(self, "temperature_start", "temperature_end")
+        _positive(self, "beta", "weight_decay", zero_ok=True)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """The fine-tuning baseline (AdamW on the target layer alone)."""
+
+    mode: SFTModes = SFTModes.Randomize_Forget
+    steps: int = 50
+    batch_size: int = 32
+    lr: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "batch_size", "lr")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured, and how masks are formed."""
+
+    methods: tuple[str, ...] = ("mimu", "random", "sft", "default")
+    """Names from the registry in `methods.py`."""
+    batch_size: int = 256
+    mask_strategy: MaskStrategies = MaskStrategies.feasibility
+    importance: Importances = Importances.theta
+    """What the feasibility strategy ranks."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size")
+        _require(bool(self.methods), "eval.methods is empty", "name at least one method, e.g. mimu")
+
+
+@dataclass(frozen=True)
+class ReporterConfig:
+    """Figures and tables."""
+
+    formats: tuple[str, ...] = ("png",)
+    """Any of png, svg, pdf."""
+    dpi: int = 150
+
+    def __post_init__(self) -> None:
+        _positive(self, "dpi")
+        bad = sorted(set(self.formats) - {"png", "svg", "pdf"})
+        _require(not bad, f"reporter.formats has {', '.join(bad)}", "choose from png, svg, pdf")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """One run: a classifier, a dataset, a class to forget, and the sweep points."""
+
+    model_architecture: SupportedVisionModels = SupportedVisionModels.HookedMLPClassifier
+    vision_dataset: SupportedDatasets = SupportedDatasets.DIGITS
+    forget_class: int = 0
+    mask_layer: int = -2
+    """Which linear layer of the classifier's head is masked; -2 is the second to last."""
+    topK_list: tuple[int, ...] = (500,)
+    """How many weights a class mask keeps as important (one GCN is trained for each)."""
+    kappa_list: tuple[int, ...] = (100, 200, 400, 800)
+    """How many weights the unlearning mask switches off."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dataset_path: Path | None = None
+    """Where the dataset lies, if not at its usual place."""
+    output_dir: Path = Path()
+    """Everything the run writes lies below this folder (datasets/, checkpoints/, eval/, reports/, ...)."""
+    trained_vision_model_path: Path | None = None
+    """Use this classifier instead of training one."""
+    graph_dir: Path | None = None
+    """Use these graphs instead of making them."""
+    gcn_path: Path | None = None
+    """Use this GCN, for every topK, instead of training one."""
+    tracker: Trackers = Trackers.trackio
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    gcn: GCNConfig = field(default_factory=GCNConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    reporter: ReporterConfig = field(default_factory=ReporterConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("dataset_path", "output_dir", "trained_vision_model_path", "graph_dir", "gcn_path"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, Path(value).expanduser())
+        for name in ("topK_list", "kappa_list"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            _require(bool(values), f"{name} is empty", "give at least one number of weights, e.g. 200")
+            _require(min(values) >= 1, f"{name} holds {min(values)}", "every entry must be at least 1")
+            _require(len(set(values)) == len(values), f"{name} is {list(values)}", "name each value once")
+        _positive(self, "forget_class", "seed", zero_ok=True)
+        kind, _, index = self.device.partition(":")
+        known = kind in ("auto", "cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
+        _require(known, f"device is {self.device!r}", "choose auto, cpu, cuda or cuda:N")
+
+
+def load_config(paths: Sequence[Path]) -> PipelineConfig:
+    """Merge YAML files, in order, over the defaults.
+
+    Raises:
+        UserError: a file is missing or not YAML, or a key or value does not fit the schema.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    merged = OmegaConf.structured(PipelineConfig)
+    for path in paths:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.load(Path(path).expanduser()))
+        except FileNotFoundError:
+            raise UserError(f"there is no config file {path}: see configs/ for the ones that ship") from None
+        except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+            what = " ".join(str(error).split())
+            raise UserError(f"{path}: {what}; correct that line (uv run main.py --help lists the fields)") from None
+    try:
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        names = ", ".join(str(p) for p in paths)
+        raise UserError(f"{names}: {' '.join(str(error).split())}") from None
+    assert isinstance(config, PipelineConfig)
+    return config
+
+
+def plain(config: object) -> dict:
+    """A config as JSON types: enums by value, paths as strings, tuples as lists."""
+
+    def convert(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [convert(item) for item in value]
+        if isinstance(value, Enum):
+            return value.value
+        return str(value) if isinstance(value, Path) else value
+
+    result = convert(asdict(config))  # ty: ignore[invalid-argument-type]
+    assert isinstance(result, dict)
+    return result
+
+
+def derive_seed(root: int, *parts: object) -> int:
+    """A seed of its own for one purpose: SHA-256 of (root, parts), 63 bits.
+
+    Adding a method or a sweep point therefore moves no other point's numbers, and seed 0 works.
+    """
+    text = "\x1f".join(str(part) for part in (root, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,251 @@
+"""Measure methods x sweep points: the five metrics, on validation images (for choosing) and test images.
+
+Only the target layer changes under a mask, so its input h is computed once per image set and kept; a masked
+model is then judged by `head(h, W)` alone. A model whose earlier layers differ takes the full forward pass.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from artifacts import progress
+from masks import Mask, hard_topk, masked
+from methods import METHODS, Context, Point, mimu_mask
+from model import HookedModel, inspecting
+
+JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
+HISTOGRAM_BINS = 40
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model said about one set: logits [S, C] and true labels [S]."""
+
+    logits: Tensor
+    labels: Tensor
+
+    def loss(self) -> float:
+        """Mean cross-entropy of the true labels, nats."""
+        return float(functional.cross_entropy(self.logits.double(), self.labels))
+
+    def score(self) -> float:
+        """Accuracy, percent."""
+        return 100 * float((self.logits.argmax(1) == self.labels).double().mean())
+
+    def probability(self) -> float:
+        """Mean probability of the true class, over the whole set."""
+        p = self.logits.double().softmax(1)
+        return float(p.gather(1, self.labels[:, None]).mean())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric with what a reader must know about its values."""
+
+    name: str
+    unit: str
+    better: str
+    compute: Callable[[Outputs, Outputs], float]
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(name: str, unit: str, better: str) -> Callable:
+    """Register a function (forget outputs, retain outputs) -> float as a metric; better = "higher" or "lower"."""
+
+    def register(function: Callable[[Outputs, Outputs], float]) -> Callable[[Outputs, Outputs], float]:
+        METRICS[name] = Metric(name, unit, better, function)
+        return function
+
+    return register
+
+
+@metric("forget_loss", "nats", better="higher")
+def forget_loss(forget: Outputs, retain: Outputs) -> float:
+    """Mean cross-entropy on the forget set."""
+    return forget.loss()
+
+
+@metric("retain_loss", "nats", better="lower")
+def retain_loss(forget: Outputs, retain: Outputs) -> float:
+    """Mean cross-entropy on the retain set."""
+    return retain.loss()
+
+
+@metric("forget_probability", "probability", better="lower")
+def forget_probability(forget: Outputs, retain: Outputs) -> float:
+    """Mean probability of the forget class on the forget set."""
+    return forget.probability()
+
+
+@metric("forget_score", "%", better="lower")
+def forget_score(forget: Outputs, retain: Outputs) -> float:
+    """Accuracy on the forget set."""
+    return forget.score()
+
+
+@metric("retain_score", "%", better="higher")
+def retain_score(forget: Outputs, retain: Outputs) -> float:
+    """Accuracy on the retain set."""
+    return retain.score()
+
+
+class _Head(nn.Module):
+    """The part of a classifier from the target layer's input h [B, n] on."""
+
+    def __init__(self, model: HookedModel, mask_layer: int):
+        super().__init__()
+        self.model, self.mask_layer = model, mask_layer
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.model.head(h, self.mask_layer)
+
+
+class Eval:
+    """Measures the methods of a context.
+
+    Args:
+        context: classifier, data, configuration and learned importances.
+    """
+
+    def __init__(self, context: Context):
+        self.context, self.config = context, context.config
+        self.original = {name: value.clone() for name, value in context.model.state_dict().items()}
+        place = context.model.layer_index(self.config.mask_layer)
+        self.after_prefix = tuple(f"linears.{index}." for index in range(place, len(context.model.linears)))
+        self._cached: dict[tuple[str, bool], DataLoader] = {}
+        self._measured: dict[tuple, dict] = {}
+        self.class_probability: dict[tuple, list[float]] = {}
+
+    # --- where logits come from ---
+
+    def images(self, split: str, is_forget_set: bool) -> DataLoader:
+        """The forget or the retain set of a split, in the evaluation's batch size."""
+        data = self.context.data
+        return data.get_forget_set(split) if is_forget_set else data.get_retain_set(split)
+
+    def prefix_activations(self, split: str, is_forget_set: bool) -> DataLoader:
+        """The same set as cached (h [B, n], label [B]) batches."""
+        if (split, is_forget_set) not in self._cached:
+            loader = self.images(split, is_forget_set)
+            name = f"{'forget' if is_forget_set else 'retain'} set of {split}"
+            h, labels = [], []
+            with inspecting(self.context.model), torch.inference_mode():
+                for batch, true in progress(loader, name):
+                    h.append(self.context.model.prefix(batch.to(self.context.device), self.config.mask_layer))
+                    labels.append(true)
+            tensors = TensorDataset(torch.cat(h), torch.cat(labels).to(self.context.device))
+            self._cached[split, is_forget_set] = DataLoader(tensors, batch_size=None, sampler=_spans(tensors))
+        return self._cached[split, is_forget_set]
+
+    def prefix_unchanged(self, model: HookedModel) -> bool:
+        """Whether every parameter and buffer ahead of the target layer is bit-identical to the original."""
+        return all(
+            torch.equal(value, self.original[name])
+            for name, value in model.state_dict().items()
+            if not name.startswith(self.after_prefix)
+        )
+
+    def weights_changed(self, model: HookedModel) -> int:
+        """How many parameters and buffer entries differ from the original."""
+        return sum(int((value != self.original[name]).sum()) for name, value in model.state_dict().items())
+
+    def inference(self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str) -> Outputs:
+        """Outputs of a model on a whole loader, eval mode; last batches may be short.
+
+        Args:
+            model: maps the loader's inputs to logits [B, C].
+            is_forget_set: which set it is, for subclasses that treat them apart.
+            description: shown while it runs.
+        """
+        logits, labels = [], []
+        with inspecting(model), torch.inference_mode():
+            for inputs, true in progress(data_loader, description):
+                logits.append(model(inputs.to(self.context.device)).float())
+                labels.append(true.to(self.context.device))
+        return Outputs(torch.cat(logits), torch.cat(labels))
+
+    def outputs(self, model: HookedModel, split: str, is_forget_set: bool, description: str) -> Outputs:
+        """Outputs on a set, through the prefix cache where the model's prefix allows it."""
+        if self.prefix_unchanged(model):
+            head = _Head(model, self.config.mask_layer)
+            return self.inference(head, self.prefix_activations(split, is_forget_set), is_forget_set, description)
+        return self.inference(model, self.images(split, is_forget_set), is_forget_set, description)
+
+    # --- what is measured ---
+
+    def eval_unlearning(self, name: str, point: Point) -> dict[str, dict]:
+        """Every metric of one method at one point, {"test": {...}, "val": {...}}; measured once per method key."""
+        registered = METHODS[name]
+        key = registered.key(point)
+        if key not in self._measured:
+            self.context.charged, begun = 0.0, time.perf_counter()
+            with registered.enter(self.context, point) as model:
+                seconds = time.perf_counter() - begun + self.context.charged
+                extra = {"seconds": seconds, "weights_changed": self.weights_changed(model)}
+                self._measured[key] = {split: self._judge(model, split, key) | extra for split in JUDGED}
+        return self._measured[key]
+
+    def _judge(self, model: HookedModel, split: str, key: tuple) -> dict[str, float]:
+        forget, retain = (self.outputs(model, split, is_forget, f"{key[0]} on {split}") for is_forget in (True, False))
+        if split == "test":
+            self.class_probability[key] = forget.logits.double().softmax(1).mean(0).tolist()
+        return {name: entry.compute(forget, retain) for name, entry in METRICS.items()}
+
+    def eval_performance_degradation(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict]:
+        """Each method's metrics minus the untouched model's, from {method: {metric: value}}."""
+        base = self.eval_unlearning("default", Point(0, 0, self.config.seed))["test"]
+        return {
+            name: {metric: values[metric] - base[metric] for metric in METRICS} for name, values in measured.items()
+        }
+
+    def eval_mask_efficacy(self, topK: int) -> dict[str, float]:
+        """How well the forget class's own top-K mask explains it: accuracies with only those weights kept.
+
+        A good class mask keeps `forget_score` high; both are on validation images, percent.
+        """
+        theta = self.context.theta(topK)[self.config.forget_class]
+        with masked(self.context.weight, Mask(hard_topk(theta, topK))):
+            sets = {"forget_score": True, "retain_score": False}
+            return {k: self.outputs(self.context.model, "val", v, "class mask").score() for k, v in sets.items()}
+
+    def get_model_mask(self, topK: int, kappa: int) -> Mask:
+        """The unlearning mask of `mimu` at a point."""
+        return mimu_mask(self.context, Point(topK, kappa, self.config.seed))
+
+    def weight_histogram(self, mask: Mask) -> dict[str, list]:
+        """Counts of kept and of switched-off weights over common bins."""
+        weight = self.context.weight.detach().cpu()
+        edges = torch.linspace(float(weight.min()), float(weight.max()), HISTOGRAM_BINS + 1)
+        count = {
+            name: torch.histogram(weight[chosen].contiguous(), edges).hist.int().tolist()
+            for name, chosen in (("kept", mask.keep), ("switched_off", ~mask.keep))
+        }
+        return {"edges": edges.tolist(), **count}
+
+    def eval(self, topK: int, kappa: int) -> tuple[dict, Mask]:
+        """Everything that a record says about one (topK, kappa) point, and the mask of `mimu`."""
+        point = Point(topK, kappa, self.config.seed)
+        measured = {name: self.eval_unlearning(name, point) for name in self.config.eval.methods}
+        mask = self.get_model_mask(topK, kappa)
+        part = {key: {name: values[split] for name, values in measured.items()} for split, key in JUDGED.items()}
+        return part | {
+            "metrics": {name: {"unit": entry.unit, "better": entry.better} for name, entry in METRICS.items()},
+            "labels": {name: METHODS[name].label for name in measured},
+            "axes": {name: list(METHODS[name].axes) for name in measured},
+            "degradation": self.eval_performance_degradation(part["methods"]),
+            "mask_efficacy": self.eval_mask_efficacy(topK),
+            "weight_histogram": self.weight_histogram(mask),
+            "class_probability": {name: self.class_probability[METHODS[name].key(point)] for name in measured},
+        }, mask
+
+
+def _spans(tensors: TensorDataset, size: int = 4096) -> list[slice]:
+    """Slices that cover a dataset: a `DataLoader` over them reads views, not single items."""
+    return [slice(begin, begin + size) for begin in range(0, len(tensors), size)]

@@ -1,0 +1,130 @@
+"""Command line of MIMU.
+
+    uv run main.py                                   the default run: DIGITS, forget class 0
+    uv run main.py run --config configs/X.yaml ...   a run; --config repeats, flags win over files
+    uv run main.py report [--output-dir DIR]         tables and figures again, from the JSON records alone
+    uv run main.py dashboard [--output-dir DIR]      training curves in trackio
+    uv run main.py download DATASET                  fetch a dataset (nothing else ever downloads)
+
+Exit codes: 0 done, 1 a stage failed, 2 wrong usage, configuration or data, 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from dotenv import load_dotenv
+
+from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, UserError, load_config
+
+DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
+
+
+def _take_configs(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Part `--config FILE` and `--config=FILE` from the other arguments."""
+    paths, rest = [], []
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise UserError("--config names no file: give one, e.g. --config configs/default.yaml")
+            paths.append(Path(value))
+        elif word.startswith("--config="):
+            paths.append(Path(word.removeprefix("--config=")))
+        else:
+            rest.append(word)
+    return paths or [DEFAULT_CONFIG], rest
+
+
+def run(arguments: list[str]) -> None:
+    """Run the pipeline and print its table, its answer and where everything lies."""
+    paths, rest = _take_configs(arguments)
+    about = f"Run the pipeline. --config FILE (repeatable; default {DEFAULT_CONFIG.name}) sets values, flags win."
+    config = tyro.cli(PipelineConfig, args=rest, default=load_config(paths), prog="main.py run", description=about)
+    from pipeline import Pipeline
+    from reporter import Reporter, as_text, headline, table
+
+    records = Pipeline(config).run()
+    reporter = Reporter(config.output_dir)
+    print(as_text(table(records)))
+    if {"mimu", "default"} <= set(records[0]["labels"]):
+        print(headline(records) + "\n")
+    print("Test figures; each method's point was chosen on validation images.")
+    print(f"JSON   {config.output_dir / 'eval/metrics_and_plots/json'}")
+    print(f"plots  {reporter.plots / reporter.run_name(records[0])}")
+    print(f"logs   {config.output_dir / 'observability'} (uv run main.py dashboard)")
+
+
+def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig()) -> None:  # noqa: B008
+    """Rebuild every table and figure from the JSON records below a folder."""
+    from reporter import Reporter
+
+    for folder in Reporter(output_dir, reporter).plot():
+        print(folder)
+
+
+def dashboard(output_dir: Path = Path()) -> None:
+    """Open trackio on the training curves of this project's runs."""
+    from artifacts import TRACKIO_PROJECT, open_trackio
+
+    folder = output_dir / "observability"
+    if not folder.is_dir():
+        raise UserError(f"there are no training curves in {folder}: make some with `uv run main.py`")
+    open_trackio(folder).show(project=TRACKIO_PROJECT)
+
+
+def download(dataset: Annotated[SupportedDatasets, tyro.conf.Positional], output_dir: Path = Path()) -> None:
+    """Fetch a dataset below datasets/."""
+    import utils_data
+
+    print(utils_data.download(dataset, output_dir / "datasets"))
+
+
+def _parsed(function: Callable[..., None]) -> Callable[[list[str]], None]:
+    """A command whose arguments are its function's parameters."""
+
+    def command(arguments: list[str]) -> None:
+        tyro.cli(function, args=arguments, prog=f"main.py {function.__name__}")
+
+    return command
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "run": run,
+    "report": _parsed(report),
+    "dashboard": _parsed(dashboard),
+    "download": _parsed(download),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    load_dotenv(PROJECT_ROOT / ".env")
+    name, rest = ("run", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"there is no command {name!r}: choose from {', '.join(COMMANDS)}")
+        COMMANDS[name](rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished stages are kept, the next run goes on from there", file=sys.stderr)
+        return 130
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        print(f"error: a stage failed ({type(error).__name__}: {error}); finished stages are kept", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

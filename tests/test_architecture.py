@@ -1,0 +1,426 @@
+"""Holds the house to its plan by reading the source: who may import whom, how long, and who alone may do what.
+
+Each rule is a function from a parsed room to its complaints, and each is shown to fail on a small bad example.
+To move a wall, change the table here and the tree in the README in the same commit.
+"""
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Room -> layer, in the order of the plan. A room imports only from rows strictly above its own.
+LAYERS = {
+    "imagenet_classes": 0,
+    "config": 0,
+    "artifacts": 0,
+    "masks": 1,
+    "utils_data": 1,
+    "model": 1,
+    "data": 2,
+    "trainer": 2,
+    "methods": 3,
+    "eval": 4,
+    "reporter": 4,
+    "pipeline": 5,
+    "main": 6,
+}
+ROWS = list(LAYERS)
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_MEDIAN_LINES = 15
+DATA_ONLY = {"imagenet_classes"}
+WITHOUT_TORCH = ("config", "artifacts", "reporter")
+TORCH = ("torch", "torchvision", "torch_geometric")
+
+# Dotted names -> the one room that may use them, in any spelling (`import ... as`, `from ... import`).
+ONLY = {
+    ("os.environ", "os.environb", "os.getenv", "os.putenv", "sys.argv", "dotenv"): "main",
+    (
+        *("torch.manual_seed", "torch.seed", "torch.random.manual_seed", "torch.random.seed"),
+        *("torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch_geometric.seed_everything"),
+        *("numpy.random.seed", "random.seed"),
+    ): "pipeline",
+    ("torch.distributed",): "trainer",
+    ("matplotlib",): "reporter",
+}
+# Calls that write a file; `open` and the methods of a path are told apart in `calls_that_write`.
+WRITERS = {
+    *("json.dump", "pickle.dump", "yaml.dump", "torch.save", "omegaconf.OmegaConf.save"),
+    *("numpy.save", "numpy.savez", "numpy.savez_compressed", "numpy.savetxt"),
+    *("numpy.memmap", "numpy.lib.format.open_memmap"),
+    *("safetensors.torch.save_file", "safetensors.torch.save_model", "safetensors.numpy.save_file"),
+}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True)
+class Room:
+    """One source file: its module name and its text."""
+
+    name: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """Every node at every depth: what a function imports counts as much as what the file imports."""
+        return list(ast.walk(self.tree))
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Local name -> dotted name, for everything imported at any level."""
+        names = {}
+        for node in self.nodes:
+            if isinstance(node, ast.Import):
+                for item in node.names:
+                    top = item.name.partition(".")[0]
+                    names[item.asname or top] = item.name if item.asname else top
+            elif isinstance(node, ast.ImportFrom):
+                names |= {item.asname or item.name: f"{node.module}.{item.name}" for item in node.names}
+        return names
+
+    def imports(self) -> Iterator[tuple[int, str]]:
+        """(line, dotted name) of every import; `from a import b` gives a.b, as b may be a module."""
+        for node in self.nodes:
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, item.name) for item in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield from ((node.lineno, f"{node.module}.{item.name}") for item in node.names)
+
+    def dotted(self, node: ast.AST) -> str | None:
+        """`np.random.seed` -> "numpy.random.seed"; None unless it starts at an imported name."""
+        if isinstance(node, ast.Attribute):
+            base = self.dotted(node.value)
+            return base and f"{base}.{node.attr}"
+        return self.aliases.get(node.id) if isinstance(node, ast.Name) else None
+
+    def mentions(self) -> Iterator[tuple[int, str]]:
+        """(line, dotted name) of every import and of every use of an imported name."""
+        yield from self.imports()
+        for node in self.nodes:
+            if isinstance(node, ast.Attribute | ast.Name) and (name := self.dotted(node)):
+                yield node.lineno, name
+
+    def functions(self) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, int]]:
+        """Every function and its length in lines, docstring included, decorators not."""
+        for node in self.nodes:
+            if isinstance(node, FUNCTIONS):
+                yield node, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+# --- rules for a room: each returns its complaints --------------------------------------------------------
+
+
+def imports_run_downwards(room: Room) -> list[str]:
+    above = ROWS[: ROWS.index(room.name)]
+    return [
+        f"line {line}: {room.name} imports {top}, which is not in a row above it"
+        for line, name in room.imports()
+        if (top := name.partition(".")[0]) in {*LAYERS, "None"} and top not in above
+    ]
+
+
+def file_is_short(room: Room) -> list[str]:
+    lines = len(room.text.splitlines())
+    too_long = lines > MAX_FILE_LINES and room.name not in DATA_ONLY
+    return [f"{lines} lines, {MAX_FILE_LINES} allowed: split it along its grain"] if too_long else []
+
+
+def functions_are_short(room: Room) -> list[str]:
+    return [
+        f"line {node.lineno}: {node.name} has {length} lines, {MAX_FUNCTION_LINES} allowed"
+        for node, length in room.functions()
+        if length > MAX_FUNCTION_LINES
+    ]
+
+
+def keeps_to_its_own_things(room: Room) -> list[str]:
+    return [
+        f"line {line}: {name} belongs to {owner}.py alone"
+        for line, name in room.mentions()
+        for names, owner in ONLY.items()
+        if room.name != owner and any(within(name, prefix) for prefix in names)
+    ]
+
+
+def mode_of(call: ast.Call) -> str:
+    """The mode of an `open` call: the second argument, or the first of a path's method; "?" if not literal."""
+    named = [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+    method = isinstance(call.func, ast.Attribute)
+    candidates = named or (call.args[:2] if method else call.args[1:2])
+    for node in candidates:
+        if not isinstance(node, ast.Constant):
+            if named or not method:
+                return "?"
+        elif re.fullmatch(r"[rwax][rwaxbt+|:gz*]*", str(node.value)):
+            return str(node.value)
+    return "r"
+
+
+def calls_that_write(room: Room) -> Iterator[tuple[int, str]]:
+    for node in room.nodes:
+        if not isinstance(node, ast.Call):
+            continue
+        name = room.dotted(node.func)
+        last = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        method_of_a_path = isinstance(node.func, ast.Attribute) and last in ("write_text", "write_bytes")
+        if (
+            name in WRITERS
+            or (method_of_a_path and name != f"artifacts.{last}")
+            or (last == "open" and set(mode_of(node)) & set("wax+?"))
+        ):
+            yield node.lineno, name or last
+
+
+def leaves_writing_to_artifacts(room: Room) -> list[str]:
+    if room.name == "artifacts":
+        return []
+    return [f"line {line}: {name} writes; artifacts.py has the helpers" for line, name in calls_that_write(room)]
+
+
+def needs_no_torch(room: Room) -> list[str]:
+    if room.name not in WITHOUT_TORCH:
+        return []
+    return [
+        f"line {line}: {name} in a room without torch"
+        for line, name in room.imports()
+        if any(within(name, package) for package in TORCH)
+    ]
+
+
+def has_docstrings(room: Room) -> list[str]:
+    public = [
+        node
+        for node in room.tree.body
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_")
+    ]
+    module = [] if ast.get_docstring(room.tree) else ["the module has no docstring"]
+    return module + [f"line {n.lineno}: {n.name} has no docstring" for n in public if not ast.get_docstring(n)]
+
+
+# --- rules for every source file, tests included ----------------------------------------------------------
+
+
+def never_imports_eval_whole(room: Room) -> list[str]:
+    """`import eval` would hide the builtin: `from eval import ...` does not."""
+    found = (node for node in room.nodes if isinstance(node, ast.Import))
+    return [f"line {n.lineno}: import eval" for n in found if any(within(a.name, "eval") for a in n.names)]
+
+
+def has_no_wildcard_import(room: Room) -> list[str]:
+    return [f"line {line}: {name}" for line, name in room.imports() if name.endswith(".*")]
+
+
+def has_no_bare_except(room: Room) -> list[str]:
+    handlers = (node for node in room.nodes if isinstance(node, ast.ExceptHandler))
+    return [f"line {node.lineno}: bare except" for node in handlers if node.type is None]
+
+
+def loads_weights_only(room: Room) -> list[str]:
+    keywords = (node for node in room.nodes if isinstance(node, ast.keyword) and node.arg == "weights_only")
+    return [
+        f"line {node.value.lineno}: weights_only is not True"
+        for node in keywords
+        if not (isinstance(node.value, ast.Constant) and node.value.value is True)
+    ]
+
+
+# --- rules for the house ----------------------------------------------------------------------------------
+
+
+def strangers(names: set[str]) -> set[str]:
+    """Files that no row of the table speaks of."""
+    return names - set(LAYERS)
+
+
+def missing(names: set[str]) -> set[str]:
+    """Rows of the table without a file."""
+    return set(LAYERS) - names
+
+
+def median_length(rooms: list[Room]) -> float:
+    """The median over all functions of these rooms, in lines."""
+    return statistics.median([length for room in rooms for _, length in room.functions()] or [0])
+
+
+ROOM_RULES: list[Callable[[Room], list[str]]] = [
+    imports_run_downwards,
+    file_is_short,
+    functions_are_short,
+    keeps_to_its_own_things,
+    leaves_writing_to_artifacts,
+    needs_no_torch,
+    has_docstrings,
+]
+FILE_RULES: list[Callable[[Room], list[str]]] = [
+    never_imports_eval_whole,
+    has_no_wildcard_import,
+    has_no_bare_except,
+    loads_weights_only,
+]
+
+
+# --- the house itself -------------------------------------------------------------------------------------
+
+FILES = sorted(ROOT.glob("*.py"))
+ALL_FILES = [*FILES, *sorted(ROOT.glob("tests/**/*.py")), *sorted(ROOT.glob("benchmarks/**/*.py"))]
+KNOWN = [path for path in FILES if path.stem in LAYERS]
+
+
+@lru_cache
+def read(path: Path) -> Room:
+    return Room(path.stem, path.read_text(encoding="utf-8"))
+
+
+def test_every_room_exists() -> None:
+    assert not missing({path.stem for path in FILES})
+
+
+def test_every_file_is_a_room() -> None:
+    assert not strangers({path.stem for path in FILES})
+
+
+def test_layers_only_rise() -> None:
+    assert list(LAYERS.values()) == sorted(LAYERS.values())
+
+
+def test_most_functions_are_short() -> None:
+    assert median_length([read(path) for path in KNOWN]) <= MAX_MEDIAN_LINES
+
+
+@pytest.mark.parametrize("path", KNOWN, ids=lambda path: path.name)
+@pytest.mark.parametrize("rule", ROOM_RULES, ids=lambda rule: rule.__name__)
+def test_room(rule: Callable[[Room], list[str]], path: Path) -> None:
+    assert rule(read(path)) == []
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("rule", FILE_RULES, ids=lambda rule: rule.__name__)
+def test_file(rule: Callable[[Room], list[str]], path: Path) -> None:
+    assert rule(read(path)) == []
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_importing_leaves_torch_out(name: str) -> None:
+    """What the room imports may import torch in its turn, which no reading of one file shows."""
+    code = f"import sys, {name}; sys.exit(' '.join(sorted(set({TORCH!r}) & set(sys.modules))))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == ""
+    assert result.returncode == 0
+
+
+# --- every rule can fail ----------------------------------------------------------------------------------
+
+LONG = "def f():\n    '''Long.'''\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+BAD = [
+    (imports_run_downwards, "masks", "import trainer"),
+    (imports_run_downwards, "masks", "from model import HookedModel"),
+    (imports_run_downwards, "model", "def f():\n    from data import GraphGenerator"),
+    (imports_run_downwards, "eval", "from eval import Eval"),
+    (imports_run_downwards, "eval", "from . import config"),
+    (file_is_short, "model", "x = 1\n" * (MAX_FILE_LINES + 1)),
+    (functions_are_short, "model", LONG),
+    (functions_are_short, "model", "class A:\n" + "".join(f"    {line}\n" for line in LONG.splitlines())),
+    (functions_are_short, "model", "async " + LONG),
+    (keeps_to_its_own_things, "artifacts", "import os\nos.environ.setdefault('A', 'b')"),
+    (keeps_to_its_own_things, "artifacts", "from os import environ as e\ne['A']"),
+    (keeps_to_its_own_things, "config", "import os\nos.getenv('A')"),
+    (keeps_to_its_own_things, "config", "import sys\nsys.argv[1:]"),
+    (keeps_to_its_own_things, "pipeline", "from dotenv import load_dotenv"),
+    (keeps_to_its_own_things, "trainer", "import torch\ntorch.manual_seed(0)"),
+    (keeps_to_its_own_things, "trainer", "from torch import manual_seed"),
+    (keeps_to_its_own_things, "trainer", "import torch as t\nt.cuda.manual_seed_all(0)"),
+    (keeps_to_its_own_things, "data", "import numpy as np\ndef f():\n    np.random.seed(0)"),
+    (keeps_to_its_own_things, "main", "import random\nrandom.seed(0)"),
+    (keeps_to_its_own_things, "pipeline", "import torch.distributed as dist"),
+    (keeps_to_its_own_things, "pipeline", "from torch import distributed"),
+    (keeps_to_its_own_things, "artifacts", "import torch\ntorch.distributed.get_rank()"),
+    (keeps_to_its_own_things, "eval", "def f():\n    import matplotlib.pyplot as plt"),
+    (keeps_to_its_own_things, "eval", "from matplotlib import pyplot"),
+    (leaves_writing_to_artifacts, "eval", "open('a', 'w')"),
+    (leaves_writing_to_artifacts, "eval", "open('a', mode='ab')"),
+    (leaves_writing_to_artifacts, "eval", "open('a', mode)"),
+    (leaves_writing_to_artifacts, "eval", "path.open('r+')"),
+    (leaves_writing_to_artifacts, "eval", "import tarfile\ntarfile.open(path, 'w:gz')"),
+    (leaves_writing_to_artifacts, "reporter", "path.write_text('a')"),
+    (leaves_writing_to_artifacts, "reporter", "path.with_name('b').write_bytes(b'a')"),
+    (leaves_writing_to_artifacts, "reporter", "import json\njson.dump({}, file)"),
+    (leaves_writing_to_artifacts, "data", "import numpy as np\nnp.save(path, array)"),
+    (leaves_writing_to_artifacts, "data", "import numpy as np\nnp.lib.format.open_memmap(path)"),
+    (leaves_writing_to_artifacts, "data", "from numpy.lib.format import open_memmap\nopen_memmap(path)"),
+    (leaves_writing_to_artifacts, "model", "import torch\ntorch.save({}, path)"),
+    (leaves_writing_to_artifacts, "model", "from safetensors.torch import save_file as s\ns({}, path)"),
+    (needs_no_torch, "config", "import torch"),
+    (needs_no_torch, "artifacts", "def f():\n    from torch.nn import Module"),
+    (needs_no_torch, "reporter", "import torchvision.transforms as t"),
+    (has_docstrings, "model", "x = 1"),
+    (has_docstrings, "model", "'''Model.'''\ndef f(): ..."),
+    (has_docstrings, "model", "'''Model.'''\nclass A: ..."),
+    (never_imports_eval_whole, "main", "import eval"),
+    (never_imports_eval_whole, "main", "def f():\n    import os, eval as e"),
+    (has_no_wildcard_import, "main", "from config import *"),
+    (has_no_bare_except, "main", "try:\n    pass\nexcept:\n    pass"),
+    (loads_weights_only, "model", "load(path, weights_only=False)"),
+    (loads_weights_only, "model", "load(path, weights_only=flag)"),
+]
+GOOD = [
+    (imports_run_downwards, "artifacts", "import json\nfrom config import PROJECT_ROOT"),
+    (imports_run_downwards, "pipeline", "def f():\n    from eval import Eval"),
+    (file_is_short, "imagenet_classes", "x = 1\n" * (MAX_FILE_LINES + 1)),
+    (functions_are_short, "model", LONG.removesuffix("    x = 1\n").removesuffix("    x = 1\n")),
+    (keeps_to_its_own_things, "main", "import os\nfrom dotenv import load_dotenv\nos.environ['A']"),
+    (keeps_to_its_own_things, "pipeline", "import torch\ntorch.manual_seed(0)"),
+    (keeps_to_its_own_things, "data", "import torch\ng = torch.Generator()\ng.manual_seed(0)"),
+    (keeps_to_its_own_things, "data", "import torch\ntorch.Generator().manual_seed(0)"),
+    (keeps_to_its_own_things, "data", "import numpy as np\nnp.random.default_rng(0)"),
+    (keeps_to_its_own_things, "data", "import os\nimport sys\nos.replace(a, b)\nsys.exit(1)"),
+    (leaves_writing_to_artifacts, "artifacts", "open('a', 'w')"),
+    (leaves_writing_to_artifacts, "utils_data", "open('a')\nopen('a', 'rb')\npath.open()\npath.open('rb')"),
+    (leaves_writing_to_artifacts, "utils_data", "from PIL import Image\nImage.open(path)"),
+    (leaves_writing_to_artifacts, "utils_data", "import gzip\ngzip.open(path, 'rb')"),
+    (leaves_writing_to_artifacts, "eval", "from artifacts import write_text\nwrite_text(path, 'a')"),
+    (leaves_writing_to_artifacts, "eval", "import json\njson.dumps({})\nmask.save(path)"),
+    (needs_no_torch, "model", "import torch"),
+    (has_docstrings, "model", "'''Model.'''\ndef _f(): ...\nclass A:\n    '''A.'''\n    def f(self): ..."),
+    (never_imports_eval_whole, "main", "from eval import Eval\nimport evaluate\nmodel.eval()"),
+    (has_no_bare_except, "main", "try:\n    pass\nexcept ValueError:\n    pass"),
+    (loads_weights_only, "model", "load(path, weights_only=True)"),
+]
+
+
+@pytest.mark.parametrize(("rule", "name", "text"), BAD)
+def test_rule_can_fail(rule: Callable[[Room], list[str]], name: str, text: str) -> None:
+    assert rule(Room(name, text))
+
+
+@pytest.mark.parametrize(("rule", "name", "text"), GOOD)
+def test_rule_lets_good_code_pass(rule: Callable[[Room], list[str]], name: str, text: str) -> None:
+    assert rule(Room(name, text)) == []
+
+
+def test_every_rule_has_a_bad_example() -> None:
+    assert {rule for rule, _, _ in BAD} == {*ROOM_RULES, *FILE_RULES}
+
+
+def test_house_rules_can_fail() -> None:
+    assert strangers({"config", "utils"}) == {"utils"}
+    assert missing(set(LAYERS) - {"eval"}) == {"eval"}
+    assert median_length([Room("model", LONG)]) > MAX_MEDIAN_LINES

@@ -1,0 +1,258 @@
+"""Everything that optimises: the classifier, the graph network (ELBO), and the fine-tuning baseline."""
+
+import copy
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from artifacts import HISTORY, Tracker, log, progress, write_json
+from config import GCNConfig, GCNPriorDistribution, SFTConfig, SFTModes, TrainConfig, UserError, derive_seed
+from data import GraphDataset
+from masks import SAMPLERS, check_budget
+from model import HookedModel, MaskingGCN, inspecting
+from utils_data import UnlearningDataset
+
+PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
+
+
+def mean_loss_and_score(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and accuracy (percent) over a whole loader, eval mode."""
+    total = correct = count = 0.0
+    with inspecting(model), torch.inference_mode():
+        for images, labels in loader:
+            logits, labels = model(images.to(device)).float(), labels.to(device)
+            total += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            correct += float((logits.argmax(1) == labels).sum())
+            count += len(labels)
+    return total / count, 100 * correct / count
+
+
+class VisionModelTrainer:
+    """Trains a classifier with AdamW.
+
+    Args:
+        model: fresh classifier; trained in place. data: its dataset. tracker: receives the curves.
+    """
+
+    def __init__(
+        self, model: HookedModel, data: UnlearningDataset, config: TrainConfig, device: torch.device, tracker: Tracker
+    ):
+        self.model, self.data, self.config, self.device, self.tracker = model, data, config, device, tracker
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+    def train(self, folder: Path) -> dict:
+        """Train; write the curves to `folder`/history.json; return the last epoch's figures.
+
+        Raises:
+            UserError: `use_ddp`, which is not available yet.
+        """
+        if self.config.use_ddp:
+            return self.train_ddp(folder)
+        loader, figures, step = self.data.get_train_loader(), {}, 0
+        with self.tracker:
+            for epoch in range(1, self.config.epochs + 1):
+                begun, seen = time.perf_counter(), 0
+                for images, labels in progress(loader, f"classifier, epoch {epoch}/{self.config.epochs}"):
+                    loss, norm = self._step(images, labels)
+                    step, seen = step + 1, seen + len(labels)
+                    self.tracker.log(step, loss=loss, grad_norm=norm)
+                rate = seen / (time.perf_counter() - begun)
+                val_loss, val_score = mean_loss_and_score(self.model, self.data.get_val_loader(), self.device)
+                figures = {"epoch": epoch, "val_loss": val_loss, "val_score": val_score}
+                self.tracker.log(step, **figures, images_per_second=rate)
+                log(f"classifier: epoch {epoch}/{self.config.epochs}, validation {val_score:.1f} %, {rate:.0f} images/s")
+        write_json(folder / HISTORY, self.tracker.history)
+        return figures
+
+    def train_ddp(self, folder: Path) -> dict:
+        """Training in several processes: refuses, in one line, until it is built."""
+        raise UserError("train.use_ddp is not available yet: leave it out to train in one process")
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """One optimiser step on [B, C, H, W] and [B]; returns loss and gradient norm."""
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.model.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            loss = functional.cross_entropy(self.model(images), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if not math.isfinite(float(loss.detach())):
+            raise UserError("the classifier's loss is no longer finite: lower train.lr")
+        self.optimizer.step()
+        return float(loss.detach()), float(norm)
+
+
+def log_prior(kind: GCNPriorDistribution, weight: Tensor, h: Tensor, delta: Tensor) -> Tensor:
+    """log p over the N = m n weights, per sample: p proportional to |W|, |g|, |W g|, or flat (METHOD 4).
+
+    A thousandth of p is uniform, so that the KL is finite where a gradient is exactly 0; a sample whose
+    gradients are all 0 gets the uniform prior.
+
+    Args:
+        weight: W [m, n]. h: [B, n]. delta: [B, m].
+
+    Returns:
+        log p [B, N].
+    """
+    gradient = (delta.unsqueeze(2) * h.unsqueeze(1)).abs()
+    raw = {
+        GCNPriorDistribution.WEIGHT: lambda: weight.abs().expand_as(gradient),
+        GCNPriorDistribution.GRADIENT: lambda: gradient,
+        GCNPriorDistribution.SALIENCY: lambda: weight.abs() * gradient,
+        GCNPriorDistribution.UNIFORM: lambda: torch.ones_like(gradient),
+    }[kind]().flatten(1)
+    total = raw.sum(1, keepdim=True)
+    flat = torch.full_like(raw, 1 / raw.shape[1])
+    p = torch.where(total > 0, raw / total.clamp_min(torch.finfo(raw.dtype).tiny), flat)
+    return torch.log((1 - PRIOR_FLOOR) * p + PRIOR_FLOOR * flat)
+
+
+def categorical_kl(theta: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) = sum q (log q - log p) with q = softmax(theta), in nats. [B, N], [B, N] -> [B]."""
+    log_q = functional.log_softmax(theta, -1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+class GCNTrainer:
+    """Learns mask priors by the ELBO: minimise -E[log p(y | x; W * m)] + beta KL(q || p), m = relaxed top-K of theta.
+
+    The gradient flows through both terms into theta (METHOD 5).
+
+    Args:
+        gcn: trained in place. model: the classifier, left as it is. graphs: of its layer `mask_layer`.
+        topK: how many weights a mask keeps.
+
+    Raises:
+        UserError: topK is not in 1..N.
+    """
+
+    def __init__(
+        self,
+        gcn: MaskingGCN,
+        model: HookedModel,
+        graphs: GraphDataset,
+        mask_layer: int,
+        topK: int,
+        config: GCNConfig,
+        seed: int,
+        device: torch.device,
+        tracker: Tracker,
+    ):
+        check_budget(topK, graphs.m * graphs.n, "topK")
+        self.gcn, self.model, self.graphs, self.mask_layer, self.topK = gcn, model, graphs, mask_layer, topK
+        self.config, self.device, self.tracker = config, device, tracker
+        self.weight = graphs.weight.to(device)
+        self.order = torch.Generator().manual_seed(derive_seed(seed, "gcn", "order"))
+        self.noise = torch.Generator(device).manual_seed(derive_seed(seed, "gcn", "noise"))
+        self.optimizer = torch.optim.AdamW(gcn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+    def temperature(self, step: int) -> float:
+        """Sampler temperature at a step, annealed geometrically, in units of std(theta)."""
+        start, end = self.config.temperature_start, self.config.temperature_end
+        return start * (end / start) ** (step / max(1, self.config.steps - 1))
+
+    def objective(self, indices: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The two terms on some graphs: mean negative log-likelihood and mean KL, in nats."""
+        h, _, delta = (values.to(self.device) for values in self.graphs.vectors(indices))
+        theta = self.gcn(self.graphs.features(indices).to(self.device))
+        sampler = SAMPLERS[self.config.sampler]
+        degrees = sampler(theta.flatten(1), self.topK, temperature, self.noise).view_as(theta)
+        logits = self.model.head(h, self.mask_layer, self.weight * degrees)
+        nll = functional.cross_entropy(logits, self.graphs.labels[indices].to(self.device))
+        kl = categorical_kl(theta.flatten(1), log_prior(self.config.prior, self.weight, h, delta)).mean()
+        return nll, kl
+
+    def _batches(self):  # noqa: ANN202 - generator of index tensors
+        """`steps` batches of indices, epoch after epoch in new random orders."""
+        done, size = 0, min(self.config.batch_size, len(self.graphs))
+        while done < self.config.steps:
+            for batch in torch.randperm(len(self.graphs), generator=self.order).split(size):
+                if done < self.config.steps:
+                    done += 1
+                    yield batch
+
+    def train(self, folder: Path) -> dict:
+        """Train; write the loss terms to `folder`/history.json; return the last tenth's means."""
+        batches = list(self._batches())
+        self.gcn.to(self.device).train()
+        with self.tracker, inspecting(self.model):
+            for step, indices in enumerate(progress(batches, f"GCN, topK {self.topK}")):
+                temperature = self.temperature(step)
+                nll, kl = self.objective(indices, temperature)
+                loss = nll + self.config.beta * kl
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                norm = nn.utils.get_total_norm([p.grad for p in self.gcn.parameters()])
+                self.optimizer.step()
+                terms = {"loss": loss, "nll": nll, "kl": kl, "grad_norm": norm}
+                plain = {name: float(value.detach()) for name, value in terms.items()}
+                self.tracker.log(step + 1, **plain, temperature=temperature)
+        self.gcn.eval()
+        write_json(folder / HISTORY, self.tracker.history)
+        last = self.tracker.history[-max(1, len(batches) // 10) :]
+        return {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "nll", "kl")}
+
+
+class SFTTrainer:
+    """Supervised fine-tuning of the target layer alone (AdamW), on a copy of the classifier.
+
+    Args:
+        model: left as it is. mode: random labels on the forget set, true labels on the retain set, or half
+            a batch of each.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        data: UnlearningDataset,
+        mask_layer: int,
+        config: SFTConfig,
+        seed: int,
+        device: torch.device,
+    ):
+        self.model, self.mask_layer, self.config, self.device = model, mask_layer, config, device
+        self.images, self.num_classes = data.splits["train"], data.num_classes
+        self.forget = (self.images.labels == data.forget_class).nonzero().flatten()
+        self.retain = (self.images.labels != data.forget_class).nonzero().flatten()
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, "sft"))
+
+    def _draw(self, pool: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        picks = torch.randint(len(pool), (count,), generator=self.generator)
+        return self.images.batch(pool[picks])
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] and the labels [B] to fit; random labels are uniform over all classes."""
+        size, mode = self.config.batch_size, self.config.mode
+        if mode is SFTModes.Finetune_Retain:
+            return self._draw(self.retain, size)
+        forgetting = size if mode is SFTModes.Randomize_Forget else size // 2
+        images, labels = self._draw(self.forget, forgetting)
+        labels = torch.randint(self.num_classes, labels.shape, generator=self.generator)
+        kept_images, kept_labels = self._draw(self.retain, size - forgetting)
+        return torch.cat([images, kept_images]), torch.cat([labels, kept_labels])
+
+    def train(self) -> HookedModel:
+        """The fine-tuned copy, in eval mode."""
+        tuned = copy.deepcopy(self.model).eval().requires_grad_(False)
+        weight = tuned.target(self.mask_layer).weight.requires_grad_(True)
+        optimizer = torch.optim.AdamW([weight], lr=self.config.lr)
+        for _ in progress(range(self.config.steps), "sft"):
+            images, labels = (values.to(self.device) for values in self.batch())
+            with torch.no_grad():
+                h = tuned.prefix(images, self.mask_layer)
+            loss = functional.cross_entropy(tuned.head(h, self.mask_layer), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        weight.requires_grad_(False)
+        return tuned
