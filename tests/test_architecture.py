@@ -1,6 +1,6 @@
-"""Holds the house to its plan by reading the source: who may import whom, how long, and who alone may do what.
+"""Holds the house to its plan by reading the source: who imports whom, how long, and who alone may do what.
 
-Each rule is a function from a parsed room to its complaints, and each is shown to fail on a small bad example.
+Each rule is a function from a parsed room to its complaints, and is shown to fail on small bad examples.
 To move a wall, change the table here and the tree in the README in the same commit.
 """
 
@@ -81,25 +81,27 @@ class Room:
         return list(ast.walk(self.tree))
 
     @cached_property
-    def aliases(self) -> dict[str, str]:
-        """Local name -> dotted name, for everything imported at any level."""
-        names = {}
+    def bindings(self) -> list[tuple[int, str, str, str]]:
+        """(line, local name, what it stands for, what is imported); `from a import b` imports a.b."""
+        found = []
         for node in self.nodes:
             if isinstance(node, ast.Import):
                 for item in node.names:
-                    top = item.name.partition(".")[0]
-                    names[item.asname or top] = item.name if item.asname else top
+                    local = item.asname or item.name.partition(".")[0]
+                    found.append((node.lineno, local, item.name if item.asname else local, item.name))
             elif isinstance(node, ast.ImportFrom):
-                names |= {item.asname or item.name: f"{node.module}.{item.name}" for item in node.names}
-        return names
+                for item in node.names:
+                    name = f"{node.module}.{item.name}"
+                    found.append((node.lineno, item.asname or item.name, name, name))
+        return found
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        return {local: stands_for for _, local, stands_for, _ in self.bindings}
 
     def imports(self) -> Iterator[tuple[int, str]]:
-        """(line, dotted name) of every import; `from a import b` gives a.b, as b may be a module."""
-        for node in self.nodes:
-            if isinstance(node, ast.Import):
-                yield from ((node.lineno, item.name) for item in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                yield from ((node.lineno, f"{node.module}.{item.name}") for item in node.names)
+        """(line, dotted name) of every import."""
+        yield from ((line, name) for line, _, _, name in self.bindings)
 
     def dotted(self, node: ast.AST) -> str | None:
         """`np.random.seed` -> "numpy.random.seed"; None unless it starts at an imported name."""
@@ -140,8 +142,8 @@ def imports_run_downwards(room: Room) -> list[str]:
 
 def file_is_short(room: Room) -> list[str]:
     lines = len(room.text.splitlines())
-    too_long = lines > MAX_FILE_LINES and room.name not in DATA_ONLY
-    return [f"{lines} lines, {MAX_FILE_LINES} allowed: split it along its grain"] if too_long else []
+    allowed = lines if room.name in DATA_ONLY else MAX_FILE_LINES
+    return [f"{lines} lines, {allowed} allowed: split it along its grain"] if lines > allowed else []
 
 
 def functions_are_short(room: Room) -> list[str]:
@@ -162,7 +164,7 @@ def keeps_to_its_own_things(room: Room) -> list[str]:
 
 
 def mode_of(call: ast.Call) -> str:
-    """The mode of an `open` call: the second argument, or the first of a path's method; "?" if not literal."""
+    """The mode of an `open` call: second argument, or the first of a path's method; "?" if not literal."""
     named = [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
     method = isinstance(call.func, ast.Attribute)
     candidates = named or (call.args[:2] if method else call.args[1:2])
@@ -180,20 +182,17 @@ def calls_that_write(room: Room) -> Iterator[tuple[int, str]]:
         if not isinstance(node, ast.Call):
             continue
         name = room.dotted(node.func)
-        last = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        method_of_a_path = isinstance(node.func, ast.Attribute) and last in ("write_text", "write_bytes")
-        if (
-            name in WRITERS
-            or (method_of_a_path and name != f"artifacts.{last}")
-            or (last == "open" and set(mode_of(node)) & set("wax+?"))
-        ):
-            yield node.lineno, name or last
+        method = getattr(node.func, "attr", "")
+        of_a_path = method in ("write_text", "write_bytes") and name != f"artifacts.{method}"
+        opens = "open" in (method, getattr(node.func, "id", ""))
+        if name in WRITERS or of_a_path or (opens and set(mode_of(node)) & set("wax+?")):
+            yield node.lineno, name or ast.unparse(node.func)
 
 
 def leaves_writing_to_artifacts(room: Room) -> list[str]:
     if room.name == "artifacts":
         return []
-    return [f"line {line}: {name} writes; artifacts.py has the helpers" for line, name in calls_that_write(room)]
+    return [f"line {line}: {name} writes, which artifacts.py is for" for line, name in calls_that_write(room)]
 
 
 def needs_no_torch(room: Room) -> list[str]:
@@ -207,13 +206,10 @@ def needs_no_torch(room: Room) -> list[str]:
 
 
 def has_docstrings(room: Room) -> list[str]:
-    public = [
-        node
-        for node in room.tree.body
-        if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_")
-    ]
-    module = [] if ast.get_docstring(room.tree) else ["the module has no docstring"]
-    return module + [f"line {n.lineno}: {n.name} has no docstring" for n in public if not ast.get_docstring(n)]
+    named = (node for node in room.tree.body if isinstance(node, (*FUNCTIONS, ast.ClassDef)))
+    public = (node for node in named if not node.name.startswith("_"))
+    bare = [node for node in (room.tree, *public) if not ast.get_docstring(node)]
+    return [f"{getattr(node, 'name', 'the module')} has no docstring" for node in bare]
 
 
 # --- rules for every source file, tests included ----------------------------------------------------------
@@ -221,8 +217,7 @@ def has_docstrings(room: Room) -> list[str]:
 
 def never_imports_eval_whole(room: Room) -> list[str]:
     """`import eval` would hide the builtin: `from eval import ...` does not."""
-    found = (node for node in room.nodes if isinstance(node, ast.Import))
-    return [f"line {n.lineno}: import eval" for n in found if any(within(a.name, "eval") for a in n.names)]
+    return [f"line {line}: import eval" for line, name in room.imports() if name == "eval"]
 
 
 def has_no_wildcard_import(room: Room) -> list[str]:
@@ -298,10 +293,6 @@ def test_every_file_is_a_room() -> None:
     assert not strangers({path.stem for path in FILES})
 
 
-def test_layers_only_rise() -> None:
-    assert list(LAYERS.values()) == sorted(LAYERS.values())
-
-
 def test_most_functions_are_short() -> None:
     assert median_length([read(path) for path in KNOWN]) <= MAX_MEDIAN_LINES
 
@@ -321,60 +312,46 @@ def test_file(rule: Callable[[Room], list[str]], path: Path) -> None:
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_importing_leaves_torch_out(name: str) -> None:
     """What the room imports may import torch in its turn, which no reading of one file shows."""
-    code = f"import sys, {name}; sys.exit(' '.join(sorted(set({TORCH!r}) & set(sys.modules))))"
+    code = f"import sys, {name}; print(set({TORCH!r}) & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stderr == ""
-    assert result.returncode == 0
+    assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
 # --- every rule can fail ----------------------------------------------------------------------------------
 
 LONG = "def f():\n    '''Long.'''\n" + "    x = 1\n" * MAX_FUNCTION_LINES
 BAD = [
-    (imports_run_downwards, "masks", "import trainer"),
-    (imports_run_downwards, "masks", "from model import HookedModel"),
-    (imports_run_downwards, "model", "def f():\n    from data import GraphGenerator"),
+    (imports_run_downwards, "masks", "def f():\n    from model import HookedModel"),
     (imports_run_downwards, "eval", "from eval import Eval"),
     (imports_run_downwards, "eval", "from . import config"),
     (file_is_short, "model", "x = 1\n" * (MAX_FILE_LINES + 1)),
     (functions_are_short, "model", LONG),
     (functions_are_short, "model", "class A:\n" + "".join(f"    {line}\n" for line in LONG.splitlines())),
-    (functions_are_short, "model", "async " + LONG),
     (keeps_to_its_own_things, "artifacts", "import os\nos.environ.setdefault('A', 'b')"),
     (keeps_to_its_own_things, "artifacts", "from os import environ as e\ne['A']"),
-    (keeps_to_its_own_things, "config", "import os\nos.getenv('A')"),
     (keeps_to_its_own_things, "config", "import sys\nsys.argv[1:]"),
     (keeps_to_its_own_things, "pipeline", "from dotenv import load_dotenv"),
     (keeps_to_its_own_things, "trainer", "import torch\ntorch.manual_seed(0)"),
     (keeps_to_its_own_things, "trainer", "from torch import manual_seed"),
-    (keeps_to_its_own_things, "trainer", "import torch as t\nt.cuda.manual_seed_all(0)"),
     (keeps_to_its_own_things, "data", "import numpy as np\ndef f():\n    np.random.seed(0)"),
-    (keeps_to_its_own_things, "main", "import random\nrandom.seed(0)"),
     (keeps_to_its_own_things, "pipeline", "import torch.distributed as dist"),
     (keeps_to_its_own_things, "pipeline", "from torch import distributed"),
     (keeps_to_its_own_things, "artifacts", "import torch\ntorch.distributed.get_rank()"),
     (keeps_to_its_own_things, "eval", "def f():\n    import matplotlib.pyplot as plt"),
-    (keeps_to_its_own_things, "eval", "from matplotlib import pyplot"),
     (leaves_writing_to_artifacts, "eval", "open('a', 'w')"),
-    (leaves_writing_to_artifacts, "eval", "open('a', mode='ab')"),
     (leaves_writing_to_artifacts, "eval", "open('a', mode)"),
     (leaves_writing_to_artifacts, "eval", "path.open('r+')"),
     (leaves_writing_to_artifacts, "eval", "import tarfile\ntarfile.open(path, 'w:gz')"),
-    (leaves_writing_to_artifacts, "reporter", "path.write_text('a')"),
     (leaves_writing_to_artifacts, "reporter", "path.with_name('b').write_bytes(b'a')"),
     (leaves_writing_to_artifacts, "reporter", "import json\njson.dump({}, file)"),
-    (leaves_writing_to_artifacts, "data", "import numpy as np\nnp.save(path, array)"),
-    (leaves_writing_to_artifacts, "data", "import numpy as np\nnp.lib.format.open_memmap(path)"),
     (leaves_writing_to_artifacts, "data", "from numpy.lib.format import open_memmap\nopen_memmap(path)"),
     (leaves_writing_to_artifacts, "model", "import torch\ntorch.save({}, path)"),
     (leaves_writing_to_artifacts, "model", "from safetensors.torch import save_file as s\ns({}, path)"),
-    (needs_no_torch, "config", "import torch"),
     (needs_no_torch, "artifacts", "def f():\n    from torch.nn import Module"),
     (needs_no_torch, "reporter", "import torchvision.transforms as t"),
     (has_docstrings, "model", "x = 1"),
     (has_docstrings, "model", "'''Model.'''\ndef f(): ..."),
     (has_docstrings, "model", "'''Model.'''\nclass A: ..."),
-    (never_imports_eval_whole, "main", "import eval"),
     (never_imports_eval_whole, "main", "def f():\n    import os, eval as e"),
     (has_no_wildcard_import, "main", "from config import *"),
     (has_no_bare_except, "main", "try:\n    pass\nexcept:\n    pass"),
@@ -388,20 +365,15 @@ GOOD = [
     (functions_are_short, "model", LONG.removesuffix("    x = 1\n").removesuffix("    x = 1\n")),
     (keeps_to_its_own_things, "main", "import os\nfrom dotenv import load_dotenv\nos.environ['A']"),
     (keeps_to_its_own_things, "pipeline", "import torch\ntorch.manual_seed(0)"),
-    (keeps_to_its_own_things, "data", "import torch\ng = torch.Generator()\ng.manual_seed(0)"),
     (keeps_to_its_own_things, "data", "import torch\ntorch.Generator().manual_seed(0)"),
     (keeps_to_its_own_things, "data", "import numpy as np\nnp.random.default_rng(0)"),
     (keeps_to_its_own_things, "data", "import os\nimport sys\nos.replace(a, b)\nsys.exit(1)"),
-    (leaves_writing_to_artifacts, "artifacts", "open('a', 'w')"),
     (leaves_writing_to_artifacts, "utils_data", "open('a')\nopen('a', 'rb')\npath.open()\npath.open('rb')"),
     (leaves_writing_to_artifacts, "utils_data", "from PIL import Image\nImage.open(path)"),
-    (leaves_writing_to_artifacts, "utils_data", "import gzip\ngzip.open(path, 'rb')"),
     (leaves_writing_to_artifacts, "eval", "from artifacts import write_text\nwrite_text(path, 'a')"),
     (leaves_writing_to_artifacts, "eval", "import json\njson.dumps({})\nmask.save(path)"),
-    (needs_no_torch, "model", "import torch"),
     (has_docstrings, "model", "'''Model.'''\ndef _f(): ...\nclass A:\n    '''A.'''\n    def f(self): ..."),
     (never_imports_eval_whole, "main", "from eval import Eval\nimport evaluate\nmodel.eval()"),
-    (has_no_bare_except, "main", "try:\n    pass\nexcept ValueError:\n    pass"),
     (loads_weights_only, "model", "load(path, weights_only=True)"),
 ]
 
