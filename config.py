@@ -8,7 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent
@@ -18,11 +18,8 @@ class UserError(ValueError):
     """Something the user can put right. Its text is one sentence: found, needed, what to do. Exit code 2."""
 
 
-class Choice(str, Enum):
+class Choice(StrEnum):
     """A closed choice whose NAME equals its VALUE, so that YAML, flags, file names and README agree."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class SupportedVisionModels(Choice):

@@ -102,7 +102,8 @@ class GraphDataset(Dataset):
     def vectors(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, n], z [B, m], delta [B, m] of some samples."""
         chosen = np.asarray(indices)
-        return tuple(torch.from_numpy(np.array(a[chosen])) for a in (self.h, self.z, self.delta))
+        h, z, delta = (torch.from_numpy(np.array(array[chosen])) for array in (self.h, self.z, self.delta))
+        return h, z, delta
 
     def features(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Node features [B, m, n, 4]: h_j, z_i, W_ij, g_ij, each standardised over the nodes."""

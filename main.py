@@ -9,7 +9,6 @@
 Exit codes: 0 done, 1 a stage failed, 2 wrong usage, configuration or data, 130 interrupted.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,20 +83,20 @@ def download(dataset: Annotated[SupportedDatasets, tyro.conf.Positional], output
     print(utils_data.download(dataset, output_dir / "datasets"))
 
 
-def _parsed(function: Callable[..., None]) -> Callable[[list[str]], None]:
+def _parsed(name: str, function: Callable[..., None]) -> Callable[[list[str]], None]:
     """A command whose arguments are its function's parameters."""
 
     def command(arguments: list[str]) -> None:
-        tyro.cli(function, args=arguments, prog=f"main.py {function.__name__}")
+        tyro.cli(function, args=arguments, prog=f"main.py {name}")
 
     return command
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": run,
-    "report": _parsed(report),
-    "dashboard": _parsed(dashboard),
-    "download": _parsed(download),
+    "report": _parsed("report", report),
+    "dashboard": _parsed("dashboard", dashboard),
+    "download": _parsed("download", download),
 }
 
 

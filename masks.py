@@ -4,10 +4,11 @@ Polarity, everywhere: 1 = weight kept, 0 = weight switched off. Symbols as in th
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 from artifacts import read_tensors, write_tensors
 from config import TopKSamplers, UserError
 
-Sampler = Callable[[Tensor, int, float, "torch.Generator | None"], Tensor]
+
+class Sampler(Protocol):
+    """Relaxed k-subset: theta [..., N] -> inclusion degrees [..., N] in (0, 1)."""
+
+    def __call__(
+        self, theta: Tensor, k: int, temperature: float, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+
 SAMPLERS: dict[TopKSamplers, Sampler] = {}
 NEWTON_STEPS = 60  # safeguarded: bisection alone reaches float32 resolution in fewer
 
@@ -49,9 +58,7 @@ def _kth_largest(theta: Tensor, k: int) -> Tensor:
 
 
 @_sampler(TopKSamplers.threshold)
-def threshold_topk(
-    theta: Tensor, k: int, temperature: float, generator: torch.Generator | None = None
-) -> Tensor:
+def threshold_topk(theta: Tensor, k: int, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """sigmoid((theta - k-th largest) / T): k entries are >= 1/2; the sum is not k.
 
     Args:
@@ -105,14 +112,14 @@ class _ExactBudget(torch.autograd.Function):
     """d = sigmoid((theta - tau) / T) with sum(d) = k; implicit gradient s (g - <s g> / <s>) / T."""
 
     @staticmethod
-    def forward(ctx, theta: Tensor, k: int, scale: Tensor) -> Tensor:  # ty: ignore[invalid-method-override]
+    def forward(ctx: Any, theta: Tensor, k: int, scale: Tensor) -> Tensor:
         u = (theta / scale).to(torch.promote_types(theta.dtype, torch.float32))
         degrees = _budget_degrees(u, k)
         ctx.save_for_backward(degrees, scale)
         return degrees.to(theta.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # ty: ignore[invalid-method-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # ty: ignore[incompatible-method-override]
         degrees, scale = ctx.saved_tensors
         slope = degrees * (1 - degrees)
         weighted = (slope * grad).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -120,9 +127,7 @@ class _ExactBudget(torch.autograd.Function):
 
 
 @_sampler(TopKSamplers.sinkhorn)
-def sinkhorn_topk(
-    theta: Tensor, k: int, temperature: float, generator: torch.Generator | None = None
-) -> Tensor:
+def sinkhorn_topk(theta: Tensor, k: int, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """Entropic optimal-transport top-k (Xie et al. 2020, arXiv:2002.06504), two bins: sum(d) = k exactly.
 
     The gradient is projected onto the directions that keep the budget, so that pushing every logit up
@@ -131,7 +136,7 @@ def sinkhorn_topk(
     check_budget(k, theta.shape[-1])
     if k == theta.shape[-1]:
         return torch.ones_like(theta) + 0 * theta  # the only subset there is
-    return _ExactBudget.apply(theta, k, _scale(theta, temperature))  # ty: ignore[invalid-return-type]
+    return _ExactBudget.apply(theta, k, _scale(theta, temperature))
 
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:
@@ -218,7 +223,7 @@ def set_difference_mask(importance: Tensor, forget_class: int, topK: int) -> Mas
 
 
 @contextmanager
-def masked(weight: nn.Parameter, mask: Mask) -> Iterator[None]:
+def masked(weight: nn.Parameter, mask: Mask) -> Generator[None]:
     """Switch weights off for the length of the block; afterwards the parameter is bit-identical.
 
     Args:

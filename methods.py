@@ -5,7 +5,7 @@ the shared classifier is bit-identical. To add one, decorate a generator functio
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -44,7 +44,9 @@ class Context:
     @property
     def weight(self) -> torch.nn.Parameter:
         """The target layer's W [m, n]."""
-        return self.model.target(self.config.mask_layer).weight
+        weight = self.model.target(self.config.mask_layer).weight
+        assert isinstance(weight, torch.nn.Parameter)
+        return weight
 
     def theta(self, topK: int) -> Tensor:
         """theta [C, m, n], computed once per topK; its cost is charged to each method that asks."""
@@ -86,7 +88,7 @@ METHODS: dict[str, Method] = {}
 def method(name: str, label: str, axes: tuple[str, ...] = ()) -> Callable[[Callable], Entering]:
     """Register a generator function (context, point) -> yields a model, as a method."""
 
-    def register(function: Callable[[Context, Point], Iterator[HookedModel]]) -> Entering:
+    def register(function: Callable[[Context, Point], Generator[HookedModel]]) -> Entering:
         entering = contextmanager(function)
         METHODS[name] = Method(name, label, axes, entering)
         return entering
@@ -110,14 +112,14 @@ def mimu_mask(context: Context, point: Point) -> Mask:
 
 
 @method("mimu", "MIMU (ours)", axes=("topK", "kappa"))
-def mimu(context: Context, point: Point) -> Iterator[HookedModel]:
+def mimu(context: Context, point: Point) -> Generator[HookedModel]:
     """Switch off the weights that the graph network finds important for the forget class alone."""
     with masked(context.weight, mimu_mask(context, point)):
         yield context.model
 
 
 @method("random", "random mask", axes=("kappa", "seed"))
-def random(context: Context, point: Point) -> Iterator[HookedModel]:
+def random(context: Context, point: Point) -> Generator[HookedModel]:
     """Switch off kappa weights drawn at random."""
     generator = torch.Generator().manual_seed(derive_seed(point.seed, "random", point.kappa))
     m, n = context.weight.shape
@@ -126,15 +128,13 @@ def random(context: Context, point: Point) -> Iterator[HookedModel]:
 
 
 @method("sft", "SFT randomisation", axes=("seed",))
-def sft(context: Context, point: Point) -> Iterator[HookedModel]:
+def sft(context: Context, point: Point) -> Generator[HookedModel]:
     """Fine-tune the target layer on random labels (or as `sft.mode` says)."""
     config = context.config
-    yield SFTTrainer(
-        context.model, context.data, config.mask_layer, config.sft, point.seed, context.device
-    ).train()
+    yield SFTTrainer(context.model, context.data, config.mask_layer, config.sft, point.seed, context.device).train()
 
 
 @method("default", "untouched")
-def default(context: Context, point: Point) -> Iterator[HookedModel]:
+def default(context: Context, point: Point) -> Generator[HookedModel]:
     """The classifier as it is."""
     yield context.model

@@ -4,11 +4,13 @@ A classifier is `embed` (anything) and then a stack of bias-free linear layers, 
 layer W [m, n]. `prefix` stops at its input h [B, n]; `head` goes on from there, with W replaced if asked.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +41,7 @@ class HookedModel(nn.Module):
 
     def __init__(self, widths: tuple[int, ...]):
         super().__init__()
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.linears = nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in pairs)
+        self.linears = nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in pairwise(widths))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] -> the stack's input [B, widths[0]]."""
@@ -190,7 +191,7 @@ class Capture:
 
 
 @contextmanager
-def capture(module: nn.Module, cut: bool = False) -> Iterator[Capture]:
+def capture(module: nn.Module, cut: bool = False) -> Generator[Capture]:
     """Record a module's input and output for the length of the block; the hook is always removed.
 
     Args:
@@ -211,7 +212,7 @@ def capture(module: nn.Module, cut: bool = False) -> Iterator[Capture]:
 
 
 @contextmanager
-def inspecting(model: nn.Module) -> Iterator[None]:
+def inspecting(model: nn.Module) -> Generator[None]:
     """Eval mode (BatchNorm too) and frozen parameters for the length of the block, then as before."""
     modes = [(module, module.training) for module in model.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -232,7 +233,7 @@ def inspecting(model: nn.Module) -> Iterator[None]:
 def _neighbour_sum():  # noqa: ANN202 - PyTorch Geometric takes seconds to import
     from torch_geometric.nn import SimpleConv
 
-    return SimpleConv(aggr="sum")
+    return SimpleConv(aggr="sum")  # ty: ignore[abstract-class-instantiation]
 
 
 class _RookRound(torch.autograd.Function):
@@ -244,7 +245,7 @@ class _RookRound(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, local: Tensor, spread: Tensor, bias: Tensor) -> Tensor:  # ty: ignore[invalid-method-override]
+    def forward(ctx: Any, x: Tensor, local: Tensor, spread: Tensor, bias: Tensor) -> Tensor:
         rows, columns = x.sum(2), x.sum(1)
         y = (x.reshape(-1, x.shape[-1]) @ local).view(*x.shape[:3], -1)
         y += (rows @ spread + bias).unsqueeze(2)
@@ -255,7 +256,7 @@ class _RookRound(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y: Tensor):  # ty: ignore[invalid-method-override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, y, rows, columns, local, spread = ctx.saved_tensors
         grad = torch.ops.aten.sigmoid_backward(grad_y, y)
         grad_rows, grad_columns = grad.sum(2), grad.sum(1)
@@ -324,7 +325,7 @@ class MaskingGCN(nn.Module):
         local = -own * spread
         if self.aggregation is Aggregations.mean:
             local = local + self.selves[index]
-        return _RookRound.apply(x, local, spread, self.biases[index])  # ty: ignore[invalid-return-type]
+        return _RookRound.apply(x, local, spread, self.biases[index])
 
     def forward(self, features: Tensor) -> Tensor:
         """Node features [B, m, n, F] -> theta [B, m, n]."""

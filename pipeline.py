@@ -121,7 +121,9 @@ class Pipeline:
 
     def _tracker(self, stage: str) -> Tracker:
         folder = self.config.output_dir / "observability"
-        return Tracker(self.config.tracker, f"{self._label}_{stage}_seed-{self.config.seed}", folder, plain(self.config))
+        return Tracker(
+            self.config.tracker, f"{self._label}_{stage}_seed-{self.config.seed}", folder, plain(self.config)
+        )
 
     def _stage(self, name: str, folder: str, label: str, inputs: dict, make: Callable[[Path], dict]) -> Path:
         """A stage's folder; built, or found and checked, once per pipeline."""
@@ -184,7 +186,9 @@ class Pipeline:
         graphs = GraphDataset(self.run_gcn_graph_generation())
         weight = self.classifier.target(self.config.mask_layer).weight.detach().cpu()
         if graphs.weight.shape != weight.shape or not torch.equal(graphs.weight, weight):
-            raise UserError(f"{graphs.root} holds graphs of another classifier or layer: leave graph_dir out to make them")
+            raise UserError(
+                f"{graphs.root} holds graphs of another classifier or layer: leave graph_dir out to make them"
+            )
         return graphs
 
     @cached_property
@@ -239,9 +243,7 @@ class Pipeline:
     def evaluation(self) -> Eval:
         """The evaluation, with its cached activations."""
         data = self.data
-        judged = UnlearningDataset(
-            data.name, data.splits, self.config.eval.batch_size, data.forget_class, data.seed
-        )
+        judged = UnlearningDataset(data.name, data.splits, self.config.eval.batch_size, data.forget_class, data.seed)
         return Eval(Context(self.classifier, judged, self.config, self.device, self._learn_importance))
 
     def run_single_evaluation_round(self, topK: int, kappa: int) -> dict:

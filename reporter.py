@@ -84,14 +84,18 @@ def table(records: list[dict]) -> list[list[str]]:
     for best in best_points(records):
         shown = ["-" if value is None else str(value) for value in (best.top_k, best.kappa)]
         figures = [f"{best.values[name]:.4g}" for name in metrics]
-        rows.append([best.label, *shown, *figures, str(best.values["weights_changed"]), f"{best.values['seconds']:.3f}"])
+        rows.append(
+            [best.label, *shown, *figures, str(best.values["weights_changed"]), f"{best.values['seconds']:.3f}"]
+        )
     return rows
 
 
 def as_text(rows: list[list[str]]) -> str:
     """A Markdown table, padded so that it reads well on a terminal too."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
 
 
@@ -215,8 +219,7 @@ def _series(records: list[dict], method: str) -> list[tuple[str, list[dict]]]:
         seen = {r["kappa"]: r for r in records}
         return [(label, [seen[kappa] for kappa in sorted(seen)])]
     return [
-        (f"{label}, topK {k:,}", [r for r in records if r["top_k"] == k])
-        for k in sorted({r["top_k"] for r in records})
+        (f"{label}, topK {k:,}", [r for r in records if r["top_k"] == k]) for k in sorted({r["top_k"] for r in records})
     ]
 
 
@@ -246,8 +249,8 @@ def _draw_trade_off(records: list[dict]) -> "Figure":
     for place, (method, label, chosen) in enumerate(_lines(records)):
         points = chosen if "kappa" in chosen[0]["axes"][method] else chosen[:1]
         x, y = ([r["methods"][method][metric] for r in points] for metric in ("forget_score", "retain_score"))
-        style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-        ax.plot(x, y, ms=5, lw=1, alpha=0.9, label=label, **style)
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        ax.plot(x, y, ms=5, lw=1, alpha=0.9, label=label, color=colour, marker=marker)
     ax.set_xlabel(_name(records[0], "forget_score"))
     ax.set_ylabel(_name(records[0], "retain_score"), fontsize=8)
     ax.set_title("trade-off: top left is best", fontsize=9)

@@ -34,6 +34,11 @@ def mean_loss_and_score(model: nn.Module, loader: DataLoader, device: torch.devi
     return total / count, 100 * correct / count
 
 
+def _gradient_norm(model: nn.Module) -> float:
+    """L2 norm of all gradients together."""
+    return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
 class VisionModelTrainer:
     """Trains a classifier with AdamW.
 
@@ -46,7 +51,7 @@ class VisionModelTrainer:
     ):
         self.model, self.data, self.config, self.device, self.tracker = model, data, config, device, tracker
         if config.channels_last:
-            model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+            model.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
     def train(self, folder: Path) -> dict:
@@ -69,7 +74,9 @@ class VisionModelTrainer:
                 val_loss, val_score = mean_loss_and_score(self.model, self.data.get_val_loader(), self.device)
                 figures = {"epoch": epoch, "val_loss": val_loss, "val_score": val_score}
                 self.tracker.log(step, **figures, images_per_second=rate)
-                log(f"classifier: epoch {epoch}/{self.config.epochs}, validation {val_score:.1f} %, {rate:.0f} images/s")
+                log(
+                    f"classifier: epoch {epoch}/{self.config.epochs}, validation {val_score:.1f} %, {rate:.0f} images/s"
+                )
         write_json(folder / HISTORY, self.tracker.history)
         return figures
 
@@ -87,11 +94,11 @@ class VisionModelTrainer:
             loss = functional.cross_entropy(self.model(images), labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = _gradient_norm(self.model)
         if not math.isfinite(float(loss.detach())):
             raise UserError("the classifier's loss is no longer finite: lower train.lr")
         self.optimizer.step()
-        return float(loss.detach()), float(norm)
+        return float(loss.detach()), norm
 
 
 def log_prior(kind: GCNPriorDistribution, weight: Tensor, h: Tensor, delta: Tensor) -> Tensor:
@@ -206,9 +213,9 @@ class GCNTrainer:
                 temperature = self.temperature(step)
                 self.optimizer.zero_grad(set_to_none=True)
                 terms = self._accumulate(indices, temperature)
-                norm = nn.utils.get_total_norm([p.grad for p in self.gcn.parameters()])
+                norm = _gradient_norm(self.gcn)
                 self.optimizer.step()
-                self.tracker.log(step + 1, **terms, grad_norm=float(norm), temperature=temperature)
+                self.tracker.log(step + 1, **terms, grad_norm=norm, temperature=temperature)
         self.gcn.eval()
         write_json(folder / HISTORY, self.tracker.history)
         last = self.tracker.history[-max(1, len(batches) // 10) :]

@@ -114,12 +114,8 @@ SPECS: dict[SupportedDatasets, DatasetSpec] = {
         10, 1, 28, "FashionMNIST/raw", _IDX, _read_mnist, _fetch("FashionMNIST")
     ),
     SupportedDatasets.MNIST: DatasetSpec(10, 1, 28, "MNIST/raw", _IDX, _read_mnist, _fetch("MNIST")),
-    SupportedDatasets.CIFAR10: DatasetSpec(
-        10, 3, 32, "", "cifar-10-batches-py/", _read_cifar10, _fetch("CIFAR10")
-    ),
-    SupportedDatasets.CIFAR100: DatasetSpec(
-        100, 3, 32, "", "cifar-100-python/", _read_cifar100, _fetch("CIFAR100")
-    ),
+    SupportedDatasets.CIFAR10: DatasetSpec(10, 3, 32, "", "cifar-10-batches-py/", _read_cifar10, _fetch("CIFAR10")),
+    SupportedDatasets.CIFAR100: DatasetSpec(100, 3, 32, "", "cifar-100-python/", _read_cifar100, _fetch("CIFAR100")),
     SupportedDatasets.SVHN: DatasetSpec(10, 3, 32, "", "{train,test}_32x32.mat", _read_svhn, _fetch("SVHN")),
     SupportedDatasets.IMAGENET_SMALL: DatasetSpec(1000, 3, 128, "", "", None),
     SupportedDatasets.PLANT_CLASSIFICATION: DatasetSpec(64, 3, 128, "", "", None),
@@ -267,7 +263,9 @@ class UnlearningDataset:
     `train` and `val` part the official training data (stratified, seeded); `test` is the official test split.
     """
 
-    def __init__(self, name: SupportedDatasets, splits: dict[str, Images], batch_size: int, forget_class: int, seed: int):
+    def __init__(
+        self, name: SupportedDatasets, splits: dict[str, Images], batch_size: int, forget_class: int, seed: int
+    ):
         self.name, self.splits, self.batch_size = name, splits, batch_size
         self.forget_class, self.seed = forget_class, seed
         self.spec = SPECS[name]
@@ -283,7 +281,9 @@ class UnlearningDataset:
             raise UserError(f"{self.name.value} has no training images of class {missing[0]}: use more images")
         for split in ("val", "test"):
             if self.forget_class not in present[split]:
-                raise UserError(f"{self.name.value} has no {split} images of class {self.forget_class}: use more images")
+                raise UserError(
+                    f"{self.name.value} has no {split} images of class {self.forget_class}: use more images"
+                )
 
     @property
     def num_classes(self) -> int:
@@ -293,7 +293,7 @@ class UnlearningDataset:
     def fingerprint(self) -> str:
         """SHA-256 of every image and label of every split."""
         parts = [self.splits[split] for split in SPLITS]
-        return sha256_arrays(array.numpy() for part in parts for array in (part.pixels, part.labels, part.mean))
+        return sha256_arrays(array.numpy() for part in parts for array in (part.pixels, part.labels))
 
     def get_train_loader(self) -> DataLoader:
         """Training images, shuffled by the run's seed."""
@@ -328,7 +328,9 @@ def _statistics(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     counts = np.stack([np.bincount(pixels[:, c].reshape(-1), minlength=256) for c in range(pixels.shape[1])])
     mean = counts @ levels / counts.sum(1)
     variance = counts @ levels**2 / counts.sum(1) - mean**2
-    return tuple(torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, np.sqrt(variance) + 1e-8))
+    std = np.sqrt(variance) + 1e-8
+    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+    return mean, std
 
 
 def get_unlearning_dataset(

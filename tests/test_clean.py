@@ -51,9 +51,7 @@ def write(path: Path) -> Path:
 
 def clean(project: Path, *options: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(project / "clean.sh"), *options]
-    return subprocess.run(
-        command, cwd=cwd or project, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    return subprocess.run(command, cwd=cwd or project, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
 def left(project: Path) -> set[str]:
