@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -348,7 +349,6 @@ class Tracker:
 
     kind: Trackers
     name: str
-    folder: Path
     config: dict
     history: list[dict] = field(default_factory=list)
 
@@ -356,26 +356,23 @@ class Tracker:
         if self.kind is Trackers.trackio:
             plain = {"auto_log_gpu": False, "auto_log_cpu": False}
             with redirect_stdout(sys.stderr):  # stdout is for results
-                trackio = open_trackio(self.folder)
-                trackio.init(project=TRACKIO_PROJECT, name=self.name, config=self.config, **plain)
+                _trackio().init(project=TRACKIO_PROJECT, name=self.name, config=self.config, **plain)
         return self
 
     def log(self, step: int, **values: float) -> None:
         """Record plain numbers at one step."""
         self.history.append({"step": step, **values})
         if self.kind is Trackers.trackio:
-            open_trackio(self.folder).log(values, step=step)
+            _trackio().log(values, step=step)
 
     def __exit__(self, *_: object) -> None:
         if self.kind is Trackers.trackio:
             with redirect_stdout(sys.stderr):
-                open_trackio(self.folder).finish()
+                _trackio().finish()
 
 
-def open_trackio(folder: Path):  # noqa: ANN201 - a module
-    """The trackio module, storing below `folder`: it reads TRACKIO_DIR once, at its first import."""
-    if "trackio" not in sys.modules:
-        os.environ.setdefault("TRACKIO_DIR", str(folder.resolve()))
+def _trackio() -> ModuleType:
+    """The trackio module, imported late: it takes seconds, and reads TRACKIO_DIR (set by main.py) just once."""
     import trackio
 
     return trackio

@@ -261,7 +261,8 @@ class PipelineConfig:
     """Use these graphs instead of making them."""
     gcn_path: Path | None = None
     """Use this GCN, for every topK, instead of training one."""
-    tracker: Trackers = Trackers.trackio
+    tracker: Trackers = Trackers.none
+    """trackio shows training curves live; from Python, set TRACKIO_DIR before its first import."""
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)

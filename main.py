@@ -9,6 +9,7 @@
 Exit codes: 0 done, 1 a stage failed, 2 wrong usage, configuration or data, 130 interrupted.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated
 import tyro
 from dotenv import load_dotenv
 
-from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, UserError, load_config
+from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError, load_config
 
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
 
@@ -39,11 +40,17 @@ def _take_configs(arguments: list[str]) -> tuple[list[Path], list[str]]:
     return paths or [DEFAULT_CONFIG], rest
 
 
+def _trackio_folder(output_dir: Path) -> Path:
+    """Where trackio keeps its runs: TRACKIO_DIR if that is set, else below the output folder."""
+    return Path(os.environ.setdefault("TRACKIO_DIR", str((output_dir / "observability").resolve())))
+
+
 def run(arguments: list[str]) -> None:
     """Run the pipeline and print its table, its answer and where everything lies."""
     paths, rest = _take_configs(arguments)
     about = f"Run the pipeline. --config FILE (repeatable; default {DEFAULT_CONFIG.name}) sets values, flags win."
     config = tyro.cli(PipelineConfig, args=rest, default=load_config(paths), prog="main.py run", description=about)
+    _trackio_folder(config.output_dir)
     from pipeline import Pipeline
     from reporter import Reporter, as_text, headline, table
 
@@ -55,7 +62,8 @@ def run(arguments: list[str]) -> None:
     print("Test figures; each method's point was chosen on validation images.")
     print(f"JSON   {config.output_dir / 'eval/metrics_and_plots/json'}")
     print(f"plots  {reporter.plots / reporter.run_name(records[0])}")
-    print(f"logs   {config.output_dir / 'observability'} (uv run main.py dashboard)")
+    if config.tracker is Trackers.trackio:
+        print(f"logs   {os.environ['TRACKIO_DIR']} (uv run main.py dashboard)")
 
 
 def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig()) -> None:  # noqa: B008
@@ -68,12 +76,14 @@ def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig(
 
 def dashboard(output_dir: Path = Path()) -> None:
     """Open trackio on the training curves of this project's runs."""
-    from artifacts import TRACKIO_PROJECT, open_trackio
+    from artifacts import TRACKIO_PROJECT
 
-    folder = output_dir / "observability"
+    folder = _trackio_folder(output_dir)
     if not folder.is_dir():
         raise UserError(f"there are no training curves in {folder}: make some with `uv run main.py`")
-    open_trackio(folder).show(project=TRACKIO_PROJECT)
+    import trackio
+
+    trackio.show(project=TRACKIO_PROJECT)
 
 
 def download(dataset: Annotated[SupportedDatasets, tyro.conf.Positional], output_dir: Path = Path()) -> None:

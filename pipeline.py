@@ -120,10 +120,8 @@ class Pipeline:
         return f"{self.config.model_architecture.value}_{self.config.vision_dataset.value}"
 
     def _tracker(self, stage: str) -> Tracker:
-        folder = self.config.output_dir / "observability"
-        return Tracker(
-            self.config.tracker, f"{self._label}_{stage}_seed-{self.config.seed}", folder, plain(self.config)
-        )
+        name = f"{self._label}_{stage}_seed-{self.config.seed}"
+        return Tracker(self.config.tracker, name, plain(self.config))
 
     def _stage(self, name: str, folder: str, label: str, inputs: dict, make: Callable[[Path], dict]) -> Path:
         """A stage's folder; built, or found and checked, once per pipeline."""
