@@ -138,7 +138,7 @@ class TrainConfig:
     lr: float = 1e-3
     weight_decay: float = 0.01
     bf16: bool = False
-    """bfloat16 autocast: about four times faster for the ResNet on CPUs that have it, no use for the MLP."""
+    """bfloat16 autocast: for GPUs and CPUs with bfloat16 units (on others it is slower), no use for the MLP."""
     channels_last: bool = False
     use_ddp: bool = False
     """Train in several processes (not available yet)."""
