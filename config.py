@@ -174,8 +174,10 @@ class GCNConfig:
     hidden_dim: int = 32
     aggregation: Aggregations = Aggregations.mean
     sampler: TopKSamplers = TopKSamplers.sinkhorn
+    """gumbel draws masks at random, which the ELBO's expectation asks for and which saves small topK from a dead start;
+    the shipped configs use it."""
     prior: GCNPriorDistribution = GCNPriorDistribution.WEIGHT
-    beta: float = 0.01
+    beta: float = 0.1
     """Weight of KL(q || p)."""
     steps: int = 64
     batch_size: int = 32
@@ -213,7 +215,7 @@ class EvalConfig:
     """Names from the registry in `methods.py`."""
     batch_size: int = 256
     mask_strategy: MaskStrategies = MaskStrategies.feasibility
-    importance: Importances = Importances.theta
+    importance: Importances = Importances.q
     """What the feasibility strategy ranks."""
 
     def __post_init__(self) -> None:
@@ -244,7 +246,7 @@ class PipelineConfig:
     forget_class: int = 0
     mask_layer: int = -2
     """Which linear layer of the classifier's head is masked; -2 is the second to last."""
-    topK_list: tuple[int, ...] = (500,)
+    topK_list: tuple[int, ...] = (2000,)
     """How many weights a class mask keeps as important (one GCN is trained for each)."""
     kappa_list: tuple[int, ...] = (100, 200, 400, 800)
     """How many weights the unlearning mask switches off."""

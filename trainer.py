@@ -20,6 +20,7 @@ from utils_data import UnlearningDataset
 PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
 
 NODES_PER_PASS = 2**14  # nodes whose activations (2 MB at width 32) stay in cache: twice as fast on a CPU
+DEAD_SHARE = 0.99  # of log C: a classifier whose loss is that of a guess
 
 
 def mean_loss_and_score(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[float, float]:
@@ -219,7 +220,10 @@ class GCNTrainer:
         self.gcn.eval()
         write_json(folder / HISTORY, self.tracker.history)
         last = self.tracker.history[-max(1, len(batches) // 10) :]
-        return {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "nll", "kl")}
+        figures = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "nll", "kl")}
+        if figures["nll"] > DEAD_SHARE * math.log(self.model.linears[-1].out_features):
+            log(f"GCN: masks of topK {self.topK} leave nothing that predicts; try gcn.sampler gumbel or a larger topK")
+        return figures
 
 
 class SFTTrainer:
