@@ -221,7 +221,7 @@ class GCNTrainer:
         write_json(folder / HISTORY, self.tracker.history)
         last = self.tracker.history[-max(1, len(batches) // 10) :]
         figures = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "nll", "kl")}
-        if figures["nll"] > DEAD_SHARE * math.log(self.model.linears[-1].out_features):
+        if figures["nll"] > DEAD_SHARE * math.log(self.model.target(-1).out_features):
             log(f"GCN: masks of topK {self.topK} leave nothing that predicts; try gcn.sampler gumbel or a larger topK")
         return figures
 
