@@ -6,6 +6,7 @@ No torch here, so that reports are rebuilt from JSON in a second.
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -76,6 +77,7 @@ def writing(path: Path) -> Generator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(path, "tmp")
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -94,8 +96,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically: sorted keys, so that equal content is equal bytes; NaN is refused."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    """Write JSON atomically, keys in the order given (a table's order survives); NaN is refused."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -114,10 +116,13 @@ def read_json(path: Path) -> dict:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, object]) -> None:
-    """Write arrays as safetensors, atomically; `facts` become JSON strings in its metadata."""
+    """Write arrays as safetensors, atomically; `facts` become JSON under one metadata key.
+
+    One key, because the library writes several in an order that changes, and equal content must be equal bytes.
+    """
     from safetensors.numpy import save_file
 
-    plain = {key: json.dumps(value, sort_keys=True) for key, value in sorted(facts.items())}
+    plain = {"facts": json.dumps(dict(facts), sort_keys=True)}
     with writing(path) as temporary:
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata=plain)
 
@@ -132,7 +137,7 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: check the path, or leave it out to compute it") from None
@@ -245,11 +250,23 @@ def _finished(path: Path, key: str) -> Stage | None:
         return None
 
 
-def _clear_leftovers(path: Path) -> None:
-    """Remove what killed runs left of this stage (their process is gone)."""
-    for leftover in path.parent.glob(f".{path.name}.*.part"):
-        if not Path("/proc/self").exists() or not Path(f"/proc/{leftover.suffixes[-2][1:]}").exists():
-            shutil.rmtree(leftover, ignore_errors=True)
+def _other_process_runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def _clear_leftovers(path: Path, kind: str) -> None:
+    """Remove what killed runs left of this file or stage: their process is gone, or had our number."""
+    for leftover in path.parent.glob(f".{path.name}.*.{kind}"):
+        pid = leftover.suffixes[-2][1:]
+        if pid.isdigit() and _other_process_runs(int(pid)):
+            continue
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Callable[[Path], dict]) -> Stage:
@@ -272,7 +289,7 @@ def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Ca
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(path)
+        _clear_leftovers(path, "part")
         part.mkdir()
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): choose another folder with --output-dir") from error
@@ -355,7 +372,7 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         if self.kind is Trackers.trackio:
             plain = {"auto_log_gpu": False, "auto_log_cpu": False}
-            with redirect_stdout(sys.stderr):  # stdout is for results
+            with redirect_stdout(io.StringIO()):  # a banner in colours
                 _trackio().init(project=TRACKIO_PROJECT, name=self.name, config=self.config, **plain)
         return self
 
@@ -367,7 +384,7 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         if self.kind is Trackers.trackio:
-            with redirect_stdout(sys.stderr):
+            with redirect_stdout(io.StringIO()):
                 _trackio().finish()
 
 

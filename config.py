@@ -221,6 +221,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _positive(self, "batch_size")
         _require(bool(self.methods), "eval.methods is empty", "name at least one method, e.g. mimu")
+        _require(len(set(self.methods)) == len(self.methods), f"eval.methods is {self.methods}", "name each once")
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def load_config(paths: Sequence[Path]) -> PipelineConfig:
             merged = OmegaConf.merge(merged, OmegaConf.load(Path(path).expanduser()))
         except FileNotFoundError:
             raise UserError(f"there is no config file {path}: see configs/ for the ones that ship") from None
-        except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
             what = " ".join(str(error).split())
             raise UserError(f"{path}: {what}; correct that line (uv run main.py --help lists the fields)") from None
     try:

@@ -70,7 +70,7 @@ def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig(
     """Rebuild every table and figure from the JSON records below a folder."""
     from reporter import Reporter
 
-    for folder in Reporter(output_dir, reporter).plot():
+    for folder in Reporter(output_dir.expanduser(), reporter).plot():
         print(folder)
 
 
@@ -78,7 +78,7 @@ def dashboard(output_dir: Path = Path()) -> None:
     """Open trackio on the training curves of this project's runs."""
     from artifacts import TRACKIO_PROJECT
 
-    folder = _trackio_folder(output_dir)
+    folder = _trackio_folder(output_dir.expanduser())
     if not folder.is_dir():
         raise UserError(f"there are no training curves in {folder}: make some with `uv run main.py`")
     import trackio
@@ -90,7 +90,7 @@ def download(dataset: Annotated[SupportedDatasets, tyro.conf.Positional], output
     """Fetch a dataset below datasets/."""
     import utils_data
 
-    print(utils_data.download(dataset, output_dir / "datasets"))
+    print(utils_data.download(dataset, output_dir.expanduser() / "datasets"))
 
 
 def _parsed(name: str, function: Callable[..., None]) -> Callable[[list[str]], None]:

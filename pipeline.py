@@ -86,6 +86,13 @@ class Pipeline:
         for path in (config.trained_vision_model_path, config.graph_dir, config.gcn_path):
             if path is not None and not path.exists():
                 raise UserError(f"there is nothing at {path}: check the path, or leave it out to compute it")
+        for path in (config.trained_vision_model_path, config.gcn_path):
+            if path is not None and not path.is_file():
+                raise UserError(f"{path} is a folder: name the .safetensors file in it")
+        if config.trained_vision_model_path:
+            vision_model_loader(config.model_architecture, *self.shape, config.trained_vision_model_path)
+        if config.gcn_path:
+            MaskingGCN.load(config.gcn_path)
 
     # --- inputs of every stage ---
 
@@ -247,13 +254,13 @@ class Pipeline:
     def run_single_evaluation_round(self, topK: int, kappa: int) -> dict:
         """Measure every method at one point; write and return its record (or return the one that is there)."""
         gcn_path = self.run_gcn_training(topK)
-        config = self.config
+        config, layer = self.config, self.classifier.layer_index(self.config.mask_layer)
         inputs = self._common | {
             "classifier": sha256_file(self.classifier_path),
             "graphs": self._graphs_key,
             "gcn": sha256_file(gcn_path),
             "gcn_config": plain(config.gcn),
-            "mask_layer": self.classifier.layer_index(config.mask_layer),
+            "mask_layer": layer,
             "forget_class": config.forget_class,
             "top_k": topK,
             "kappa": kappa,
@@ -269,7 +276,7 @@ class Pipeline:
             "model": config.model_architecture.value,
             "dataset": config.vision_dataset.value,
             "forget_class": config.forget_class,
-            "mask_layer": config.mask_layer,
+            "mask_layer": layer - len(self.classifier.linears),
             "num_graph_vertices": num_vertices(self.m, self.n),
             "num_graph_edges": num_edges(self.m, self.n),
             "top_k": topK,
@@ -277,19 +284,24 @@ class Pipeline:
             "seed": config.seed,
             "classifier_path": self._relative(self.classifier_path),
             "gcn_path": self._relative(gcn_path),
-            "config": plain(replace(config, output_dir=Path())),
+            "config": plain(replace(config, output_dir=Path(), topK_list=(topK,), kappa_list=(kappa,))),
         }
         path = record_path(config.output_dir, record)
-        if path.exists():
+        if path.exists() and self._mask_path(path).exists():
             return read_json(path)
         log(f"evaluation: topK {topK}, kappa {kappa}")
         return self._measure(record, path)
+
+    @staticmethod
+    def _mask_path(path: Path) -> Path:
+        """Where the mask of a record lies."""
+        return path.parents[2] / "masks" / path.parent.name / f"{path.stem}.safetensors"
 
     def _measure(self, record: dict, path: Path) -> dict:
         """Fill a record, write its mask and, last, the record itself."""
         begun = time.perf_counter()
         measured, mask = self.evaluation.eval(record["top_k"], record["kappa"])
-        mask_path = path.parents[2] / "masks" / path.parent.name / f"{record['id']}.safetensors"
+        mask_path = self._mask_path(path)
         facts = {key: record[key] for key in ("schema", "id", "model", "dataset", "forget_class", "mask_layer")}
         facts |= {key: record[key] for key in ("top_k", "kappa", "seed", "classifier_path", "gcn_path")}
         facts["classifier_sha256"] = sha256_file(self.classifier_path)

@@ -1,0 +1,389 @@
+"""The command line: help, what a run prints, reports without torch, refusals, exit codes, tracking."""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from artifacts import write_tensors
+from config import PipelineConfig, SupportedVisionModels, UserError, plain
+from model import save_classifier, vision_model_loader
+
+ROOT = Path(main.__file__).parent
+LOG_LINE = re.compile(r"\[ *\d+\.\d s\] \S")
+METHODS = ("MIMU (ours)", "random mask", "SFT randomisation", "untouched")
+METRICS = ("forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score")
+TINY = """
+device: cpu
+topK_list: [300]
+kappa_list: [100, 400]
+train: {epochs: 2, batch_size: 64}
+graph: {num_samples: 640}
+gcn: {steps: 3, batch_size: 4, hidden_dim: 8}
+sft: {steps: 3}
+reporter: {dpi: 40}
+"""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    own = {"TRACKIO_DIR": str(folder / "trackio"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return os.environ | own
+
+
+def process(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python <arguments>` in the project's folder, trackio below `folder`."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(folder), timeout=120)
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch, tmp_path):
+    """What `main` sets in the environment ends with the test."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setenv("COLUMNS", "200")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+# --- help -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["report", "--help"], ["nonsense"]])
+def test_help_needs_no_torch(arguments, tmp_path):
+    code = (
+        "import sys, main\n"
+        "try:\n    code = main.main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    code = stop.code\n"
+        "print(code, sorted({'torch', 'torchvision', 'torch_geometric', 'trackio', 'matplotlib'} & set(sys.modules)))"
+    )
+    result = process(tmp_path, "-c", code, *arguments)
+    assert result.stdout.splitlines()[-1] == ("2 []" if arguments == ["nonsense"] else "0 []")
+
+
+def fields(values: dict, prefix: str = "") -> list[str]:
+    nested = [fields(value, f"{prefix}{name}.") for name, value in values.items() if isinstance(value, dict)]
+    own = [prefix + name for name, value in values.items() if not isinstance(value, dict)]
+    return own + [name for names in nested for name in names]
+
+
+def test_every_field_is_a_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["run", "--help"])
+    assert stop.value.code == 0
+    text, names = capsys.readouterr().out, fields(plain(PipelineConfig()))
+    assert len(names) > 50
+    missing = [name for name in names if not re.search(rf"--{re.escape(name.replace('_', '-'))}(?![\w.-])", text)]
+    assert missing == []
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"main.py {name}" in text for name in main.COMMANDS)
+
+
+# --- a run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One real run, tracked by trackio; tests only read it."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = ("main.py", "run", "--config", tiny, "--tracker", "trackio", "--output-dir", folder / "out")
+    return folder, process(folder, *arguments)
+
+
+def one_file(folder: Path, pattern: str) -> Path:
+    (path,) = folder.rglob(pattern)
+    return path
+
+
+def test_run_prints_its_table(finished):
+    folder, result = finished
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert tuple(row[0] for row in rows[2:]) == METHODS
+    assert tuple(cell.split(" [")[0] for cell in rows[0] if " [" in cell) == METRICS
+    assert "\n".join(line for line in lines if line.startswith("|")) + "\n" == one_file(folder, "table.md").read_text()
+    assert re.search(r"^Switching off \d+ weights \(.* class 0 is recognised", result.stdout, re.MULTILINE)
+
+
+def test_run_prints_where_things_lie(finished):
+    folder, result = finished
+    places = dict(re.findall(r"^(JSON|plots|logs) +(\S+)", result.stdout, re.MULTILINE))
+    assert set(places) == {"JSON", "plots", "logs"}
+    assert all(Path(place).is_dir() and folder in Path(place).parents for place in places.values())
+    assert len(list(Path(places["JSON"]).rglob("*.json"))) == 2
+    assert one_file(Path(places["plots"]), "trade_off.png").stat().st_size > 0
+
+
+def test_stdout_is_for_results(finished):
+    out, err = finished[1].stdout, finished[1].stderr
+    assert not [line for line in out.splitlines() if LOG_LINE.match(line)]
+    assert "rackio" not in out.replace("/trackio", "")
+    assert "\x1b" not in out
+    assert "\r" not in out + err
+    assert len([line for line in err.splitlines() if LOG_LINE.match(line)]) >= 5
+
+
+def test_log_in_a_file_has_no_escapes(finished):
+    """stderr is no terminal here: colours would be noise in a log."""
+    assert "\x1b" not in finished[1].stderr
+
+
+def test_trackio_holds_the_history(finished):
+    """Every number of every step, read back through trackio in a process of its own."""
+    folder, _ = finished
+    code = (
+        "import json, trackio\n"
+        "runs = trackio.Api().runs('mimu')\n"
+        "logs = {run.name: trackio.SQLiteStorage.get_logs('mimu', run.name, run_id=run.id) for run in runs}\n"
+        "print(json.dumps(logs))"
+    )
+    result = process(folder, "-c", code)
+    assert result.returncode == 0, result.stderr
+    runs = json.loads(result.stdout.splitlines()[-1])
+    histories = {
+        "HookedMLPClassifier_DIGITS_classifier_seed-0": "checkpoints/classifier/*/history.json",
+        "HookedMLPClassifier_DIGITS_gcn_top-300_seed-0": "checkpoints/gcn/*/history.json",
+    }
+    assert set(runs) == set(histories)
+    for name, pattern in histories.items():
+        history = json.loads(one_file(folder / "out", pattern).read_text())
+        numbers = {(entry["step"], *item) for entry in history for item in entry.items()}
+        logged = {(entry["step"], *item) for entry in runs[name] for item in entry.items() if item[0] != "timestamp"}
+        assert len(numbers) > 10
+        assert logged == numbers
+
+
+def test_report_needs_no_torch(finished):
+    folder, _ = finished
+    plots = folder / "out/eval/metrics_and_plots/plots"
+    before = {path.relative_to(plots): path.read_bytes() for path in plots.rglob("*") if path.is_file()}
+    assert {Path(path).suffix for path in before} == {".md", ".csv", ".png"}
+    shutil.rmtree(plots)
+    code = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'torchvision', 'torch_geometric', 'trackio'):\n"
+        "            raise ImportError(f'{name} is not installed')\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import main\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    result = process(folder, "-c", code, "report", "--output-dir", folder / "out", "--reporter.dpi", "40")
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+    assert [Path(line) for line in result.stdout.splitlines()] == [path for path in plots.iterdir() if path.is_dir()]
+    after = {path.relative_to(plots): path.read_bytes() for path in plots.rglob("*") if path.is_file()}
+    assert set(after) == set(before)
+    assert [path for path in before if before[path] != after[path]] == []
+
+
+# --- layering ---------------------------------------------------------------------------------------------
+
+
+def test_later_files_win_and_flags_win_over_files(tiny, tmp_path, monkeypatch, capsys):
+    other, seen = tmp_path / "other.yaml", []
+    other.write_text("seed: 5\nkappa_list: [7]\ntrain: {lr: 0.5}\n")
+
+    class Caught:
+        def __init__(self, config):
+            seen.append(config)
+            raise UserError("seen")
+
+    monkeypatch.setattr("pipeline.Pipeline", Caught)
+    for arguments in (["run", "--config", str(tiny), f"--config={other}"], ["--config", str(tiny)]):
+        assert main.main([*arguments, "--seed", "9", "--train.epochs", "4"]) == 2
+    both, one = seen
+    assert (both.seed, both.kappa_list, both.train.lr, both.train.epochs) == (9, (7,), 0.5, 4)
+    assert (both.train.batch_size, both.topK_list, both.gcn.hidden_dim) == (64, (300,), 8)
+    assert (one.seed, one.kappa_list) == (9, (100, 400))
+    assert capsys.readouterr().err == "error: seen\n" * 2
+
+
+def test_failing_stage_gives_one(tiny, tmp_path, monkeypatch, capsys):
+    def broken(_):
+        raise RuntimeError("something broke")
+
+    monkeypatch.setattr("pipeline.Pipeline.run", broken)
+    assert main.main(["run", "--config", str(tiny), "--output-dir", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: a stage failed (RuntimeError: something broke)")
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+def write_idx(path: Path, array: np.ndarray, cut: int = 0, pack: bool = False) -> None:
+    data = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
+    data = gzip.compress(data, mtime=0) if pack else data
+    path.with_name(path.name + ".gz" if pack else path.name).write_bytes(data[: len(data) - cut])
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """Files that a run cannot use."""
+    folder = tmp_path_factory.mktemp("material")
+    for name, pack in (("cut", False), ("cut_gz", True)):
+        (folder / name).mkdir()
+        for part in ("train", "t10k"):
+            write_idx(folder / name / f"{part}-images-idx3-ubyte", np.zeros((20, 28, 28)), cut=30, pack=pack)
+            write_idx(folder / name / f"{part}-labels-idx1-ubyte", np.arange(20) % 10, pack=pack)
+    (folder / "garbage.safetensors").write_bytes(b"no tensors " * 100)
+    write_tensors(folder / "foreign.safetensors", {"a": np.zeros(3, np.float32)}, {})
+    mlp = SupportedVisionModels.HookedMLPClassifier
+    save_classifier(vision_model_loader(mlp, 7, 1, 8), folder / "seven.safetensors", mlp, (7, 1, 8), {})
+    for name, text in {
+        "key.yaml": "nonsense: 3",
+        "nested.yaml": "train: {nonsense: 3}",
+        "type.yaml": "train: {epochs: many}",
+        "choice.yaml": "vision_dataset: NOPE",
+        "value.yaml": "kappa_list: [0]",
+        "broken.yaml": "kappa_list: [1",
+        "list.yaml": "- 1",
+        "null.yaml": "train: null",
+        "text.yaml": "just words",
+    }.items():
+        (folder / name).write_text(text + "\n")
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    return folder
+
+
+def refused(capsys, out: Path, *arguments: str) -> str:
+    """stderr of a command that must end with 2, silent on stdout, and leave nothing behind."""
+    try:
+        code = main.main([*arguments])
+    except SystemExit as stop:  # tyro's own refusals
+        code = stop.code
+    printed, err = capsys.readouterr()
+    assert (code, printed) == (2, ""), err
+    assert "Traceback" not in err
+    files = [path for path in out.rglob("*") if path.is_file() or path.suffix in (".part", ".tmp")]
+    assert files == []
+    return err
+
+
+def sentence(err: str) -> str:
+    """The one line that is no progress."""
+    (line,) = [line for line in err.splitlines() if not LOG_LINE.match(line)]
+    assert line.startswith("error: ")
+    return line
+
+
+SENTENCES = {
+    "unknown command": ("nonsense", "choose from run, report, dashboard, download"),
+    "config without file": ("run --config", "--config names no file"),
+    "forget class": ("--forget-class 10", "DIGITS has classes 0 to 9"),
+    "kappa": ("--kappa-list 8193", "choose from 1 to 8192"),
+    "topK": ("--topK-list 8193", "choose from 1 to 8192"),
+    "mask layer": ("--mask-layer 7", "choose from -3 to 2"),
+    "dataset not available": ("--vision-dataset IMAGENET_SMALL", "not available yet: choose one of DIGITS"),
+    "dataset missing": ("--vision-dataset CIFAR10", "uv run main.py download CIFAR10"),
+    "dataset cut": ("--vision-dataset FASHION_MNIST --dataset-path {material}/cut", "holds 15650 bytes"),
+    "dataset cut gz": ("--vision-dataset FASHION_MNIST --dataset-path {material}/cut_gz", "cannot read FASHION_MNIST"),
+    "dataset folder": ("--vision-dataset MNIST --dataset-path {material}/none", "cannot read MNIST"),
+    "checkpoint missing": ("--trained-vision-model-path {material}/none", "nothing at"),
+    "checkpoint garbage": ("--trained-vision-model-path {material}/garbage.safetensors", "not a whole safetensors"),
+    "checkpoint foreign": ("--trained-vision-model-path {material}/foreign.safetensors", "needed HookedMLPClassifier"),
+    "checkpoint classes": ("--trained-vision-model-path {material}/seven.safetensors", "num_classes 7, needed 10"),
+    "checkpoint folder": ("--trained-vision-model-path {material}", "safetensors"),
+    "gcn missing": ("--gcn-path {material}/none", "nothing at"),
+    "gcn folder": ("--gcn-path {material}", "safetensors"),
+    "output below a file": ("--output-dir {material}/garbage.safetensors/out", "Not a directory"),
+    "device missing": ("--device cuda:7", "CUDA devices are here"),
+    "method": ("--eval.methods mimu nonsense", "choose from mimu, random, sft, default"),
+    "ddp": ("--train.use-ddp", "not available yet"),
+    "yaml missing": ("--config {material}/none.yaml", "there is no config file"),
+    "yaml folder": ("--config {material}", "directory"),
+    "yaml key": ("--config {material}/key.yaml", "'nonsense' not in 'PipelineConfig'"),
+    "yaml nested key": ("--config {material}/nested.yaml", "'nonsense' not in 'TrainConfig'"),
+    "yaml type": ("--config {material}/type.yaml", "train.epochs"),
+    "yaml choice": ("--config {material}/choice.yaml", "expected one of"),
+    "yaml value": ("--config {material}/value.yaml", "must be at least 1"),
+    "yaml broken": ("--config {material}/broken.yaml", "broken.yaml"),
+    "yaml list": ("--config {material}/list.yaml", "list.yaml"),
+    "yaml null": ("--config {material}/null.yaml", "null.yaml"),
+    "yaml text": ("--config {material}/text.yaml", "text.yaml"),
+    "yaml binary": ("--config {material}/binary.yaml", "binary.yaml"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), SENTENCES.values(), ids=SENTENCES)
+def test_refused_in_one_sentence(line, message, material, tiny, tmp_path, capsys):
+    words = line.format(material=material).split()
+    if words[0].startswith("--"):
+        place = [] if "--output-dir" in words else ["--output-dir", str(tmp_path / "out")]
+        words = ["run", "--config", str(tiny), "--tracker", "none", *place, *words]
+    assert message in sentence(refused(capsys, tmp_path / "out", *words))
+
+
+def test_unusable_gcn_is_refused(tiny, material, tmp_path, capsys):
+    """Found when the GCN is read; the stages before it are kept, whole."""
+    out = tmp_path / "out"
+    arguments = ["--config", str(tiny), "--tracker", "none", "--output-dir", str(out)]
+    for name, message in (("garbage", "not a whole safetensors"), ("seven", "is no GCN")):
+        assert main.main(["run", *arguments, "--gcn-path", str(material / f"{name}.safetensors")]) == 2
+        assert message in sentence(capsys.readouterr().err)
+    assert not [path for path in out.rglob("*") if path.suffix in (".part", ".tmp")]
+    assert not list((out / "eval").rglob("*.json"))
+
+
+FLAGS = {
+    "flag": ("--nonsense 3", "--nonsense"),
+    "dataset": ("--vision-dataset NOPE", "'DIGITS', 'FASHION_MNIST'"),
+    "model": ("--model-architecture NOPE", "'HookedMLPClassifier', 'HookedResnet'"),
+    "type": ("--train.epochs many", "--train.epochs"),
+    "kappa": ("--kappa-list 0", "must be at least 1"),
+    "twice": ("--topK-list 5 5", "name each value once"),
+    "device": ("--device tpu", "choose auto, cpu, cuda or cuda:N"),
+    "range": ("--train.epochs 0", "epochs is 0: give a number > 0"),
+    "formats": ("--reporter.formats gif", "choose from png, svg, pdf"),
+    "tracker": ("--tracker wandb", "'trackio', 'none'"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), FLAGS.values(), ids=FLAGS)
+def test_flag_refused(line, message, tiny, tmp_path, capsys):
+    words = ["run", "--config", str(tiny), "--output-dir", str(tmp_path / "out"), *line.split()]
+    err = refused(capsys, tmp_path / "out", *words)
+    assert message in re.sub(r"[\s│]+", " ", err)
+
+
+def test_other_commands_say_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRACKIO_DIR")
+    place = ["--output-dir", str(tmp_path)]
+    assert "make some with `uv run main.py`" in sentence(refused(capsys, tmp_path, "report", *place))
+    assert "make some with `uv run main.py`" in sentence(refused(capsys, tmp_path, "dashboard", *place))
+    assert "needs no download" in sentence(refused(capsys, tmp_path, "download", "DIGITS", *place))
+    assert "not available yet" in sentence(refused(capsys, tmp_path, "download", "IMAGENET_SMALL", *place))
+    assert "'DIGITS'" in refused(capsys, tmp_path, "download", "NOPE", *place)
+
+
+def test_refusals_of_a_real_process(material, tmp_path):
+    for words, message in ((["nonsense"], "there is no command"), (["--config", material / "key.yaml"], "nonsense")):
+        result = process(tmp_path, "main.py", *words)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert message in sentence(result.stderr)
