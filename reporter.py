@@ -10,8 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from artifacts import HISTORY, log, read_records, write_text, writing
-from config import ReporterConfig, UserError
+from artifacts import (
+    HISTORY,
+    MANIFEST,
+    code_key,
+    key_of,
+    log,
+    read_json,
+    read_records,
+    sha256_file,
+    write_json,
+    write_text,
+    writing,
+)
+from config import ReporterConfig, UserError, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,6 +131,15 @@ def headline(records: list[dict]) -> str:
     )
 
 
+def is_drawn(folder: Path, key: str) -> bool:
+    """Whether a folder's manifest is for `key` and its files are there."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except UserError:
+        return False
+    return manifest.get("key") == key and all((folder / name).exists() for name in manifest.get("files", []))
+
+
 class Reporter:
     """Draws and writes what the records below an output folder say.
 
@@ -150,6 +171,12 @@ class Reporter:
     def _plot_run(self, records: list[dict]) -> Path:
         records = sorted(records, key=lambda record: (record["top_k"], record["kappa"]))
         folder = self.plots / self.run_name(records[0])
+        histories = self._histories(records)
+        inputs = {"records": records, "config": plain(self.config), "code": code_key("reporter.py", "artifacts.py")}
+        key = key_of(inputs | {name: sha256_file(path) for name, (path, _) in histories.items()})
+        if is_drawn(folder, key):
+            log(f"report: unchanged, {folder}")
+            return folder
         rows = table(records)
         write_text(folder / "table.md", as_text(rows))
         write_text(folder / "table.csv", as_csv(rows))
@@ -158,9 +185,10 @@ class Reporter:
         if "mimu" in records[0]["labels"]:
             drawn["weight_histogram"] = _draw_histogram(choose(records, "mimu"))
             drawn["class_probability"] = _draw_bars(choose(records, "mimu"))
-        drawn |= self._draw_histories(records)
+        drawn |= {name: _draw_history(path, name, terms) for name, (path, terms) in histories.items()}
         for name, figure in drawn.items():
             self._save(figure, folder, name)
+        write_json(folder / MANIFEST, {"key": key, "files": sorted(path.name for path in folder.glob("[!.]*.*"))})
         log(f"report: {len(drawn)} figures and tables of {len(records)} points in {folder}")
         return folder
 
@@ -170,18 +198,13 @@ class Reporter:
         point = f"{record['model']}_{record['dataset']}_class-{record['forget_class']}_seed-{record['seed']}"
         return f"{point}_{record['run']}"
 
-    def _draw_histories(self, records: list[dict]) -> "dict[str, Figure]":
-        """Training curves of the classifier and of each topK's GCN, where their history lies beside them."""
-        drawn = {}
-        kinds = {"classifier": ("classifier_path", ("loss", "val_loss", "val_score", "grad_norm"))}
+    def _histories(self, records: list[dict]) -> dict[str, tuple[Path, tuple[str, ...]]]:
+        """Training curves that lie beside the classifier and each topK's GCN: name -> (file, what to draw)."""
+        kinds = {"training_classifier": (records[0]["classifier_path"], ("loss", "val_loss", "val_score", "grad_norm"))}
         for record in records:
-            kinds[f"gcn_top-{record['top_k']}"] = ("gcn_path", ("loss", "nll", "kl", "temperature"))
-        for record in records:
-            for name, (key, terms) in kinds.items():
-                path = self.output_dir / Path(record[key]).parent / HISTORY
-                if name not in drawn and name in ("classifier", f"gcn_top-{record['top_k']}") and path.exists():
-                    drawn[name] = _draw_history(path, name, terms)
-        return {f"training_{name}": figure for name, figure in drawn.items()}
+            kinds[f"training_gcn_top-{record['top_k']}"] = (record["gcn_path"], ("loss", "nll", "kl", "temperature"))
+        paths = {name: (self.output_dir / Path(file).parent / HISTORY, terms) for name, (file, terms) in kinds.items()}
+        return {name: (path, terms) for name, (path, terms) in paths.items() if path.exists()}
 
     def _save(self, figure: "Figure", folder: Path, name: str) -> None:
         import matplotlib
