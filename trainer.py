@@ -20,6 +20,7 @@ from utils_data import UnlearningDataset
 PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
 
 NODES_PER_PASS = 2**14  # nodes whose activations (2 MB at width 32) stay in cache: twice as fast on a CPU
+SECONDS_BETWEEN_LINES = 2.0  # short epochs do not flood a log
 DEAD_SHARE = 0.99  # of log C: a classifier whose loss is that of a guess
 
 
@@ -63,7 +64,7 @@ class VisionModelTrainer:
         """
         if self.config.use_ddp:
             return self.train_ddp(folder)
-        loader, figures, step = self.data.get_train_loader(), {}, 0
+        loader, figures, step, said = self.data.get_train_loader(), {}, 0, -math.inf
         with self.tracker:
             for epoch in range(1, self.config.epochs + 1):
                 begun, seen = time.perf_counter(), 0
@@ -75,9 +76,10 @@ class VisionModelTrainer:
                 val_loss, val_score = mean_loss_and_score(self.model, self.data.get_val_loader(), self.device)
                 figures = {"epoch": epoch, "val_loss": val_loss, "val_score": val_score}
                 self.tracker.log(step, **figures, images_per_second=rate)
-                log(
-                    f"classifier: epoch {epoch}/{self.config.epochs}, validation {val_score:.1f} %, {rate:.0f} images/s"
-                )
+                if epoch == self.config.epochs or time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    place = f"epoch {epoch}/{self.config.epochs}"
+                    log(f"classifier: {place}, validation {val_score:.1f} %, {rate:.0f} images/s")
         write_json(folder / HISTORY, self.tracker.history)
         return figures
 
