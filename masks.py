@@ -4,7 +4,7 @@ Polarity, everywhere: 1 = weight kept, 0 = weight switched off. Symbols as in th
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,11 +243,3 @@ def masked(weight: nn.Parameter, mask: Mask) -> Generator[None]:
     finally:
         with torch.no_grad():
             weight.copy_(original)
-
-
-def overlap(masks: Sequence[Mask]) -> Tensor:
-    """Share of switched-off weights that pairs of masks have in common (Jaccard), [len, len]."""
-    off = torch.stack([(~mask.keep).flatten().float() for mask in masks])
-    common = off @ off.T
-    sizes = common.diagonal()
-    return common / (sizes[:, None] + sizes - common).clamp_min(1)

@@ -1,0 +1,163 @@
+"""The contract of every registered method, and the masks they are made of."""
+
+import pytest
+import torch
+from torch import nn
+
+from config import (
+    EvalConfig,
+    MaskStrategies,
+    PipelineConfig,
+    SFTConfig,
+    SFTModes,
+    SupportedDatasets,
+    SupportedVisionModels,
+    UserError,
+)
+from masks import (
+    Mask,
+    feasibility_mask,
+    feasibility_score,
+    hard_topk,
+    masked,
+    random_mask,
+    set_difference_mask,
+)
+from methods import METHODS, Context, Point, check_methods, method, mimu_mask
+from model import vision_model_loader
+from trainer import SFTTrainer
+from utils_data import get_unlearning_dataset
+
+POINT = Point(topK=500, kappa=200, seed=0)
+
+
+@pytest.fixture(scope="module")
+def context() -> Context:
+    torch.manual_seed(0)
+    model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval()
+    data = get_unlearning_dataset(SupportedDatasets.DIGITS, 32, 4)
+    theta = torch.randn(10, 64, 128, generator=torch.Generator().manual_seed(1))
+    config = PipelineConfig(forget_class=4, sft=SFTConfig(steps=3))
+    return Context(model, data, config, torch.device("cpu"), lambda topK: theta)
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_contract(context, name):
+    before, images = bits(context.model), context.data.splits["test"].batch(slice(50))[0]
+
+    def once(point: Point) -> torch.Tensor:
+        with METHODS[name].enter(context, point) as model, torch.inference_mode():
+            assert not any(module.training for module in model.modules())
+            return model(images)
+
+    logits = once(POINT)
+    assert logits.isfinite().all()
+    assert bits(context.model) == before
+    assert torch.equal(logits, once(POINT))
+    axes = METHODS[name].axes
+    for axis, other in (("topK", Point(400, 200, 0)), ("kappa", Point(500, 300, 0)), ("seed", Point(500, 200, 1))):
+        assert (METHODS[name].key(other) != METHODS[name].key(POINT)) == (axis in axes)
+        if axis not in axes:
+            assert torch.equal(logits, once(other))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_classifier_survives_an_error_inside(context, name):
+    before = bits(context.model)
+
+    def fails() -> None:
+        with METHODS[name].enter(context, POINT):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert bits(context.model) == before
+
+
+def test_registering_and_unknown_names():
+    @method("doubled", "doubled", axes=("kappa",))
+    def doubled(context, point):
+        yield context.model
+
+    try:
+        assert METHODS["doubled"].key(POINT) == ("doubled", 200)
+        check_methods(("doubled", "mimu"))
+    finally:
+        del METHODS["doubled"]
+    with pytest.raises(UserError, match="no method 'doubled': choose from mimu, random, sft, default"):
+        check_methods(("mimu", "doubled"))
+
+
+def test_strategies_of_mimu(context):
+    theta = context.theta(500)
+    q = theta.flatten(1).softmax(1).view_as(theta)
+    assert torch.equal(mimu_mask(context, POINT).keep, feasibility_mask(q, 4, 200).keep)
+    sets = PipelineConfig(forget_class=4, eval=EvalConfig(mask_strategy=MaskStrategies.set_difference))
+    other = Context(context.model, context.data, sets, context.device, context.learn_importance)
+    off = ~mimu_mask(other, POINT).keep
+    tops = [set(scores.flatten().argsort(descending=True)[:500].tolist()) for scores in theta]
+    wanted = tops[4].difference(*(tops[c] for c in range(10) if c != 4))
+    assert set(off.flatten().nonzero().flatten().tolist()) == wanted
+
+
+def test_masks_by_hand():
+    importance = torch.tensor([[[4.0, 1.0], [3.0, 0.0]], [[4.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]])
+    assert feasibility_score(importance, 0).tolist() == [[1.0, 1.0], [3.0, -1.0]]
+    assert feasibility_mask(importance, 0, 2).keep.tolist() == [[False, True], [False, True]]  # the tie: lower index
+    assert set_difference_mask(importance, 0, 2).keep.tolist() == [[True, True], [False, True]]
+    assert set_difference_mask(importance, 1, 1).switched_off == 0  # its only weight is others' too
+
+
+def test_hard_topk_ties_and_nan():
+    assert hard_topk(torch.zeros(2, 3), 4).tolist() == [[True, True, True], [True, False, False]]
+    with pytest.raises(ValueError, match="NaN"):
+        hard_topk(torch.tensor([1.0, float("nan")]), 1)
+    for k in (0, 7):
+        with pytest.raises(UserError, match="has 6 weights: choose from 1 to 6"):
+            hard_topk(torch.zeros(2, 3), k)
+
+
+def test_mask_file_round_trip_and_wrong_shape(tmp_path):
+    mask = Mask(random_mask((4, 5), 7, torch.Generator().manual_seed(0)).keep, {"kappa": 7, "model": "x"})
+    assert mask.switched_off == 7
+    mask.save(tmp_path / "m.safetensors")
+    again = Mask.load(tmp_path / "m.safetensors")
+    assert torch.equal(again.keep, mask.keep)
+    assert again.facts == mask.facts
+    with (
+        pytest.raises(UserError, match=r"the mask is \(4, 5\), the layer \(5, 4\)"),
+        masked(nn.Parameter(torch.zeros(5, 4)), mask),
+    ):
+        pass
+    (tmp_path / "bad").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        Mask.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("mode", list(SFTModes))
+def test_sft_draws_what_its_mode_says(context, mode):
+    config = SFTConfig(mode=mode, batch_size=32, steps=2)
+    trainer = SFTTrainer(context.model, context.data, -2, config, 0, context.device)
+    forget = {
+        image.numpy().tobytes() for image in context.data.splits["train"].only(trainer.forget).batch(slice(None))[0]
+    }
+    drawn = [trainer.batch() for _ in range(40)]
+    from_forget = [sum(image.numpy().tobytes() in forget for image in images) for images, _ in drawn]
+    share = {SFTModes.Randomize_Forget: 32, SFTModes.Finetune_Retain: 0}.get(mode, 16)
+    assert set(from_forget) == {share}
+    labels = torch.cat([labels[:share] for _, labels in drawn])
+    if share:  # uniform over all classes: mean count 32 x 40 x share / 32 / 10, five standard deviations
+        expected = len(labels) / 10
+        assert ((torch.bincount(labels, minlength=10) - expected).abs() < 5 * expected**0.5).all()
+    true = torch.cat([labels[share:] for _, labels in drawn])
+    assert 4 not in true.tolist()
+
+
+def test_sft_changes_the_target_layer_alone(context):
+    tuned = SFTTrainer(context.model, context.data, -2, SFTConfig(steps=3), 0, context.device).train()
+    changed = {n for n, v in tuned.state_dict().items() if not torch.equal(v, context.model.state_dict()[n])}
+    assert changed == {"linears.1.weight"}

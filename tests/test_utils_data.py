@@ -1,0 +1,205 @@
+"""Datasets: true formats are read, wrong ones refused in a sentence, splits are splits."""
+
+import gzip
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+
+from config import DataConfig, SupportedDatasets, UserError
+from utils_data import SPLITS, download, get_unlearning_dataset, read_idx, stratified
+
+RANDOM = np.random.default_rng(0)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+def images(count: int, *shape: int) -> np.ndarray:
+    return RANDOM.integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def write_mnist(root, labels: np.ndarray, pack: bool = False) -> dict:
+    written = {}
+    for part in ("train", "t10k"):
+        written[part] = images(len(labels), 28, 28)
+        for name, array in (("images-idx3", written[part]), ("labels-idx1", labels)):
+            data, path = idx_bytes(array), root / f"{part}-{name}-ubyte"
+            if pack:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(data))
+            else:
+                path.write_bytes(data)
+    return written
+
+
+def write_cifar(root, folder: str, names: dict[str, int], key: str, classes: int) -> None:
+    """Files of pickled dicts, as the originals: rows of 3,072 bytes, red plane first."""
+    (root / folder).mkdir()
+    for name, count in names.items():
+        entry = {"data": images(count, 3072), key: [i % classes for i in range(count)]}
+        (root / folder / name).write_bytes(pickle.dumps(entry))
+    meta = {"batches.meta": "label_names", "meta": "fine_label_names"}
+    for name, entry in meta.items():
+        (root / folder / name).write_bytes(pickle.dumps({entry: [str(i) for i in range(classes)]}))
+
+
+LABELS = np.arange(60) % 10
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_idx_is_read_as_written(tmp_path, pack):
+    written = write_mnist(tmp_path, LABELS, pack)
+    assert (read_idx(tmp_path / "train-images-idx3-ubyte") == written["train"]).all()
+    data = get_unlearning_dataset(SupportedDatasets.MNIST, 8, 1, tmp_path)
+    assert (data.splits["test"].pixels[:, 0].numpy() == written["t10k"]).all()
+    assert data.splits["test"].labels.tolist() == LABELS.tolist()
+
+
+def test_loaded_batches_are_normalised_by_the_training_images(tmp_path):
+    write_mnist(tmp_path, LABELS)
+    data = get_unlearning_dataset(SupportedDatasets.MNIST, 7, 1, tmp_path)
+    every = torch.cat([batch for batch, _ in data.get_train_loader()])
+    assert float(every.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(every.std(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder", "names", "key", "classes"),
+    [
+        (
+            SupportedDatasets.CIFAR10,
+            "cifar-10-batches-py",
+            {**{f"data_batch_{i}": 20 for i in range(1, 6)}, "test_batch": 20},
+            "labels",
+            10,
+        ),
+        (SupportedDatasets.CIFAR100, "cifar-100-python", {"train": 400, "test": 100}, "fine_labels", 100),
+    ],
+)
+def test_cifar(tmp_path, monkeypatch, dataset, folder, names, key, classes):
+    import torchvision.datasets.cifar as cifar
+
+    write_cifar(tmp_path, folder, names, key, classes)
+    with pytest.raises(UserError, match=r"corrupted.*download"):  # the md5 check stands
+        get_unlearning_dataset(dataset, 8, 0, tmp_path)
+    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)
+    data = get_unlearning_dataset(dataset, 8, 0, tmp_path)
+    assert data.splits["test"].pixels.shape == (names.get("test_batch", names.get("test")), 3, 32, 32)
+    raw = pickle.loads((tmp_path / folder / ("test_batch" if classes == 10 else "test")).read_bytes())
+    assert (data.splits["test"].pixels.numpy().reshape(-1, 3072) == raw["data"]).all()
+
+
+def test_svhn(tmp_path, monkeypatch):
+    import torchvision.datasets.svhn as svhn
+
+    monkeypatch.setattr(svhn, "check_integrity", lambda *_: True)
+    pixels = images(40, 32, 32, 3)
+    for part in ("train", "test"):  # the file stores height, width, channel, sample; and digit 0 as 10
+        labels = np.where(np.arange(40) % 10 == 0, 10, np.arange(40) % 10)[:, None]
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels.transpose(1, 2, 3, 0), "y": labels})
+    data = get_unlearning_dataset(SupportedDatasets.SVHN, 8, 0, tmp_path)
+    assert data.splits["test"].labels.tolist() == [i % 10 for i in range(40)]
+    assert (data.splits["test"].pixels.numpy() == pixels.transpose(0, 3, 1, 2)).all()
+
+
+def test_real_digits_and_real_fashion_mnist():
+    digits = get_unlearning_dataset(SupportedDatasets.DIGITS, 64)
+    assert sum(len(digits.splits[split]) for split in SPLITS) == 1797
+    fashion = get_unlearning_dataset(SupportedDatasets.FASHION_MNIST, 64)
+    assert len(fashion.splits["train"]) + len(fashion.splits["val"]) == 60_000
+    train = torch.bincount(fashion.splits["train"].labels) + torch.bincount(fashion.splits["val"].labels)
+    assert train.tolist() == [6000] * 10
+    assert torch.bincount(fashion.splits["test"].labels).tolist() == [1000] * 10
+
+
+def test_splits_part_the_training_data(tmp_path):
+    written = write_mnist(tmp_path, LABELS)
+    one = get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path, seed=0)
+    other = get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path, seed=1)
+    moved = get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path, data=DataConfig(split_seed=1))
+
+    def keys(data, split):
+        return {bytes(image) for image in data.splits[split].pixels.numpy()}
+
+    assert keys(one, "train") | keys(one, "val") == {bytes(image) for image in written["train"]}
+    assert not keys(one, "train") & keys(one, "val")
+    assert set(one.splits["val"].labels.tolist()) == set(range(10))
+    assert keys(one, "val") == keys(other, "val") != keys(moved, "val")
+    assert [y.tolist() for _, y in one.get_train_loader()] != [y.tolist() for _, y in other.get_train_loader()]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_forget_and_retain_are_everything(tmp_path, split):
+    write_mnist(tmp_path, LABELS)
+    data = get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
+    forget = torch.cat([y for _, y in data.get_forget_set(split)])
+    retain = torch.cat([y for _, y in data.get_retain_set(split)])
+    assert set(forget.tolist()) == {3}
+    assert 3 not in retain.tolist()
+    assert len(forget) + len(retain) == len(data.splits[split])
+    assert torch.cat([y for _, y in data.get_single_class(5, split)]).unique().tolist() == [5]
+
+
+def test_stratified_takes_its_share_of_each_class():
+    labels = np.repeat([0, 1, 2], [100, 10, 1])
+    chosen, rest = stratified(labels, 0.2, 0)
+    assert np.bincount(labels[chosen]).tolist() == [20, 2, 1]
+    assert sorted([*chosen, *rest]) == list(range(111))
+
+
+def test_subset_sizes(tmp_path):
+    write_mnist(tmp_path, LABELS)
+    small = DataConfig(max_train_samples=30, max_test_samples=20)
+    data = get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path, data=small)
+    assert len(data.splits["train"]) + len(data.splits["val"]) == 30
+    assert torch.bincount(data.splits["test"].labels).tolist() == [2] * 10
+
+
+def damage(path, how: str) -> None:
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-5], "magic": b"\x00\x00\x09" + data[3:], "empty": b""}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "magic", "empty"])
+def test_damaged_file_is_named(tmp_path, how):
+    write_mnist(tmp_path, LABELS)
+    damage(tmp_path / "train-images-idx3-ubyte", how)
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte .*download MNIST"):
+        get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
+
+
+def test_missing_files_labels_out_of_range_and_unknown_classes(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read MNIST .*download MNIST"):
+        get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
+    write_mnist(tmp_path, LABELS + 1)
+    with pytest.raises(UserError, match=r"labels 1\.\.10, needed are 0\.\.9"):
+        get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
+    write_mnist(tmp_path, LABELS)
+    with pytest.raises(UserError, match="forget_class is 10, but MNIST has classes 0 to 9"):
+        get_unlearning_dataset(SupportedDatasets.MNIST, 8, 10, tmp_path)
+    write_mnist(tmp_path, np.zeros(60, int))
+    with pytest.raises(UserError, match="no training images of class 3"):
+        get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["IMAGENET_SMALL", "PLANT_CLASSIFICATION", "POKEMON_CLASSIFICATION"])
+def test_later_datasets_say_so(name, tmp_path):
+    with pytest.raises(UserError, match=f"{name} is not available yet: choose one of DIGITS"):
+        get_unlearning_dataset(SupportedDatasets[name], 8)
+    with pytest.raises(UserError, match="not available yet"):
+        download(SupportedDatasets[name], tmp_path)
+
+
+def test_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def fails(root: str, download: bool) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", fails)
+    with pytest.raises(UserError, match=r"downloading MNIST failed \(no route to host\)"):
+        download(SupportedDatasets.MNIST, tmp_path)
+    assert list(tmp_path.iterdir()) == []
