@@ -181,7 +181,7 @@ def test_report_needs_no_torch(finished):
     folder, _ = finished
     plots = folder / "out/eval/metrics_and_plots/plots"
     before = {path.relative_to(plots): path.read_bytes() for path in plots.rglob("*") if path.is_file()}
-    assert {Path(path).suffix for path in before} == {".md", ".csv", ".png"}
+    assert {Path(path).suffix for path in before} == {".md", ".csv", ".png", ".json"}
     shutil.rmtree(plots)
     code = (
         "import sys\n"
