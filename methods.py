@@ -49,12 +49,14 @@ class Context:
         return weight
 
     def theta(self, topK: int) -> Tensor:
-        """theta [C, m, n], computed once per topK; its cost is charged to each method that asks."""
-        if topK not in self._theta:
-            begun = time.perf_counter()
-            self._theta[topK] = (self.learn_importance(topK), time.perf_counter() - begun)
-        theta, seconds = self._theta[topK]
-        self.charged += seconds
+        """theta [C, m, n], computed once per topK; later callers are charged what it cost the first."""
+        if topK in self._theta:
+            theta, seconds = self._theta[topK]
+            self.charged += seconds
+            return theta
+        begun = time.perf_counter()
+        theta = self.learn_importance(topK)
+        self._theta[topK] = (theta, time.perf_counter() - begun)
         return theta
 
     def importance(self, topK: int) -> Tensor:

@@ -29,7 +29,7 @@ from artifacts import (
     write_json,
 )
 from config import PipelineConfig, UserError, derive_seed, plain
-from data import GraphDataset, GraphGenerator, num_edges, num_vertices
+from data import FEATURES, GraphDataset, GraphGenerator, num_edges, num_vertices
 from eval import Eval
 from masks import check_budget
 from methods import Context, check_methods
@@ -92,7 +92,11 @@ class Pipeline:
         if config.trained_vision_model_path:
             vision_model_loader(config.model_architecture, *self.shape, config.trained_vision_model_path)
         if config.gcn_path:
-            MaskingGCN.load(config.gcn_path)
+            found = MaskingGCN.load(config.gcn_path)[0].num_node_features
+            if found != len(FEATURES):
+                raise UserError(
+                    f"{config.gcn_path} reads {found} node features, graphs have {len(FEATURES)}: train one"
+                )
 
     # --- inputs of every stage ---
 
@@ -215,7 +219,7 @@ class Pipeline:
 
         def make(folder: Path) -> dict:
             torch.manual_seed(derive_seed(self.config.seed, "gcn", "weights"))
-            gcn = MaskingGCN(4, config.num_message_passing_rounds, config.hidden_dim, config.aggregation)
+            gcn = MaskingGCN(len(FEATURES), config.num_message_passing_rounds, config.hidden_dim, config.aggregation)
             facts = GCNTrainer(
                 gcn,
                 self.classifier,

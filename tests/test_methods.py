@@ -1,5 +1,7 @@
 """The contract of every registered method, and the masks they are made of."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,22 @@ def test_registering_and_unknown_names():
         del METHODS["doubled"]
     with pytest.raises(UserError, match="no method 'doubled': choose from mimu, random, sft, default"):
         check_methods(("mimu", "doubled"))
+
+
+def test_shared_work_is_charged_to_each_method_once(context):
+    asked = []
+
+    def learn(topK: int) -> torch.Tensor:
+        asked.append(topK)
+        time.sleep(0.05)
+        return torch.zeros(10, 64, 128)
+
+    fresh = Context(context.model, context.data, context.config, context.device, learn)
+    fresh.theta(5)
+    assert fresh.charged == 0  # the first caller's clock has run already
+    fresh.theta(5)
+    assert asked == [5]
+    assert fresh.charged == fresh._theta[5][1] >= 0.05
 
 
 def test_strategies_of_mimu(context):
