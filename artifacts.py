@@ -1,4 +1,4 @@
-"""Everything that reaches the disk or the terminal: atomic writes, the stage store, records, progress, tracking.
+"""Everything that reaches the disk: atomic writes, the stage store, records.
 
 A stage's folder is named after the hash of all its inputs and appears by one rename, its manifest written
 last: a folder that exists is complete, and one whose files no longer match its manifest is made again.
@@ -6,62 +6,31 @@ No torch here, so that reports are rebuilt from JSON in a second.
 """
 
 import hashlib
-import io
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
-from typing import TypeVar
 
 import numpy as np
 
-from config import PROJECT_ROOT, Trackers, UserError
+from config import PROJECT_ROOT, UserError
+from observe import log
 
 SCHEMA = "mimu/1"
 MANIFEST = "manifest.json"
 HISTORY = "history.json"
 RECORDS = Path("eval/metrics_and_plots/json")
 PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors")
-TRACKIO_PROJECT = "mimu"
-_START = time.monotonic()
-T = TypeVar("T")
-
-
-# --- terminal ---------------------------------------------------------------------------------------------
-
-
-def log(text: str) -> None:
-    """One plain line for people, on stderr."""
-    print(f"[{time.monotonic() - _START:7.1f} s] {text}", file=sys.stderr, flush=True)
-
-
-def progress(items: Iterable[T], description: str, every: float = 5.0) -> Iterator[T]:
-    """Pass `items` on; show a bar on a terminal, and one plain line each `every` seconds anywhere else."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(items, desc=description, leave=False, file=sys.stderr)
-        return
-    total = len(items) if isinstance(items, Sized) else None
-    begun = last = time.monotonic()
-    for count, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= every:
-            rate, last = count / (now - begun), now
-            left = f", {(total - count) / rate:.0f} s left" if total else ""
-            log(f"{description}: {count}{f'/{total}' if total else ''}, {rate:.1f}/s{left}")
 
 
 # --- writing and reading ----------------------------------------------------------------------------------
@@ -146,10 +115,31 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         raise UserError(f"{what}: give one that `run` wrote, or leave the path out to compute it") from None
 
 
-def create_array(path: Path, shape: tuple[int, ...], dtype: type = np.float32) -> np.memmap:
-    """A new .npy file as a writable memory map: its rows are filled in chunks and never all in RAM."""
+@contextmanager
+def appending_array(
+    path: Path, shape: tuple[int, ...], dtype: type = np.float32
+) -> Generator[Callable[[np.ndarray], None]]:
+    """A new .npy file that is filled row by row from the front: what is written leaves memory at once.
+
+    Raises:
+        ValueError: another number of values was written than `shape` holds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    written = 0
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+
+        def append(rows: np.ndarray) -> None:
+            nonlocal written
+            written += rows.size
+            file.write(np.ascontiguousarray(rows, dtype).data)
+
+        yield append
+        file.flush()
+        os.fsync(file.fileno())
+    if written != math.prod(shape):
+        raise ValueError(f"{path} needs {math.prod(shape)} values, {written} were written")
 
 
 def read_array(path: Path) -> np.ndarray:
@@ -355,41 +345,3 @@ def read_rows(records: Iterable[dict]) -> list[Row]:
         for method, values in record[part].items()
         for metric, value in values.items()
     ]
-
-
-# --- tracking ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tracker:
-    """Training curves: kept as a list for the stage's `history.json`, mirrored to trackio if asked for."""
-
-    kind: Trackers
-    name: str
-    config: dict
-    history: list[dict] = field(default_factory=list)
-
-    def __enter__(self) -> "Tracker":
-        if self.kind is Trackers.trackio:
-            plain = {"auto_log_gpu": False, "auto_log_cpu": False}
-            with redirect_stdout(io.StringIO()):  # a banner in colours
-                _trackio().init(project=TRACKIO_PROJECT, name=self.name, config=self.config, **plain)
-        return self
-
-    def log(self, step: int, **values: float) -> None:
-        """Record plain numbers at one step."""
-        self.history.append({"step": step, **values})
-        if self.kind is Trackers.trackio:
-            _trackio().log(values, step=step)
-
-    def __exit__(self, *_: object) -> None:
-        if self.kind is Trackers.trackio:
-            with redirect_stdout(io.StringIO()):
-                _trackio().finish()
-
-
-def _trackio() -> ModuleType:
-    """The trackio module, imported late: it takes seconds, and reads TRACKIO_DIR (set by main.py) just once."""
-    import trackio
-
-    return trackio

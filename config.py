@@ -109,6 +109,11 @@ def _positive(config: object, *names: str, zero_ok: bool = False) -> None:
         _require(ok, f"{name} is {value}", f"give a number {'>=' if zero_ok else '>'} 0")
 
 
+def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    """One number or several, as a tuple."""
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images take part."""
@@ -245,8 +250,8 @@ class PipelineConfig:
     model_architecture: SupportedVisionModels = SupportedVisionModels.HookedMLPClassifier
     vision_dataset: SupportedDatasets = SupportedDatasets.DIGITS
     forget_class: int = 0
-    mask_layer: int = -2
-    """Which linear layer of the classifier's head is masked; -2 is the second to last."""
+    mask_layer: tuple[int, ...] | None = (-2,)
+    """Which linear layers of the classifier's head are masked; -2 is the second to last, None means all of them."""
     topK_list: tuple[int, ...] = (2000,)
     """How many weights a class mask keeps as important (one GCN is trained for each)."""
     kappa_list: tuple[int, ...] = (100, 200, 400, 800)
@@ -279,6 +284,8 @@ class PipelineConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, Path(value).expanduser())
+        if self.mask_layer is not None:
+            object.__setattr__(self, "mask_layer", _as_tuple(self.mask_layer))
         for name in ("topK_list", "kappa_list"):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
@@ -297,14 +304,17 @@ def load_config(paths: Sequence[Path]) -> PipelineConfig:
     Raises:
         UserError: a file is missing or not YAML, or a key or value does not fit the schema.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     merged = OmegaConf.structured(PipelineConfig)
     for path in paths:
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.load(Path(path).expanduser()))
+            values = OmegaConf.load(Path(path).expanduser())
+            if isinstance(values, DictConfig) and isinstance(values.get("mask_layer"), int):
+                values["mask_layer"] = [values["mask_layer"]]  # one layer may be written without brackets
+            merged = OmegaConf.merge(merged, values)
         except FileNotFoundError:
             raise UserError(f"there is no config file {path}: see configs/ for the ones that ship") from None
         except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:

@@ -1,9 +1,11 @@
 """A classifier and its images -> graphs. One sample's graph is three vectors, because g_ij = delta_i h_j.
 
-Per sample h [n], z [m] and delta [m] are stored, and W [m, n] once; node features are made on the fly.
+Per sample and layer h [n], z [m] and delta [m] are stored, and W [m, n] once; node features are made on the fly.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from artifacts import create_array, log, progress, read_array
+from artifacts import appending_array, read_array, read_json, write_json
 from config import GraphConfig, UserError, derive_seed
-from model import HookedModel, capture, inspecting
+from graph import WeightGraph
+from model import HookedModel, MaskLayer, capture, inspecting
+from observe import log, progress
 from utils_data import Images, UnlearningDataset, make_loader
 
 if TYPE_CHECKING:
@@ -22,56 +26,54 @@ if TYPE_CHECKING:
 
 FEATURES = ("h", "z", "W", "g")
 EPSILON = 1e-8
-MAX_EDGES = 200_000_000  # 3.2 GB of int64; 128 x 512 has 41.8 million
+LAYOUT_FILE = "layout.json"
 _ARRAYS = ("h", "z", "delta", "labels", "weight")
 
 
-def num_vertices(m: int, n: int) -> int:
-    """Nodes of the graph of one m x n layer: one per weight."""
-    return m * n
-
-
-def num_edges(m: int, n: int) -> int:
-    """Directed edges of the rook's graph K_m x K_n: m n (m + n - 2)."""
-    return m * n * (m + n - 2)
-
-
-def rook_edges(m: int, n: int) -> Tensor:
-    """Directed edges [2, E] between weights of one row or one column; node (i, j) is number i n + j.
-
-    Raises:
-        UserError: the list would not fit; said before memory is taken.
-    """
-    edges = num_edges(m, n)
-    if edges > MAX_EDGES:
-        size = f"{edges:,} edges ({edges * 16 / 1e9:.0f} GB) of a {m} x {n} layer"
-        raise UserError(f"{size} do not fit: use MaskingGCN.forward, which needs no edges (limit {MAX_EDGES:,})")
-    nodes = torch.arange(m * n).view(m, n)
-    pairs_in_rows = _ordered_pairs(n)
-    pairs_in_columns = _ordered_pairs(m)
-    rows = nodes[:, pairs_in_rows].permute(1, 0, 2).reshape(2, -1)
-    columns = nodes[pairs_in_columns].reshape(2, -1)
-    return torch.cat([rows, columns], 1)
-
-
-def _ordered_pairs(count: int) -> Tensor:
-    """All (a, b) with a != b, [2, count (count - 1)]."""
-    return (~torch.eye(count, dtype=torch.bool)).nonzero().T
-
-
 def _standardise(values: Tensor) -> Tensor:
-    """(v - mean) / (std + 1e-8) over the last dimension; the same as over the nodes after broadcasting."""
+    """(v - mean) / (std + 1e-8) over the last dimension."""
     mean, std = values.mean(-1, keepdim=True), values.std(-1, keepdim=True, correction=0)
     return (values - mean) / (std + EPSILON)
 
 
-def _outer_moments(delta: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std + 1e-8, [B, 1] each, of the outer products delta_i h_j over all (i, j)."""
-    delta, h = delta.double(), h.double()
-    mean = delta.mean(-1, keepdim=True) * h.mean(-1, keepdim=True)
-    square = delta.square().mean(-1, keepdim=True) * h.square().mean(-1, keepdim=True)
+def _moments(means: Sequence[Tensor], squares: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and std + 1e-8, [B, 1] each, over all nodes, from each layer's mean and mean square [B] and its size."""
+    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    mean = (torch.stack(list(means), 1) * share).sum(1, keepdim=True)
+    square = (torch.stack(list(squares), 1) * share).sum(1, keepdim=True)
     std = (square - mean.square()).clamp_min(0).sqrt()
     return mean.float(), (std + EPSILON).float()
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Samples' graphs as vectors, per layer: h [B, n], z [B, m], delta [B, m]."""
+
+    h: list[Tensor]
+    z: list[Tensor]
+    delta: list[Tensor]
+
+    def to(self, device: torch.device) -> "Vectors":
+        """The same on a device."""
+        return Vectors(*([value.to(device) for value in group] for group in (self.h, self.z, self.delta)))
+
+    def moments(self, sizes: Sequence[int]) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(mean, std + 1e-8), [B, 1] each, over all nodes, of the columns h, z and g; no column is ever made."""
+        h, z, delta = ([values.double() for values in group] for group in (self.h, self.z, self.delta))
+
+        def first(values: list[Tensor]) -> list[Tensor]:
+            return [value.mean(1) for value in values]
+
+        def second(values: list[Tensor]) -> list[Tensor]:
+            return [value.square().mean(1) for value in values]
+
+        mean_g = [a * b for a, b in zip(first(delta), first(h), strict=True)]
+        square_g = [a * b for a, b in zip(second(delta), second(h), strict=True)]
+        return (
+            _moments(first(h), second(h), sizes),
+            _moments(first(z), second(z), sizes),
+            _moments(mean_g, square_g, sizes),
+        )
 
 
 class GraphDataset(Dataset):
@@ -81,7 +83,8 @@ class GraphDataset(Dataset):
         root: the folder. transform: applied to each `Data` that indexing gives.
 
     Attributes:
-        h [S, n], z [S, m], delta [S, m]: memory-mapped. labels [S], weight W [m, n]: in memory.
+        graph: its layers. h [S, sum of n], z and delta [S, sum of m]: memory-mapped, layer after layer.
+        labels [S], weight [*graph.shape]: in memory.
     """
 
     def __init__(self, root: Path, transform: "Callable[[Data], Data] | None" = None):
@@ -89,58 +92,71 @@ class GraphDataset(Dataset):
         arrays = {name: read_array(self.root / f"{name}.npy") for name in _ARRAYS}
         self.h, self.z, self.delta = arrays["h"], arrays["z"], arrays["delta"]
         self.labels = torch.from_numpy(np.array(arrays["labels"]))
+        layout = read_json(self.root / LAYOUT_FILE)
+        shapes = tuple((m, n) for m, n in layout["shapes"])
+        self.graph = WeightGraph(shapes, tuple(layout["joined"]), tuple(layout["names"]))
+        self.outs, self.ins = [m for m, _ in shapes], [n for _, n in shapes]
+        count, outs = len(self.labels), sum(self.outs)
+        found = (self.h.shape, self.z.shape, self.delta.shape, arrays["weight"].shape)
+        if found != ((count, sum(self.ins)), (count, outs), (count, outs), self.graph.shape):
+            raise UserError(f"{root} holds arrays {found} that do not belong together: make the graphs again")
         self.weight = torch.from_numpy(np.array(arrays["weight"]))
-        self.m, self.n = self.weight.shape
-        count = len(self.labels)
-        shapes = (self.h.shape, self.z.shape, self.delta.shape)
-        if shapes != ((count, self.n), (count, self.m), (count, self.m)):
-            raise UserError(f"{root} holds arrays {shapes} that do not belong together: make the graphs again")
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def vectors(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [B, n], z [B, m], delta [B, m] of some samples."""
+    def vectors(self, indices: Sequence[int] | np.ndarray | Tensor) -> Vectors:
+        """h, z and delta of some samples; only these are read."""
         chosen = np.asarray(indices)
         h, z, delta = (torch.from_numpy(np.array(array[chosen])) for array in (self.h, self.z, self.delta))
-        return h, z, delta
+        return Vectors(list(h.split(self.ins, 1)), list(z.split(self.outs, 1)), list(delta.split(self.outs, 1)))
+
+    def _standard_weight(self) -> Tensor:
+        """The column W, standardised. [*graph.shape]."""
+        return _standardise(self.weight.flatten()).view(self.graph.shape)
 
     def features(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Node features [B, m, n, 4]: h_j, z_i, W_ij, g_ij, each standardised over the nodes."""
-        h, z, delta = self.vectors(indices)
-        out = h.new_empty(len(h), self.m, self.n, len(FEATURES))
-        mean, spread = _outer_moments(delta, h)
-        out[..., 0] = _standardise(h).unsqueeze(1)
-        out[..., 1] = _standardise(z).unsqueeze(2)
-        out[..., 2] = _standardise(self.weight.flatten()).view(self.m, self.n)
-        torch.mul((delta / spread).unsqueeze(2), h.unsqueeze(1), out=(gradient := h.new_empty(out.shape[:3])))
-        out[..., 3] = gradient - (mean / spread).unsqueeze(2)
+        """Node features [B, *graph.shape, 4]: h_j, z_i, W_ij, g_ij, each standardised over all nodes."""
+        vectors = self.vectors(indices)
+        (mean_h, std_h), (mean_z, std_z), (mean_g, std_g) = vectors.moments(self.graph.sizes)
+        out = torch.empty(len(mean_h), *self.graph.shape, len(FEATURES))
+        out[..., 2] = self._standard_weight()
+        parts = zip(self.graph.split(out, trailing=1), vectors.h, vectors.z, vectors.delta, strict=True)
+        for part, h, z, delta in parts:
+            part[..., 0] = ((h - mean_h) / std_h).unsqueeze(1)
+            part[..., 1] = ((z - mean_z) / std_z).unsqueeze(2)
+            part[..., 3] = (delta / std_g).unsqueeze(2) * h.unsqueeze(1) - (mean_g / std_g).unsqueeze(2)
         return out
 
-    def class_features(self, num_classes: int) -> Tensor:
-        """Class representatives [C, m, n, 4]: `features` averaged over each class's samples.
+    def class_features(self, label: int) -> Tensor:
+        """A class's representative [*graph.shape, 4]: `features` averaged over its samples.
 
         g's mean is one matrix product, so no dense feature of a sample is ever made.
 
         Raises:
-            UserError: a class has no graph.
+            UserError: the class has no graph.
         """
-        out = torch.empty(num_classes, self.m, self.n, len(FEATURES))
-        out[..., 2] = _standardise(self.weight.flatten()).view(self.m, self.n)
-        for label in range(num_classes):
-            members = (self.labels == label).nonzero().flatten()
-            if len(members) == 0:
-                raise UserError(f"{self.root} holds no graph of class {label}: make the graphs with more samples")
-            h, z, delta = self.vectors(members)
-            mean, spread = _outer_moments(delta, h)
-            out[label, ..., 0] = _standardise(h).mean(0)
-            out[label, ..., 1] = _standardise(z).mean(0).unsqueeze(1)
-            out[label, ..., 3] = (delta / spread).T @ h / len(h) - (mean / spread).mean()
+        members = (self.labels == label).nonzero().flatten()
+        if len(members) == 0:
+            raise UserError(f"{self.root} holds no graph of class {label}: make the graphs with more samples")
+        vectors = self.vectors(members)
+        (mean_h, std_h), (mean_z, std_z), (mean_g, std_g) = vectors.moments(self.graph.sizes)
+        out = torch.empty(*self.graph.shape, len(FEATURES))
+        out[..., 2] = self._standard_weight()
+        parts = zip(self.graph.split(out, trailing=1), vectors.h, vectors.z, vectors.delta, strict=True)
+        for part, h, z, delta in parts:
+            part[..., 0] = ((h - mean_h) / std_h).mean(0)
+            part[..., 1] = ((z - mean_z) / std_z).mean(0).unsqueeze(1)
+            part[..., 3] = (delta / std_g).T @ h / len(h) - (mean_g / std_g).mean()
         return out
 
     def edge_index(self) -> Tensor:
-        """The explicit edges [2, E], the same for every sample; for inspection, export and tests."""
-        return rook_edges(self.m, self.n)
+        """The explicit edges [2, E], the same for every sample; for inspection, export and tests.
+
+        Raises:
+            UserError: they would not fit.
+        """
+        return self.graph.edge_index()
 
     def to_pyg(self, index: int) -> "Data":
         """One sample as PyG `Data`: x [N, 4], edge_index [2, E], y [1] (the label)."""
@@ -155,17 +171,17 @@ class GraphDataset(Dataset):
 
 
 class GraphGenerator:
-    """Turns training images into graphs of one layer, in batched passes, eval mode.
+    """Turns training images into graphs of the target layers, in batched passes, eval mode.
 
     Args:
-        model: the classifier. dataset: its images. mask_layer: the target layer. seed: of the choice of samples.
+        model: the classifier. dataset: its images. mask_layer: the target layers. seed: of the choice of samples.
     """
 
     def __init__(
         self,
         model: HookedModel,
         dataset: UnlearningDataset,
-        mask_layer: int = -2,
+        mask_layer: MaskLayer = -2,
         config: GraphConfig | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -197,39 +213,44 @@ class GraphGenerator:
             raise UserError(f"the target layer maps {shapes}, not vectors to vectors: choose another mask_layer")
         return inputs, outputs
 
-    def capture_batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [B, n], z [B, m] and delta = dl/dz [B, m] of every sample from one forward and one backward pass.
+    def capture_batch(self, images: Tensor, labels: Tensor) -> Vectors:
+        """h, z and delta = dl/dz of every sample and target layer from one forward and one backward pass.
 
         The loss is the *sum* of cross-entropies and the model is in eval mode, so samples do not interact.
-        The backward pass ends at z.
+        The backward pass ends at the first target layer's z.
         """
-        target = self.model.target(self.mask_layer)
-        with inspecting(self.model), capture(target, cut=True) as record:
+        places = self.model.layer_indices(self.mask_layer)
+        targets = [self.model.target(place) for place in places]
+        with inspecting(self.model), ExitStack() as stack:
+            records = [stack.enter_context(capture(layer, cut=layer is targets[0])) for layer in targets]
             logits = self.model(images)
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            inputs, outputs = record.take()
-            (delta,) = torch.autograd.grad(loss, outputs)
-        h, z = self.flatten_in_out_activation_single_layer(inputs, outputs)
-        return h.detach(), z.detach(), delta.view_as(z)
+            pairs = [record.take() for record in records]
+            gradients = torch.autograd.grad(loss, [outputs for _, outputs in pairs])
+        flat = [self.flatten_in_out_activation_single_layer(*pair) for pair in pairs]
+        h, z = [inputs.detach() for inputs, _ in flat], [outputs.detach() for _, outputs in flat]
+        return Vectors(h, z, [delta.view_as(value) for delta, value in zip(gradients, z, strict=True)])
 
     def generate(self, folder: Path) -> dict:
         """Write the graphs into `folder`, chunk by chunk; returns their facts."""
         images: Images = self.dataset.splits["train"]
         chosen = torch.from_numpy(self.choose_samples())
-        weight = self.model.target(self.mask_layer).weight.detach().cpu().numpy()
-        m, n = weight.shape
-        sizes = {"h": n, "z": m, "delta": m}
-        arrays = {name: create_array(folder / f"{name}.npy", (len(chosen), size)) for name, size in sizes.items()}
+        graph = self.model.weight_graph(self.mask_layer)
+        sizes = {"h": sum(n for _, n in graph.shapes), "z": sum(m for m, _ in graph.shapes)}
+        sizes["delta"] = sizes["z"]
         loader: DataLoader = make_loader(images.only(chosen), self.config.batch_size)
-        begin = 0
-        for batch, labels in progress(loader, "graphs"):
-            vectors = self.capture_batch(batch.to(self.device), labels.to(self.device))
-            for name, values in zip(sizes, vectors, strict=True):
-                arrays[name][begin : begin + len(labels)] = values.cpu().numpy()
-            begin += len(labels)
-        for array in arrays.values():
-            array.flush()
-        create_array(folder / "weight.npy", weight.shape)[:] = weight
-        labels = images.labels[chosen].numpy()
-        create_array(folder / "labels.npy", labels.shape, np.int64)[:] = labels
-        return {"num_samples": len(chosen), "num_vertices": num_vertices(m, n), "num_edges": num_edges(m, n)}
+        with ExitStack() as stack:
+            files = {
+                name: stack.enter_context(appending_array(folder / f"{name}.npy", (len(chosen), size)))
+                for name, size in sizes.items()
+            }
+            for batch, labels in progress(loader, "graphs"):
+                vectors = self.capture_batch(batch.to(self.device), labels.to(self.device))
+                for name, append in files.items():
+                    append(torch.cat(getattr(vectors, name), 1).cpu().numpy())
+        weight = graph.join([parameter.detach().cpu() for parameter in self.model.weights(self.mask_layer)]).numpy()
+        for name, values in {"weight": weight, "labels": images.labels[chosen].numpy()}.items():
+            with appending_array(folder / f"{name}.npy", values.shape, values.dtype.type) as append:
+                append(values)
+        write_json(folder / LAYOUT_FILE, {"shapes": graph.shapes, "joined": graph.joined, "names": graph.names})
+        return {"num_samples": len(chosen), "num_vertices": graph.num_vertices, "num_edges": graph.num_edges}

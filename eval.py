@@ -1,7 +1,7 @@
 """Measure methods x sweep points: the five metrics, on validation images (for choosing) and test images.
 
-Only the target layer changes under a mask, so its input h is computed once per image set and kept; a masked
-model is then judged by `head(h, W)` alone. A model whose earlier layers differ takes the full forward pass.
+Only the target layers change under a mask, so the first one's input h is computed once per image set and kept; a
+masked model is then judged by `head(h, W)` alone. A model whose earlier layers differ takes the full forward pass.
 """
 
 import time
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from artifacts import progress
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, mimu_mask
-from model import HookedModel, inspecting
+from model import HookedModel, MaskLayer, inspecting
+from observe import progress
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40
@@ -97,9 +97,9 @@ def retain_score(forget: Outputs, retain: Outputs) -> float:
 
 
 class _Head(nn.Module):
-    """The part of a classifier from the target layer's input h [B, n] on."""
+    """The part of a classifier from the first target layer's input h [B, n] on."""
 
-    def __init__(self, model: HookedModel, mask_layer: int):
+    def __init__(self, model: HookedModel, mask_layer: MaskLayer):
         super().__init__()
         self.model, self.mask_layer = model, mask_layer
 
@@ -117,7 +117,7 @@ class Eval:
     def __init__(self, context: Context):
         self.context, self.config = context, context.config
         self.original = {name: value.clone() for name, value in context.model.state_dict().items()}
-        place = context.model.layer_index(self.config.mask_layer)
+        place = context.model.layer_indices(self.config.mask_layer)[0]
         self.after_prefix = tuple(f"linears.{index}." for index in range(place, len(context.model.linears)))
         self._cached: dict[tuple[str, bool], DataLoader] = {}
         self._measured: dict[tuple, dict] = {}
@@ -211,7 +211,7 @@ class Eval:
         A good class mask keeps `forget_score` high; both are on validation images, percent.
         """
         theta = self.context.theta(topK)[self.config.forget_class]
-        with masked(self.context.weight, Mask(hard_topk(theta, topK))):
+        with masked(self.context.weights, Mask(hard_topk(theta, topK), self.context.graph)):
             sets = {"forget_score": True, "retain_score": False}
             return {k: self.outputs(self.context.model, "val", v, "class mask").score() for k, v in sets.items()}
 
@@ -221,7 +221,7 @@ class Eval:
 
     def weight_histogram(self, mask: Mask) -> dict[str, list]:
         """Counts of kept and of switched-off weights over common bins."""
-        weight = self.context.weight.detach().cpu()
+        weight = self.context.graph.join([weight.detach().cpu() for weight in self.context.weights])
         edges = torch.linspace(float(weight.min()), float(weight.max()), HISTOGRAM_BINS + 1)
         count = {
             name: torch.histogram(weight[chosen].contiguous(), edges).hist.int().tolist()

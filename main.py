@@ -76,7 +76,7 @@ def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig(
 
 def dashboard(output_dir: Path = Path()) -> None:
     """Open trackio on the training curves of this project's runs."""
-    from artifacts import TRACKIO_PROJECT
+    from observe import TRACKIO_PROJECT
 
     folder = _trackio_folder(output_dir.expanduser())
     if not folder.is_dir():

@@ -4,7 +4,7 @@ Polarity, everywhere: 1 = weight kept, 0 = weight switched off. Symbols as in th
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from artifacts import read_tensors, write_tensors
 from config import TopKSamplers, UserError
+from graph import WeightGraph
 
 
 class Sampler(Protocol):
@@ -40,7 +41,7 @@ def _sampler(name: TopKSamplers) -> Callable[[Sampler], Sampler]:
 def check_budget(k: int, size: int, name: str = "k") -> None:
     """Raise `UserError` unless 1 <= k <= size."""
     if not 1 <= k <= size:
-        raise UserError(f"{name} is {k}, but the masked layer has {size} weights: choose from 1 to {size}")
+        raise UserError(f"{name} is {k}, but the masked layers have {size} weights: choose from 1 to {size}")
 
 
 # --- samplers ---------------------------------------------------------------------------------------------
@@ -158,9 +159,10 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Mask:
-    """Which weights of one layer are kept: `keep` [m, n] bool, and facts that travel with it."""
+    """Which weights of some layers are kept: `keep` [*graph.shape] bool, their layout, and facts that travel along."""
 
     keep: Tensor
+    graph: WeightGraph
     facts: dict = field(default_factory=dict)
 
     @property
@@ -169,8 +171,15 @@ class Mask:
         return int((~self.keep).sum())
 
     def save(self, path: Path) -> None:
-        """Write safetensors: `mask` [m, n] uint8, 1 = kept; facts as metadata."""
-        write_tensors(path, {"mask": self.keep.to(torch.uint8).cpu().numpy()}, self.facts)
+        """Write safetensors, uint8, 1 = kept: `mask` [m, n] of one layer, `mask.<parameter>` [m, n] of several.
+
+        Facts and the layers' parameter names travel as metadata.
+        """
+        layers = [part.to(torch.uint8).cpu().contiguous().numpy() for part in self.graph.split(self.keep)]
+        names = self.graph.names or tuple(str(place) for place in range(len(layers)))
+        keys = ["mask"] if len(layers) == 1 else [f"mask.{name}" for name in names]
+        layout = {"names": self.graph.names, "joined": self.graph.joined, "keys": keys}
+        write_tensors(path, dict(zip(keys, layers, strict=True)), self.facts | {"layout": layout})
 
     @classmethod
     def load(cls, path: Path) -> "Mask":
@@ -180,66 +189,75 @@ class Mask:
             UserError: not such a file.
         """
         tensors, facts = read_tensors(path)
-        if list(tensors) != ["mask"] or tensors["mask"].max(initial=0) > 1:
+        layout = facts.pop("layout", {})
+        keys = layout.get("keys", ["mask"])
+        if set(keys) != set(tensors) or any(t.ndim != 2 or t.max(initial=0) > 1 for t in tensors.values()):
             raise UserError(f"{path} holds no 0/1 tensor `mask`: give a mask file that `run` wrote")
-        return cls(torch.from_numpy(tensors["mask"]).bool(), facts)
+        keep = [torch.from_numpy(tensors[key]).bool() for key in keys]
+        shapes = tuple((part.shape[0], part.shape[1]) for part in keep)
+        graph = WeightGraph(shapes, tuple(layout.get("joined", ())), tuple(layout.get("names", ())))
+        return cls(graph.join(keep), graph, facts)
 
 
-def random_mask(shape: tuple[int, int], kappa: int, generator: torch.Generator) -> Mask:
+def random_mask(graph: WeightGraph, kappa: int, generator: torch.Generator) -> Mask:
     """Switch off kappa weights drawn uniformly without replacement."""
-    return Mask(~hard_topk(torch.rand(shape, generator=generator), kappa))
+    return Mask(~hard_topk(torch.rand(graph.shape, generator=generator), kappa), graph)
 
 
 def feasibility_score(importance: Tensor, forget_class: int) -> Tensor:
     """s_ij = importance for the forget class minus mean importance over the retained classes (METHOD 4).
 
     Args:
-        importance: graded importance per class [C, m, n].
+        importance: graded importance per class [C, *shape].
 
     Returns:
-        s [m, n].
+        s [*shape].
     """
     retained = importance.sum(0) - importance[forget_class]
     return importance[forget_class] - retained / (len(importance) - 1)
 
 
-def feasibility_mask(importance: Tensor, forget_class: int, kappa: int) -> Mask:
+def feasibility_mask(importance: Tensor, forget_class: int, kappa: int, graph: WeightGraph) -> Mask:
     """Switch off the kappa weights of largest `feasibility_score`; ties go to the lower flat index."""
-    return Mask(~hard_topk(feasibility_score(importance, forget_class), kappa))
+    return Mask(~hard_topk(feasibility_score(importance, forget_class), kappa), graph)
 
 
-def set_difference_mask(importance: Tensor, forget_class: int, topK: int) -> Mask:
+def set_difference_mask(importance: Tensor, forget_class: int, topK: int, graph: WeightGraph) -> Mask:
     """Switch off what is in the forget class's top-K mask and in no retained class's.
 
     Args:
-        importance: [C, m, n].
+        importance: [C, *graph.shape].
 
     Returns:
         A mask that switches off at most topK weights, possibly none.
     """
     chosen = torch.stack([hard_topk(scores, topK) for scores in importance])
     others = torch.cat([chosen[:forget_class], chosen[forget_class + 1 :]]).any(0)
-    return Mask(~(chosen[forget_class] & ~others))
+    return Mask(~(chosen[forget_class] & ~others), graph)
 
 
 @contextmanager
-def masked(weight: nn.Parameter, mask: Mask) -> Generator[None]:
-    """Switch weights off for the length of the block; afterwards the parameter is bit-identical.
+def masked(weights: nn.Parameter | Sequence[nn.Parameter], mask: Mask) -> Generator[None]:
+    """Switch weights off for the length of the block; afterwards the parameters are bit-identical.
 
     Args:
-        weight: parameter [m, n]. mask: `keep` of the same shape.
+        weights: the parameters [m, n] that the mask is for, one or (inputs first) several. mask: of the same shapes.
 
     Raises:
         UserError: the shapes differ.
     """
-    if mask.keep.shape != weight.shape:
-        found, needed = tuple(mask.keep.shape), tuple(weight.shape)
-        raise UserError(f"the mask is {found}, the layer {needed}: use a mask made for this model and mask_layer")
-    original = weight.detach().clone()
+    layers = [weights] if isinstance(weights, nn.Parameter) else list(weights)
+    needed = tuple(tuple(weight.shape) for weight in layers)
+    if mask.graph.shapes != needed:
+        found, wanted = (", ".join(f"{m} x {n}" for m, n in shapes) for shapes in (mask.graph.shapes, needed))
+        raise UserError(f"the mask is for {found}, the layers are {wanted}: use one made for this model and mask_layer")
+    originals = [weight.detach().clone() for weight in layers]
     try:
         with torch.no_grad():
-            weight.masked_fill_(~mask.keep.to(weight.device), 0.0)
+            for weight, keep in zip(layers, mask.graph.split(mask.keep), strict=True):
+                weight.masked_fill_(~keep.to(weight.device), 0.0)
         yield
     finally:
         with torch.no_grad():
-            weight.copy_(original)
+            for weight, original in zip(layers, originals, strict=True):
+                weight.copy_(original)

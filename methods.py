@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from config import MaskStrategies, PipelineConfig, UserError, derive_seed
+from graph import WeightGraph
 from masks import Mask, feasibility_mask, masked, random_mask, set_difference_mask
 from model import HookedModel
 from trainer import SFTTrainer
@@ -30,7 +31,7 @@ class Point:
 
 @dataclass
 class Context:
-    """What every method may use. `learn_importance(topK)` gives theta [C, m, n], one logit per class and weight."""
+    """What every method may use. `learn_importance(topK)` gives theta [C, *graph.shape], one logit per weight."""
 
     model: HookedModel
     data: UnlearningDataset
@@ -42,14 +43,17 @@ class Context:
     _theta: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
 
     @property
-    def weight(self) -> torch.nn.Parameter:
-        """The target layer's W [m, n]."""
-        weight = self.model.target(self.config.mask_layer).weight
-        assert isinstance(weight, torch.nn.Parameter)
-        return weight
+    def weights(self) -> list[torch.nn.Parameter]:
+        """W [m, n] of every target layer."""
+        return self.model.weights(self.config.mask_layer)
+
+    @property
+    def graph(self) -> WeightGraph:
+        """Layout of their weights."""
+        return self.model.weight_graph(self.config.mask_layer)
 
     def theta(self, topK: int) -> Tensor:
-        """theta [C, m, n], computed once per topK; later callers are charged what it cost the first."""
+        """theta [C, *graph.shape], computed once per topK; later callers are charged what it cost the first."""
         if topK in self._theta:
             theta, seconds = self._theta[topK]
             self.charged += seconds
@@ -60,7 +64,7 @@ class Context:
         return theta
 
     def importance(self, topK: int) -> Tensor:
-        """Graded importance [C, m, n] as configured: theta, or the mask prior q = softmax(theta)."""
+        """Graded importance [C, *graph.shape] as configured: theta, or the mask prior q = softmax(theta)."""
         theta = self.theta(topK)
         if self.config.eval.importance.value == "theta":
             return theta
@@ -109,14 +113,14 @@ def mimu_mask(context: Context, point: Point) -> Mask:
     """The unlearning mask from the class importances, by the configured strategy."""
     importance, forget_class = context.importance(point.topK), context.config.forget_class
     if context.config.eval.mask_strategy is MaskStrategies.set_difference:
-        return set_difference_mask(importance, forget_class, point.topK)
-    return feasibility_mask(importance, forget_class, point.kappa)
+        return set_difference_mask(importance, forget_class, point.topK, context.graph)
+    return feasibility_mask(importance, forget_class, point.kappa, context.graph)
 
 
 @method("mimu", "MIMU (ours)", axes=("topK", "kappa"))
 def mimu(context: Context, point: Point) -> Generator[HookedModel]:
     """Switch off the weights that the graph network finds important for the forget class alone."""
-    with masked(context.weight, mimu_mask(context, point)):
+    with masked(context.weights, mimu_mask(context, point)):
         yield context.model
 
 
@@ -124,14 +128,13 @@ def mimu(context: Context, point: Point) -> Generator[HookedModel]:
 def random(context: Context, point: Point) -> Generator[HookedModel]:
     """Switch off kappa weights drawn at random."""
     generator = torch.Generator().manual_seed(derive_seed(point.seed, "random", point.kappa))
-    m, n = context.weight.shape
-    with masked(context.weight, random_mask((m, n), point.kappa, generator)):
+    with masked(context.weights, random_mask(context.graph, point.kappa, generator)):
         yield context.model
 
 
 @method("sft", "SFT randomisation", axes=("seed",))
 def sft(context: Context, point: Point) -> Generator[HookedModel]:
-    """Fine-tune the target layer on random labels (or as `sft.mode` says)."""
+    """Fine-tune the target layers on random labels (or as `sft.mode` says)."""
     config = context.config
     yield SFTTrainer(context.model, context.data, config.mask_layer, config.sft, point.seed, context.device).train()
 

@@ -1,22 +1,24 @@
-"""Every `nn.Module`: the hooked classifiers, how to look inside one, and the graph network that learns masks.
+"""The classifiers, and how to look inside one.
 
-A classifier is `embed` (anything) and then a stack of bias-free linear layers, one of which is the target
-layer W [m, n]. `prefix` stops at its input h [B, n]; `head` goes on from there, with W replaced if asked.
+A classifier is `embed` (anything) and then a stack of bias-free linear layers, one or more of which are target
+layers W [m, n]. `prefix` stops at the first one's input h [B, n]; `head` goes on from there, with W replaced if asked.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from artifacts import read_tensors, write_tensors
-from config import Aggregations, SupportedVisionModels, UserError
+from config import SupportedVisionModels, UserError
+from graph import WeightGraph
+
+MaskLayer = int | Sequence[int] | None
+"""One layer of the stack, several, or (None) all of them."""
 
 # --- classifiers ------------------------------------------------------------------------------------------
 
@@ -47,40 +49,79 @@ class HookedModel(nn.Module):
         """Images [B, C, H, W] -> the stack's input [B, widths[0]]."""
         raise TypeError(f"{type(self).__name__} must define embed")
 
-    def layer_index(self, mask_layer: int) -> int:
-        """Place of a target layer in the stack, counted from 0.
+    def layer_index(self, layer: int) -> int:
+        """Place of a layer in the stack, counted from 0.
 
         Raises:
             UserError: there is no such layer.
         """
         count = len(self.linears)
-        if not -count <= mask_layer < count:
+        if not -count <= layer < count:
             raise UserError(
-                f"mask_layer is {mask_layer}, but {type(self).__name__} has {count} linear layers: "
+                f"mask_layer is {layer}, but {type(self).__name__} has {count} linear layers: "
                 f"choose from {-count} to {count - 1}"
             )
-        return mask_layer % count
+        return layer % count
 
-    def target(self, mask_layer: int) -> nn.Linear:
-        """The target layer."""
-        layer = self.linears[self.layer_index(mask_layer)]
-        assert isinstance(layer, nn.Linear)
-        return layer
+    def layer_indices(self, mask_layer: MaskLayer) -> tuple[int, ...]:
+        """Places of the target layers in the stack, ascending; None means all of them.
 
-    def prefix(self, images: Tensor, mask_layer: int) -> Tensor:
-        """Input activation h [B, n] of the target layer; no mask changes it."""
+        Raises:
+            UserError: there is no such layer, one is named twice, or none is named.
+        """
+        if mask_layer is None:
+            return tuple(range(len(self.linears)))
+        named = (mask_layer,) if isinstance(mask_layer, int) else tuple(mask_layer)
+        places = tuple(sorted({self.layer_index(layer) for layer in named}))
+        if len(places) != len(named) or not places:
+            raise UserError(f"mask_layer is {list(named)}: name each layer once, e.g. -2, or None for all")
+        return places
+
+    def target(self, layer: int) -> nn.Linear:
+        """One layer of the stack.
+
+        Raises:
+            UserError: it is no matrix without a bias, which a mask of single weights needs.
+        """
+        module = self.linears[self.layer_index(layer)]
+        if not isinstance(module, nn.Linear) or module.bias is not None:
+            kind = f"a {type(module).__name__}" + (" with a bias" if getattr(module, "bias", None) is not None else "")
+            raise UserError(f"layer {layer} is {kind}: a masked layer must be linear and without bias")
+        return module
+
+    def weight_graph(self, mask_layer: MaskLayer) -> WeightGraph:
+        """Layout of the graph over the weights of the target layers."""
+        places = self.layer_indices(mask_layer)
+        shapes = []
+        for place in places:
+            m, n = self.target(place).weight.shape
+            shapes.append((m, n))
+        joined = tuple(after == before + 1 for before, after in pairwise(places))
+        return WeightGraph(tuple(shapes), joined, tuple(f"linears.{place}.weight" for place in places))
+
+    def weights(self, mask_layer: MaskLayer) -> list[nn.Parameter]:
+        """W [m, n] of every target layer, inputs first."""
+        layers = (self.target(place).weight for place in self.layer_indices(mask_layer))
+        return [weight for weight in layers if isinstance(weight, nn.Parameter)]
+
+    def prefix(self, images: Tensor, mask_layer: MaskLayer) -> Tensor:
+        """Input activation h [B, n] of the first target layer; no mask changes it."""
         x = self.embed(images)
-        for layer in self.linears[: self.layer_index(mask_layer)]:
+        for layer in self.linears[: self.layer_indices(mask_layer)[0]]:
             x = self.between(layer(x))
         return x
 
-    def head(self, h: Tensor, mask_layer: int, weight: Tensor | None = None) -> Tensor:
-        """Logits [B, classes] from h [B, n]; `weight` [m, n] or [B, m, n] stands in for the target's."""
-        place = self.layer_index(mask_layer)
+    def head(self, h: Tensor, mask_layer: MaskLayer, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """Logits [B, classes] from the first target layer's h [B, n].
+
+        `weights`, [m, n] or [B, m, n] for each target layer, stand in for theirs.
+        """
+        places = self.layer_indices(mask_layer)
+        instead = dict(zip(places, weights, strict=True)) if weights is not None else {}
         x = h
-        for index in range(place, len(self.linears)):
+        for index in range(places[0], len(self.linears)):
             layer = self.linears[index]
-            x = layer(x) if index > place or weight is None else apply_linear(x, weight)
+            x = apply_linear(x, instead[index]) if index in instead else layer(x)
             if index + 1 < len(self.linears):
                 x = self.between(x)
         return x
@@ -142,7 +183,7 @@ def vision_model_loader(
     wrong = [f"{name} {facts.get(name)}, needed {value}" for name, value in needed.items() if facts.get(name) != value]
     if wrong:
         raise UserError(f"{path} has {'; '.join(wrong)}: give a checkpoint of this model and dataset")
-    _load_state(model, tensors, path)
+    load_state(model, tensors, path)
     return model
 
 
@@ -158,7 +199,12 @@ def save_classifier(
     write_tensors(path, arrays, facts | _classifier_facts(architecture, *shape))
 
 
-def _load_state(model: nn.Module, tensors: dict, path: Path) -> None:
+def load_state(model: nn.Module, tensors: dict, path: Path) -> None:
+    """Fill a module from numpy arrays.
+
+    Raises:
+        UserError: names or shapes differ; `path` says whose.
+    """
     try:
         model.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     except RuntimeError as error:
@@ -224,161 +270,3 @@ def inspecting(model: nn.Module) -> Generator[None]:
             module.training = mode
         for parameter, flag in frozen:
             parameter.requires_grad_(flag)
-
-
-# --- the graph network ------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _neighbour_sum():  # noqa: ANN202 - PyTorch Geometric takes seconds to import
-    from torch_geometric.nn import SimpleConv
-
-    return SimpleConv(aggr="sum")  # ty: ignore[abstract-class-instantiation]
-
-
-class _RookRound(torch.autograd.Function):
-    """y_ij = sigmoid(x_ij L + (row_i + col_j) R + b) with row and column sums of x, O(m n) time and memory.
-
-    Written out because autograd would keep, and walk, every intermediate; here only x and y are kept.
-
-    Shapes: x [B, m, n, d], L [d, k], R [d, k], b [k] -> y [B, m, n, k].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, local: Tensor, spread: Tensor, bias: Tensor) -> Tensor:
-        rows, columns = x.sum(2), x.sum(1)
-        y = (x.reshape(-1, x.shape[-1]) @ local).view(*x.shape[:3], -1)
-        y += (rows @ spread + bias).unsqueeze(2)
-        y += (columns @ spread).unsqueeze(1)
-        y.sigmoid_()
-        ctx.save_for_backward(x, y, rows, columns, local, spread)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, rows, columns, local, spread = ctx.saved_tensors
-        grad = torch.ops.aten.sigmoid_backward(grad_y, y)
-        grad_rows, grad_columns = grad.sum(2), grad.sum(1)
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (flat @ local.T).view_as(x)
-            grad_x += (grad_rows @ spread.T).unsqueeze(2)
-            grad_x += (grad_columns @ spread.T).unsqueeze(1)
-        grad_local = x.reshape(-1, x.shape[-1]).T @ flat
-        grad_spread = _matched(rows, grad_rows) + _matched(columns, grad_columns)
-        return grad_x, grad_local, grad_spread, grad_rows.sum((0, 1))
-
-
-def _matched(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of outer products over all leading positions. [..., d], [..., k] -> [d, k]."""
-    return a.flatten(0, -2).T @ b.flatten(0, -2)
-
-
-class MaskingGCN(nn.Module):
-    """One node per weight of a layer; two weights are neighbours when they share a row or a column.
-
-    A round is x' = sigmoid(x S + agg(x) V + b). With `mean`, agg is the mean over the m + n - 2 neighbours
-    (GraphSAGE, Hamilton et al. 2017, arXiv:1706.02216); with `gcn`, S = 0 and agg is the normalised sum over
-    the neighbours and the node itself (Kipf and Welling 2017, arXiv:1609.02907). The graph K_m x K_n is
-    regular, so both need only row and column sums (METHOD 1):
-
-        mean:  agg(x)_ij = (row_i + col_j - 2 x_ij) / (m + n - 2)
-        gcn:   agg(x)_ij = (row_i + col_j -   x_ij) / (m + n - 1)
-
-    and as agg is linear, V is applied to the m + n sums, not to the m n nodes.
-
-    Shapes:
-        features [B, m, n, F] -> theta [B, m, n], one logit per weight.
-    """
-
-    def __init__(
-        self,
-        num_node_features: int = 4,
-        num_message_passing_rounds: int = 3,
-        hidden_dim: int = 32,
-        aggregation: Aggregations = Aggregations.mean,
-    ):
-        super().__init__()
-        self.num_node_features, self.hidden_dim = num_node_features, hidden_dim
-        self.num_message_passing_rounds, self.aggregation = num_message_passing_rounds, aggregation
-        widths = [num_node_features] + [hidden_dim] * num_message_passing_rounds
-        self.neighbours, self.selves, self.biases = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
-        for width in widths[:-1]:
-            self.neighbours.append(nn.init.xavier_uniform_(torch.empty(width, hidden_dim)))
-            if aggregation is Aggregations.mean:
-                self.selves.append(nn.init.xavier_uniform_(torch.empty(width, hidden_dim)))
-            self.biases.append(nn.Parameter(torch.zeros(hidden_dim)))
-        self.readout = nn.Linear(widths[-1], 1)
-
-    def _own_share(self, m: int, n: int) -> tuple[float, float]:
-        """(c, o): agg(x)_ij = c (row_i + col_j - o x_ij)."""
-        if self.aggregation is Aggregations.mean:
-            return 1 / max(1, m + n - 2), 2.0
-        return 1 / (m + n - 1), 1.0
-
-    def _round(self, x: Tensor, index: int) -> Tensor:
-        """One round in closed form. [B, m, n, d] -> [B, m, n, hidden]."""
-        share, own = self._own_share(*x.shape[1:3])
-        spread = self.neighbours[index] * share
-        local = -own * spread
-        if self.aggregation is Aggregations.mean:
-            local = local + self.selves[index]
-        return _RookRound.apply(x, local, spread, self.biases[index])
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Node features [B, m, n, F] -> theta [B, m, n]."""
-        x = features
-        for index in range(self.num_message_passing_rounds):
-            x = self._round(x, index)
-        return self.readout(x).squeeze(-1)
-
-    def forward_edges(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        """The same network over explicit edges, through PyTorch Geometric; the oracle of `forward`.
-
-        Args:
-            x: [N, F]. edge_index: directed edges [2, E], no self loops.
-
-        Returns:
-            theta [N].
-        """
-        if self.aggregation is Aggregations.mean:
-            degree = torch.bincount(edge_index[1], minlength=len(x)).clamp_min(1)
-            weight = 1 / degree[edge_index[1]].to(x.dtype)
-        else:
-            from torch_geometric.nn.conv.gcn_conv import gcn_norm
-
-            edge_index, weight = gcn_norm(edge_index, num_nodes=len(x), add_self_loops=True, dtype=x.dtype)
-        for index in range(self.num_message_passing_rounds):
-            out = _neighbour_sum()(x, edge_index, weight) @ self.neighbours[index] + self.biases[index]
-            if self.aggregation is Aggregations.mean:
-                out = out + x @ self.selves[index]
-            x = out.sigmoid()
-        return self.readout(x).squeeze(-1)
-
-    def save(self, path: Path, facts: dict) -> None:
-        """Write safetensors with the network's shape and `facts` as metadata."""
-        shape = {
-            "num_node_features": self.num_node_features,
-            "num_message_passing_rounds": self.num_message_passing_rounds,
-            "hidden_dim": self.hidden_dim,
-            "aggregation": self.aggregation.value,
-        }
-        arrays = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
-        write_tensors(path, arrays, facts | {"masking_gcn": shape})
-
-    @classmethod
-    def load(cls, path: Path) -> tuple["MaskingGCN", dict]:
-        """The network and the facts that `save` wrote.
-
-        Raises:
-            UserError: not such a file.
-        """
-        tensors, facts = read_tensors(path)
-        shape = facts.get("masking_gcn")
-        if not isinstance(shape, dict):
-            raise UserError(f"{path} is no GCN: give a gcn.safetensors that `run` wrote, or leave it out to train one")
-        gcn = cls(**shape | {"aggregation": Aggregations(shape["aggregation"])})
-        _load_state(gcn, tensors, path)
-        return gcn, facts

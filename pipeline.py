@@ -15,11 +15,9 @@ import torch
 from artifacts import (
     SCHEMA,
     Stage,
-    Tracker,
     build_stage,
     code_key,
     key_of,
-    log,
     now,
     provenance,
     read_json,
@@ -29,11 +27,13 @@ from artifacts import (
     write_json,
 )
 from config import PipelineConfig, UserError, derive_seed, plain
-from data import FEATURES, GraphDataset, GraphGenerator, num_edges, num_vertices
+from data import FEATURES, GraphDataset, GraphGenerator
 from eval import Eval
+from gcn import MaskingGCN
 from masks import check_budget
 from methods import Context, check_methods
-from model import HookedModel, MaskingGCN, save_classifier, vision_model_loader
+from model import HookedModel, save_classifier, vision_model_loader
+from observe import Tracker, log
 from reporter import Reporter
 from trainer import GCNTrainer, VisionModelTrainer
 from utils_data import UnlearningDataset, dataset_spec, get_unlearning_dataset
@@ -41,8 +41,8 @@ from utils_data import UnlearningDataset, dataset_spec, get_unlearning_dataset
 __all__ = ["Pipeline", "PipelineConfig"]
 
 CLASSIFIER_CODE = ("config.py", "utils_data.py", "model.py", "trainer.py", "pipeline.py")
-GRAPH_CODE = (*CLASSIFIER_CODE, "data.py")
-GCN_CODE = (*GRAPH_CODE, "masks.py")
+GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
+GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py")
 RECORD_CODE = (*GCN_CODE, "methods.py", "eval.py", "artifacts.py")
 POINT_INPUTS = ("top_k", "kappa", "gcn")  # what may differ within one run
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
@@ -78,11 +78,12 @@ class Pipeline:
         self.shape = (spec.num_classes, spec.channels, spec.size)
         check_methods(config.eval.methods)
         with torch.device("meta"):
-            weight = vision_model_loader(config.model_architecture, *self.shape).target(config.mask_layer).weight
-        self.m, self.n = weight.shape
+            fresh = vision_model_loader(config.model_architecture, *self.shape)
+        self.graph, self.layers = fresh.weight_graph(config.mask_layer), fresh.layer_indices(config.mask_layer)
+        self.depth = len(fresh.linears)
         for name in ("topK_list", "kappa_list"):
             for value in getattr(config, name):
-                check_budget(value, self.m * self.n, name)
+                check_budget(value, self.graph.num_vertices, name)
         for path in (config.trained_vision_model_path, config.graph_dir, config.gcn_path):
             if path is not None and not path.exists():
                 raise UserError(f"there is nothing at {path}: check the path, or leave it out to compute it")
@@ -176,7 +177,7 @@ class Pipeline:
             return self.config.graph_dir
         inputs = self._common | {
             "classifier": sha256_file(self.classifier_path),
-            "mask_layer": self.classifier.layer_index(self.config.mask_layer),
+            "mask_layer": self.layers,
             "graph": plain(self.config.graph),
             "code": code_key(*GRAPH_CODE),
         }
@@ -193,8 +194,8 @@ class Pipeline:
             UserError: they are of another layer, or of a classifier with other weights.
         """
         graphs = GraphDataset(self.run_gcn_graph_generation())
-        weight = self.classifier.target(self.config.mask_layer).weight.detach().cpu()
-        if graphs.weight.shape != weight.shape or not torch.equal(graphs.weight, weight):
+        weights = [weight.detach().cpu() for weight in self.classifier.weights(self.config.mask_layer)]
+        if graphs.graph != self.graph or not torch.equal(graphs.weight, self.graph.join(weights)):
             raise UserError(
                 f"{graphs.root} holds graphs of another classifier or layer: leave graph_dir out to make them"
             )
@@ -239,14 +240,17 @@ class Pipeline:
         return self._stage(f"gcn_top-{topK}", "checkpoints/gcn", label, inputs, make) / GCN_FILE
 
     def _learn_importance(self, topK: int) -> torch.Tensor:
-        """theta [C, m, n] of every class's representative, in one forward pass per class."""
+        """theta [C, *graph.shape] of every class's representative, in one forward pass per class."""
         gcn, facts = MaskingGCN.load(self.run_gcn_training(topK))
         if facts.get("topK", topK) != topK:
             log(f"GCN: {self.config.gcn_path} was trained for topK {facts['topK']}, it is used for {topK}")
-        features = self.graphs.class_features(self.data.num_classes)
         gcn.to(self.device).eval()
+
+        def theta(label: int) -> torch.Tensor:
+            return gcn(self.graphs.class_features(label).unsqueeze(0).to(self.device), self.graph).cpu()
+
         with torch.inference_mode():
-            return torch.cat([gcn(one.unsqueeze(0).to(self.device)).cpu() for one in features])
+            return torch.cat([theta(label) for label in range(self.data.num_classes)])
 
     @cached_property
     def evaluation(self) -> Eval:
@@ -258,13 +262,14 @@ class Pipeline:
     def run_single_evaluation_round(self, topK: int, kappa: int) -> dict:
         """Measure every method at one point; write and return its record (or return the one that is there)."""
         gcn_path = self.run_gcn_training(topK)
-        config, layer = self.config, self.classifier.layer_index(self.config.mask_layer)
+        config = self.config
+        below_top = [place - self.depth for place in self.layers]
         inputs = self._common | {
             "classifier": sha256_file(self.classifier_path),
             "graphs": self._graphs_key,
             "gcn": sha256_file(gcn_path),
             "gcn_config": plain(config.gcn),
-            "mask_layer": layer,
+            "mask_layer": self.layers,
             "forget_class": config.forget_class,
             "top_k": topK,
             "kappa": kappa,
@@ -280,9 +285,9 @@ class Pipeline:
             "model": config.model_architecture.value,
             "dataset": config.vision_dataset.value,
             "forget_class": config.forget_class,
-            "mask_layer": layer - len(self.classifier.linears),
-            "num_graph_vertices": num_vertices(self.m, self.n),
-            "num_graph_edges": num_edges(self.m, self.n),
+            "mask_layer": below_top[0] if len(below_top) == 1 else below_top,
+            "num_graph_vertices": self.graph.num_vertices,
+            "num_graph_edges": self.graph.num_edges,
             "top_k": topK,
             "kappa": kappa,
             "seed": config.seed,

@@ -15,7 +15,6 @@ from artifacts import (
     MANIFEST,
     code_key,
     key_of,
-    log,
     read_json,
     read_records,
     sha256_file,
@@ -24,6 +23,7 @@ from artifacts import (
     writing,
 )
 from config import ReporterConfig, UserError, plain
+from observe import log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

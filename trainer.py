@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from artifacts import HISTORY, Tracker, log, progress, write_json
+from artifacts import HISTORY, write_json
 from config import GCNConfig, GCNPriorDistribution, SFTConfig, SFTModes, TrainConfig, UserError, derive_seed
-from data import GraphDataset
+from data import GraphDataset, Vectors
+from gcn import MaskingGCN
+from graph import WeightGraph
 from masks import SAMPLERS, check_budget
-from model import HookedModel, MaskingGCN, inspecting
+from model import HookedModel, MaskLayer, inspecting
+from observe import Tracker, log, progress
 from utils_data import UnlearningDataset
 
 PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
@@ -104,19 +107,20 @@ class VisionModelTrainer:
         return float(loss.detach()), norm
 
 
-def log_prior(kind: GCNPriorDistribution, weight: Tensor, h: Tensor, delta: Tensor) -> Tensor:
-    """log p over the N = m n weights, per sample: p proportional to |W|, |g|, |W g|, or flat (METHOD 4).
+def log_prior(kind: GCNPriorDistribution, graph: WeightGraph, weight: Tensor, vectors: Vectors) -> Tensor:
+    """log p over the N weights of the graph, per sample: p proportional to |W|, |g|, |W g|, or flat (METHOD 4).
 
     A thousandth of p is uniform, so that the KL is finite where a gradient is exactly 0; a sample whose
     gradients are all 0 gets the uniform prior.
 
     Args:
-        weight: W [m, n]. h: [B, n]. delta: [B, m].
+        weight: W [*graph.shape]. vectors: h and delta of B samples.
 
     Returns:
         log p [B, N].
     """
-    gradient = (delta.unsqueeze(2) * h.unsqueeze(1)).abs()
+    pairs = zip(vectors.delta, vectors.h, strict=True)
+    gradient = graph.join([(delta.unsqueeze(2) * h.unsqueeze(1)).abs() for delta, h in pairs])
     raw = {
         GCNPriorDistribution.WEIGHT: lambda: weight.abs().expand_as(gradient),
         GCNPriorDistribution.GRADIENT: lambda: gradient,
@@ -141,7 +145,7 @@ class GCNTrainer:
     The gradient flows through both terms into theta (METHOD 5).
 
     Args:
-        gcn: trained in place. model: the classifier, left as it is. graphs: of its layer `mask_layer`.
+        gcn: trained in place. model: the classifier, left as it is. graphs: of its layers `mask_layer`.
         topK: how many weights a mask keeps.
 
     Raises:
@@ -153,14 +157,14 @@ class GCNTrainer:
         gcn: MaskingGCN,
         model: HookedModel,
         graphs: GraphDataset,
-        mask_layer: int,
+        mask_layer: MaskLayer,
         topK: int,
         config: GCNConfig,
         seed: int,
         device: torch.device,
         tracker: Tracker,
     ):
-        check_budget(topK, graphs.m * graphs.n, "topK")
+        check_budget(topK, graphs.graph.num_vertices, "topK")
         self.gcn, self.model, self.graphs, self.mask_layer, self.topK = gcn, model, graphs, mask_layer, topK
         self.config, self.device, self.tracker = config, device, tracker
         self.weight = graphs.weight.to(device)
@@ -175,13 +179,13 @@ class GCNTrainer:
 
     def objective(self, indices: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """The two terms on some graphs: mean negative log-likelihood and mean KL, in nats."""
-        h, _, delta = (values.to(self.device) for values in self.graphs.vectors(indices))
-        theta = self.gcn(self.graphs.features(indices).to(self.device))
+        vectors, graph = self.graphs.vectors(indices).to(self.device), self.graphs.graph
+        theta = self.gcn(self.graphs.features(indices).to(self.device), graph)
         sampler = SAMPLERS[self.config.sampler]
         degrees = sampler(theta.flatten(1), self.topK, temperature, self.noise).view_as(theta)
-        logits = self.model.head(h, self.mask_layer, self.weight * degrees)
+        logits = self.model.head(vectors.h[0], self.mask_layer, graph.split(self.weight * degrees))
         nll = functional.cross_entropy(logits, self.graphs.labels[indices].to(self.device))
-        kl = categorical_kl(theta.flatten(1), log_prior(self.config.prior, self.weight, h, delta)).mean()
+        kl = categorical_kl(theta.flatten(1), log_prior(self.config.prior, graph, self.weight, vectors)).mean()
         return nll, kl
 
     def _batches(self):  # noqa: ANN202 - generator of index tensors
@@ -195,7 +199,7 @@ class GCNTrainer:
 
     def _accumulate(self, indices: Tensor, temperature: float) -> dict[str, float]:
         """Loss terms of one batch, and the GCN's gradients, gathered over parts that fit the processor's cache."""
-        nodes = self.graphs.m * self.graphs.n
+        nodes = self.graphs.graph.num_vertices
         part_size = len(indices) if self.device.type == "cuda" else max(1, NODES_PER_PASS // nodes)
         terms = {"loss": 0.0, "nll": 0.0, "kl": 0.0}
         for part in indices.split(part_size):
@@ -229,7 +233,7 @@ class GCNTrainer:
 
 
 class SFTTrainer:
-    """Supervised fine-tuning of the target layer alone (AdamW), on a copy of the classifier.
+    """Supervised fine-tuning of the target layers alone (AdamW), on a copy of the classifier.
 
     Args:
         model: left as it is. mode: random labels on the forget set, true labels on the retain set, or half
@@ -240,7 +244,7 @@ class SFTTrainer:
         self,
         model: HookedModel,
         data: UnlearningDataset,
-        mask_layer: int,
+        mask_layer: MaskLayer,
         config: SFTConfig,
         seed: int,
         device: torch.device,
@@ -269,8 +273,8 @@ class SFTTrainer:
     def train(self) -> HookedModel:
         """The fine-tuned copy, in eval mode."""
         tuned = copy.deepcopy(self.model).eval().requires_grad_(False)
-        weight = tuned.target(self.mask_layer).weight.requires_grad_(True)
-        optimizer = torch.optim.AdamW([weight], lr=self.config.lr)
+        weights = [weight.requires_grad_(True) for weight in tuned.weights(self.mask_layer)]
+        optimizer = torch.optim.AdamW(weights, lr=self.config.lr)
         for _ in progress(range(self.config.steps), "sft"):
             images, labels = (values.to(self.device) for values in self.batch())
             with torch.no_grad():
@@ -279,5 +283,4 @@ class SFTTrainer:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        weight.requires_grad_(False)
-        return tuned
+        return tuned.requires_grad_(False)

@@ -22,10 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "imagenet_classes": 0,
     "config": 0,
+    "observe": 0,
     "artifacts": 0,
+    "graph": 1,
     "masks": 1,
     "utils_data": 1,
     "model": 1,
+    "gcn": 1,
     "data": 2,
     "trainer": 2,
     "methods": 3,

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from config import Aggregations, GraphConfig, SupportedDatasets, SupportedVisionModels, UserError
-from data import MAX_EDGES, GraphDataset, GraphGenerator, rook_edges
+from data import GraphDataset, GraphGenerator
+from gcn import MaskingGCN
+from graph import MAX_EDGES, layer_graph
 from model import (
     VISION_MODELS,
     HookedMLPClassifier,
-    MaskingGCN,
     apply_linear,
     capture,
     inspecting,
@@ -143,8 +144,8 @@ def test_graph_file_and_explicit_form(tmp_path):
 
 
 def test_edges_that_do_not_fit_are_refused_by_size():
-    with pytest.raises(UserError, match=r"6,\d{3},\d{3},\d{3} edges \(\d+ GB\) of a 1000 x 2048"):
-        rook_edges(1000, 2048)
+    with pytest.raises(UserError, match=r"6,\d{3},\d{3},\d{3} edges \(\d+ GB\) of 1000 x 2048"):
+        layer_graph(1000, 2048).edge_index()
     assert MAX_EDGES > 41_811_968  # 128 x 512 is allowed
 
 

@@ -1,6 +1,7 @@
 """The contract of every registered method, and the masks they are made of."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from config import (
     SupportedVisionModels,
     UserError,
 )
+from graph import layer_graph
 from masks import (
     Mask,
     feasibility_mask,
@@ -113,7 +115,7 @@ def test_shared_work_is_charged_to_each_method_once(context):
 def test_strategies_of_mimu(context):
     theta = context.theta(500)
     q = theta.flatten(1).softmax(1).view_as(theta)
-    assert torch.equal(mimu_mask(context, POINT).keep, feasibility_mask(q, 4, 200).keep)
+    assert torch.equal(mimu_mask(context, POINT).keep, feasibility_mask(q, 4, 200, context.graph).keep)
     sets = PipelineConfig(forget_class=4, eval=EvalConfig(mask_strategy=MaskStrategies.set_difference))
     other = Context(context.model, context.data, sets, context.device, context.learn_importance)
     off = ~mimu_mask(other, POINT).keep
@@ -123,11 +125,12 @@ def test_strategies_of_mimu(context):
 
 
 def test_masks_by_hand():
+    graph = layer_graph(2, 2)
     importance = torch.tensor([[[4.0, 1.0], [3.0, 0.0]], [[4.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]])
     assert feasibility_score(importance, 0).tolist() == [[1.0, 1.0], [3.0, -1.0]]
-    assert feasibility_mask(importance, 0, 2).keep.tolist() == [[False, True], [False, True]]  # the tie: lower index
-    assert set_difference_mask(importance, 0, 2).keep.tolist() == [[True, True], [False, True]]
-    assert set_difference_mask(importance, 1, 1).switched_off == 0  # its only weight is others' too
+    assert feasibility_mask(importance, 0, 2, graph).keep.tolist() == [[False, True], [False, True]]  # tie: lower index
+    assert set_difference_mask(importance, 0, 2, graph).keep.tolist() == [[True, True], [False, True]]
+    assert set_difference_mask(importance, 1, 1, graph).switched_off == 0  # its only weight is others' too
 
 
 def test_hard_topk_ties_and_nan():
@@ -135,19 +138,20 @@ def test_hard_topk_ties_and_nan():
     with pytest.raises(ValueError, match="NaN"):
         hard_topk(torch.tensor([1.0, float("nan")]), 1)
     for k in (0, 7):
-        with pytest.raises(UserError, match="has 6 weights: choose from 1 to 6"):
+        with pytest.raises(UserError, match="have 6 weights: choose from 1 to 6"):
             hard_topk(torch.zeros(2, 3), k)
 
 
 def test_mask_file_round_trip_and_wrong_shape(tmp_path):
-    mask = Mask(random_mask((4, 5), 7, torch.Generator().manual_seed(0)).keep, {"kappa": 7, "model": "x"})
+    drawn = random_mask(layer_graph(4, 5), 7, torch.Generator().manual_seed(0))
+    mask = replace(drawn, facts={"kappa": 7, "model": "x"})
     assert mask.switched_off == 7
     mask.save(tmp_path / "m.safetensors")
     again = Mask.load(tmp_path / "m.safetensors")
     assert torch.equal(again.keep, mask.keep)
     assert again.facts == mask.facts
     with (
-        pytest.raises(UserError, match=r"the mask is \(4, 5\), the layer \(5, 4\)"),
+        pytest.raises(UserError, match="the mask is for 4 x 5, the layers are 5 x 4"),
         masked(nn.Parameter(torch.zeros(5, 4)), mask),
     ):
         pass

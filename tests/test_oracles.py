@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import masks
-from artifacts import Tracker
 from config import (
     Aggregations,
     GCNConfig,
@@ -18,11 +17,14 @@ from config import (
     TopKSamplers,
     Trackers,
 )
-from data import GraphDataset, GraphGenerator, num_edges, rook_edges
+from data import GraphDataset, GraphGenerator, Vectors
 from eval import METRICS, Eval, Outputs
+from gcn import MaskingGCN
+from graph import layer_graph
 from masks import SAMPLERS, Mask, hard_topk, masked, random_mask
 from methods import Context
-from model import HookedModel, MaskingGCN, vision_model_loader
+from model import HookedModel, vision_model_loader
+from observe import Tracker
 from trainer import GCNTrainer, categorical_kl, log_prior
 from utils_data import Images, UnlearningDataset
 
@@ -60,7 +62,7 @@ def test_closed_form_is_the_edge_list(aggregation, shape):
     gcn = MaskingGCN(4, 3, 8, aggregation).double()
     x = torch.randn(2, m, n, 4, dtype=torch.float64, requires_grad=True)
     probe = torch.randn(2, m, n, dtype=torch.float64)
-    edges = rook_edges(m, n)
+    edges = layer_graph(m, n).edge_index()
     slow = torch.stack([gcn.forward_edges(one.reshape(-1, 4), edges).view(m, n) for one in x])
     fast = gcn(x)
     inputs = [x, *gcn.parameters()]
@@ -82,8 +84,8 @@ def test_edges_are_shared_rows_and_columns(shape):
         for d in range(n)
         if (a == c) != (b == d)
     }
-    edges = rook_edges(m, n).T.tolist()
-    assert len(edges) == num_edges(m, n) == len(naive)
+    edges = layer_graph(m, n).edge_index().T.tolist()
+    assert len(edges) == layer_graph(m, n).num_edges == m * n * (m + n - 2) == len(naive)
     assert {tuple(edge) for edge in edges} == naive
 
 
@@ -109,9 +111,8 @@ def test_rank_one_features_are_those_of_per_sample_autograd(setting, tmp_path):
     images, labels = data.splits["train"].batch(torch.from_numpy(chosen))
     oracle = torch.stack([naive_features(model, images[i], labels[i]) for i in range(len(labels))])
     torch.testing.assert_close(graphs.features(range(len(graphs))), oracle, rtol=1e-3, atol=2e-4)
-    of_class = graphs.class_features(10)
     for label in range(10):
-        torch.testing.assert_close(of_class[label], oracle[labels == label].mean(0), rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(graphs.class_features(label), oracle[labels == label].mean(0), rtol=1e-3, atol=2e-4)
 
 
 def test_prefix_cache_is_the_full_forward_pass(setting):
@@ -119,7 +120,7 @@ def test_prefix_cache_is_the_full_forward_pass(setting):
     context = Context(model, data, PipelineConfig(forget_class=3), torch.device("cpu"), lambda topK: torch.zeros(1))
     evaluation = Eval(context)
     m, n = model.target(-2).weight.shape
-    with masked(model.target(-2).weight, random_mask((m, n), m * n // 3, torch.Generator().manual_seed(0))):
+    with masked(model.target(-2).weight, random_mask(layer_graph(m, n), m * n // 3, torch.Generator().manual_seed(0))):
         assert evaluation.prefix_unchanged(model)
         cached = evaluation.outputs(model, "test", True, "")
         full = evaluation.inference(model, evaluation.images("test", True), True, "")
@@ -181,7 +182,7 @@ def test_first_term_of_the_elbo_moves_theta(sampler, monkeypatch):
     def first_term(values):
         draw = torch.Generator().manual_seed(1)
         degrees = SAMPLERS[sampler](values.flatten(1), 2000, 0.5, draw).view_as(values)
-        return nn.functional.cross_entropy(model.head(h, -2, weight * degrees), labels)
+        return nn.functional.cross_entropy(model.head(h, -2, [weight * degrees]), labels)
 
     (gradient,) = torch.autograd.grad(first_term(theta), theta)
     direction, step = torch.randn_like(theta), 1e-6
@@ -226,8 +227,9 @@ def test_kl_by_hand():
 def test_prior_of_a_sample_without_gradient_is_uniform():
     from config import GCNPriorDistribution
 
+    vectors = Vectors([torch.zeros(1, 3)], [torch.zeros(1, 2)], [torch.zeros(1, 2)])
     for kind in GCNPriorDistribution:
-        p = log_prior(kind, torch.randn(2, 3), torch.zeros(1, 3), torch.zeros(1, 2)).exp()
+        p = log_prior(kind, layer_graph(2, 3), torch.randn(2, 3), vectors).exp()
         assert float(p.sum()) == pytest.approx(1, abs=1e-6)
         if "GRADIENT" in kind.value or kind is GCNPriorDistribution.SALIENCY:
             torch.testing.assert_close(p, torch.full((1, 6), 1 / 6))
@@ -256,7 +258,7 @@ def test_a_mask_acts_and_lifts_to_the_bit():
     before = weight.detach().numpy().tobytes()
 
     def fails_inside() -> None:
-        with masked(weight, Mask(torch.tensor([[False, True], [True, False]]))):
+        with masked(weight, Mask(torch.tensor([[False, True], [True, False]]), layer_graph(2, 2))):
             assert weight.detach().tolist() == [[0.0, 0.0], [-0.0, 0.0]]
             assert not torch.signbit(weight.detach()[0, 0])
             raise KeyError

@@ -1,0 +1,264 @@
+"""The graph network that learns masks: message passing over every weight in time and memory linear in their number.
+
+The edge list is never built (METHOD 1). What a node hears is a sum over the two neurons that it touches, so a round
+needs one sum per neuron, and as aggregation is linear, its matrix is applied to those sums, not to the nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from artifacts import read_tensors, write_tensors
+from config import Aggregations, UserError
+from graph import Neurons, WeightGraph, layer_graph
+from model import load_state
+
+SPLITS = 32  # of a tall product A^T B: BLAS leaves one to a single core, a batch of them it shares out
+
+
+def _matched(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of outer products over all leading positions. [..., d], [..., k] -> [d, k]."""
+    a, b = a.flatten(0, -2), b.flatten(0, -2)
+    even = len(a) // SPLITS * SPLITS
+    left, right = a[:even].view(SPLITS, -1, a.shape[1]), b[:even].view(SPLITS, -1, b.shape[1])
+    return torch.bmm(left.transpose(1, 2), right).sum(0).addmm_(a[even:].T, b[even:])
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
+
+
+@dataclass(frozen=True)
+class _Aggregation:
+    """agg(x)_v = outer (sum over v's two neurons, of inner x summed over their weights, - own inner x_v).
+
+    `inner` and `outer` have one entry per layer; they carry the normalisation by degrees, which a layer's nodes share.
+    """
+
+    graph: WeightGraph
+    inner: tuple[float, ...]
+    outer: tuple[float, ...]
+    own: float
+
+    @classmethod
+    def of(cls, kind: Aggregations, graph: WeightGraph) -> "_Aggregation":
+        """`mean` over the neighbours, or `gcn`: D^-1/2 (A + I) D^-1/2, D the degrees with self loops."""
+        if kind is Aggregations.mean:
+            return cls(graph, (1.0,) * len(graph.shapes), tuple(1 / max(1, d) for d in graph.degrees), 2.0)
+        root = tuple((d + 1) ** -0.5 for d in graph.degrees)
+        return cls(graph, root, root, 1.0)
+
+    def transposed(self) -> "_Aggregation":
+        """The adjoint: A is symmetric, the normalisations change sides."""
+        return _Aggregation(self.graph, self.outer, self.inner, self.own)
+
+    def gather(self, nodes: Sequence[Tensor]) -> list[Tensor]:
+        """Sums at the neurons. Per layer [B, m, n, d] -> per row of neurons [B, count, d]."""
+
+        def at(row: Neurons) -> Tensor:
+            parts = [] if row.below is None else [nodes[row.below].sum(2).mul_(self.inner[row.below])]
+            parts += [] if row.above is None else [nodes[row.above].sum(1).mul_(self.inner[row.above])]
+            return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+
+        return [at(row) for row in self.graph.neurons]
+
+    def scatter(self, place: int, sums: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+        """outer (sum at output i + sum at input j) + bias for a layer's nodes. [B, count, k] each -> [B, m, n, k]."""
+        rows = self.graph.neurons
+        outputs = next(value for row, value in zip(rows, sums, strict=True) if row.below == place) * self.outer[place]
+        inputs = next(value for row, value in zip(rows, sums, strict=True) if row.above == place) * self.outer[place]
+        if bias is not None:
+            outputs += bias
+        return outputs.unsqueeze(2) + inputs.unsqueeze(1)
+
+    def local(self, place: int, neighbour: Tensor, alone: Tensor | None) -> Tensor:
+        """What one matrix [d, k] does to a layer's own x: `alone` less the share that its own sums hold."""
+        less = neighbour * (-self.own * self.inner[place] * self.outer[place])
+        return less if alone is None else less.add_(alone)
+
+
+class _MessagePassing(torch.autograd.Function):
+    """All rounds x' = sigmoid(x S + agg(x) V + b) and the readout, with the backward pass written out.
+
+    Autograd would keep, and walk, every intermediate; here a round keeps its output alone, and going back, one gradient
+    tensor is worked on in place. `tensors` are each layer's x [B, m, n, d], then S (None for `gcn`), V, b of each
+    round, then the readout's w [1, k] and b [1]. Result: per layer theta [B, m, n].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, agg: _Aggregation, *tensors: Any) -> tuple[Tensor, ...]:
+        layers = len(agg.graph.shapes)
+        rounds = [tensors[i : i + 3] for i in range(layers, len(tensors) - 2, 3)]
+        activations, sums = [list(tensors[:layers])], []
+        for alone, neighbour, bias in rounds:
+            x = activations[-1]
+            sums.append(agg.gather(x))
+            spread = [total @ neighbour for total in sums[-1]]
+            out = [agg.scatter(place, spread, bias) for place in range(layers)]
+            for place, y in enumerate(out):
+                y.flatten(0, 2).addmm_(x[place].flatten(0, 2), agg.local(place, neighbour, alone)).sigmoid_()
+            activations.append(out)
+        ctx.agg, ctx.rounds = agg, len(rounds)
+        flat = [tensor for group in (*activations, *sums) for tensor in group]
+        ctx.save_for_backward(*flat, *tensors[layers:])
+        weight, bias = tensors[-2:]
+        return tuple(nn.functional.linear(y, weight, bias).squeeze(-1) for y in activations[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_theta: Tensor) -> tuple[Tensor | None, ...]:
+        agg, layers, saved = ctx.agg, len(ctx.agg.graph.shapes), ctx.saved_tensors
+        middle = (ctx.rounds + 1) * layers
+        activations = [saved[i : i + layers] for i in range(0, middle, layers)]
+        width = len(agg.graph.neurons)
+        sums = [saved[i : i + width] for i in range(middle, middle + ctx.rounds * width, width)]
+        parameters = saved[middle + ctx.rounds * width :]
+        last, weight = activations[-1], parameters[-2]
+        gradients: list[Tensor | None] = [
+            _total([_matched(g.unsqueeze(-1), y) for g, y in zip(grad_theta, last, strict=True)]),
+            _total([g.sum() for g in grad_theta]).reshape(1),
+        ]
+        grad: list[Any] = [g.unsqueeze(-1) * weight[0] for g in grad_theta]
+        for index in reversed(range(ctx.rounds)):
+            alone, neighbour, _ = parameters[3 * index : 3 * index + 3]
+            for g, y in zip(grad, activations[index + 1], strict=True):
+                torch.ops.aten.sigmoid_backward.grad_input(g, y, grad_input=g)
+            heard = agg.transposed().gather(grad)
+            gradients = _parameter_gradients(agg, activations[index], sums[index], grad, heard, alone) + gradients
+            grad = [
+                _grad_input(agg, place, g, heard, neighbour, alone) if index or ctx.needs_input_grad[1] else None
+                for place, g in enumerate(grad)
+            ]
+        return None, *grad, *gradients
+
+
+def _parameter_gradients(
+    agg: _Aggregation,
+    nodes: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    heard: Sequence[Tensor],
+    alone: Tensor | None,
+) -> list[Tensor | None]:
+    """Gradients of S, V, b of a round from dl/d(pre-activation) `grad` and its sums at the neurons `heard`."""
+    local = [_matched(x, g) for x, g in zip(nodes, grad, strict=True)]
+    neighbour = _total([_matched(a, b) for a, b in zip(sums, heard, strict=True)])
+    for place, product in enumerate(local):
+        neighbour = neighbour - agg.own * agg.inner[place] * agg.outer[place] * product
+    bias = _total([g.flatten(0, 2).sum(0) for g in grad])
+    return [None if alone is None else _total(local), neighbour, bias]
+
+
+def _grad_input(
+    agg: _Aggregation, place: int, grad: Tensor, heard: Sequence[Tensor], neighbour: Tensor, alone: Tensor | None
+) -> Tensor:
+    """dl/dx of a layer's nodes: the same aggregation backwards, with transposed matrices. -> [B, m, n, d]."""
+    out = agg.transposed().scatter(place, [total @ neighbour.T for total in heard])
+    out.flatten(0, 2).addmm_(grad.flatten(0, 2), agg.local(place, neighbour, alone).T)
+    return out
+
+
+class MaskingGCN(nn.Module):
+    """One node per weight; two weights are neighbours when they touch the same neuron.
+
+    A round is x' = sigmoid(x S + agg(x) V + b). With `mean`, agg is the mean over the neighbours (GraphSAGE, Hamilton
+    et al. 2017, arXiv:1706.02216); with `gcn`, S = 0 and agg is the normalised sum over the neighbours and the node
+    itself (Kipf and Welling 2017, arXiv:1609.02907). Both need sums over neurons only (METHOD 1). For one m x n layer:
+
+        mean:  agg(x)_ij = (row_i + col_j - 2 x_ij) / (m + n - 2)
+        gcn:   agg(x)_ij = (row_i + col_j -   x_ij) / (m + n - 1)
+
+    Shapes:
+        features [B, m, n, F] -> theta [B, m, n], one logit per weight; with a `WeightGraph` of several layers
+        [B, N, F] -> [B, N].
+    """
+
+    def __init__(
+        self,
+        num_node_features: int = 4,
+        num_message_passing_rounds: int = 3,
+        hidden_dim: int = 32,
+        aggregation: Aggregations = Aggregations.mean,
+    ):
+        super().__init__()
+        self.num_node_features, self.hidden_dim = num_node_features, hidden_dim
+        self.num_message_passing_rounds, self.aggregation = num_message_passing_rounds, aggregation
+        widths = [num_node_features] + [hidden_dim] * num_message_passing_rounds
+        self.neighbours, self.selves, self.biases = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for width in widths[:-1]:
+            self.neighbours.append(nn.init.xavier_uniform_(torch.empty(width, hidden_dim)))
+            if aggregation is Aggregations.mean:
+                self.selves.append(nn.init.xavier_uniform_(torch.empty(width, hidden_dim)))
+            self.biases.append(nn.Parameter(torch.zeros(hidden_dim)))
+        self.readout = nn.Linear(widths[-1], 1)
+
+    def forward(self, features: Tensor, graph: WeightGraph | None = None) -> Tensor:
+        """Node features [B, *graph.shape, F] -> theta [B, *graph.shape]; without a graph, that of one m x n layer."""
+        graph = graph or layer_graph(*features.shape[1:-1])
+        nodes = [part.contiguous() for part in graph.split(features, trailing=1)]
+        selves = list(self.selves) or [None] * self.num_message_passing_rounds
+        rounds = zip(selves, self.neighbours, self.biases, strict=True)
+        parameters = [tensor for one in rounds for tensor in one] + [self.readout.weight, self.readout.bias]
+        agg = _Aggregation.of(self.aggregation, graph)
+        return graph.join(_MessagePassing.apply(agg, *nodes, *parameters))
+
+    def forward_edges(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        """The same network over explicit edges, through PyTorch Geometric; the oracle of `forward`.
+
+        Args:
+            x: [N, F]. edge_index: directed edges [2, E], no self loops.
+
+        Returns:
+            theta [N].
+        """
+        if self.aggregation is Aggregations.mean:
+            degree = torch.bincount(edge_index[1], minlength=len(x)).clamp_min(1)
+            weight = 1 / degree[edge_index[1]].to(x.dtype)
+        else:
+            from torch_geometric.nn.conv.gcn_conv import gcn_norm
+
+            edge_index, weight = gcn_norm(edge_index, num_nodes=len(x), add_self_loops=True, dtype=x.dtype)
+        for index in range(self.num_message_passing_rounds):
+            out = _neighbour_sum()(x, edge_index, weight) @ self.neighbours[index] + self.biases[index]
+            if self.aggregation is Aggregations.mean:
+                out = out + x @ self.selves[index]
+            x = out.sigmoid()
+        return self.readout(x).squeeze(-1)
+
+    def save(self, path: Path, facts: dict) -> None:
+        """Write safetensors with the network's shape and `facts` as metadata."""
+        shape = {
+            "num_node_features": self.num_node_features,
+            "num_message_passing_rounds": self.num_message_passing_rounds,
+            "hidden_dim": self.hidden_dim,
+            "aggregation": self.aggregation.value,
+        }
+        arrays = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
+        write_tensors(path, arrays, facts | {"masking_gcn": shape})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple["MaskingGCN", dict]:
+        """The network and the facts that `save` wrote.
+
+        Raises:
+            UserError: not such a file.
+        """
+        tensors, facts = read_tensors(path)
+        shape = facts.get("masking_gcn")
+        if not isinstance(shape, dict):
+            raise UserError(f"{path} is no GCN: give a gcn.safetensors that `run` wrote, or leave it out to train one")
+        gcn = cls(**shape | {"aggregation": Aggregations(shape["aggregation"])})
+        load_state(gcn, tensors, path)
+        return gcn, facts
+
+
+@lru_cache(maxsize=1)
+def _neighbour_sum():  # noqa: ANN202 - PyTorch Geometric takes seconds to import
+    from torch_geometric.nn import SimpleConv
+
+    return SimpleConv(aggr="sum")  # ty: ignore[abstract-class-instantiation]

@@ -1,0 +1,74 @@
+"""What a run says while it works: log lines and progress on the terminal, training curves in trackio."""
+
+import io
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TypeVar
+
+from config import Trackers
+
+TRACKIO_PROJECT = "mimu"
+_START = time.monotonic()
+T = TypeVar("T")
+
+
+def log(text: str) -> None:
+    """One plain line for people, on stderr."""
+    print(f"[{time.monotonic() - _START:7.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[T], description: str, every: float = 5.0) -> Iterator[T]:
+    """Pass `items` on; show a bar on a terminal, and one plain line each `every` seconds anywhere else."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=description, leave=False, file=sys.stderr)
+        return
+    total = len(items) if isinstance(items, Sized) else None
+    begun = last = time.monotonic()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= every:
+            rate, last = count / (now - begun), now
+            left = f", {(total - count) / rate:.0f} s left" if total else ""
+            log(f"{description}: {count}{f'/{total}' if total else ''}, {rate:.1f}/s{left}")
+
+
+@dataclass
+class Tracker:
+    """Training curves: kept as a list for the stage's `history.json`, mirrored to trackio if asked for."""
+
+    kind: Trackers
+    name: str
+    config: dict
+    history: list[dict] = field(default_factory=list)
+
+    def __enter__(self) -> "Tracker":
+        if self.kind is Trackers.trackio:
+            plain = {"auto_log_gpu": False, "auto_log_cpu": False}
+            with redirect_stdout(io.StringIO()):  # a banner in colours
+                _trackio().init(project=TRACKIO_PROJECT, name=self.name, config=self.config, **plain)
+        return self
+
+    def log(self, step: int, **values: float) -> None:
+        """Record plain numbers at one step."""
+        self.history.append({"step": step, **values})
+        if self.kind is Trackers.trackio:
+            _trackio().log(values, step=step)
+
+    def __exit__(self, *_: object) -> None:
+        if self.kind is Trackers.trackio:
+            with redirect_stdout(io.StringIO()):
+                _trackio().finish()
+
+
+def _trackio() -> ModuleType:
+    """The trackio module, imported late: it takes seconds, and reads TRACKIO_DIR (set by main.py) just once."""
+    import trackio
+
+    return trackio
