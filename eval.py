@@ -152,9 +152,13 @@ class Eval:
             if not name.startswith(self.after_prefix)
         )
 
-    def weights_changed(self, model: HookedModel) -> int:
-        """How many parameters and buffer entries differ from the original."""
-        return sum(int((value != self.original[name]).sum()) for name, value in model.state_dict().items())
+    def weights_changed(self, model: HookedModel, prefix_unchanged: bool = False) -> int:
+        """How many parameters and buffer entries differ from the original; a prefix known as unchanged is left out."""
+        return sum(
+            int((value != self.original[name]).sum())
+            for name, value in model.state_dict().items()
+            if name.startswith(self.after_prefix) or not prefix_unchanged
+        )
 
     def inference(self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str) -> Outputs:
         """Outputs of a model on a whole loader, eval mode; last batches may be short.
@@ -171,9 +175,16 @@ class Eval:
                 labels.append(true.to(self.context.device))
         return Outputs(torch.cat(logits), torch.cat(labels))
 
-    def outputs(self, model: HookedModel, split: str, is_forget_set: bool, description: str) -> Outputs:
-        """Outputs on a set, through the prefix cache where the model's prefix allows it."""
-        if self.prefix_unchanged(model):
+    def outputs(
+        self,
+        model: HookedModel,
+        split: str,
+        is_forget_set: bool,
+        description: str,
+        prefix_unchanged: bool | None = None,
+    ) -> Outputs:
+        """Outputs on a set, through the prefix cache where the model's prefix allows it (None: compare and see)."""
+        if self.prefix_unchanged(model) if prefix_unchanged is None else prefix_unchanged:
             head = _Head(model, self.config.mask_layer)
             return self.inference(head, self.prefix_activations(split, is_forget_set), is_forget_set, description)
         return self.inference(model, self.images(split, is_forget_set), is_forget_set, description)
@@ -188,12 +199,13 @@ class Eval:
             self.context.charged, begun = 0.0, time.perf_counter()
             with registered.enter(self.context, point) as model:
                 seconds = time.perf_counter() - begun + self.context.charged
-                extra = {"seconds": seconds, "weights_changed": self.weights_changed(model)}
-                self._measured[key] = {split: self._judge(model, split, key) | extra for split in JUDGED}
+                same = self.prefix_unchanged(model)
+                extra = {"seconds": seconds, "weights_changed": self.weights_changed(model, same)}
+                self._measured[key] = {split: self._judge(model, split, key, same) | extra for split in JUDGED}
         return self._measured[key]
 
-    def _judge(self, model: HookedModel, split: str, key: tuple) -> dict[str, float]:
-        forget, retain = (self.outputs(model, split, is_forget, f"{key[0]} on {split}") for is_forget in (True, False))
+    def _judge(self, model: HookedModel, split: str, key: tuple, same: bool) -> dict[str, float]:
+        forget, retain = (self.outputs(model, split, part, f"{key[0]} on {split}", same) for part in (True, False))
         if split == "test":
             self.class_probability[key] = forget.logits.double().softmax(1).mean(0).tolist()
         return {name: entry.compute(forget, retain) for name, entry in METRICS.items()}

@@ -124,7 +124,7 @@ def headline(records: list[dict]) -> str:
     after, before = record["methods"]["mimu"], record["methods"]["default"]
     share = 100 * after["weights_changed"] / record["num_graph_vertices"]
     return (
-        f"Switching off {after['weights_changed']} weights ({share:.1f} % of the layer), class "
+        f"Switching off {after['weights_changed']} weights ({share:.1f} % of the {layers}), class "
         f"{record['forget_class']} is recognised {after['forget_score']:.1f} % of the time (before: "
         f"{before['forget_score']:.1f} %); the other classes score {after['retain_score']:.1f} % "
         f"(before: {before['retain_score']:.1f} %)."

@@ -1,19 +1,19 @@
 """How fast is message passing over the graph of one layer, in closed form against an explicit edge list?
 
-    uv run benchmarks/message_passing.py [--full] [--json PATH]
+    uv run benchmarks/message_passing.py [--full] [--json PATH] [--plot PATH]
 
 Forward + backward of `MaskingGCN` (3 rounds, width 32) on one graph, both forms in turn, in one process. The edge list
-of 128 x 512 (41.8 million edges) takes over a minute and about 9 GB, so by default it is timed on a smaller layer and
-scaled by its number of edges (marked ~); --full times it once. The floor is what reading and writing the activations
-once per round costs at the bandwidth of a plain copy, measured in the same run.
+of 128 x 512 (41.8 million edges) takes over a minute and about 9 GB, so by default it is timed on 64 x 128 and scaled
+by its number of edges (marked ~); --full times it once. The floor is what reading and writing the activations once per
+round costs at the memory bandwidth, measured by copying arrays far larger than the caches. Then a classifier head of
+1000 x 2048 from features to mask, and time and memory against the number of weights.
 """
 
-import argparse
-import json
-import platform
-import resource
+import ctypes
+import math
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,23 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from artifacts import provenance, write_json
-from data import num_edges, rook_edges
-from model import MaskingGCN
+from benchmarks.common import alternating, keep, line, parser, peak_memory, ratio, seconds
+from data import FEATURES
+from gcn import MaskingGCN
+from graph import layer_graph
+from masks import Mask, hard_topk, sinkhorn_topk
 
-ROUNDS, WIDTH, REPEATS = 3, 32, 7
-SMALL, LARGE = (32, 64), (128, 512)
-
-
-def seconds(function: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    """Wall seconds of each repeat, after one warm-up."""
-    function()
-    taken = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - begun)
-    return taken
+ROUNDS, WIDTH = 3, 32
+SMALL, LARGE, HEAD = (64, 128), (128, 512), (1000, 2048)
+COPIED = 2**27  # float32 values: 512 MB, beyond any cache
+GROWTH = tuple(range(12, 22))
 
 
 def closed_pass(gcn: MaskingGCN, m: int, n: int) -> Callable[[], None]:
@@ -54,7 +47,7 @@ def closed_pass(gcn: MaskingGCN, m: int, n: int) -> Callable[[], None]:
 
 def edge_pass(gcn: MaskingGCN, m: int, n: int) -> Callable[[], None]:
     """Forward + backward over the edge list, with the same parameters."""
-    features, edges = torch.randn(m * n, gcn.num_node_features), rook_edges(m, n)
+    features, edges = torch.randn(m * n, gcn.num_node_features), layer_graph(m, n).edge_index()
 
     def run() -> None:
         gcn.zero_grad(set_to_none=True)
@@ -63,70 +56,153 @@ def edge_pass(gcn: MaskingGCN, m: int, n: int) -> Callable[[], None]:
     return run
 
 
-def copy_floor(m: int, n: int) -> list[float]:
-    """Seconds to read and write `ROUNDS` activations [m, n, WIDTH] once each, by plain copies."""
-    source, target = torch.randn(m, n, WIDTH), torch.empty(m, n, WIDTH)
+def bandwidth() -> float:
+    """Bytes per second of a plain copy, read and written bytes both counted."""
+    source = torch.ones(COPIED)
+    target = torch.empty_like(source)
+    return 2 * 4 * COPIED / statistics.median(seconds(lambda: target.copy_(source), 5))
 
-    def run() -> None:
-        for _ in range(ROUNDS):
-            target.copy_(source)
 
-    return seconds(run)
+def resident() -> int:
+    """Resident size of this process now, bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def extra_memory(run: Callable[[], object]) -> int:
+    """Largest resident size during a run above the size before it, bytes, sampled each half millisecond."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left in the allocator would hide what this one takes
+    before, seen, done = resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(resident() - before)
+            time.sleep(5e-4)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return max(seen)
+
+
+def head_pass(gcn: MaskingGCN) -> Callable[[], Mask]:
+    """A 1000 x 2048 layer: features, GCN, sampler, loss, backward, mask."""
+    m, n = HEAD
+    weight, h, delta = torch.randn(m, n), torch.rand(n), torch.randn(m)
+
+    def run() -> Mask:
+        features = torch.empty(1, m, n, len(FEATURES))
+        for column, value in enumerate((h, (weight @ h)[:, None], weight, delta[:, None] * h)):
+            features[0, ..., column] = (value - value.mean()) / value.std()
+        theta = gcn(features)
+        degrees = sinkhorn_topk(theta.flatten(1), m * n // 50, 0.25).view_as(theta)
+        torch.nn.functional.cross_entropy(((1 - degrees[0]) * weight) @ h, torch.tensor(0)).backward()
+        return Mask(~hard_topk(theta[0].detach(), m * n // 50), layer_graph(m, n))
+
+    return run
+
+
+def growth(gcn: MaskingGCN) -> dict:
+    """Time and extra memory of a pass against N, with the exponents fitted on logarithmic axes."""
+    sizes, times, memory = [], [], []
+    for power in GROWTH:
+        m, n = 2 ** (power // 2), 2 ** (power - power // 2)
+        run = closed_pass(gcn, m, n)
+        sizes.append(m * n)
+        times.append(statistics.median(seconds(run, 5)))
+        memory.append(extra_memory(run))
+    return {"nodes": sizes, "seconds": times, "bytes": memory, "exponent": exponent(sizes, times)}
+
+
+def exponent(x: list[int], y: list[float]) -> float:
+    """Slope of log y over log x, by least squares."""
+    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
 
 
 def measure(full: bool) -> dict:
     """All figures of the benchmark."""
     torch.manual_seed(0)
     gcn = MaskingGCN(num_message_passing_rounds=ROUNDS, hidden_dim=WIDTH)
-    closed_small, edges_small = seconds(closed_pass(gcn, *SMALL)), seconds(edge_pass(gcn, *SMALL))
-    closed_large, floor = seconds(closed_pass(gcn, *LARGE), 15), copy_floor(*LARGE)
-    scale = num_edges(*LARGE) / num_edges(*SMALL)
-    edges_large = [value * scale for value in edges_small]
-    if full:
-        edges_large = seconds(edge_pass(gcn, *LARGE), 1)
-    return {
-        "closed_small": closed_small,
-        "edges_small": edges_small,
-        "closed_large": closed_large,
-        "edges_large": edges_large,
+    activation = 4 * WIDTH * math.prod(LARGE)
+    extra = extra_memory(closed_pass(gcn, *LARGE)) / activation
+    small, edges = alternating([closed_pass(gcn, *SMALL), edge_pass(gcn, *SMALL)], 5)
+    large = seconds(closed_pass(gcn, *LARGE), 21)
+    scale = layer_graph(*LARGE).num_edges / layer_graph(*SMALL).num_edges
+    begun = time.perf_counter()
+    head_pass(gcn)()
+    head = time.perf_counter() - begun
+    figures = {
+        "closed_small": small,
+        "edges_small": edges,
+        "closed_large": large,
+        "extra_activations": extra,
+        "head_seconds": head,
+        "head_peak_bytes": peak_memory(),
+        "bandwidth": bandwidth(),
+        "growth": growth(gcn),
         "edges_large_is_scaled": not full,
-        "floor_large": floor,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    figures["floor_seconds"] = ROUNDS * 2 * activation / figures["bandwidth"]
+    if full:
+        run, begun = edge_pass(gcn, *LARGE), time.perf_counter()
+        run()
+        return figures | {"edges_large": [time.perf_counter() - begun]}
+    return figures | {"edges_large": [value * scale for value in edges]}
 
 
 def show(figures: dict) -> None:
-    """A table for people: medians, spread, ratios."""
+    """A table for people."""
+    mark, name = "~" if figures["edges_large_is_scaled"] else " ", f"{LARGE[0]} x {LARGE[1]}"
+    line(f"closed form, {SMALL[0]} x {SMALL[1]}", figures["closed_small"])
+    line(f"edge list,   {SMALL[0]} x {SMALL[1]}", figures["edges_small"])
+    line(f"closed form, {name}", figures["closed_large"])
+    line(f"edge list,   {name}", figures["edges_large"], mark)
+    closed, floor = statistics.median(figures["closed_large"]), figures["floor_seconds"]
+    small = ratio(figures["edges_small"], figures["closed_small"])
+    print(f"edge list / closed form, {SMALL[0]} x {SMALL[1]}: {small:.0f}")
+    print(f"edge list / closed form, {name}: {mark}{statistics.median(figures['edges_large']) / closed:.0f}")
+    print(f"memory bandwidth {figures['bandwidth'] / 1e9:.1f} GB/s: activations once per round {1e3 * floor:.2f} ms")
+    print(f"closed form / floor: {closed / floor:.1f} (forward and backward each once: {closed / floor / 2:.1f})")
+    print(f"extra memory: {figures['extra_activations']:.1f} activations of {name} x {WIDTH}")
+    head = f"{figures['head_seconds']:.1f} s, peak of the process {figures['head_peak_bytes'] / 1e9:.2f} GB"
+    print(f"head {HEAD[0]} x {HEAD[1]}, features to mask: {head}")
+    grown = figures["growth"]
+    for nodes, taken, size in zip(grown["nodes"], grown["seconds"], grown["bytes"], strict=True):
+        print(f"N = {nodes:9,}: {1e3 * taken:9.2f} ms, {size / 1e6:8.1f} MB")
+    print(f"time grows as N^{grown['exponent']:.2f}")
 
-    def line(name: str, values: list[float], mark: str = "") -> None:
-        low, middle, high = min(values), statistics.median(values), max(values)
-        print(f"{name:34} {mark}{1e3 * middle:12.2f} ms   ({1e3 * low:.2f} to {1e3 * high:.2f}, n = {len(values)})")
 
-    mark = "~" if figures["edges_large_is_scaled"] else " "
-    line(f"closed form, {SMALL[0]} x {SMALL[1]}", figures["closed_small"], " ")
-    line(f"edge list,   {SMALL[0]} x {SMALL[1]}", figures["edges_small"], " ")
-    line(f"closed form, {LARGE[0]} x {LARGE[1]}", figures["closed_large"], " ")
-    line(f"edge list,   {LARGE[0]} x {LARGE[1]}", figures["edges_large"], mark)
-    line("floor: copy activations, 3 rounds", figures["floor_large"], " ")
-    median = {name: statistics.median(values) for name, values in figures.items() if isinstance(values, list)}
-    print(
-        f"edge list / closed form, {LARGE[0]} x {LARGE[1]}: {mark}{median['edges_large'] / median['closed_large']:.0f}"
-    )
-    print(f"closed form / floor: {median['closed_large'] / median['floor_large']:.1f}")
+def plot(figures: dict, path: Path) -> None:
+    """Time and memory against N."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    grown = figures["growth"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    left.loglog(grown["nodes"], grown["seconds"], "o-", label=f"$N^{{{grown['exponent']:.2f}}}$")
+    left.set(xlabel="weights N", ylabel="seconds, forward + backward")
+    left.legend()
+    right.loglog(grown["nodes"], [max(1, size) / 1e6 for size in grown["bytes"]], "s-", color="#E69F00")
+    right.set(xlabel="weights N", ylabel="extra memory, MB")
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     """Parse, measure, show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="time the edge list of 128 x 512 itself")
-    parser.add_argument("--json", type=Path, help="write the figures, machine and versions here")
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--full", action="store_true", help="time the edge list of 128 x 512 itself")
+    made.add_argument("--plot", type=Path, help="draw time and memory against N into this file")
+    arguments = made.parse_args()
     figures = measure(arguments.full)
     show(figures)
-    if arguments.json:
-        write_json(arguments.json, json.loads(json.dumps(figures | {"provenance": provenance()})))
+    keep(arguments.json, figures)
+    if arguments.plot:
+        plot(figures, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -104,14 +104,14 @@ def tiny_setting(seed: int = 0) -> tuple[Tiny, UnlearningDataset]:
     pixels = torch.randint(0, 256, (24, 1, 1, 5), dtype=torch.uint8)
     images = Images(pixels, torch.arange(24) % 2, torch.full((1, 1, 1), 127.0), torch.full((1, 1, 1), 70.0))
     return Tiny().eval(), UnlearningDataset(
-        SupportedDatasets.MNIST, {s: images for s in ("train", "val", "test")}, 7, 1, 0
+        SupportedDatasets.MNIST, dict.fromkeys(("train", "val", "test"), images), 7, 1, 0
     )
 
 
 @pytest.mark.parametrize("mask_layer", [None, (-2, -1), (0, 2), -1])
 def test_features_are_those_of_per_sample_autograd(mask_layer, tmp_path):
     model, data = tiny_setting()
-    generator = GraphGenerator(model, data, mask_layer, GraphConfig(num_samples=24, min_per_class=2, batch_size=5))
+    generator = GraphGenerator(model, data, mask_layer, GraphConfig(num_samples=120, batch_size=5))
     generator.generate(tmp_path)
     graphs, places = GraphDataset(tmp_path), model.layer_indices(mask_layer)
     images, labels = data.splits["train"].batch(torch.from_numpy(generator.choose_samples()))

@@ -1,0 +1,61 @@
+"""What the benchmarks share: warm-up and repeats, medians and spread, the machine, JSON."""
+
+import argparse
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from artifacts import provenance, write_json
+
+
+def seconds(function: Callable[[], object], repeats: int = 7) -> list[float]:
+    """Wall seconds of each repeat, after one warm-up."""
+    return alternating([function], repeats)[0]
+
+
+def alternating(functions: Sequence[Callable[[], object]], repeats: int = 7) -> list[list[float]]:
+    """Wall seconds of several functions, in turn, so that a drifting machine meets all of them alike."""
+    for function in functions:
+        function()
+    taken: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, times in zip(functions, taken, strict=True):
+            begun = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begun)
+    return taken
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median of the pairwise ratios."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def line(name: str, values: Sequence[float], mark: str = " ") -> None:
+    """One row for people: median and spread in milliseconds."""
+    low, middle, high = (1e3 * value for value in (min(values), statistics.median(values), max(values)))
+    print(f"{name:46} {mark}{middle:11.2f} ms   ({low:.2f} to {high:.2f}, n = {len(values)})")
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flag that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, help="write the figures, the machine and the versions here")
+    return made
+
+
+def keep(path: Path | None, figures: dict) -> None:
+    """Write the figures with machine and versions, if a path was given."""
+    if path is not None:
+        machine = {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
+        write_json(path, figures | {"machine": machine, "provenance": provenance()})

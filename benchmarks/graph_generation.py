@@ -1,0 +1,121 @@
+"""How fast are graphs made, and how small are they?
+
+    uv run benchmarks/graph_generation.py [--json PATH]
+
+On the MLP at Fashion-MNIST's size with random images: one batched pass against autograd one sample at a time, against
+a plain forward + backward of the same batch, and the whole of `GraphGenerator.generate` (reading, capture, writing).
+"""
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.nn import functional
+
+from benchmarks.common import alternating, keep, line, parser, peak_memory, ratio
+from config import GraphConfig, SupportedDatasets
+from data import FEATURES, GraphGenerator
+from model import HookedMLPClassifier, capture
+from utils_data import Images, UnlearningDataset
+
+BATCH, SINGLES, STORED = 1024, 256, 100_000
+
+
+def dataset(count: int) -> UnlearningDataset:
+    """Random images in Fashion-MNIST's shape."""
+    labels = torch.arange(count) % 10
+    pixels = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
+    images = Images(pixels, labels, torch.full((1, 1, 1), 73.0), torch.full((1, 1, 1), 90.0))
+    return UnlearningDataset(
+        SupportedDatasets.FASHION_MNIST, dict.fromkeys(("train", "val", "test"), images), BATCH, 0, 0
+    )
+
+
+def one_by_one(model: HookedMLPClassifier, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """Dense gradients of the target layer by autograd, a sample at a time."""
+
+    def run() -> None:
+        target = model.target(-2)
+        for image, label in zip(images[:SINGLES], labels[:SINGLES], strict=True):
+            with capture(target) as record:
+                loss = functional.cross_entropy(model(image[None]), label[None])
+                record.take()
+                torch.autograd.grad(loss, target.weight)
+
+    return run
+
+
+def plain(model: HookedMLPClassifier, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward of a batch, as in training."""
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        functional.cross_entropy(model(images), labels).backward()
+
+    return run
+
+
+def measure() -> dict:
+    """All figures of the benchmark."""
+    torch.manual_seed(0)
+    model, data = HookedMLPClassifier(10, 1, 28).eval(), dataset(STORED)
+    images, labels = data.splits["train"].batch(slice(0, BATCH))
+    generator = GraphGenerator(model, data, -2, GraphConfig(num_samples=STORED, batch_size=BATCH))
+    batched, single, training = alternating(
+        [
+            lambda: generator.capture_batch(images, labels),
+            one_by_one(model, images, labels),
+            plain(model, images, labels),
+        ],
+        15,
+    )
+    before = peak_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        (whole,) = alternating([lambda: generator.generate(Path(folder))], 1)
+        stored = sum(file.stat().st_size for file in Path(folder).iterdir())
+    dense = {f"{m} x {n}": 4 * len(FEATURES) * m * n / (4 * (2 * m + n)) for m, n in ((64, 128), (128, 512))}
+    return {
+        "batched": batched,
+        "one_by_one": single,
+        "plain": training,
+        "speed_up": ratio(single, batched) * BATCH / SINGLES,
+        "share_of_plain": ratio(training, batched),
+        "generate_seconds_per_batch": statistics.median(whole) * BATCH / STORED,
+        "stored_bytes_per_sample": stored / STORED,
+        "memory_growth_bytes": peak_memory() - before - data.splits["train"].pixels.nbytes,
+        "stored_bytes": stored,
+        "times_smaller": dense,
+    }
+
+
+def show(figures: dict) -> None:
+    """A table for people."""
+    line(f"capture of a batch of {BATCH}", figures["batched"])
+    line(f"autograd, {SINGLES} samples one at a time", figures["one_by_one"])
+    line(f"plain forward + backward of the batch, {BATCH}", figures["plain"])
+    rate = BATCH / statistics.median(figures["batched"])
+    print(f"capture: {rate:,.0f} samples/s, {figures['speed_up']:.0f} times one at a time,")
+    print(f"         {100 * figures['share_of_plain']:.0f} % of plain forward + backward")
+    whole = statistics.median(figures["plain"]) / figures["generate_seconds_per_batch"]
+    print(f"reading, capture and writing together: {100 * whole:.0f} % of plain forward + backward")
+    for name, times in figures["times_smaller"].items():
+        print(f"stored graphs of {name}: {times:.0f} times smaller than dense features")
+    grown, stored = figures["memory_growth_bytes"] / 1e6, figures["stored_bytes"] / 1e6
+    print(f"{STORED:,} graphs, {stored:.0f} MB, were written; beyond a copy of their images memory grew by {grown:.0f} MB")
+
+
+def main() -> None:
+    """Parse, measure, show."""
+    arguments = parser(__doc__).parse_args()
+    figures = measure()
+    show(figures)
+    keep(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What does one more (topK, kappa) point of a sweep cost, against one full evaluation pass?
+
+    uv run benchmarks/sweep.py [--json PATH]
+
+ResNet-18 on random images in Fashion-MNIST's shape: a point of `mimu` and of `random`, measured on test and validation
+images through the prefix cache (mask, both sets, all metrics), against one pass of the whole network over the same
+images.
+"""
+
+import sys
+from itertools import count
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.common import keep, line, parser, seconds
+from config import PipelineConfig, SupportedDatasets
+from eval import Eval
+from methods import Context, Point
+from model import HookedResnet
+from utils_data import Images, UnlearningDataset
+
+IMAGES, BATCH, REPEATS = 4000, 256, 7
+
+
+def images(size: int) -> Images:
+    """Random images in Fashion-MNIST's shape."""
+    labels = torch.arange(size) % 10
+    pixels = torch.randint(0, 256, (size, 1, 28, 28), dtype=torch.uint8)
+    return Images(pixels, labels, torch.full((1, 1, 1), 73.0), torch.full((1, 1, 1), 90.0))
+
+
+def measure() -> dict:
+    """All figures of the benchmark."""
+    torch.manual_seed(0)
+    splits = {split: images(IMAGES) for split in ("train", "val", "test")}
+    data = UnlearningDataset(SupportedDatasets.FASHION_MNIST, splits, BATCH, 0, 0)
+    model, theta = HookedResnet(10, 1, 28).eval(), torch.randn(10, 128, 512)
+    evaluation = Eval(Context(model, data, PipelineConfig(), torch.device("cpu"), lambda topK: theta))
+    sets = [(split, is_forget) for split in ("test", "val") for is_forget in (True, False)]
+
+    def full() -> None:
+        for split, is_forget in sets:
+            evaluation.inference(model, evaluation.images(split, is_forget), is_forget, "full pass")
+
+    for split, is_forget in sets:
+        evaluation.prefix_activations(split, is_forget)
+    kappas = count(100)
+    points = {
+        name: seconds(lambda name=name: evaluation.eval_unlearning(name, Point(500, next(kappas), 0)), REPEATS)
+        for name in ("mimu", "random")
+    }
+    return {"full": seconds(full, 1), "points": points}
+
+
+def show(figures: dict) -> None:
+    """A table for people."""
+    line(f"full evaluation pass, {2 * IMAGES:,} images", figures["full"])
+    for name, values in figures["points"].items():
+        line(f"one more point of {name}", values)
+        print(f"  {100 * sorted(values)[len(values) // 2] / min(figures['full']):.2f} % of a full pass")
+
+
+def main() -> None:
+    """Parse, measure, show."""
+    arguments = parser(__doc__).parse_args()
+    figures = measure()
+    show(figures)
+    keep(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()
