@@ -123,6 +123,7 @@ def headline(records: list[dict]) -> str:
     record = choose(records, "mimu")
     after, before = record["methods"]["mimu"], record["methods"]["default"]
     share = 100 * after["weights_changed"] / record["num_graph_vertices"]
+    layers = "masked layers" if isinstance(record["mask_layer"], list) else "layer"
     return (
         f"Switching off {after['weights_changed']} weights ({share:.1f} % of the {layers}), class "
         f"{record['forget_class']} is recognised {after['forget_score']:.1f} % of the time (before: "

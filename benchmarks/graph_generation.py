@@ -106,7 +106,9 @@ def show(figures: dict) -> None:
     for name, times in figures["times_smaller"].items():
         print(f"stored graphs of {name}: {times:.0f} times smaller than dense features")
     grown, stored = figures["memory_growth_bytes"] / 1e6, figures["stored_bytes"] / 1e6
-    print(f"{STORED:,} graphs, {stored:.0f} MB, were written; beyond a copy of their images memory grew by {grown:.0f} MB")
+    print(
+        f"{STORED:,} graphs, {stored:.0f} MB, were written; beyond a copy of their images memory grew by {grown:.0f} MB"
+    )
 
 
 def main() -> None:
