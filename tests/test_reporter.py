@@ -36,6 +36,7 @@ def record(top_k: int, kappa: int, validation: tuple, test: tuple, classes: int 
         "seed": 0,
         "top_k": top_k,
         "kappa": kappa,
+        "mask_layer": -2,
         "num_graph_vertices": 1000,
         "classifier_path": "checkpoints/none/c.safetensors",
         "gcn_path": "checkpoints/none/g.safetensors",
