@@ -6,6 +6,7 @@ Per sample and layer h [n], z [m] and delta [m] are stored, and W [m, n] once; n
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,6 @@ FEATURES = ("h", "z", "W", "g")
 EPSILON = 1e-8
 LAYOUT_FILE = "layout.json"
 _ARRAYS = ("h", "z", "delta", "labels", "weight")
-
-
-def _standardise(values: Tensor) -> Tensor:
-    """(v - mean) / (std + 1e-8) over the last dimension."""
-    mean, std = values.mean(-1, keepdim=True), values.std(-1, keepdim=True, correction=0)
-    return (values - mean) / (std + EPSILON)
 
 
 def _moments(means: Sequence[Tensor], squares: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -75,6 +70,12 @@ class Vectors:
             _moments(mean_g, square_g, sizes),
         )
 
+    def standardised(self, sizes: Sequence[int]) -> tuple["Vectors", Tensor]:
+        """Vectors and shift [B, 1] that make the standardised columns: h_j, z_i, and delta_i (raw h_j) - shift."""
+        (mean_h, std_h), (mean_z, std_z), (mean_g, std_g) = self.moments(sizes)
+        h, z = [(value - mean_h) / std_h for value in self.h], [(value - mean_z) / std_z for value in self.z]
+        return Vectors(h, z, [value / std_g for value in self.delta]), mean_g / std_g
+
 
 class GraphDataset(Dataset):
     """Graphs in a folder that `GraphGenerator` filled.
@@ -111,21 +112,21 @@ class GraphDataset(Dataset):
         h, z, delta = (torch.from_numpy(np.array(array[chosen])) for array in (self.h, self.z, self.delta))
         return Vectors(list(h.split(self.ins, 1)), list(z.split(self.outs, 1)), list(delta.split(self.outs, 1)))
 
+    @cached_property
     def _standard_weight(self) -> Tensor:
-        """The column W, standardised. [*graph.shape]."""
-        return _standardise(self.weight.flatten()).view(self.graph.shape)
+        """The column W, standardised over the nodes. [*graph.shape]."""
+        return (self.weight - self.weight.mean()) / (self.weight.std(correction=0) + EPSILON)
 
     def features(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Node features [B, *graph.shape, 4]: h_j, z_i, W_ij, g_ij, each standardised over all nodes."""
         vectors = self.vectors(indices)
-        (mean_h, std_h), (mean_z, std_z), (mean_g, std_g) = vectors.moments(self.graph.sizes)
-        out = torch.empty(len(mean_h), *self.graph.shape, len(FEATURES))
-        out[..., 2] = self._standard_weight()
-        parts = zip(self.graph.split(out, trailing=1), vectors.h, vectors.z, vectors.delta, strict=True)
-        for part, h, z, delta in parts:
-            part[..., 0] = ((h - mean_h) / std_h).unsqueeze(1)
-            part[..., 1] = ((z - mean_z) / std_z).unsqueeze(2)
-            part[..., 3] = (delta / std_g).unsqueeze(2) * h.unsqueeze(1) - (mean_g / std_g).unsqueeze(2)
+        out = torch.empty(len(vectors.h[0]), *self.graph.shape, len(FEATURES))
+        out[..., 2] = self._standard_weight
+        standard, shift = vectors.standardised(self.graph.sizes)
+        layers = zip(self.graph.split(out, trailing=1), vectors.h, standard.h, standard.z, standard.delta, strict=True)
+        for part, raw_h, h, z, delta in layers:
+            part[..., 0], part[..., 1] = h.unsqueeze(1), z.unsqueeze(2)
+            part[..., 3] = delta.unsqueeze(2) * raw_h.unsqueeze(1) - shift.unsqueeze(2)
         return out
 
     def class_features(self, label: int) -> Tensor:
@@ -140,14 +141,13 @@ class GraphDataset(Dataset):
         if len(members) == 0:
             raise UserError(f"{self.root} holds no graph of class {label}: make the graphs with more samples")
         vectors = self.vectors(members)
-        (mean_h, std_h), (mean_z, std_z), (mean_g, std_g) = vectors.moments(self.graph.sizes)
         out = torch.empty(*self.graph.shape, len(FEATURES))
-        out[..., 2] = self._standard_weight()
-        parts = zip(self.graph.split(out, trailing=1), vectors.h, vectors.z, vectors.delta, strict=True)
-        for part, h, z, delta in parts:
-            part[..., 0] = ((h - mean_h) / std_h).mean(0)
-            part[..., 1] = ((z - mean_z) / std_z).mean(0).unsqueeze(1)
-            part[..., 3] = (delta / std_g).T @ h / len(h) - (mean_g / std_g).mean()
+        out[..., 2] = self._standard_weight
+        standard, shift = vectors.standardised(self.graph.sizes)
+        layers = zip(self.graph.split(out, trailing=1), vectors.h, standard.h, standard.z, standard.delta, strict=True)
+        for part, raw_h, h, z, delta in layers:
+            part[..., 0], part[..., 1] = h.mean(0), z.mean(0).unsqueeze(1)
+            part[..., 3] = delta.T @ raw_h / len(members) - shift.mean()
         return out
 
     def edge_index(self) -> Tensor:

@@ -121,6 +121,7 @@ class Eval:
         self.after_prefix = tuple(f"linears.{index}." for index in range(place, len(context.model.linears)))
         self._cached: dict[tuple[str, bool], DataLoader] = {}
         self._measured: dict[tuple, dict] = {}
+        self._efficacy: dict[int, dict[str, float]] = {}
         self.class_probability: dict[tuple, list[float]] = {}
 
     # --- where logits come from ---
@@ -220,12 +221,18 @@ class Eval:
     def eval_mask_efficacy(self, topK: int) -> dict[str, float]:
         """How well the forget class's own top-K mask explains it: accuracies with only those weights kept.
 
-        A good class mask keeps `forget_score` high; both are on validation images, percent.
+        A good class mask keeps `forget_score` high; both are on validation images, percent. Measured once per topK.
         """
+        if topK in self._efficacy:
+            return self._efficacy[topK]
         theta = self.context.theta(topK)[self.config.forget_class]
         with masked(self.context.weights, Mask(hard_topk(theta, topK), self.context.graph)):
             sets = {"forget_score": True, "retain_score": False}
-            return {k: self.outputs(self.context.model, "val", v, "class mask").score() for k, v in sets.items()}
+            self._efficacy[topK] = {
+                name: self.outputs(self.context.model, "val", is_forget, "class mask").score()
+                for name, is_forget in sets.items()
+            }
+        return self._efficacy[topK]
 
     def get_model_mask(self, topK: int, kappa: int) -> Mask:
         """The unlearning mask of `mimu` at a point."""

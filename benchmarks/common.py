@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from artifacts import provenance, write_json
+from config import SupportedDatasets
+from utils_data import Images, UnlearningDataset
 
 
 def seconds(function: Callable[[], object], repeats: int = 7) -> list[float]:
@@ -42,6 +44,14 @@ def line(name: str, values: Sequence[float], mark: str = " ") -> None:
     print(f"{name:46} {mark}{middle:11.2f} ms   ({low:.2f} to {high:.2f}, n = {len(values)})")
 
 
+def random_data(count: int, batch_size: int) -> UnlearningDataset:
+    """Random images in Fashion-MNIST's shape, the same in every split."""
+    pixels = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(count) % 10, torch.full((1, 1, 1), 73.0), torch.full((1, 1, 1), 90.0))
+    splits = dict.fromkeys(("train", "val", "test"), images)
+    return UnlearningDataset(SupportedDatasets.FASHION_MNIST, splits, batch_size, 0, 0)
+
+
 def peak_memory() -> int:
     """Largest resident size of this process so far, bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -59,3 +69,11 @@ def keep(path: Path | None, figures: dict) -> None:
     if path is not None:
         machine = {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
         write_json(path, figures | {"machine": machine, "provenance": provenance()})
+
+
+def run(description: str | None, measure: Callable[[], dict], show: Callable[[dict], None]) -> None:
+    """A benchmark without flags of its own: parse, measure, show, keep."""
+    arguments = parser(description).parse_args()
+    figures = measure()
+    show(figures)
+    keep(arguments.json, figures)

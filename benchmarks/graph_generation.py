@@ -17,23 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.nn import functional
 
-from benchmarks.common import alternating, keep, line, parser, peak_memory, ratio
-from config import GraphConfig, SupportedDatasets
+from benchmarks.common import alternating, line, peak_memory, random_data, ratio, run
+from config import GraphConfig
 from data import FEATURES, GraphGenerator
 from model import HookedMLPClassifier, capture
-from utils_data import Images, UnlearningDataset
 
 BATCH, SINGLES, STORED = 1024, 256, 100_000
-
-
-def dataset(count: int) -> UnlearningDataset:
-    """Random images in Fashion-MNIST's shape."""
-    labels = torch.arange(count) % 10
-    pixels = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
-    images = Images(pixels, labels, torch.full((1, 1, 1), 73.0), torch.full((1, 1, 1), 90.0))
-    return UnlearningDataset(
-        SupportedDatasets.FASHION_MNIST, dict.fromkeys(("train", "val", "test"), images), BATCH, 0, 0
-    )
 
 
 def one_by_one(model: HookedMLPClassifier, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
@@ -63,7 +52,7 @@ def plain(model: HookedMLPClassifier, images: torch.Tensor, labels: torch.Tensor
 def measure() -> dict:
     """All figures of the benchmark."""
     torch.manual_seed(0)
-    model, data = HookedMLPClassifier(10, 1, 28).eval(), dataset(STORED)
+    model, data = HookedMLPClassifier(10, 1, 28).eval(), random_data(STORED, BATCH)
     images, labels = data.splits["train"].batch(slice(0, BATCH))
     generator = GraphGenerator(model, data, -2, GraphConfig(num_samples=STORED, batch_size=BATCH))
     batched, single, training = alternating(
@@ -111,13 +100,5 @@ def show(figures: dict) -> None:
     )
 
 
-def main() -> None:
-    """Parse, measure, show."""
-    arguments = parser(__doc__).parse_args()
-    figures = measure()
-    show(figures)
-    keep(arguments.json, figures)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, show)

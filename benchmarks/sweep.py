@@ -15,28 +15,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.common import keep, line, parser, seconds
-from config import PipelineConfig, SupportedDatasets
+from benchmarks.common import line, random_data, run, seconds
+from config import PipelineConfig
 from eval import Eval
 from methods import Context, Point
 from model import HookedResnet
-from utils_data import Images, UnlearningDataset
 
 IMAGES, BATCH, REPEATS = 4000, 256, 7
-
-
-def images(size: int) -> Images:
-    """Random images in Fashion-MNIST's shape."""
-    labels = torch.arange(size) % 10
-    pixels = torch.randint(0, 256, (size, 1, 28, 28), dtype=torch.uint8)
-    return Images(pixels, labels, torch.full((1, 1, 1), 73.0), torch.full((1, 1, 1), 90.0))
 
 
 def measure() -> dict:
     """All figures of the benchmark."""
     torch.manual_seed(0)
-    splits = {split: images(IMAGES) for split in ("train", "val", "test")}
-    data = UnlearningDataset(SupportedDatasets.FASHION_MNIST, splits, BATCH, 0, 0)
+    data = random_data(IMAGES, BATCH)
     model, theta = HookedResnet(10, 1, 28).eval(), torch.randn(10, 128, 512)
     evaluation = Eval(Context(model, data, PipelineConfig(), torch.device("cpu"), lambda topK: theta))
     sets = [(split, is_forget) for split in ("test", "val") for is_forget in (True, False)]
@@ -63,13 +54,5 @@ def show(figures: dict) -> None:
         print(f"  {100 * sorted(values)[len(values) // 2] / min(figures['full']):.2f} % of a full pass")
 
 
-def main() -> None:
-    """Parse, measure, show."""
-    arguments = parser(__doc__).parse_args()
-    figures = measure()
-    show(figures)
-    keep(arguments.json, figures)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, show)

@@ -341,7 +341,7 @@ def test_refused_in_one_sentence(line, message, material, tiny, tmp_path, capsys
 
 
 def test_unusable_gcn_is_refused(tiny, material, tmp_path, capsys):
-    """Found when the GCN is read; the stages before it are kept, whole."""
+    """Refused before anything is written."""
     out = tmp_path / "out"
     arguments = ["--config", str(tiny), "--tracker", "none", "--output-dir", str(out)]
     for name, message in (("garbage", "not a whole safetensors"), ("seven", "is no GCN")):

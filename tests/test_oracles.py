@@ -20,7 +20,7 @@ from config import (
 from data import GraphDataset, GraphGenerator, Vectors
 from eval import METRICS, Eval, Outputs
 from gcn import MaskingGCN
-from graph import layer_graph
+from graph import WeightGraph, layer_graph
 from masks import SAMPLERS, Mask, hard_topk, masked, random_mask
 from methods import Context
 from model import HookedModel, vision_model_loader
@@ -40,6 +40,9 @@ def tiny_data(channels: int, size: int, count: int = 60) -> UnlearningDataset:
     return UnlearningDataset(SupportedDatasets.MNIST, {s: part() for s in ("train", "val", "test")}, 7, 3, 0)
 
 
+NET_5432 = WeightGraph(((4, 5), (3, 4), (2, 3)), (True, True))
+APART = WeightGraph(((4, 5), (2, 3)), (False,))
+MIXED = WeightGraph(((4, 5), (7, 6), (3, 7)), (False, True))
 CASES = [(SupportedVisionModels.HookedMLPClassifier, 1, 8), (SupportedVisionModels.HookedResnet, 3, 32)]
 
 
@@ -55,16 +58,15 @@ def setting(request):
 
 
 @pytest.mark.parametrize("aggregation", list(Aggregations))
-@pytest.mark.parametrize("shape", [(2, 3), (5, 4), (1, 6), (8, 16)])
-def test_closed_form_is_the_edge_list(aggregation, shape):
+@pytest.mark.parametrize("graph", [*map(layer_graph, (2, 5, 1, 8), (3, 4, 6, 16)), NET_5432, APART, MIXED])
+def test_closed_form_is_the_edge_list(aggregation, graph):
     torch.manual_seed(0)
-    m, n = shape
     gcn = MaskingGCN(4, 3, 8, aggregation).double()
-    x = torch.randn(2, m, n, 4, dtype=torch.float64, requires_grad=True)
-    probe = torch.randn(2, m, n, dtype=torch.float64)
-    edges = layer_graph(m, n).edge_index()
-    slow = torch.stack([gcn.forward_edges(one.reshape(-1, 4), edges).view(m, n) for one in x])
-    fast = gcn(x)
+    x = torch.randn(2, *graph.shape, 4, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(2, *graph.shape, dtype=torch.float64)
+    edges = graph.edge_index()
+    slow = torch.stack([gcn.forward_edges(one.reshape(-1, 4), edges).view(graph.shape) for one in x])
+    fast = gcn(x) if len(graph.shapes) == 1 else gcn(x, graph)
     inputs = [x, *gcn.parameters()]
     slow_gradients = torch.autograd.grad((slow * probe).sum(), inputs)
     fast_gradients = torch.autograd.grad((fast * probe).sum(), inputs)

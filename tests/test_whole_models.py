@@ -9,7 +9,6 @@ from torch import nn
 
 from artifacts import appending_array
 from config import (
-    Aggregations,
     GCNConfig,
     GraphConfig,
     PipelineConfig,
@@ -60,23 +59,6 @@ def test_whole_mlp_is_counted():
     assert graph.degrees == (784 + 128 - 2 + 64, 128 + 64 - 2 + 784 + 10, 64 + 10 - 2 + 128)
     assert graph.num_edges == 100_352 * 974 + 8_192 * 984 + 640 * 200
     assert graph.names == ("linears.0.weight", "linears.1.weight", "linears.2.weight")
-
-
-@pytest.mark.parametrize("aggregation", list(Aggregations))
-@GRAPHS
-def test_closed_form_is_the_edge_list(graph, aggregation):
-    torch.manual_seed(0)
-    gcn = MaskingGCN(4, 3, 8, aggregation).double()
-    x = torch.randn(2, graph.num_vertices, 4, dtype=torch.float64, requires_grad=True)
-    probe = torch.randn(2, graph.num_vertices, dtype=torch.float64)
-    slow = torch.stack([gcn.forward_edges(one, graph.edge_index()) for one in x])
-    fast = gcn(x, graph)
-    inputs = [x, *gcn.parameters()]
-    wanted = torch.autograd.grad((slow * probe).sum(), inputs)
-    found = torch.autograd.grad((fast * probe).sum(), inputs)
-    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
-    for ours, oracle in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, oracle, rtol=1e-9, atol=1e-12)
 
 
 def test_backward_twice_and_single_precision():
