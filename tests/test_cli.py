@@ -17,21 +17,11 @@ import main
 from artifacts import write_tensors
 from config import PipelineConfig, SupportedVisionModels, UserError, plain
 from model import save_classifier, vision_model_loader
+from tests.common import LOG_LINE, TINY
 
 ROOT = Path(main.__file__).parent
-LOG_LINE = re.compile(r"\[ *\d+\.\d s\] \S")
 METHODS = ("MIMU (ours)", "random mask", "SFT randomisation", "untouched")
 METRICS = ("forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score")
-TINY = """
-device: cpu
-topK_list: [300]
-kappa_list: [100, 400]
-train: {epochs: 2, batch_size: 64}
-graph: {num_samples: 640}
-gcn: {steps: 3, batch_size: 4, hidden_dim: 8}
-sft: {steps: 3}
-reporter: {dpi: 40}
-"""
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -13,25 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import main
 from config import PipelineConfig, load_config
 from pipeline import Pipeline
+from tests.common import LOG_LINE, TINY
 
 ROOT = Path(main.__file__).parent
-LOG_LINE = re.compile(r"\[ *\d+\.\d s\] \S")
 STAGES = ("checkpoints/classifier", "datasets/Graphs", "checkpoints/gcn")
-TINY = """
-device: cpu
-topK_list: [300]
-kappa_list: [100, 400]
-train: {epochs: 2, batch_size: 64}
-graph: {num_samples: 640}
-gcn: {steps: 3, batch_size: 4, hidden_dim: 8}
-sft: {steps: 3}
-reporter: {dpi: 40}
-"""
 
 # One process imports everything, then forks one child for each place where a run is to be killed.
 DRIVER = """
@@ -43,6 +32,7 @@ from config import load_config
 from data import GraphGenerator
 from eval import Eval
 from pipeline import Pipeline
+from tests.common import LOG_LINE, TINY
 from trainer import GCNTrainer, VisionModelTrainer
 
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()  # imports the rest of torch
@@ -87,13 +77,7 @@ print("together", *map(end, together))
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the children, so that sums are taken in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the children: sums in the same order
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ from config import (
 from data import GraphDataset, GraphGenerator, Vectors
 from eval import METRICS, Eval, Outputs
 from gcn import MaskingGCN
-from graph import WeightGraph, layer_graph
+from graph import layer_graph
 from masks import SAMPLERS, Mask, hard_topk, masked, random_mask
 from methods import Context
 from model import HookedModel, vision_model_loader
 from observe import Tracker
+from tests.common import APART, MIXED, NET_5432
 from trainer import GCNTrainer, categorical_kl, log_prior
 from utils_data import Images, UnlearningDataset
 
@@ -40,9 +41,6 @@ def tiny_data(channels: int, size: int, count: int = 60) -> UnlearningDataset:
     return UnlearningDataset(SupportedDatasets.MNIST, {s: part() for s in ("train", "val", "test")}, 7, 3, 0)
 
 
-NET_5432 = WeightGraph(((4, 5), (3, 4), (2, 3)), (True, True))
-APART = WeightGraph(((4, 5), (2, 3)), (False,))
-MIXED = WeightGraph(((4, 5), (7, 6), (3, 7)), (False, True))
 CASES = [(SupportedVisionModels.HookedMLPClassifier, 1, 8), (SupportedVisionModels.HookedResnet, 3, 32)]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
@@ -94,13 +93,7 @@ def forbid(monkeypatch, *places: tuple[type, str]) -> None:
 MAKERS = ((VisionModelTrainer, "train"), (GraphGenerator, "generate"), (GCNTrainer, "train"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from threads, and lose much where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # small matrices lose by threads on shared cores
 
 
 @pytest.fixture(scope="module")

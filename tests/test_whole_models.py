@@ -23,11 +23,9 @@ from graph import WeightGraph, layer_graph
 from masks import Mask, masked, random_mask
 from model import HookedMLPClassifier, HookedModel, capture
 from pipeline import Pipeline
+from tests.common import APART, MIXED, NET_5432
 from utils_data import Images, UnlearningDataset
 
-NET_5432 = WeightGraph(((4, 5), (3, 4), (2, 3)), (True, True))
-APART = WeightGraph(((4, 5), (2, 3)), (False,))
-MIXED = WeightGraph(((4, 5), (7, 6), (3, 7)), (False, True))
 GRAPHS = pytest.mark.parametrize("graph", [NET_5432, APART, MIXED], ids=["5-4-3-2", "apart", "mixed"])
 
 
