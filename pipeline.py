@@ -29,7 +29,7 @@ from artifacts import (
 from config import PipelineConfig, UserError, derive_seed, plain
 from data import FEATURES, GraphDataset, GraphGenerator
 from eval import Eval
-from gcn import MaskingGCN
+from gcn import MaskingGCN, reuse_freed_memory
 from masks import check_budget
 from methods import Context, check_methods
 from model import HookedModel, save_classifier, vision_model_loader
@@ -71,6 +71,7 @@ class Pipeline:
     def __init__(self, config: PipelineConfig):
         self.config = config
         self.device = _choose_device(config.device)
+        reuse_freed_memory()
         self.started = now()
         self.seconds: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}
