@@ -69,10 +69,47 @@ class TopKSamplers(Choice):
 
 
 class MaskStrategies(Choice):
-    """How class importances become one unlearning mask."""
+    """How theta becomes one unlearning mask.
 
+    direct: the answer to the request itself. The others weigh the theta of every class (METHOD 4).
+    """
+
+    direct = "direct"
     feasibility = "feasibility"
     set_difference = "set_difference"
+
+
+class Objectives(Choice):
+    """What the GCN is trained for (METHOD 5): to forget on request, or to find each class's mask prior."""
+
+    unlearning = "unlearning"
+    elbo = "elbo"
+
+
+class FeatureSets(Choice):
+    """Node features of the unlearning objective, each set with the ones before it; `features.py` defines the columns.
+
+    basic: h, z, W, g. contrast: the forgotten classes against the retained. taylor: signed first-order importances.
+    """
+
+    basic = "basic"
+    contrast = "contrast"
+    taylor = "taylor"
+
+
+class KappaModes(Choice):
+    """Which kappas are run: those of `kappa_list`, or the smallest that meets the target of `auto`."""
+
+    list = "list"
+    auto = "auto"
+
+
+class Starts(Choice):
+    """What refinement starts from."""
+
+    gcn = "gcn"
+    taylor = "taylor"
+    noise = "noise"
 
 
 class Importances(Choice):
@@ -87,6 +124,13 @@ class Aggregations(Choice):
 
     mean = "mean"
     gcn = "gcn"
+
+
+class Activations(Choice):
+    """Non-linearity of a round of message passing."""
+
+    sigmoid = "sigmoid"
+    relu = "relu"
 
 
 class Trackers(Choice):
@@ -109,7 +153,7 @@ def _positive(config: object, *names: str, zero_ok: bool = False) -> None:
         _require(ok, f"{name} is {value}", f"give a number {'>=' if zero_ok else '>'} 0")
 
 
-def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     """One number or several, as a tuple."""
     return (value,) if isinstance(value, int) else tuple(value)
 
@@ -173,19 +217,38 @@ class GraphConfig:
 
 @dataclass(frozen=True)
 class GCNConfig:
-    """The mask-learning graph network and its ELBO training."""
+    """The mask-learning graph network and its training."""
 
+    objective: Objectives = Objectives.unlearning
     num_message_passing_rounds: int = 3
     hidden_dim: int = 32
     aggregation: Aggregations = Aggregations.mean
+    activation: Activations = Activations.relu
+    residual: bool = True
+    """Add a round's input to its result, from the second round on."""
+    features: FeatureSets = FeatureSets.taylor
+    """Node features of the unlearning objective (the ELBO reads single samples, which have the basic ones alone)."""
+    passes: int = 3
+    """Unlearning: how often the GCN corrects theta, each time seeing the network under its last soft mask."""
+    taylor_prior: bool = True
+    """Unlearning: theta starts at 2 * rank of the signed Taylor score instead of 0."""
+    lambda_retain: float = 3.0
+    """Unlearning: weight of the retained samples' loss."""
+    requests_per_step: int = 4
+    """Unlearning: random requests in each optimiser step."""
+    train_seeds: tuple[int, ...] = ()
+    """Unlearning: learn on classifiers of these seeds (empty: on the run's own classifier) ..."""
+    train_batch_sizes: tuple[int, ...] = ()
+    """... each trained with these batch sizes (empty: that of `train`)."""
     sampler: TopKSamplers = TopKSamplers.sinkhorn
     """gumbel draws masks at random, which the ELBO's expectation asks for and which saves small topK from a dead start;
     the shipped configs use it."""
     prior: GCNPriorDistribution = GCNPriorDistribution.WEIGHT
     beta: float = 0.1
-    """Weight of KL(q || p)."""
-    steps: int = 64
+    """ELBO: weight of KL(q || p)."""
+    steps: int = 300
     batch_size: int = 32
+    """ELBO: samples in each optimiser step."""
     lr: float = 1e-2
     weight_decay: float = 5e-4
     temperature_start: float = 0.25
@@ -195,8 +258,51 @@ class GCNConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_message_passing_rounds", "hidden_dim", "steps", "batch_size", "lr")
+        _positive(self, "passes", "requests_per_step")
         _positive(self, "temperature_start", "temperature_end")
-        _positive(self, "beta", "weight_decay", zero_ok=True)
+        _positive(self, "beta", "weight_decay", "lambda_retain", zero_ok=True)
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Descent on theta for one request (method `mimu_refined`)."""
+
+    start: Starts = Starts.gcn
+    steps: int = 40
+    lr: float = 0.2
+    lambda_retain: float = 3.0
+    """Weight of the retained samples' loss."""
+    temperature_start: float = 0.25
+    temperature_end: float = 0.05
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "lr", "temperature_start", "temperature_end")
+        _positive(self, "lambda_retain", zero_ok=True)
+
+
+@dataclass(frozen=True)
+class AutoConfig:
+    """The target of `kappa: auto`, met when the 95 % intervals on validation images lie within it."""
+
+    method: str = "mimu_refined"
+    """Whose masks are searched."""
+    tau: float = 2.0
+    """Forget score at most, percent."""
+    epsilon: float = 1.0
+    """Loss of retain score at most, points."""
+    smallest_share: float = 0.002
+    """First kappa that is tried, as a share of the weights ..."""
+    largest_share: float = 0.2
+    """... and the last."""
+    tries: int = 24
+    """Kappas between them, evenly spaced on a log scale."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "tries", "smallest_share", "largest_share")
+        _positive(self, "tau", "epsilon", zero_ok=True)
+        _require(self.largest_share <= 1, f"auto.largest_share is {self.largest_share}", "give a share up to 1")
+        ordered = self.smallest_share <= self.largest_share
+        _require(ordered, f"auto.smallest_share is {self.smallest_share}", "give at most auto.largest_share")
 
 
 @dataclass(frozen=True)
@@ -216,10 +322,11 @@ class SFTConfig:
 class EvalConfig:
     """What is measured, and how masks are formed."""
 
-    methods: tuple[str, ...] = ("mimu", "random", "sft", "default")
+    methods: tuple[str, ...] = ("mimu", "mimu_refined", "taylor_mask", "random", "sft", "default")
     """Names from the registry in `methods.py`."""
     batch_size: int = 256
-    mask_strategy: MaskStrategies = MaskStrategies.feasibility
+    mask_strategy: MaskStrategies | None = None
+    """None: direct for a GCN of the unlearning objective, feasibility for one of the ELBO."""
     importance: Importances = Importances.q
     """What the feasibility strategy ranks."""
 
@@ -249,13 +356,15 @@ class PipelineConfig:
 
     model_architecture: SupportedVisionModels = SupportedVisionModels.HookedMLPClassifier
     vision_dataset: SupportedDatasets = SupportedDatasets.DIGITS
-    forget_class: int = 0
+    forget_class: tuple[int, ...] = (0,)
+    """The class to forget, or several at once."""
     mask_layer: tuple[int, ...] | None = (-2,)
     """Which linear layers of the classifier's head are masked; -2 is the second to last, None means all of them."""
     topK_list: tuple[int, ...] = (2000,)
-    """How many weights a class mask keeps as important (one GCN is trained for each)."""
+    """How many weights a class mask keeps as important (the ELBO trains one GCN for each)."""
     kappa_list: tuple[int, ...] = (100, 200, 400, 800)
     """How many weights the unlearning mask switches off."""
+    kappa: KappaModes = KappaModes.list
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -275,6 +384,8 @@ class PipelineConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     gcn: GCNConfig = field(default_factory=GCNConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    auto: AutoConfig = field(default_factory=AutoConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     reporter: ReporterConfig = field(default_factory=ReporterConfig)
@@ -285,14 +396,19 @@ class PipelineConfig:
             if value is not None:
                 object.__setattr__(self, name, Path(value).expanduser())
         if self.mask_layer is not None:
-            object.__setattr__(self, "mask_layer", _as_tuple(self.mask_layer))
+            object.__setattr__(self, "mask_layer", as_tuple(self.mask_layer))
+        classes = as_tuple(self.forget_class)
+        object.__setattr__(self, "forget_class", classes)
+        once = bool(classes) and len(set(classes)) == len(classes)
+        _require(once, f"forget_class is {list(classes)}", "name one class or several, each once")
+        _require(min(classes) >= 0, f"forget_class is {min(classes)}", "give a number >= 0")
         for name in ("topK_list", "kappa_list"):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
             _require(bool(values), f"{name} is empty", "give at least one number of weights, e.g. 200")
             _require(min(values) >= 1, f"{name} holds {min(values)}", "every entry must be at least 1")
             _require(len(set(values)) == len(values), f"{name} is {list(values)}", "name each value once")
-        _positive(self, "forget_class", "seed", zero_ok=True)
+        _positive(self, "seed", zero_ok=True)
         kind, _, index = self.device.partition(":")
         known = kind in ("auto", "cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
         _require(known, f"device is {self.device!r}", "choose auto, cpu, cuda or cuda:N")
@@ -312,8 +428,9 @@ def load_config(paths: Sequence[Path]) -> PipelineConfig:
     for path in paths:
         try:
             values = OmegaConf.load(Path(path).expanduser())
-            if isinstance(values, DictConfig) and isinstance(values.get("mask_layer"), int):
-                values["mask_layer"] = [values["mask_layer"]]  # one layer may be written without brackets
+            for name in ("mask_layer", "forget_class"):  # one of them may be written without brackets
+                if isinstance(values, DictConfig) and isinstance(values.get(name), int):
+                    values[name] = [values[name]]
             merged = OmegaConf.merge(merged, values)
         except FileNotFoundError:
             raise UserError(f"there is no config file {path}: see configs/ for the ones that ship") from None

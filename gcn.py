@@ -6,7 +6,7 @@ needs one sum per neuron, and as aggregation is linear, its matrix is applied to
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from artifacts import read_tensors, write_tensors
-from config import Aggregations, UserError
+from config import Activations, Aggregations, UserError
 from graph import Neurons, WeightGraph, layer_graph
 from model import load_state
 
@@ -97,58 +97,93 @@ class _Aggregation:
         return less if alone is None else less.add_(alone)
 
 
-class _MessagePassing(torch.autograd.Function):
-    """All rounds x' = sigmoid(x S + agg(x) V + b) and the readout, with the backward pass written out.
+@dataclass(frozen=True)
+class _Activation:
+    """A non-linearity whose derivative is told by its output: both work in place on what they are given."""
 
-    Autograd would keep, and walk, every intermediate; here a round keeps its output alone, and going back, one gradient
-    tensor is worked on in place. `tensors` are each layer's x [B, m, n, d], then S (None for `gcn`), V, b of each
-    round, then the readout's w [1, k] and b [1]. Result: per layer theta [B, m, n].
+    apply_: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(gradient of the output, output, where to write the gradient of the input)."""
+
+
+_ATEN = torch.ops.aten
+_ACTIVATIONS = {
+    Activations.sigmoid: _Activation(
+        torch.sigmoid_, lambda g, y, out: _ATEN.sigmoid_backward.grad_input(g, y, grad_input=out)
+    ),
+    Activations.relu: _Activation(
+        torch.relu_, lambda g, y, out: _ATEN.threshold_backward.grad_input(g, y, 0, grad_input=out)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """What all rounds share: how neighbours are summed, the non-linearity, and whether x is added to its result."""
+
+    agg: _Aggregation
+    activation: _Activation
+    residual: bool
+
+
+class _MessagePassing(torch.autograd.Function):
+    """All rounds y = act(x S + agg(x) V + b), x' = y (residual: x + y, from the second on), and the readout.
+
+    Autograd would keep, and walk, every intermediate; here a round keeps y alone, and x is summed up again going
+    back. `tensors` are each layer's x [B, m, n, d], then S (None for `gcn`), V, b of each round, then the readout's
+    w [1, k] and b [1]. Result: per layer theta [B, m, n].
     """
 
     @staticmethod
-    def forward(ctx: Any, agg: _Aggregation, *tensors: Any) -> tuple[Tensor, ...]:
-        layers = len(agg.graph.shapes)
+    def forward(ctx: Any, how: _Rounds, *tensors: Any) -> tuple[Tensor, ...]:
+        agg, layers = how.agg, len(how.agg.graph.shapes)
         rounds = [tensors[i : i + 3] for i in range(layers, len(tensors) - 2, 3)]
-        activations, sums = [list(tensors[:layers])], []
-        for alone, neighbour, bias in rounds:
-            x = activations[-1]
+        outputs, sums, x = [list(tensors[:layers])], [], list(tensors[:layers])
+        for index, (alone, neighbour, bias) in enumerate(rounds):
             sums.append(agg.gather(x))
             spread = [total @ neighbour for total in sums[-1]]
             out = [agg.scatter(place, spread, bias) for place in range(layers)]
             for place, y in enumerate(out):
-                y.flatten(0, 2).addmm_(x[place].flatten(0, 2), agg.local(place, neighbour, alone)).sigmoid_()
-            activations.append(out)
-        ctx.agg, ctx.rounds = agg, len(rounds)
-        flat = [tensor for group in (*activations, *sums) for tensor in group]
+                y.flatten(0, 2).addmm_(x[place].flatten(0, 2), agg.local(place, neighbour, alone))
+                how.activation.apply_(y)
+            outputs.append(out)
+            x = [a + y for a, y in zip(x, out, strict=True)] if how.residual and index else out
+        ctx.how, ctx.rounds = how, len(rounds)
+        flat = [tensor for group in (*outputs, *sums) for tensor in group]
         ctx.save_for_backward(*flat, *tensors[layers:])
         weight, bias = tensors[-2:]
-        return tuple(nn.functional.linear(y, weight, bias).squeeze(-1) for y in activations[-1])
+        return tuple(nn.functional.linear(y, weight, bias).squeeze(-1) for y in x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_theta: Tensor) -> tuple[Tensor | None, ...]:
-        agg, layers, saved = ctx.agg, len(ctx.agg.graph.shapes), ctx.saved_tensors
+        how, agg, layers, saved = ctx.how, ctx.how.agg, len(ctx.how.agg.graph.shapes), ctx.saved_tensors
         middle = (ctx.rounds + 1) * layers
-        activations = [saved[i : i + layers] for i in range(0, middle, layers)]
+        outputs = [saved[i : i + layers] for i in range(0, middle, layers)]
         width = len(agg.graph.neurons)
         sums = [saved[i : i + width] for i in range(middle, middle + ctx.rounds * width, width)]
         parameters = saved[middle + ctx.rounds * width :]
-        last, weight = activations[-1], parameters[-2]
+        summed = outputs[1:] if how.residual else outputs[-1:]
+        x: list[Tensor] = [_total(group) for group in zip(*summed, strict=True)]
         gradients: list[Tensor | None] = [
-            _total([_matched(g.unsqueeze(-1), y) for g, y in zip(grad_theta, last, strict=True)]),
+            _total([_matched(g.unsqueeze(-1), y) for g, y in zip(grad_theta, x, strict=True)]),
             _total([g.sum() for g in grad_theta]).reshape(1),
         ]
-        grad: list[Any] = [g.unsqueeze(-1) * weight[0] for g in grad_theta]
+        grad: list[Any] = [g.unsqueeze(-1) * parameters[-2][0] for g in grad_theta]
         for index in reversed(range(ctx.rounds)):
             alone, neighbour, _ = parameters[3 * index : 3 * index + 3]
-            for g, y in zip(grad, activations[index + 1], strict=True):
-                torch.ops.aten.sigmoid_backward.grad_input(g, y, grad_input=g)
-            heard = agg.transposed().gather(grad)
-            gradients = _parameter_gradients(agg, activations[index], sums[index], grad, heard, alone) + gradients
-            grad = [
-                _grad_input(agg, place, g, heard, neighbour, alone) if index or ctx.needs_input_grad[1] else None
-                for place, g in enumerate(grad)
-            ]
+            adding = how.residual and index > 0
+            x = [a - y for a, y in zip(x, outputs[index + 1], strict=True)] if adding else list(outputs[index])
+            inner = [torch.empty_like(g) if adding else g for g in grad]
+            for g, y, place in zip(grad, outputs[index + 1], inner, strict=True):
+                how.activation.backward(g, y, place)
+            heard = agg.transposed().gather(inner)
+            gradients = _parameter_gradients(agg, x, sums[index], inner, heard, alone) + gradients
+            if index or ctx.needs_input_grad[1]:
+                sent = [_grad_input(agg, place, g, heard, neighbour, alone) for place, g in enumerate(inner)]
+                grad = [a.add_(b) for a, b in zip(sent, grad, strict=True)] if adding else sent
+            else:
+                grad = [None] * layers
         return None, *grad, *gradients
 
 
@@ -181,9 +216,10 @@ def _grad_input(
 class MaskingGCN(nn.Module):
     """One node per weight; two weights are neighbours when they touch the same neuron.
 
-    A round is x' = sigmoid(x S + agg(x) V + b). With `mean`, agg is the mean over the neighbours (GraphSAGE, Hamilton
-    et al. 2017, arXiv:1706.02216); with `gcn`, S = 0 and agg is the normalised sum over the neighbours and the node
-    itself (Kipf and Welling 2017, arXiv:1609.02907). Both need sums over neurons only (METHOD 1). For one m x n layer:
+    A round is x' = act(x S + agg(x) V + b), with `residual` x' = x + act(...) from the second on. With `mean`, agg is
+    the mean over the neighbours (GraphSAGE, Hamilton et al. 2017, arXiv:1706.02216); with `gcn`, S = 0 and agg is the
+    normalised sum over the neighbours and the node itself (Kipf and Welling 2017, arXiv:1609.02907). Both need sums
+    over neurons only (METHOD 1). For one m x n layer:
 
         mean:  agg(x)_ij = (row_i + col_j - 2 x_ij) / (m + n - 2)
         gcn:   agg(x)_ij = (row_i + col_j -   x_ij) / (m + n - 1)
@@ -199,10 +235,13 @@ class MaskingGCN(nn.Module):
         num_message_passing_rounds: int = 3,
         hidden_dim: int = 32,
         aggregation: Aggregations = Aggregations.mean,
+        activation: Activations = Activations.sigmoid,
+        residual: bool = False,
     ):
         super().__init__()
         self.num_node_features, self.hidden_dim = num_node_features, hidden_dim
         self.num_message_passing_rounds, self.aggregation = num_message_passing_rounds, aggregation
+        self.activation, self.residual = activation, residual
         widths = [num_node_features] + [hidden_dim] * num_message_passing_rounds
         self.neighbours, self.selves, self.biases = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for width in widths[:-1]:
@@ -220,7 +259,8 @@ class MaskingGCN(nn.Module):
         rounds = zip(selves, self.neighbours, self.biases, strict=True)
         parameters = [tensor for one in rounds for tensor in one] + [self.readout.weight, self.readout.bias]
         agg = _Aggregation.of(self.aggregation, graph)
-        return graph.join(_MessagePassing.apply(agg, *nodes, *parameters))
+        how = _Rounds(agg, _ACTIVATIONS[self.activation], self.residual)
+        return graph.join(_MessagePassing.apply(how, *nodes, *parameters))
 
     def forward_edges(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """The same network over explicit edges, through PyTorch Geometric; the oracle of `forward`.
@@ -242,7 +282,8 @@ class MaskingGCN(nn.Module):
             out = _neighbour_sum()(x, edge_index, weight) @ self.neighbours[index] + self.biases[index]
             if self.aggregation is Aggregations.mean:
                 out = out + x @ self.selves[index]
-            x = out.sigmoid()
+            out = getattr(torch, self.activation.value)(out)
+            x = x + out if self.residual and index else out
         return self.readout(x).squeeze(-1)
 
     def save(self, path: Path, facts: dict) -> None:
@@ -252,6 +293,8 @@ class MaskingGCN(nn.Module):
             "num_message_passing_rounds": self.num_message_passing_rounds,
             "hidden_dim": self.hidden_dim,
             "aggregation": self.aggregation.value,
+            "activation": self.activation.value,
+            "residual": self.residual,
         }
         arrays = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
         write_tensors(path, arrays, facts | {"masking_gcn": shape})
@@ -267,7 +310,11 @@ class MaskingGCN(nn.Module):
         shape = facts.get("masking_gcn")
         if not isinstance(shape, dict):
             raise UserError(f"{path} is no GCN: give a gcn.safetensors that `run` wrote, or leave it out to train one")
-        gcn = cls(**shape | {"aggregation": Aggregations(shape["aggregation"])})
+        try:
+            choices = {"aggregation": Aggregations(shape["aggregation"]), "activation": Activations(shape["activation"])}
+            gcn = cls(**shape | choices)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is a GCN of another version ({error!r}): train it anew") from None
         load_state(gcn, tensors, path)
         return gcn, facts
 

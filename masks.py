@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from artifacts import read_tensors, write_tensors
-from config import TopKSamplers, UserError
+from config import TopKSamplers, UserError, as_tuple
 from graph import WeightGraph
 
 
@@ -204,8 +204,8 @@ def random_mask(graph: WeightGraph, kappa: int, generator: torch.Generator) -> M
     return Mask(~hard_topk(torch.rand(graph.shape, generator=generator), kappa), graph)
 
 
-def feasibility_score(importance: Tensor, forget_class: int) -> Tensor:
-    """s_ij = importance for the forget class minus mean importance over the retained classes (METHOD 4).
+def feasibility_score(importance: Tensor, forget_class: int | Sequence[int]) -> Tensor:
+    """s_ij = mean importance for the classes to forget minus mean importance over the retained ones (METHOD 4).
 
     Args:
         importance: graded importance per class [C, *shape].
@@ -213,27 +213,36 @@ def feasibility_score(importance: Tensor, forget_class: int) -> Tensor:
     Returns:
         s [*shape].
     """
-    retained = importance.sum(0) - importance[forget_class]
-    return importance[forget_class] - retained / (len(importance) - 1)
+    forget, retain = _sides(importance, forget_class)
+    return forget.mean(0) - retain.mean(0)
 
 
-def feasibility_mask(importance: Tensor, forget_class: int, kappa: int, graph: WeightGraph) -> Mask:
-    """Switch off the kappa weights of largest `feasibility_score`; ties go to the lower flat index."""
-    return Mask(~hard_topk(feasibility_score(importance, forget_class), kappa), graph)
+def _sides(values: Tensor, forget_class: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Values of the classes to forget and of the retained ones. [C, ...] -> [F, ...], [C - F, ...]."""
+    chosen = torch.zeros(len(values), dtype=torch.bool)
+    chosen[list(as_tuple(forget_class))] = True
+    return values[chosen], values[~chosen]
 
 
-def set_difference_mask(importance: Tensor, forget_class: int, topK: int, graph: WeightGraph) -> Mask:
-    """Switch off what is in the forget class's top-K mask and in no retained class's.
+def top_mask(score: Tensor, kappa: int, graph: WeightGraph) -> Mask:
+    """Switch off the kappa weights of largest score [*graph.shape]; ties go to the lower flat index."""
+    return Mask(~hard_topk(score, kappa).cpu(), graph)
+
+
+def set_difference_mask(
+    importance: Tensor, forget_class: int | Sequence[int], topK: int, graph: WeightGraph
+) -> Mask:
+    """Switch off what is in the top-K mask of a class to forget and in no retained class's.
 
     Args:
         importance: [C, *graph.shape].
 
     Returns:
-        A mask that switches off at most topK weights, possibly none.
+        A mask that switches off at most topK weights for each class, possibly none.
     """
     chosen = torch.stack([hard_topk(scores, topK) for scores in importance])
-    others = torch.cat([chosen[:forget_class], chosen[forget_class + 1 :]]).any(0)
-    return Mask(~(chosen[forget_class] & ~others), graph)
+    forget, retain = _sides(chosen, forget_class)
+    return Mask(~(forget.any(0) & ~retain.any(0)), graph)
 
 
 @contextmanager

@@ -251,8 +251,8 @@ class SFTTrainer:
     ):
         self.model, self.mask_layer, self.config, self.device = model, mask_layer, config, device
         self.images, self.num_classes = data.splits["train"], data.num_classes
-        self.forget = (self.images.labels == data.forget_class).nonzero().flatten()
-        self.retain = (self.images.labels != data.forget_class).nonzero().flatten()
+        forgotten = data.is_forgotten(self.images.labels)
+        self.forget, self.retain = forgotten.nonzero().flatten(), (~forgotten).nonzero().flatten()
         self.generator = torch.Generator().manual_seed(derive_seed(seed, "sft"))
 
     def _draw(self, pool: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -258,32 +258,42 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle_seed: int | None = No
 
 
 class UnlearningDataset:
-    """A dataset with a class to forget: three splits, each whole, by class, and as forget and retain set.
+    """A dataset with classes to forget: three splits, each whole, by class, and as forget and retain set.
 
     `train` and `val` part the official training data (stratified, seeded); `test` is the official test split.
     """
 
     def __init__(
-        self, name: SupportedDatasets, splits: dict[str, Images], batch_size: int, forget_class: int, seed: int
+        self,
+        name: SupportedDatasets,
+        splits: dict[str, Images],
+        batch_size: int,
+        forget_class: int | Sequence[int],
+        seed: int,
     ):
         self.name, self.splits, self.batch_size = name, splits, batch_size
-        self.forget_class, self.seed = forget_class, seed
+        self.forget_class, self.seed = as_tuple(forget_class), seed
         self.spec = SPECS[name]
-        if not 0 <= forget_class < self.spec.num_classes:
-            last = self.spec.num_classes - 1
-            raise UserError(f"forget_class is {forget_class}, but {name.value} has classes 0 to {last}: choose one")
+        last = self.spec.num_classes - 1
+        for label in self.forget_class:
+            if not 0 <= label <= last:
+                raise UserError(f"forget_class is {label}, but {name.value} has classes 0 to {last}: choose from them")
+        if len(set(self.forget_class)) > last:
+            raise UserError(f"forget_class names all {last + 1} classes of {name.value}: leave at least one to retain")
         self._check_classes()
 
     def _check_classes(self) -> None:
         present = {split: set(images.labels.tolist()) for split, images in self.splits.items()}
-        missing = sorted((present["test"] | present["val"] | {self.forget_class}) - present["train"])
+        missing = sorted((present["test"] | present["val"] | set(self.forget_class)) - present["train"])
         if missing:
             raise UserError(f"{self.name.value} has no training images of class {missing[0]}: use more images")
         for split in ("val", "test"):
-            if self.forget_class not in present[split]:
-                raise UserError(
-                    f"{self.name.value} has no {split} images of class {self.forget_class}: use more images"
-                )
+            if absent := sorted(set(self.forget_class) - present[split]):
+                raise UserError(f"{self.name.value} has no {split} images of class {absent[0]}: use more images")
+
+    def is_forgotten(self, labels: Tensor) -> Tensor:
+        """Whether each label [S] is of a class to forget, bool [S]."""
+        return torch.isin(labels, torch.tensor(self.forget_class))
 
     @property
     def num_classes(self) -> int:
@@ -313,13 +323,14 @@ class UnlearningDataset:
         return make_loader(images.only(images.labels == label), self.batch_size)
 
     def get_forget_set(self, split: str = "train") -> DataLoader:
-        """Images of the forget class."""
-        return self.get_single_class(self.forget_class, split)
+        """Images of the classes to forget."""
+        images = self.splits[split]
+        return make_loader(images.only(self.is_forgotten(images.labels)), self.batch_size)
 
     def get_retain_set(self, split: str = "train") -> DataLoader:
         """Images of all other classes."""
         images = self.splits[split]
-        return make_loader(images.only(images.labels != self.forget_class), self.batch_size)
+        return make_loader(images.only(~self.is_forgotten(images.labels)), self.batch_size)
 
 
 def _statistics(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -336,7 +347,7 @@ def _statistics(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
 def get_unlearning_dataset(
     dataset: SupportedDatasets,
     batch_size: int,
-    forget_class: int = 0,
+    forget_class: int | Sequence[int] = 0,
     dataset_path: Path | None = None,
     *,
     datasets_dir: Path = Path("datasets"),

@@ -8,6 +8,7 @@ from torch import nn
 
 import masks
 from config import (
+    Activations,
     Aggregations,
     GCNConfig,
     GraphConfig,
@@ -55,11 +56,13 @@ def setting(request):
     return model.eval(), tiny_data(channels, size)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", list(Activations))
 @pytest.mark.parametrize("aggregation", list(Aggregations))
 @pytest.mark.parametrize("graph", [*map(layer_graph, (2, 5, 1, 8), (3, 4, 6, 16)), NET_5432, APART, MIXED])
-def test_closed_form_is_the_edge_list(aggregation, graph):
+def test_closed_form_is_the_edge_list(aggregation, activation, residual, graph):
     torch.manual_seed(0)
-    gcn = MaskingGCN(4, 3, 8, aggregation).double()
+    gcn = MaskingGCN(4, 3, 8, aggregation, activation, residual).double()
     x = torch.randn(2, *graph.shape, 4, dtype=torch.float64, requires_grad=True)
     probe = torch.randn(2, *graph.shape, dtype=torch.float64)
     edges = graph.edge_index()

@@ -1,0 +1,157 @@
+"""Node features of a request to forget: named, documented sets, and what they are computed from.
+
+A request names the classes to forget; every column has one value per weight [*graph.shape]. `basic` are METHOD's four;
+`contrast` adds the forgotten classes against the retained ones; `taylor` adds first-order importances (PEERS 1).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from config import FeatureSets, UserError
+from data import EPSILON, GraphDataset
+
+BASIC = ("h", "z", "W", "g")
+CONTRAST = ("h_contrast", "z_contrast", "t_forget", "t_retain")
+TAYLOR = ("taylor", "taylor_rank", "t_retain_max", "t_retain_min", "t_retain_positive")
+COLUMNS: dict[FeatureSets, tuple[str, ...]] = {
+    FeatureSets.basic: BASIC,
+    FeatureSets.contrast: BASIC + CONTRAST,
+    FeatureSets.taylor: BASIC + CONTRAST + TAYLOR,
+}
+TAYLOR_LAMBDA = 9.0  # of the signed Taylor score, where nothing is tuned
+MOST_KEPT = 2**28  # values of all classes' gradients that are kept (1 GB); more are computed again for each request
+
+
+def standardised(column: Tensor) -> Tensor:
+    """(v - mean) / (std + 1e-8) over all nodes."""
+    return (column - column.mean()) / (column.std(correction=0) + EPSILON)
+
+
+def signed_log(column: Tensor) -> Tensor:
+    """sign(v) log(1 + |v| / mean |v|): free of scale, and heavy tails stay in sight."""
+    size = column.abs()
+    return column.sign() * torch.log1p(size / size.mean().clamp_min(torch.finfo(column.dtype).tiny))
+
+
+def centred_rank(column: Tensor) -> Tensor:
+    """Rank of each value, from -1 (smallest) to 1; ties in the order of their index."""
+    order = column.flatten().argsort(stable=True)
+    ranks = torch.empty_like(column).flatten()
+    ranks[order] = torch.linspace(-1, 1, len(order), dtype=column.dtype, device=column.device)
+    return ranks.view(column.shape)
+
+
+class ClassStatistics:
+    """Per-class means of a checkpoint's graphs, and its first-order importances t = -W * dL/dW.
+
+    Args:
+        graphs: of the checkpoint. device: where columns are computed.
+
+    Attributes:
+        h [C, n] and z [C, m] of each layer: mean activations. counts [C]: graphs of each class.
+    """
+
+    def __init__(self, graphs: GraphDataset, device: torch.device | str = "cpu"):
+        self.graphs, self.graph, self.device = graphs, graphs.graph, torch.device(device)
+        self.weight = graphs.weight.to(self.device)
+        self.num_classes = int(graphs.labels.max()) + 1
+        self.counts = torch.bincount(graphs.labels, minlength=self.num_classes)
+        if int(self.counts.min()) == 0:
+            empty = int(self.counts.argmin())
+            raise UserError(f"{graphs.root} holds no graph of class {empty}: make the graphs with more samples")
+        vectors = graphs.vectors(torch.arange(len(graphs))).to(self.device)
+        members = torch.nn.functional.one_hot(graphs.labels, self.num_classes).float()
+        self._members = (members / self.counts).T.to(self.device)
+        self.h, self.z = [self._members @ h for h in vectors.h], [self._members @ z for z in vectors.z]
+
+    def _gradient(self, label: int) -> Tensor:
+        """Mean dL/dW over a class's graphs: one matrix product per layer. [*graph.shape]."""
+        indices = (self.graphs.labels == label).nonzero().flatten()
+        vectors = self.graphs.vectors(indices).to(self.device)
+        pairs = zip(vectors.delta, vectors.h, strict=True)
+        return self.graph.join([delta.T @ h / len(indices) for delta, h in pairs])
+
+    @cached_property
+    def _kept(self) -> list[Tensor] | None:
+        if self.num_classes * self.graph.num_vertices > MOST_KEPT:
+            return None
+        return [self._gradient(label) for label in range(self.num_classes)]
+
+    def gradients(self) -> Iterator[Tensor]:
+        """Mean dL/dW of every class, in order. [*graph.shape] each."""
+        yield from self._kept or map(self._gradient, range(self.num_classes))
+
+    def mean(self, values: Tensor, classes: Sequence[int]) -> Tensor:
+        """Mean over some classes, each class alike. [C, k] -> [k]."""
+        return values[list(classes)].mean(0)
+
+    def contributions(self, classes: Sequence[int]) -> "Contributions":
+        """First-order importances of a request, in one pass over the classes."""
+        return Contributions(self, classes)
+
+
+class Contributions:
+    """t = -W * dL/dW, the first-order growth of the loss when a weight is switched off, of a request's two sides.
+
+    Attributes:
+        forget: mean over the classes to forget. retain, highest, lowest, positive: mean, largest, smallest and
+            mean of max(0, t) over the retained classes. gradient: mean dL/dW over the classes to forget.
+            All [*graph.shape].
+
+    Raises:
+        UserError: the request names every class.
+    """
+
+    def __init__(self, statistics: ClassStatistics, classes: Sequence[int]):
+        chosen = set(classes)
+        zero = torch.zeros_like(statistics.weight)
+        forget, retain, positive = zero, zero, zero
+        highest, lowest = torch.full_like(zero, -torch.inf), torch.full_like(zero, torch.inf)
+        others = statistics.num_classes - len(chosen)
+        if others < 1:
+            raise UserError(f"forget_class names all {statistics.num_classes} classes: leave at least one to retain")
+        gradient = zero
+        for label, mean_gradient in enumerate(statistics.gradients()):
+            t = -statistics.weight * mean_gradient
+            if label in chosen:
+                forget, gradient = forget + t / len(chosen), gradient + mean_gradient / len(chosen)
+            else:
+                retain, positive = retain + t / others, positive + t.clamp_min(0) / others
+                highest, lowest = torch.maximum(highest, t), torch.minimum(lowest, t)
+        self.forget, self.retain, self.positive, self.gradient = forget, retain, positive, gradient
+        self.highest, self.lowest = highest, lowest
+
+    def signed_taylor(self, weight_retain: float = TAYLOR_LAMBDA) -> Tensor:
+        """t_f - lambda max(0, t_r): the score that needs no training (PEERS 1). [*graph.shape]."""
+        return self.forget - weight_retain * self.retain.clamp_min(0)
+
+
+def request_features(
+    statistics: ClassStatistics, contributions: Contributions, classes: Sequence[int], kind: FeatureSets
+) -> Tensor:
+    """The columns of a feature set for a request, [*graph.shape, len(COLUMNS[kind])]."""
+    graph, others = statistics.graph, [c for c in range(statistics.num_classes) if c not in set(classes)]
+
+    def over_inputs(values: Sequence[Tensor]) -> Tensor:
+        return graph.join([v.expand(shape) for v, shape in zip(values, graph.shapes, strict=True)])
+
+    def over_outputs(values: Sequence[Tensor]) -> Tensor:
+        return graph.join([v[:, None].expand(shape) for v, shape in zip(values, graph.shapes, strict=True)])
+
+    mean = statistics.mean
+    h, z = [mean(v, classes) for v in statistics.h], [mean(v, classes) for v in statistics.z]
+    columns = [over_inputs(h), over_outputs(z), statistics.weight, contributions.gradient]
+    columns = [standardised(column) for column in columns]
+    if kind is not FeatureSets.basic:
+        h = [v - mean(all_, others) for v, all_ in zip(h, statistics.h, strict=True)]
+        z = [v - mean(all_, others) for v, all_ in zip(z, statistics.z, strict=True)]
+        columns += [standardised(over_inputs(h)), standardised(over_outputs(z))]
+        columns += [signed_log(contributions.forget), signed_log(contributions.retain)]
+    if kind is FeatureSets.taylor:
+        score = contributions.signed_taylor()
+        columns += [signed_log(score), centred_rank(score)]
+        columns += [signed_log(v) for v in (contributions.highest, contributions.lowest, contributions.positive)]
+    return torch.stack(columns, -1)

@@ -1,0 +1,285 @@
+"""The unlearning objective: theta for a request to forget, from a GCN in a few passes, by refinement, or by both.
+
+A request switches off kappa weights. The GCN sees the request's features and where its own last theta would lead
+(first-order importances at the masked network), and corrects theta; refinement descends on theta itself (METHOD 5).
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from artifacts import HISTORY, write_json
+from config import FeatureSets, GCNConfig, RefineConfig, Starts, UserError, derive_seed
+from data import GraphDataset
+from features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log, standardised
+from gcn import MaskingGCN
+from masks import SAMPLERS, check_budget, sinkhorn_topk
+from model import HookedModel, MaskLayer, inspecting
+from observe import Tracker, log, progress
+
+STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
+MARGIN = 0.5  # by how much a forgotten class must lose, in logits, before the loss levels off
+MOST_RETAINED = 2048  # retained samples that a request looks at
+KAPPA_SHARES = (0.004, 0.08)  # of all weights: what kappa is drawn from, log-uniformly, in training
+TYPICAL_SHARE = 0.02  # where the column log_kappa is 0
+PAIR_SHARE = 0.2  # of the training requests: two classes at once
+LOOK_TEMPERATURE = 0.15  # of the soft mask at which a later pass sees the network, in units of std(theta)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Forget these classes by switching off kappa weights."""
+
+    classes: tuple[int, ...]
+    kappa: int
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """h of the samples to forget, then of the retained ones, [A + B, n]; how many of the first; all labels."""
+
+    h: Tensor
+    forget: int
+    labels: Tensor
+
+
+class Checkpoint:
+    """What is kept of a classifier to answer requests: its weights, and the activations h and labels of its graphs.
+
+    Args:
+        model: the classifier; used frozen, in eval mode. graphs: of its layers `mask_layer`.
+    """
+
+    def __init__(self, model: HookedModel, graphs: GraphDataset, mask_layer: MaskLayer, device: torch.device):
+        self.model, self.mask_layer, self.graph, self.device = model, mask_layer, graphs.graph, device
+        self.statistics = ClassStatistics(graphs, device)
+        self.num_classes, self.weight = self.statistics.num_classes, self.statistics.weight
+        self.h = graphs.vectors(torch.arange(len(graphs))).h[0].to(device)
+        self.labels = graphs.labels.to(device)
+        self._sides: dict[tuple[int, ...], _Sides] = {}
+
+    def sides(self, classes: tuple[int, ...]) -> _Sides:
+        """The samples to forget and those to retain."""
+        if classes not in self._sides:
+            forget = torch.isin(self.labels, torch.tensor(classes, device=self.device))
+            retain = (~forget).nonzero().flatten()[:MOST_RETAINED]
+            order = torch.cat([forget.nonzero().flatten(), retain])
+            self._sides[classes] = _Sides(self.h[order], int(forget.sum()), self.labels[order])
+        return self._sides[classes]
+
+    def losses(self, degrees: Tensor, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Both sides of the objective at `W * (1 - degrees)`, in nats.
+
+        Args:
+            degrees: how far each weight is switched off, [*graph.shape] in [0, 1].
+
+        Returns:
+            softplus(margin + 0.5) on the samples to forget, margin = largest logit of the classes to forget minus
+            largest other logit; cross-entropy on the retained samples. Means over samples.
+        """
+        sides = self.sides(classes)
+        logits = self.model.head(sides.h, self.mask_layer, self.graph.split(self.weight * (1 - degrees)))
+        named = list(classes)
+        inside = logits[: sides.forget, named].amax(1)
+        outside = logits[: sides.forget].index_fill(1, torch.tensor(named, device=self.device), -torch.inf).amax(1)
+        forget = functional.softplus(inside - outside + MARGIN).mean()
+        return forget, functional.cross_entropy(logits[sides.forget :], sides.labels[sides.forget :])
+
+    def importances(self, degrees: Tensor, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """First-order growth of both losses when a weight is switched off further. [*graph.shape] each."""
+        with torch.enable_grad(), inspecting(self.model):
+            degrees = degrees.detach().requires_grad_()
+            forget, retain = self.losses(degrees, classes)
+            (u_forget,) = torch.autograd.grad(forget, degrees, retain_graph=True)
+            (u_retain,) = torch.autograd.grad(retain, degrees)
+        return u_forget, u_retain
+
+
+def soft_mask(theta: Tensor, kappa: int, temperature: float) -> Tensor:
+    """Degrees of switching off, summing to kappa exactly. [*shape] -> [*shape]."""
+    return sinkhorn_topk(theta.flatten(), kappa, temperature).view_as(theta)
+
+
+def taylor_start(checkpoint: Checkpoint, classes: tuple[int, ...]) -> Tensor:
+    """2 * rank of the signed Taylor score, the theta that everything learned starts from. [*graph.shape]."""
+    return 2 * centred_rank(checkpoint.statistics.contributions(classes).signed_taylor())
+
+
+class Unlearner:
+    """A GCN and how it is used: theta for a request, in `passes` passes over the graph.
+
+    Args:
+        gcn: reads the columns of `features` and STATE. taylor_prior: start from `taylor_start` instead of 0.
+    """
+
+    def __init__(self, gcn: MaskingGCN, features: FeatureSets, passes: int, taylor_prior: bool = True):
+        self.gcn, self.features, self.passes, self.taylor_prior = gcn, features, passes, taylor_prior
+
+    @staticmethod
+    def num_node_features(features: FeatureSets) -> int:
+        """Columns that the GCN of a feature set reads."""
+        return len(COLUMNS[features]) + len(STATE)
+
+    @property
+    def facts(self) -> dict:
+        """What a GCN file must carry so that `load` gives the same unlearner."""
+        used = {"features": self.features.value, "passes": self.passes, "taylor_prior": self.taylor_prior}
+        return {"objective": "unlearning", "columns": [*COLUMNS[self.features], *STATE], **used}
+
+    @classmethod
+    def load(cls, path: Path) -> tuple["Unlearner", dict]:
+        """From a GCN file of the unlearning objective, with all its facts.
+
+        Raises:
+            UserError: it is another kind of file, or its columns are not the ones of this version.
+        """
+        gcn, facts = MaskingGCN.load(path)
+        if facts.get("objective") != "unlearning":
+            raise UserError(f"{path} was trained with another objective: train one with gcn.objective unlearning")
+        unlearner = cls(gcn, FeatureSets(facts["features"]), int(facts["passes"]), bool(facts["taylor_prior"]))
+        needed = unlearner.facts["columns"]
+        if facts["columns"] != needed or gcn.num_node_features != len(needed):
+            raise UserError(f"{path} reads the columns {facts['columns']}, this version makes {needed}: train one anew")
+        return unlearner, facts
+
+    def theta(self, checkpoint: Checkpoint, request: Request) -> Tensor:
+        """One logit per weight, large where it is to be switched off. [*graph.shape]."""
+        check_budget(request.kappa, checkpoint.graph.num_vertices, "kappa")
+        contributions = checkpoint.statistics.contributions(request.classes)
+        static = request_features(checkpoint.statistics, contributions, request.classes, self.features)
+        theta = torch.zeros_like(checkpoint.weight)
+        if self.taylor_prior:
+            theta = 2 * centred_rank(contributions.signed_taylor())
+        degrees = torch.zeros_like(theta)
+        for index in range(self.passes):
+            if index:
+                degrees = soft_mask(theta.detach(), request.kappa, LOOK_TEMPERATURE)
+            columns = torch.cat([static, _state(checkpoint, request, theta.detach(), degrees)], -1)
+            theta = theta + self.gcn(columns.unsqueeze(0), checkpoint.graph)[0]
+        return theta
+
+
+def _state(checkpoint: Checkpoint, request: Request, theta: Tensor, degrees: Tensor) -> Tensor:
+    """The columns STATE: where theta leads. [*graph.shape, 5]."""
+    u_forget, u_retain = checkpoint.importances(degrees, request.classes)
+    share = request.kappa / checkpoint.graph.num_vertices
+    log_kappa = torch.full_like(theta, math.log(share / TYPICAL_SHARE))
+    return torch.stack([log_kappa, signed_log(u_forget), signed_log(u_retain), 4 * degrees, standardised(theta)], -1)
+
+
+def annealed(start: float, end: float, step: int, steps: int) -> float:
+    """Geometric way from start to end over `steps` steps."""
+    return start * (end / start) ** (step / max(1, steps - 1))
+
+
+def refine(checkpoint: Checkpoint, theta: Tensor, request: Request, config: RefineConfig) -> Tensor:
+    """Descend on theta itself, with Adam, for one request (METHOD 5). [*graph.shape] -> [*graph.shape]."""
+    theta = standardised(theta.detach()).requires_grad_()
+    optimizer = torch.optim.Adam([theta], lr=config.lr)
+    with torch.enable_grad(), inspecting(checkpoint.model):
+        for step in range(config.steps):
+            temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
+            forget, retain = checkpoint.losses(soft_mask(theta, request.kappa, temperature), request.classes)
+            optimizer.zero_grad(set_to_none=True)
+            (forget + config.lambda_retain * retain).backward()
+            optimizer.step()
+    return theta.detach()
+
+
+def starting_theta(
+    start: Starts, checkpoint: Checkpoint, request: Request, unlearner: Unlearner | None, seed: int
+) -> Tensor:
+    """What refinement starts from: the GCN's theta, signed Taylor, or noise. [*graph.shape]."""
+    if start is Starts.taylor:
+        return taylor_start(checkpoint, request.classes)
+    if start is Starts.noise:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "noise", *request.classes, request.kappa))
+        return torch.randn(checkpoint.graph.shape, generator=generator).to(checkpoint.device)
+    if unlearner is None:
+        raise UserError("refine.start is gcn, but no GCN of the unlearning objective is there: set refine.start taylor")
+    with torch.inference_mode():
+        return unlearner.theta(checkpoint, request).clone()
+
+
+class UnlearningTrainer:
+    """Trains the GCN to answer requests: random classes, kappa log-uniform, on one checkpoint or several.
+
+    Minimises forget loss + lambda * retain loss at the soft mask of theta, temperature annealed (METHOD 5).
+
+    Args:
+        unlearner: its GCN is trained in place. checkpoints: each step draws from one of them.
+    """
+
+    def __init__(
+        self,
+        unlearner: Unlearner,
+        checkpoints: Sequence[Checkpoint],
+        config: GCNConfig,
+        seed: int,
+        device: torch.device,
+        tracker: Tracker,
+    ):
+        self.unlearner, self.checkpoints, self.config, self.tracker = unlearner, checkpoints, config, tracker
+        self.gcn = unlearner.gcn.to(device)
+        self.order = torch.Generator().manual_seed(derive_seed(seed, "unlearning", "order"))
+        self.noise = torch.Generator(device).manual_seed(derive_seed(seed, "unlearning", "noise"))
+        self.optimizer = torch.optim.AdamW(self.gcn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, config.lr, total_steps=max(2, config.steps), pct_start=0.1
+        )
+
+    def _uniform(self) -> float:
+        return float(torch.rand((), generator=self.order))
+
+    def draw(self, checkpoint: Checkpoint) -> Request:
+        """A random request: one class or two, kappa log-uniform between KAPPA_SHARES of the weights of each."""
+        several = 2 if checkpoint.num_classes > 2 and self._uniform() < PAIR_SHARE else 1
+        classes = torch.randperm(checkpoint.num_classes, generator=self.order)[:several]
+        low, high = KAPPA_SHARES
+        share = several * low * (high / low) ** self._uniform()
+        size = checkpoint.graph.num_vertices
+        return Request(tuple(sorted(classes.tolist())), min(max(1, round(share * size)), size))
+
+    def step(self, temperature: float) -> dict[str, float]:
+        """One optimiser step over `requests_per_step` requests to one checkpoint; returns the mean terms."""
+        place = int(torch.randint(len(self.checkpoints), (), generator=self.order))
+        checkpoint, count = self.checkpoints[place], self.config.requests_per_step
+        terms = {"loss": 0.0, "forget": 0.0, "retain": 0.0}
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(count):
+            request = self.draw(checkpoint)
+            theta = self.unlearner.theta(checkpoint, request)
+            degrees = SAMPLERS[self.config.sampler](theta.flatten(), request.kappa, temperature, self.noise)
+            forget, retain = checkpoint.losses(degrees.view_as(theta), request.classes)
+            loss = forget + self.config.lambda_retain * retain
+            (loss / count).backward()
+            for name, value in (("loss", loss), ("forget", forget), ("retain", retain)):
+                terms[name] += float(value.detach()) / count
+        terms["grad_norm"] = float(nn.utils.clip_grad_norm_(self.gcn.parameters(), 1.0))
+        self.optimizer.step()
+        self.schedule.step()
+        return terms
+
+    def train(self, folder: Path) -> dict:
+        """Train; write the loss terms to `folder`/history.json; return the last tenth's means and the seconds."""
+        config, begun = self.config, time.perf_counter()
+        self.gcn.train()
+        with self.tracker:
+            for step in progress(range(config.steps), "GCN"):
+                temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
+                terms = self.step(temperature)
+                if not math.isfinite(terms["loss"]):
+                    raise UserError("the GCN's loss is no longer finite: lower gcn.lr")
+                self.tracker.log(step + 1, **terms, temperature=temperature)
+        self.gcn.eval()
+        write_json(folder / HISTORY, self.tracker.history)
+        last = self.tracker.history[-max(1, config.steps // 10) :]
+        figures = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "forget", "retain")}
+        log("GCN: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        return figures | {"train_seconds": time.perf_counter() - begun, "checkpoints": len(self.checkpoints)}
