@@ -64,6 +64,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, atomically."""
+    with writing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically, keys in the order given (a table's order survives); NaN is refused."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -8,136 +8,28 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from enum import Enum, StrEnum
+from enum import Enum
 from pathlib import Path
 
+from choices import (
+    Activations,
+    Aggregations,
+    FeatureSets,
+    GCNPriorDistribution,
+    Importances,
+    KappaModes,
+    MaskStrategies,
+    Objectives,
+    SFTModes,
+    Starts,
+    SupportedDatasets,
+    SupportedVisionModels,
+    TopKSamplers,
+    Trackers,
+    UserError,
+)
+
 PROJECT_ROOT = Path(__file__).resolve().parent
-
-
-class UserError(ValueError):
-    """Something the user can put right. Its text is one sentence: found, needed, what to do. Exit code 2."""
-
-
-class Choice(StrEnum):
-    """A closed choice whose NAME equals its VALUE, so that YAML, flags, file names and README agree."""
-
-
-class SupportedVisionModels(Choice):
-    """Classifier architectures; each has one entry in `model.py`."""
-
-    HookedMLPClassifier = "HookedMLPClassifier"
-    HookedResnet = "HookedResnet"
-
-
-class SupportedDatasets(Choice):
-    """Image datasets; each has one spec in `utils_data.py`."""
-
-    DIGITS = "DIGITS"
-    FASHION_MNIST = "FASHION_MNIST"
-    MNIST = "MNIST"
-    CIFAR10 = "CIFAR10"
-    CIFAR100 = "CIFAR100"
-    SVHN = "SVHN"
-    IMAGENET_SMALL = "IMAGENET_SMALL"
-    PLANT_CLASSIFICATION = "PLANT_CLASSIFICATION"
-    POKEMON_CLASSIFICATION = "POKEMON_CLASSIFICATION"
-
-
-class SFTModes(Choice):
-    """What the supervised fine-tuning baseline trains the target layer on."""
-
-    Randomize_Forget = "Randomize_Forget"
-    Finetune_Retain = "Finetune_Retain"
-    Randomize_Forget_Finetune_Retain = "Randomize_Forget_Finetune_Retain"
-
-
-class GCNPriorDistribution(Choice):
-    """Prior p over the weights in the ELBO's KL term: proportional to |W|, |g|, |W g|, or flat."""
-
-    WEIGHT = "WEIGHT"
-    GRADIENT = "GRADIENT"
-    SALIENCY = "SALIENCY"
-    UNIFORM = "UNIFORM"
-
-
-class TopKSamplers(Choice):
-    """Relaxed k-subset samplers (METHOD: gumbel arXiv:1903.06059, sinkhorn arXiv:2002.06504)."""
-
-    sinkhorn = "sinkhorn"
-    threshold = "threshold"
-    gumbel = "gumbel"
-
-
-class MaskStrategies(Choice):
-    """How theta becomes one unlearning mask.
-
-    direct: the answer to the request itself. The others weigh the theta of every class (METHOD 4).
-    """
-
-    direct = "direct"
-    feasibility = "feasibility"
-    set_difference = "set_difference"
-
-
-class Objectives(Choice):
-    """What the GCN is trained for (METHOD 5): to forget on request, or to find each class's mask prior."""
-
-    unlearning = "unlearning"
-    elbo = "elbo"
-
-
-class FeatureSets(Choice):
-    """Node features of the unlearning objective, each set with the ones before it; `features.py` defines the columns.
-
-    basic: h, z, W, g. contrast: the forgotten classes against the retained. taylor: signed first-order importances.
-    """
-
-    basic = "basic"
-    contrast = "contrast"
-    taylor = "taylor"
-
-
-class KappaModes(Choice):
-    """Which kappas are run: those of `kappa_list`, or the smallest that meets the target of `auto`."""
-
-    list = "list"
-    auto = "auto"
-
-
-class Starts(Choice):
-    """What refinement starts from."""
-
-    gcn = "gcn"
-    taylor = "taylor"
-    noise = "noise"
-
-
-class Importances(Choice):
-    """What `feasibility` ranks: the GCN's logits, or the mask prior q = softmax(theta)."""
-
-    theta = "theta"
-    q = "q"
-
-
-class Aggregations(Choice):
-    """How a node of the graph sums up its neighbours."""
-
-    mean = "mean"
-    gcn = "gcn"
-
-
-class Activations(Choice):
-    """Non-linearity of a round of message passing."""
-
-    sigmoid = "sigmoid"
-    relu = "relu"
-
-
-class Trackers(Choice):
-    """Where training curves go besides the JSON history that every stage writes."""
-
-    trackio = "trackio"
-    none = "none"
 
 
 def _require(ok: bool, found: str, needed: str) -> None:

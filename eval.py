@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from config import KappaModes
 from masks import Mask, hard_topk, masked
-from methods import METHODS, Context, Point, mimu_mask
+from methods import METHODS, Context, Point, mask_of
 from model import HookedModel, MaskLayer, inspecting
 from observe import progress
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40
+OURS = ("mimu_refined", "mimu")  # best first
 
 
 @dataclass(frozen=True)
@@ -119,31 +121,16 @@ class Eval:
         self.original = {name: value.clone() for name, value in context.model.state_dict().items()}
         place = context.model.layer_indices(self.config.mask_layer)[0]
         self.after_prefix = tuple(f"linears.{index}." for index in range(place, len(context.model.linears)))
-        self._cached: dict[tuple[str, bool], DataLoader] = {}
         self._measured: dict[tuple, dict] = {}
         self._efficacy: dict[int, dict[str, float]] = {}
         self.class_probability: dict[tuple, list[float]] = {}
 
     # --- where logits come from ---
 
-    def images(self, split: str, is_forget_set: bool) -> DataLoader:
-        """The forget or the retain set of a split, in the evaluation's batch size."""
-        data = self.context.data
-        return data.get_forget_set(split) if is_forget_set else data.get_retain_set(split)
-
     def prefix_activations(self, split: str, is_forget_set: bool) -> DataLoader:
-        """The same set as cached (h [B, n], label [B]) batches."""
-        if (split, is_forget_set) not in self._cached:
-            loader = self.images(split, is_forget_set)
-            name = f"{'forget' if is_forget_set else 'retain'} set of {split}"
-            h, labels = [], []
-            with inspecting(self.context.model), torch.inference_mode():
-                for batch, true in progress(loader, name):
-                    h.append(self.context.model.prefix(batch.to(self.context.device), self.config.mask_layer))
-                    labels.append(true)
-            tensors = TensorDataset(torch.cat(h), torch.cat(labels).to(self.context.device))
-            self._cached[split, is_forget_set] = DataLoader(tensors, batch_size=None, sampler=_spans(tensors))
-        return self._cached[split, is_forget_set]
+        """The forget or the retain set of a split as cached (h [B, n], label [B]) batches."""
+        tensors = TensorDataset(*self.context.activations(split, is_forget_set))
+        return DataLoader(tensors, batch_size=None, sampler=_spans(tensors))
 
     def prefix_unchanged(self, model: HookedModel) -> bool:
         """Whether every parameter and buffer ahead of the target layer is bit-identical to the original."""
@@ -188,15 +175,17 @@ class Eval:
         if self.prefix_unchanged(model) if prefix_unchanged is None else prefix_unchanged:
             head = _Head(model, self.config.mask_layer)
             return self.inference(head, self.prefix_activations(split, is_forget_set), is_forget_set, description)
-        return self.inference(model, self.images(split, is_forget_set), is_forget_set, description)
+        return self.inference(model, self.context.images(split, is_forget_set), is_forget_set, description)
 
     # --- what is measured ---
 
     def eval_unlearning(self, name: str, point: Point) -> dict[str, dict]:
         """Every metric of one method at one point, {"test": {...}, "val": {...}}; measured once per method key."""
         registered = METHODS[name]
-        key = registered.key(point)
+        key = registered.key(self.context, point)
         if key not in self._measured:
+            for is_forget_set in (True, False):  # shared by all methods, so no method's seconds hold it
+                self.context.activations("val", is_forget_set)
             self.context.charged, begun = 0.0, time.perf_counter()
             with registered.enter(self.context, point) as model:
                 seconds = time.perf_counter() - begun + self.context.charged
@@ -225,8 +214,8 @@ class Eval:
         """
         if topK in self._efficacy:
             return self._efficacy[topK]
-        theta = self.context.theta(topK)[self.config.forget_class]
-        with masked(self.context.weights, Mask(hard_topk(theta, topK), self.context.graph)):
+        chosen = hard_topk(self.context.class_theta(topK), topK).cpu()
+        with masked(self.context.weights, Mask(chosen, self.context.graph)):
             sets = {"forget_score": True, "retain_score": False}
             self._efficacy[topK] = {
                 name: self.outputs(self.context.model, "val", is_forget, "class mask").score()
@@ -234,9 +223,12 @@ class Eval:
             }
         return self._efficacy[topK]
 
-    def get_model_mask(self, topK: int, kappa: int) -> Mask:
-        """The unlearning mask of `mimu` at a point."""
-        return mimu_mask(self.context, Point(topK, kappa, self.config.seed))
+    @property
+    def answer(self) -> str:
+        """The method whose mask is what the run offers: the best of ours that is measured."""
+        if self.config.kappa is KappaModes.auto:
+            return self.config.auto.method
+        return next((name for name in OURS if name in self.config.eval.methods), OURS[-1])
 
     def weight_histogram(self, mask: Mask) -> dict[str, list]:
         """Counts of kept and of switched-off weights over common bins."""
@@ -248,21 +240,27 @@ class Eval:
         }
         return {"edges": edges.tolist(), **count}
 
-    def eval(self, topK: int, kappa: int) -> tuple[dict, Mask]:
-        """Everything that a record says about one (topK, kappa) point, and the mask of `mimu`."""
-        point = Point(topK, kappa, self.config.seed)
+    def masks(self, point: Point) -> dict[str, Mask]:
+        """The masks of the measured mask methods at a point, and in any case that of the answer."""
+        names = dict.fromkeys((self.answer, *self.config.eval.methods))
+        return {name: mask_of(name, self.context, point) for name in names if METHODS[name].mask}
+
+    def eval(self, topK: int, kappa: int) -> tuple[dict, dict[str, Mask]]:
+        """Everything that a record says about one (topK, kappa) point, and the masks of its methods."""
+        point, context = Point(topK, kappa, self.config.seed), self.context
         measured = {name: self.eval_unlearning(name, point) for name in self.config.eval.methods}
-        mask = self.get_model_mask(topK, kappa)
+        masks = self.masks(point)
         part = {key: {name: values[split] for name, values in measured.items()} for split, key in JUDGED.items()}
         return part | {
+            "answer": self.answer,
             "metrics": {name: {"unit": entry.unit, "better": entry.better} for name, entry in METRICS.items()},
             "labels": {name: METHODS[name].label for name in measured},
-            "axes": {name: list(METHODS[name].axes) for name in measured},
+            "axes": {name: list(METHODS[name].axes_in(context)) for name in measured},
             "degradation": self.eval_performance_degradation(part["methods"]),
             "mask_efficacy": self.eval_mask_efficacy(topK),
-            "weight_histogram": self.weight_histogram(mask),
-            "class_probability": {name: self.class_probability[METHODS[name].key(point)] for name in measured},
-        }, mask
+            "weight_histogram": self.weight_histogram(masks[self.answer]),
+            "class_probability": {name: self.class_probability[METHODS[name].key(context, point)] for name in measured},
+        }, masks
 
 
 def _spans(tensors: TensorDataset, size: int = 4096) -> list[slice]:

@@ -5,7 +5,6 @@ A request names the classes to forget; every column has one value per weight [*g
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,8 +63,10 @@ class ClassStatistics:
             raise UserError(f"{graphs.root} holds no graph of class {empty}: make the graphs with more samples")
         vectors = graphs.vectors(torch.arange(len(graphs))).to(self.device)
         members = torch.nn.functional.one_hot(graphs.labels, self.num_classes).float()
-        self._members = (members / self.counts).T.to(self.device)
-        self.h, self.z = [self._members @ h for h in vectors.h], [self._members @ z for z in vectors.z]
+        members = (members / self.counts).T.to(self.device)
+        self.h, self.z = [members @ h for h in vectors.h], [members @ z for z in vectors.z]
+        few = self.num_classes * self.graph.num_vertices <= MOST_KEPT
+        self._kept = [self._gradient(label) for label in range(self.num_classes)] if few else []
 
     def _gradient(self, label: int) -> Tensor:
         """Mean dL/dW over a class's graphs: one matrix product per layer. [*graph.shape]."""
@@ -73,12 +74,6 @@ class ClassStatistics:
         vectors = self.graphs.vectors(indices).to(self.device)
         pairs = zip(vectors.delta, vectors.h, strict=True)
         return self.graph.join([delta.T @ h / len(indices) for delta, h in pairs])
-
-    @cached_property
-    def _kept(self) -> list[Tensor] | None:
-        if self.num_classes * self.graph.num_vertices > MOST_KEPT:
-            return None
-        return [self._gradient(label) for label in range(self.num_classes)]
 
     def gradients(self) -> Iterator[Tensor]:
         """Mean dL/dW of every class, in order. [*graph.shape] each."""

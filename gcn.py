@@ -311,8 +311,8 @@ class MaskingGCN(nn.Module):
         if not isinstance(shape, dict):
             raise UserError(f"{path} is no GCN: give a gcn.safetensors that `run` wrote, or leave it out to train one")
         try:
-            choices = {"aggregation": Aggregations(shape["aggregation"]), "activation": Activations(shape["activation"])}
-            gcn = cls(**shape | choices)
+            kinds = {"aggregation": Aggregations(shape["aggregation"]), "activation": Activations(shape["activation"])}
+            gcn = cls(**shape | kinds)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is a GCN of another version ({error!r}): train it anew") from None
         load_state(gcn, tensors, path)

@@ -229,9 +229,7 @@ def top_mask(score: Tensor, kappa: int, graph: WeightGraph) -> Mask:
     return Mask(~hard_topk(score, kappa).cpu(), graph)
 
 
-def set_difference_mask(
-    importance: Tensor, forget_class: int | Sequence[int], topK: int, graph: WeightGraph
-) -> Mask:
+def set_difference_mask(importance: Tensor, forget_class: int | Sequence[int], topK: int, graph: WeightGraph) -> Mask:
     """Switch off what is in the top-K mask of a class to forget and in no retained class's.
 
     Args:

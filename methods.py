@@ -1,7 +1,7 @@
-"""Every compared method, ours included: one decorated context manager each, through one registry.
+"""Every compared method, ours included: one decorated function each, through one registry.
 
 A method enters with the shared classifier and yields a model that has (or has not) forgotten; on leaving,
-the shared classifier is bit-identical. To add one, decorate a generator function here; nothing else changes.
+the shared classifier is bit-identical. To add one, decorate a function here; nothing else changes.
 """
 
 import time
@@ -11,13 +11,19 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from config import MaskStrategies, PipelineConfig, UserError, derive_seed
+from config import MaskStrategies, PipelineConfig, Starts, UserError, derive_seed
+from features import centred_rank
 from graph import WeightGraph
-from masks import Mask, feasibility_mask, masked, random_mask, set_difference_mask
-from model import HookedModel
+from masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask
+from model import HookedModel, inspecting
+from observe import progress
 from trainer import SFTTrainer
+from unlearning import Checkpoint, Request, Unlearner, noise_start, refine, taylor_start
 from utils_data import UnlearningDataset
+
+TAYLOR_LAMBDAS = (0.0, 1.0, 3.0, 9.0)  # what `taylor_mask` chooses from, on validation images
 
 
 @dataclass(frozen=True)
@@ -31,16 +37,25 @@ class Point:
 
 @dataclass
 class Context:
-    """What every method may use. `learn_importance(topK)` gives theta [C, *graph.shape], one logit per weight."""
+    """What every method may use.
+
+    `learn_importance(topK)` gives theta [C, *graph.shape], one logit per weight, for the strategies that weigh all
+    classes; `checkpoint` answers requests, `unlearner` (None: the GCN is the ELBO's) answers them in one go.
+    """
 
     model: HookedModel
     data: UnlearningDataset
     config: PipelineConfig
     device: torch.device
     learn_importance: Callable[[int], Tensor]
+    checkpoint: Checkpoint | None = None
+    unlearner: Unlearner | None = None
     charged: float = 0.0
     """Seconds of shared, cached work that the current method would have spent on its own."""
+    masks: dict[tuple, Mask] = field(default_factory=dict)
+    """What the mask methods have made, by method key."""
     _theta: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+    _activations: dict[tuple[str, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def weights(self) -> list[torch.nn.Parameter]:
@@ -51,6 +66,22 @@ class Context:
     def graph(self) -> WeightGraph:
         """Layout of their weights."""
         return self.model.weight_graph(self.config.mask_layer)
+
+    @property
+    def strategy(self) -> MaskStrategies:
+        """How `mimu` forms its mask: as configured, else as the GCN's objective asks for."""
+        own = MaskStrategies.feasibility if self.unlearner is None else MaskStrategies.direct
+        return self.config.eval.mask_strategy or own
+
+    def request(self, kappa: int) -> Request:
+        """Forget the run's classes with kappa weights."""
+        return Request(self.config.forget_class, kappa)
+
+    @property
+    def requests(self) -> Checkpoint:
+        """The checkpoint that answers them."""
+        assert self.checkpoint is not None, "this method needs Context.checkpoint"
+        return self.checkpoint
 
     def theta(self, topK: int) -> Tensor:
         """theta [C, *graph.shape], computed once per topK; later callers are charged what it cost the first."""
@@ -70,22 +101,59 @@ class Context:
             return theta
         return theta.flatten(1).softmax(1).view_as(theta)
 
+    def class_theta(self, topK: int) -> Tensor:
+        """What the GCN holds to be the forgotten classes' own weights. [*graph.shape]."""
+        if self.unlearner is not None:
+            with torch.no_grad():
+                return self.unlearner.theta(self.requests, self.request(topK))
+        return self.theta(topK)[list(self.config.forget_class)].amax(0)
+
+    def images(self, split: str, is_forget_set: bool) -> DataLoader:
+        """The forget or the retain set of a split, in the evaluation's batch size."""
+        return self.data.get_forget_set(split) if is_forget_set else self.data.get_retain_set(split)
+
+    def activations(self, split: str, is_forget_set: bool) -> tuple[Tensor, Tensor]:
+        """The same set as h [S, n] of the first target layer, which no mask changes, and labels [S]; made once."""
+        if (split, is_forget_set) not in self._activations:
+            name = f"{'forget' if is_forget_set else 'retain'} set of {split}"
+            h, labels = [], []
+            with inspecting(self.model), torch.inference_mode():
+                for batch, true in progress(self.images(split, is_forget_set), name):
+                    h.append(self.model.prefix(batch.to(self.device), self.config.mask_layer))
+                    labels.append(true)
+            self._activations[split, is_forget_set] = torch.cat(h), torch.cat(labels).to(self.device)
+        return self._activations[split, is_forget_set]
+
+    def score(self, mask: Mask, split: str, is_forget_set: bool) -> float:
+        """Accuracy of the masked classifier on a set, percent."""
+        h, labels = self.activations(split, is_forget_set)
+        with masked(self.weights, mask), torch.inference_mode():
+            right = self.model.head(h, self.config.mask_layer).argmax(1) == labels
+        return 100 * float(right.double().mean())
+
 
 Entering = Callable[[Context, Point], AbstractContextManager[HookedModel]]
+MaskFunction = Callable[[Context, Point], Mask]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. `axes` are the fields of `Point` that its result depends on."""
+    """A registered method. `axes` are the fields of `Point` that its result depends on; `mask` makes its mask."""
 
     name: str
     label: str
     axes: tuple[str, ...]
     enter: Entering
+    mask: MaskFunction | None = None
 
-    def key(self, point: Point) -> tuple:
+    def axes_in(self, context: Context) -> tuple[str, ...]:
+        """Its axes in a run: with masks by `direct`, nothing depends on topK."""
+        direct = context.strategy is MaskStrategies.direct
+        return tuple(axis for axis in self.axes if not (direct and axis == "topK"))
+
+    def key(self, context: Context, point: Point) -> tuple:
         """What tells one result of this method from another."""
-        return (self.name, *(getattr(point, axis) for axis in self.axes))
+        return (self.name, *(getattr(point, axis) for axis in self.axes_in(context)))
 
 
 METHODS: dict[str, Method] = {}
@@ -102,6 +170,31 @@ def method(name: str, label: str, axes: tuple[str, ...] = ()) -> Callable[[Calla
     return register
 
 
+def mask_method(name: str, label: str, axes: tuple[str, ...] = ()) -> Callable[[MaskFunction], MaskFunction]:
+    """Register a function (context, point) -> mask as a method: the classifier with those weights switched off."""
+
+    def register(function: MaskFunction) -> MaskFunction:
+        @contextmanager
+        def entering(context: Context, point: Point) -> Generator[HookedModel]:
+            with masked(context.weights, mask_of(name, context, point)):
+                yield context.model
+
+        METHODS[name] = Method(name, label, axes, entering, function)
+        return function
+
+    return register
+
+
+def mask_of(name: str, context: Context, point: Point) -> Mask:
+    """The mask of a mask method at a point, made once."""
+    registered = METHODS[name]
+    assert registered.mask is not None, f"{name} makes no mask"
+    key = registered.key(context, point)
+    if key not in context.masks:
+        context.masks[key] = registered.mask(context, point)
+    return context.masks[key]
+
+
 def check_methods(names: tuple[str, ...]) -> None:
     """Raise `UserError` if a name is not registered."""
     unknown = [name for name in names if name not in METHODS]
@@ -109,27 +202,62 @@ def check_methods(names: tuple[str, ...]) -> None:
         raise UserError(f"there is no method {unknown[0]!r}: choose from {', '.join(METHODS)}")
 
 
-def mimu_mask(context: Context, point: Point) -> Mask:
-    """The unlearning mask from the class importances, by the configured strategy."""
-    importance, forget_class = context.importance(point.topK), context.config.forget_class
-    if context.config.eval.mask_strategy is MaskStrategies.set_difference:
-        return set_difference_mask(importance, forget_class, point.topK, context.graph)
-    return feasibility_mask(importance, forget_class, point.kappa, context.graph)
+def mimu_score(context: Context, point: Point) -> Tensor:
+    """What `mimu` ranks, largest switched off first. [*graph.shape]."""
+    if context.strategy is not MaskStrategies.direct:
+        return feasibility_score(context.importance(point.topK), context.config.forget_class)
+    if context.unlearner is None:
+        raise UserError("eval.mask_strategy is direct, but the GCN was trained for the ELBO: choose feasibility")
+    with torch.no_grad():
+        return context.unlearner.theta(context.requests, context.request(point.kappa))
 
 
-@method("mimu", "MIMU (ours)", axes=("topK", "kappa"))
-def mimu(context: Context, point: Point) -> Generator[HookedModel]:
-    """Switch off the weights that the graph network finds important for the forget class alone."""
-    with masked(context.weights, mimu_mask(context, point)):
-        yield context.model
+@mask_method("mimu", "MIMU (ours)", axes=("topK", "kappa"))
+def mimu(context: Context, point: Point) -> Mask:
+    """Switch off the weights that the graph network finds the forgotten classes depend on."""
+    if context.strategy is MaskStrategies.set_difference:
+        classes = context.config.forget_class
+        return set_difference_mask(context.importance(point.topK), classes, point.topK, context.graph)
+    return top_mask(mimu_score(context, point), point.kappa, context.graph)
 
 
-@method("random", "random mask", axes=("kappa", "seed"))
-def random(context: Context, point: Point) -> Generator[HookedModel]:
+def _start(context: Context, point: Point) -> Tensor:
+    """theta that refinement starts from, as configured. [*graph.shape]."""
+    start, request = context.config.refine.start, context.request(point.kappa)
+    if start is Starts.taylor:
+        return taylor_start(context.requests, request.classes)
+    if start is Starts.noise:
+        return noise_start(context.requests, request, point.seed)
+    score = mimu_score(context, point)
+    direct = context.strategy is MaskStrategies.direct
+    return (score if direct else centred_rank(score)).to(context.device)  # q has tails that drown the rest
+
+
+@mask_method("mimu_refined", "MIMU refined (ours)", axes=("topK", "kappa", "seed"))
+def mimu_refined(context: Context, point: Point) -> Mask:
+    """The same, improved by a few steps of descent on theta for this request alone."""
+    request = context.request(point.kappa)
+    theta = refine(context.requests, _start(context, point), request, context.config.refine)
+    return top_mask(theta, point.kappa, context.graph)
+
+
+@mask_method("taylor_mask", "signed Taylor", axes=("kappa",))
+def taylor_mask(context: Context, point: Point) -> Mask:
+    """Rank by t_f - lambda max(0, t_r), first-order importances, nothing learned (PEERS 1).
+
+    lambda is the one that keeps and forgets most on validation images.
+    """
+    contributions = context.requests.statistics.contributions(context.config.forget_class)
+    scores = (contributions.signed_taylor(weight) for weight in TAYLOR_LAMBDAS)
+    candidates = [top_mask(score, point.kappa, context.graph) for score in scores]
+    return max(candidates, key=lambda mask: context.score(mask, "val", False) - context.score(mask, "val", True))
+
+
+@mask_method("random", "random mask", axes=("kappa", "seed"))
+def random(context: Context, point: Point) -> Mask:
     """Switch off kappa weights drawn at random."""
     generator = torch.Generator().manual_seed(derive_seed(point.seed, "random", point.kappa))
-    with masked(context.weights, random_mask(context.graph, point.kappa, generator)):
-        yield context.model
+    return random_mask(context.graph, point.kappa, generator)
 
 
 @method("sft", "SFT randomisation", axes=("seed",))

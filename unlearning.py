@@ -5,7 +5,6 @@ A request switches off kappa weights. The GCN sees the request's features and wh
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from artifacts import HISTORY, write_json
-from config import FeatureSets, GCNConfig, RefineConfig, Starts, UserError, derive_seed
+from config import FeatureSets, GCNConfig, RefineConfig, UserError, derive_seed
 from data import GraphDataset
 from features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log, standardised
 from gcn import MaskingGCN
@@ -126,6 +125,17 @@ class Unlearner:
         """Columns that the GCN of a feature set reads."""
         return len(COLUMNS[features]) + len(STATE)
 
+    @classmethod
+    def fresh(cls, config: GCNConfig) -> "Unlearner":
+        """Untrained; after a Taylor prior its GCN adds nothing yet."""
+        columns, rounds = cls.num_node_features(config.features), config.num_message_passing_rounds
+        shape = (rounds, config.hidden_dim, config.aggregation, config.activation, config.residual)
+        gcn = MaskingGCN(columns, *shape)
+        if config.taylor_prior:
+            nn.init.zeros_(gcn.readout.weight)
+            nn.init.zeros_(gcn.readout.bias)
+        return cls(gcn, config.features, config.passes, config.taylor_prior)
+
     @property
     def facts(self) -> dict:
         """What a GCN file must carry so that `load` gives the same unlearner."""
@@ -192,19 +202,10 @@ def refine(checkpoint: Checkpoint, theta: Tensor, request: Request, config: Refi
     return theta.detach()
 
 
-def starting_theta(
-    start: Starts, checkpoint: Checkpoint, request: Request, unlearner: Unlearner | None, seed: int
-) -> Tensor:
-    """What refinement starts from: the GCN's theta, signed Taylor, or noise. [*graph.shape]."""
-    if start is Starts.taylor:
-        return taylor_start(checkpoint, request.classes)
-    if start is Starts.noise:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "noise", *request.classes, request.kappa))
-        return torch.randn(checkpoint.graph.shape, generator=generator).to(checkpoint.device)
-    if unlearner is None:
-        raise UserError("refine.start is gcn, but no GCN of the unlearning objective is there: set refine.start taylor")
-    with torch.inference_mode():
-        return unlearner.theta(checkpoint, request).clone()
+def noise_start(checkpoint: Checkpoint, request: Request, seed: int) -> Tensor:
+    """A start that knows nothing: normal noise. [*graph.shape]."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "noise", *request.classes, request.kappa))
+    return torch.randn(checkpoint.graph.shape, generator=generator).to(checkpoint.device)
 
 
 class UnlearningTrainer:
@@ -267,8 +268,8 @@ class UnlearningTrainer:
         return terms
 
     def train(self, folder: Path) -> dict:
-        """Train; write the loss terms to `folder`/history.json; return the last tenth's means and the seconds."""
-        config, begun = self.config, time.perf_counter()
+        """Train; write the loss terms to `folder`/history.json; return the last tenth's means."""
+        config = self.config
         self.gcn.train()
         with self.tracker:
             for step in progress(range(config.steps), "GCN"):
@@ -282,4 +283,4 @@ class UnlearningTrainer:
         last = self.tracker.history[-max(1, config.steps // 10) :]
         figures = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "forget", "retain")}
         log("GCN: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-        return figures | {"train_seconds": time.perf_counter() - begun, "checkpoints": len(self.checkpoints)}
+        return figures | {"checkpoints": len(self.checkpoints)}

@@ -6,7 +6,7 @@ Nothing here downloads unless `download` is called. Images stay uint8 in memory;
 import gzip
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from artifacts import sha256_arrays
-from config import DataConfig, SupportedDatasets, UserError, derive_seed
+from config import DataConfig, SupportedDatasets, UserError, as_tuple, derive_seed
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [S, C, H, W], labels int64 [S]
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -35,7 +35,7 @@ def measure() -> dict:
 
     def full() -> None:
         for split, is_forget in sets:
-            evaluation.inference(model, evaluation.images(split, is_forget), is_forget, "full pass")
+            evaluation.inference(model, evaluation.context.images(split, is_forget), is_forget, "full pass")
 
     for split, is_forget in sets:
         evaluation.prefix_activations(split, is_forget)

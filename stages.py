@@ -1,0 +1,309 @@
+"""The stages of a run: classifier -> graphs -> GCN, each kept under the hash of all its inputs.
+
+An unchanged stage is not run again, and an interrupted run goes on where it stopped.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from artifacts import Stage, build_stage, code_key, provenance, sha256_file, sha256_folder
+from config import Objectives, PipelineConfig, UserError, derive_seed, plain
+from data import FEATURES, GraphDataset, GraphGenerator
+from gcn import MaskingGCN, reuse_freed_memory
+from masks import check_budget
+from model import HookedModel, save_classifier, vision_model_loader
+from observe import Tracker, log
+from trainer import GCNTrainer, VisionModelTrainer
+from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer
+from utils_data import UnlearningDataset, dataset_spec, get_unlearning_dataset
+
+CLASSIFIER_CODE = ("choices.py", "config.py", "utils_data.py", "model.py", "trainer.py", "stages.py")
+GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
+GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py")
+CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
+
+
+def _given_objective(path: Path) -> Objectives:
+    """What the GCN in a file was trained for.
+
+    Raises:
+        UserError: it is no GCN, or one that reads other node features than this version makes.
+    """
+    gcn, facts = MaskingGCN.load(path)
+    if facts.get("objective") == Objectives.unlearning:
+        Unlearner.load(path)
+        return Objectives.unlearning
+    if gcn.num_node_features != len(FEATURES):
+        raise UserError(f"{path} reads {gcn.num_node_features} node features, graphs have {len(FEATURES)}: train one")
+    return Objectives.elbo
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {name}, but {torch.cuda.device_count()} CUDA devices are here: use --device auto")
+    return device
+
+
+class Stages:
+    """What a run is made from: classifier, graphs, GCN; each made when first asked for.
+
+    Args:
+        config: what to do. Products passed in by path (`trained_vision_model_path`, `graph_dir`, `gcn_path`)
+            are used instead of computed.
+
+    Raises:
+        UserError: the configuration cannot be run; said before anything is trained.
+    """
+
+    def __init__(self, config: PipelineConfig):
+        self.config = config
+        self.device = _choose_device(config.device)
+        reuse_freed_memory()
+        self.seconds: dict[str, float] = {}
+        self._stages: dict[str, Stage] = {}
+        spec = dataset_spec(config.vision_dataset)
+        self.shape = (spec.num_classes, spec.channels, spec.size)
+        with torch.device("meta"):
+            fresh = vision_model_loader(config.model_architecture, *self.shape)
+        self.graph, self.layers = fresh.weight_graph(config.mask_layer), fresh.layer_indices(config.mask_layer)
+        self.depth = len(fresh.linears)
+        for name in ("topK_list", "kappa_list"):
+            for value in getattr(config, name):
+                check_budget(value, self.graph.num_vertices, name)
+        for path in (config.trained_vision_model_path, config.graph_dir, config.gcn_path):
+            if path is not None and not path.exists():
+                raise UserError(f"there is nothing at {path}: check the path, or leave it out to compute it")
+        for path in (config.trained_vision_model_path, config.gcn_path):
+            if path is not None and not path.is_file():
+                raise UserError(f"{path} is a folder: name the .safetensors file in it")
+        if config.trained_vision_model_path:
+            vision_model_loader(config.model_architecture, *self.shape, config.trained_vision_model_path)
+        self.objective = _given_objective(config.gcn_path) if config.gcn_path else config.gcn.objective
+
+    # --- inputs of every stage ---
+
+    @cached_property
+    def data(self) -> UnlearningDataset:
+        """The dataset, read when first needed."""
+        config = self.config
+        return get_unlearning_dataset(
+            config.vision_dataset,
+            config.train.batch_size,
+            config.forget_class,
+            config.dataset_path,
+            datasets_dir=config.output_dir / "datasets",
+            data=config.data,
+            seed=config.seed,
+        )
+
+    @cached_property
+    def common(self) -> dict:
+        """Inputs that every stage depends on."""
+        config = self.config
+        return {
+            "model": config.model_architecture.value,
+            "dataset": config.vision_dataset.value,
+            "images": self.data.fingerprint(),
+            "seed": config.seed,
+            "device": self.device.type,
+        }
+
+    @property
+    def label(self) -> str:
+        return f"{self.config.model_architecture.value}_{self.config.vision_dataset.value}"
+
+    def _tracker(self, stage: str) -> Tracker:
+        name = f"{self.label}_{stage}_seed-{self.config.seed}"
+        return Tracker(self.config.tracker, name, plain(self.config))
+
+    def _stage(self, name: str, folder: str, label: str, inputs: dict, make: Callable[[Path], dict]) -> Path:
+        """A stage's folder; built, or found and checked, once per pipeline."""
+        if name not in self._stages:
+            self._stages[name] = build_stage(self.config.output_dir / folder, label, inputs, make)
+            self.seconds[name] = self._stages[name].seconds
+        return self._stages[name].path
+
+    # --- stages ---
+
+    def run_vision_model_training(self) -> Path:
+        """Train the classifier (or take the given one); returns its checkpoint."""
+        if self.config.trained_vision_model_path:
+            return self.config.trained_vision_model_path
+        inputs = self.common | {"train": plain(self.config.train), "code": code_key(*CLASSIFIER_CODE)}
+
+        def make(folder: Path) -> dict:
+            torch.manual_seed(derive_seed(self.config.seed, "classifier"))
+            model = vision_model_loader(self.config.model_architecture, *self.shape).to(self.device)
+            tracker = self._tracker("classifier")
+            facts = VisionModelTrainer(model, self.data, self.config.train, self.device, tracker).train(folder)
+            save_classifier(model, folder / CLASSIFIER_FILE, self.config.model_architecture, self.shape, facts)
+            return facts
+
+        return self._stage("classifier", "checkpoints/classifier", self.label, inputs, make) / CLASSIFIER_FILE
+
+    @cached_property
+    def classifier(self) -> HookedModel:
+        """The trained classifier, eval mode."""
+        model = vision_model_loader(self.config.model_architecture, *self.shape, self.classifier_path)
+        return model.to(self.device).eval()
+
+    @cached_property
+    def classifier_path(self) -> Path:
+        """The checkpoint behind `classifier`."""
+        return self.run_vision_model_training()
+
+    def run_gcn_graph_generation(self) -> Path:
+        """Make the graphs (or take the given ones); returns their folder."""
+        if self.config.graph_dir:
+            return self.config.graph_dir
+        inputs = self.common | {
+            "classifier": sha256_file(self.classifier_path),
+            "mask_layer": self.layers,
+            "graph": plain(self.config.graph),
+            "code": code_key(*GRAPH_CODE),
+        }
+        generator = GraphGenerator(
+            self.classifier, self.data, self.config.mask_layer, self.config.graph, self.config.seed, self.device
+        )
+        return self._stage("graphs", "datasets/Graphs", self.label, inputs, generator.generate)
+
+    @cached_property
+    def graphs(self) -> GraphDataset:
+        """The graphs.
+
+        Raises:
+            UserError: they are of another layer, or of a classifier with other weights.
+        """
+        graphs = GraphDataset(self.run_gcn_graph_generation())
+        weights = [weight.detach().cpu() for weight in self.classifier.weights(self.config.mask_layer)]
+        if graphs.graph != self.graph or not torch.equal(graphs.weight, self.graph.join(weights)):
+            raise UserError(
+                f"{graphs.root} holds graphs of another classifier or layer: leave graph_dir out to make them"
+            )
+        return graphs
+
+    @cached_property
+    def source(self) -> dict:
+        """What a GCN learns from, by hash."""
+        keys = {"classifier": sha256_file(self.classifier_path), "graphs": sha256_folder(self.graphs.root)}
+        return keys | {"mask_layer": self.layers}
+
+    def run_gcn_training(self, topK: int) -> Path:
+        """Train the GCN (the ELBO: one for each topK), or take the given one; returns its file."""
+        if self.config.gcn_path:
+            return self.config.gcn_path
+        elbo = self.objective is Objectives.elbo
+        return self._train_elbo(topK) if elbo else self._train_unlearner()
+
+    def _train_elbo(self, topK: int) -> Path:
+        config = self.config.gcn
+        inputs = self.common | self.source | {"gcn": plain(config), "topK": topK, "code": code_key(*GCN_CODE)}
+
+        def make(folder: Path) -> dict:
+            torch.manual_seed(derive_seed(self.config.seed, "gcn", "weights"))
+            shape = (config.num_message_passing_rounds, config.hidden_dim, config.aggregation)
+            gcn = MaskingGCN(len(FEATURES), *shape, config.activation, config.residual)
+            facts = GCNTrainer(
+                gcn,
+                self.classifier,
+                self.graphs,
+                self.config.mask_layer,
+                topK,
+                config,
+                self.config.seed,
+                self.device,
+                self._tracker(f"gcn_top-{topK}"),
+            ).train(folder)
+            gcn.save(folder / GCN_FILE, facts | {"topK": topK, "objective": "elbo", "config": plain(config)})
+            log(f"GCN, topK {topK}: " + ", ".join(f"{name} {value:.3f}" for name, value in facts.items()))
+            return facts
+
+        label = f"{self.label}_top-{topK}"
+        return self._stage(f"gcn_top-{topK}", "checkpoints/gcn", label, inputs, make) / GCN_FILE
+
+    def _train_unlearner(self) -> Path:
+        config, teachers = self.config.gcn, self._teachers
+        sources = [teacher.source for teacher in teachers]
+        inputs = self.common | {"sources": sources, "gcn": plain(config), "code": code_key(*GCN_CODE)}
+
+        def make(folder: Path) -> dict:
+            torch.manual_seed(derive_seed(self.config.seed, "gcn", "weights"))
+            unlearner = Unlearner.fresh(config)
+            checkpoints = [teacher.checkpoint for teacher in teachers]
+            seed, tracker = self.config.seed, self._tracker("gcn")
+            facts = UnlearningTrainer(unlearner, checkpoints, config, seed, self.device, tracker).train(folder)
+            trained_on = {
+                "model": self.common["model"],
+                "dataset": self.common["dataset"],
+                "shapes": self.graph.shapes,
+            }
+            trained_on["classifiers"] = [
+                {"seed": teacher.config.seed, "train": plain(teacher.config.train)} for teacher in teachers
+            ]
+            made = {
+                "config": plain(config),
+                "seed": seed,
+                "trained_on": trained_on,
+                "versions": provenance()["versions"],
+            }
+            unlearner.gcn.save(folder / GCN_FILE, facts | unlearner.facts | made)
+            return facts
+
+        return self._stage("gcn", "checkpoints/gcn", f"{self.label}_unlearning", inputs, make) / GCN_FILE
+
+    @cached_property
+    def _teachers(self) -> list["Stages"]:
+        """The stages whose classifiers the GCN learns on: this one, unless others are named."""
+        config, data = self.config, self.data
+        if not config.gcn.train_seeds and not config.gcn.train_batch_sizes:
+            return [self]
+        teachers, given = [], {"trained_vision_model_path": None, "graph_dir": None, "gcn_path": None}
+        for seed in config.gcn.train_seeds or (config.seed,):
+            for size in config.gcn.train_batch_sizes or (config.train.batch_size,):
+                other = replace(config, seed=seed, train=replace(config.train, batch_size=size), **given)
+                teachers.append(Stages(other))
+                teachers[-1].data = UnlearningDataset(data.name, data.splits, size, data.forget_class, seed)
+        return teachers
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The classifier with what is needed to answer requests."""
+        graphs, begun = self.graphs, time.perf_counter()
+        made = Checkpoint(self.classifier, graphs, self.config.mask_layer, self.device)
+        self.seconds["checkpoint"] = time.perf_counter() - begun
+        return made
+
+    @cached_property
+    def unlearner(self) -> Unlearner | None:
+        """The GCN that answers requests; None if it was trained for the ELBO."""
+        if self.objective is Objectives.elbo:
+            return None
+        unlearner, _ = Unlearner.load(self.run_gcn_training(self.config.topK_list[0]))
+        unlearner.gcn.to(self.device).eval()
+        return unlearner
+
+    def learn_importance(self, topK: int) -> torch.Tensor:
+        """theta [C, *graph.shape] of every class, as if it alone were to be forgotten."""
+        classes = range(self.data.num_classes)
+        if self.unlearner:
+            with torch.no_grad():
+                thetas = [self.unlearner.theta(self.checkpoint, Request((label,), topK)) for label in classes]
+            return torch.stack(thetas).cpu()
+        gcn, facts = MaskingGCN.load(self.run_gcn_training(topK))
+        if facts.get("topK", topK) != topK:
+            log(f"GCN: {self.config.gcn_path} was trained for topK {facts['topK']}, it is used for {topK}")
+        gcn.to(self.device).eval()
+
+        def theta(label: int) -> torch.Tensor:
+            return gcn(self.graphs.class_features(label).unsqueeze(0).to(self.device), self.graph).cpu()
+
+        with torch.inference_mode():
+            return torch.cat([theta(label) for label in classes])
