@@ -75,6 +75,18 @@ class Objectives(Choice):
     elbo = "elbo"
 
 
+class ForgetLosses(Choice):
+    """What is asked of the samples to forget.
+
+    margin: that another class leads. match: the classifier's own probabilities without the classes to forget,
+    renormalised, which is what retraining comes close to. both: their sum.
+    """
+
+    margin = "margin"
+    match = "match"
+    both = "both"
+
+
 class FeatureSets(Choice):
     """Node features of the unlearning objective, each set with the ones before it; `features.py` defines the columns.
 

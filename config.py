@@ -15,6 +15,7 @@ from choices import (
     Activations,
     Aggregations,
     FeatureSets,
+    ForgetLosses,
     GCNPriorDistribution,
     Importances,
     KappaModes,
@@ -124,7 +125,9 @@ class GCNConfig:
     """Unlearning: how often the GCN corrects theta, each time seeing the network under its last soft mask."""
     taylor_prior: bool = True
     """Unlearning: theta starts at 2 * rank of the signed Taylor score instead of 0."""
-    lambda_retain: float = 3.0
+    forget_loss: ForgetLosses = ForgetLosses.both
+    """Unlearning: what is asked of the samples to forget."""
+    lambda_retain: float = 1.0
     """Unlearning: weight of the retained samples' loss."""
     requests_per_step: int = 4
     """Unlearning: random requests in each optimiser step."""
@@ -162,7 +165,8 @@ class RefineConfig:
     start: Starts = Starts.gcn
     steps: int = 40
     lr: float = 0.2
-    lambda_retain: float = 3.0
+    forget_loss: ForgetLosses = ForgetLosses.both
+    lambda_retain: float = 0.3
     """Weight of the retained samples' loss."""
     temperature_start: float = 0.25
     temperature_end: float = 0.05

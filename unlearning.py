@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from artifacts import HISTORY, write_json
-from config import FeatureSets, GCNConfig, RefineConfig, UserError, derive_seed
+from config import FeatureSets, ForgetLosses, GCNConfig, RefineConfig, UserError, derive_seed
 from data import GraphDataset
 from features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log, standardised
 from gcn import MaskingGCN
@@ -23,6 +23,7 @@ from model import HookedModel, MaskLayer, inspecting
 from observe import Tracker, log, progress
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
+MATCH_TEMPERATURE = 1.0  # of the probabilities that ForgetLosses.match asks for
 MARGIN = 0.5  # by how much a forgotten class must lose, in logits, before the loss levels off
 MOST_RETAINED = 2048  # retained samples that a request looks at
 KAPPA_SHARES = (0.004, 0.08)  # of all weights: what kappa is drawn from, log-uniformly, in training
@@ -41,11 +42,15 @@ class Request:
 
 @dataclass(frozen=True)
 class _Sides:
-    """h of the samples to forget, then of the retained ones, [A + B, n]; how many of the first; all labels."""
+    """h of the samples to forget, then of the retained ones, [A + B, n]; how many of the first; all labels.
+
+    `target` [A, C]: the classifier's probabilities for the first, without the classes to forget, renormalised.
+    """
 
     h: Tensor
     forget: int
     labels: Tensor
+    target: Tensor
 
 
 class Checkpoint:
@@ -69,32 +74,43 @@ class Checkpoint:
             forget = torch.isin(self.labels, torch.tensor(classes, device=self.device))
             retain = (~forget).nonzero().flatten()[:MOST_RETAINED]
             order = torch.cat([forget.nonzero().flatten(), retain])
-            self._sides[classes] = _Sides(self.h[order], int(forget.sum()), self.labels[order])
+            h, count = self.h[order], int(forget.sum())
+            with torch.no_grad():
+                target = self._without(self.model.head(h[:count], self.mask_layer), classes)
+            self._sides[classes] = _Sides(h, count, self.labels[order], (target / MATCH_TEMPERATURE).softmax(1))
         return self._sides[classes]
 
-    def losses(self, degrees: Tensor, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Both sides of the objective at `W * (1 - degrees)`, in nats.
+    def _without(self, logits: Tensor, classes: tuple[int, ...]) -> Tensor:
+        """Logits [A, C] with those of some classes at -inf."""
+        return logits.index_fill(1, torch.tensor(classes, device=self.device), -torch.inf)
+
+    def losses(self, degrees: Tensor, classes: tuple[int, ...], how: ForgetLosses) -> tuple[Tensor, Tensor]:
+        """Both sides of the objective at `W * (1 - degrees)`, in nats, means over samples.
 
         Args:
             degrees: how far each weight is switched off, [*graph.shape] in [0, 1].
 
         Returns:
-            softplus(margin + 0.5) on the samples to forget, margin = largest logit of the classes to forget minus
-            largest other logit; cross-entropy on the retained samples. Means over samples.
+            On the samples to forget: margin, softplus(largest logit of the classes to forget - largest other + 0.5);
+            match, KL(target || masked); or the sum of both. On the retained samples: cross-entropy.
         """
         sides = self.sides(classes)
         logits = self.model.head(sides.h, self.mask_layer, self.graph.split(self.weight * (1 - degrees)))
-        named = list(classes)
-        inside = logits[: sides.forget, named].amax(1)
-        outside = logits[: sides.forget].index_fill(1, torch.tensor(named, device=self.device), -torch.inf).amax(1)
-        forget = functional.softplus(inside - outside + MARGIN).mean()
-        return forget, functional.cross_entropy(logits[sides.forget :], sides.labels[sides.forget :])
+        retain = functional.cross_entropy(logits[sides.forget :], sides.labels[sides.forget :])
+        logits = logits[: sides.forget]
+        margin = logits[:, list(classes)].amax(1) - self._without(logits, classes).amax(1)
+        terms = []
+        if how is not ForgetLosses.match:
+            terms.append(functional.softplus(margin + MARGIN).mean())
+        if how is not ForgetLosses.margin:
+            terms.append(functional.kl_div(logits.log_softmax(1), sides.target, reduction="batchmean"))
+        return torch.stack(terms).sum(), retain
 
     def importances(self, degrees: Tensor, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """First-order growth of both losses when a weight is switched off further. [*graph.shape] each."""
+        """First-order growth of margin loss and retain loss when a weight is switched off further. [*graph.shape]."""
         with torch.enable_grad(), inspecting(self.model):
             degrees = degrees.detach().requires_grad_()
-            forget, retain = self.losses(degrees, classes)
+            forget, retain = self.losses(degrees, classes, ForgetLosses.margin)
             (u_forget,) = torch.autograd.grad(forget, degrees, retain_graph=True)
             (u_retain,) = torch.autograd.grad(retain, degrees)
         return u_forget, u_retain
@@ -195,7 +211,8 @@ def refine(checkpoint: Checkpoint, theta: Tensor, request: Request, config: Refi
     with torch.enable_grad(), inspecting(checkpoint.model):
         for step in range(config.steps):
             temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
-            forget, retain = checkpoint.losses(soft_mask(theta, request.kappa, temperature), request.classes)
+            degrees = soft_mask(theta, request.kappa, temperature)
+            forget, retain = checkpoint.losses(degrees, request.classes, config.forget_loss)
             optimizer.zero_grad(set_to_none=True)
             (forget + config.lambda_retain * retain).backward()
             optimizer.step()
@@ -257,7 +274,7 @@ class UnlearningTrainer:
             request = self.draw(checkpoint)
             theta = self.unlearner.theta(checkpoint, request)
             degrees = SAMPLERS[self.config.sampler](theta.flatten(), request.kappa, temperature, self.noise)
-            forget, retain = checkpoint.losses(degrees.view_as(theta), request.classes)
+            forget, retain = checkpoint.losses(degrees.view_as(theta), request.classes, self.config.forget_loss)
             loss = forget + self.config.lambda_retain * retain
             (loss / count).backward()
             for name, value in (("loss", loss), ("forget", forget), ("retain", retain)):

@@ -11,7 +11,8 @@ topK_list: [300]
 kappa_list: [100, 400]
 train: {epochs: 2, batch_size: 64}
 graph: {num_samples: 640}
-gcn: {steps: 3, batch_size: 4, hidden_dim: 8}
+gcn: {objective: elbo, steps: 3, batch_size: 4, hidden_dim: 8}
+refine: {steps: 2}
 sft: {steps: 3}
 reporter: {dpi: 40}
 """

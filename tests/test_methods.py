@@ -9,40 +9,49 @@ from torch import nn
 
 from config import (
     EvalConfig,
+    GCNConfig,
     MaskStrategies,
+    Objectives,
     PipelineConfig,
+    RefineConfig,
     SFTConfig,
     SFTModes,
     SupportedDatasets,
     SupportedVisionModels,
     UserError,
 )
+from data import GraphDataset, GraphGenerator
 from graph import layer_graph
 from masks import (
     Mask,
-    feasibility_mask,
     feasibility_score,
     hard_topk,
     masked,
     random_mask,
     set_difference_mask,
+    top_mask,
 )
-from methods import METHODS, Context, Point, check_methods, method, mimu_mask
+from methods import METHODS, Context, Point, check_methods, mask_of, method
 from model import vision_model_loader
 from trainer import SFTTrainer
+from unlearning import Checkpoint, Request, Unlearner
 from utils_data import get_unlearning_dataset
 
 POINT = Point(topK=500, kappa=200, seed=0)
 
 
-@pytest.fixture(scope="module")
-def context() -> Context:
+@pytest.fixture(scope="module", params=Objectives)
+def context(request, tmp_path_factory) -> Context:
     torch.manual_seed(0)
     model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval()
     data = get_unlearning_dataset(SupportedDatasets.DIGITS, 32, 4)
     theta = torch.randn(10, 64, 128, generator=torch.Generator().manual_seed(1))
-    config = PipelineConfig(forget_class=4, sft=SFTConfig(steps=3))
-    return Context(model, data, config, torch.device("cpu"), lambda topK: theta)
+    config = PipelineConfig(forget_class=(4,), sft=SFTConfig(steps=3), refine=RefineConfig(steps=3))
+    folder, device = tmp_path_factory.mktemp("graphs"), torch.device("cpu")
+    GraphGenerator(model, data, -2, config.graph).generate(folder)
+    checkpoint = Checkpoint(model, GraphDataset(folder), -2, device)
+    unlearner = Unlearner.fresh(GCNConfig(hidden_dim=4)) if request.param is Objectives.unlearning else None
+    return Context(model, data, config, device, lambda topK: theta, checkpoint, unlearner)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -61,10 +70,12 @@ def test_contract(context, name):
     logits = once(POINT)
     assert logits.isfinite().all()
     assert bits(context.model) == before
+    context.masks.clear()
     assert torch.equal(logits, once(POINT))
-    axes = METHODS[name].axes
+    axes = METHODS[name].axes_in(context)
     for axis, other in (("topK", Point(400, 200, 0)), ("kappa", Point(500, 300, 0)), ("seed", Point(500, 200, 1))):
-        assert (METHODS[name].key(other) != METHODS[name].key(POINT)) == (axis in axes)
+        assert (METHODS[name].key(context, other) != METHODS[name].key(context, POINT)) == (axis in axes)
+        context.masks.clear()
         if axis not in axes:
             assert torch.equal(logits, once(other))
 
@@ -82,17 +93,19 @@ def test_classifier_survives_an_error_inside(context, name):
     assert bits(context.model) == before
 
 
-def test_registering_and_unknown_names():
+def test_registering_and_unknown_names(context):
     @method("doubled", "doubled", axes=("kappa",))
     def doubled(context, point):
         yield context.model
 
     try:
-        assert METHODS["doubled"].key(POINT) == ("doubled", 200)
+        assert METHODS["doubled"].key(context, POINT) == ("doubled", 200)
         check_methods(("doubled", "mimu"))
     finally:
         del METHODS["doubled"]
-    with pytest.raises(UserError, match="no method 'doubled': choose from mimu, random, sft, default"):
+    with pytest.raises(
+        UserError, match="no method 'doubled': choose from mimu, mimu_refined, taylor_mask, random, sft, default"
+    ):
         check_methods(("mimu", "doubled"))
 
 
@@ -113,12 +126,18 @@ def test_shared_work_is_charged_to_each_method_once(context):
 
 
 def test_strategies_of_mimu(context):
+    if context.unlearner:
+        with torch.no_grad():
+            theta = context.unlearner.theta(context.checkpoint, Request((4,), 200))
+        assert torch.equal(mask_of("mimu", context, POINT).keep, ~hard_topk(theta, 200))
+        return
     theta = context.theta(500)
     q = theta.flatten(1).softmax(1).view_as(theta)
-    assert torch.equal(mimu_mask(context, POINT).keep, feasibility_mask(q, 4, 200, context.graph).keep)
+    score = q[4] - (q.sum(0) - q[4]) / 9
+    assert torch.equal(mask_of("mimu", context, POINT).keep, ~hard_topk(score, 200))
     sets = PipelineConfig(forget_class=4, eval=EvalConfig(mask_strategy=MaskStrategies.set_difference))
     other = Context(context.model, context.data, sets, context.device, context.learn_importance)
-    off = ~mimu_mask(other, POINT).keep
+    off = ~mask_of("mimu", other, POINT).keep
     tops = [set(scores.flatten().argsort(descending=True)[:500].tolist()) for scores in theta]
     wanted = tops[4].difference(*(tops[c] for c in range(10) if c != 4))
     assert set(off.flatten().nonzero().flatten().tolist()) == wanted
@@ -128,7 +147,10 @@ def test_masks_by_hand():
     graph = layer_graph(2, 2)
     importance = torch.tensor([[[4.0, 1.0], [3.0, 0.0]], [[4.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]])
     assert feasibility_score(importance, 0).tolist() == [[1.0, 1.0], [3.0, -1.0]]
-    assert feasibility_mask(importance, 0, 2, graph).keep.tolist() == [[False, True], [False, True]]  # tie: lower index
+    assert top_mask(feasibility_score(importance, 0), 2, graph).keep.tolist() == [
+        [False, True],
+        [False, True],
+    ]  # tie: lower index
     assert set_difference_mask(importance, 0, 2, graph).keep.tolist() == [[True, True], [False, True]]
     assert set_difference_mask(importance, 1, 1, graph).switched_off == 0  # its only weight is others' too
 

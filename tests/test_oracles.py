@@ -126,7 +126,7 @@ def test_prefix_cache_is_the_full_forward_pass(setting):
     with masked(model.target(-2).weight, random_mask(layer_graph(m, n), m * n // 3, torch.Generator().manual_seed(0))):
         assert evaluation.prefix_unchanged(model)
         cached = evaluation.outputs(model, "test", True, "")
-        full = evaluation.inference(model, evaluation.images("test", True), True, "")
+        full = evaluation.inference(model, evaluation.context.images("test", True), True, "")
         whole = nn.Module.__call__(
             model, data.splits["test"].only(data.splits["test"].labels == 3).batch(slice(None))[0]
         )

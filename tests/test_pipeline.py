@@ -20,7 +20,9 @@ from config import (
     GCNPriorDistribution,
     GraphConfig,
     MaskStrategies,
+    Objectives,
     PipelineConfig,
+    RefineConfig,
     ReporterConfig,
     SFTConfig,
     SupportedDatasets,
@@ -39,10 +41,12 @@ from utils_data import stratified
 
 MLP, RESNET = SupportedVisionModels.HookedMLPClassifier, SupportedVisionModels.HookedResnet
 POINTS = [(300, 100), (300, 400), (2000, 100), (2000, 400)]
-GCN = GCNConfig(steps=3, batch_size=4, hidden_dim=8)
+GCN = GCNConfig(objective=Objectives.elbo, steps=3, batch_size=4, hidden_dim=8)
+METHODS = {"mimu", "mimu_refined", "taylor_mask", "random", "sft", "default"}
 KEYS = {
     *("schema", "id", "model", "dataset", "forget_class", "mask_layer", "num_graph_vertices", "num_graph_edges"),
     *("top_k", "kappa", "seed", "classifier_path", "gcn_path", "mask_path", "provenance", "methods"),
+    *("objective", "auto", "answer", "mask_paths"),
 }
 METRICS = {"forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score"}
 
@@ -56,6 +60,7 @@ def tiny(output_dir: Path, **changes: Any) -> PipelineConfig:
         train=TrainConfig(epochs=2, batch_size=64),
         graph=GraphConfig(num_samples=640),
         gcn=GCN,
+        refine=RefineConfig(steps=2),
         sft=SFTConfig(steps=3),
         reporter=ReporterConfig(dpi=40),
     )
@@ -127,7 +132,7 @@ def test_records_say_what_is_documented(whole):
     for record in records:
         assert set(record) >= KEYS
         assert set(record["provenance"]) == {"commit", "dirty", "versions", "device", "started", "seconds"}
-        assert set(record["methods"]) == {"mimu", "sft", "random", "default"}
+        assert set(record["methods"]) == METHODS
         for values in record["methods"].values():
             assert set(values) == METRICS | {"seconds", "weights_changed"}
         assert (record["model"], record["dataset"], record["schema"]) == ("HookedMLPClassifier", "DIGITS", "mimu/1")
@@ -156,13 +161,17 @@ def test_disk_holds_what_is_returned(whole):
 def test_mask_files(whole):
     config, records = whole
     for record in records:
-        tensors, facts = read_tensors(config.output_dir / record["mask_path"])
-        mask = tensors["mask"]
-        assert list(tensors) == ["mask"]
-        assert (mask.shape, mask.dtype, set(np.unique(mask))) == ((64, 128), np.uint8, {0, 1})
-        assert (mask == 0).sum() == record["kappa"] == record["methods"]["mimu"]["weights_changed"]
-        for key in ("id", "model", "dataset", "forget_class", "mask_layer", "top_k", "kappa", "seed"):
-            assert facts[key] == record[key]
+        assert set(record["mask_paths"]) == {"mimu", "mimu_refined", "taylor_mask", "random"}
+        assert record["mask_path"] == record["mask_paths"]["mimu_refined"]
+        for name, place in record["mask_paths"].items():
+            tensors, facts = read_tensors(config.output_dir / place)
+            mask = tensors["mask"]
+            assert list(tensors) == ["mask"]
+            assert (mask.shape, mask.dtype, set(np.unique(mask))) == ((64, 128), np.uint8, {0, 1})
+            assert (mask == 0).sum() == record["kappa"] == record["methods"][name]["weights_changed"]
+            for key in ("id", "model", "dataset", "forget_class", "mask_layer", "top_k", "kappa", "seed"):
+                assert facts[key] == record[key]
+            assert facts["method"] == name
 
 
 def test_weights_changed_of_the_others(whole):
@@ -189,8 +198,8 @@ def test_numbers_follow_from_the_files(whole):
     for record in records:
         layers = load_file(config.output_dir / record["classifier_path"])
         first, target, last = (layers[f"linears.{i}.weight"].astype(float) for i in range(3))
-        mask = load_file(config.output_dir / record["mask_path"])["mask"]
-        for name, weight in (("default", target), ("mimu", target * mask)):
+        masks = {name: load_file(config.output_dir / path)["mask"] for name, path in record["mask_paths"].items()}
+        for name, weight in {"default": target, **{name: target * mask for name, mask in masks.items()}}.items():
             h = np.maximum(images @ first.T, 0)
             logits = np.maximum(h @ weight.T, 0) @ last.T
             log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -226,7 +235,7 @@ def test_other_seed_other_numbers(whole, tmp_path):
     config, records = whole
     (record,) = Pipeline(replace(config, output_dir=tmp_path, seed=1, topK_list=(300,), kappa_list=(100,))).eval()
     assert record["id"] != records[0]["id"]
-    for name in ("mimu", "random", "sft", "default"):
+    for name in METHODS:
         assert record["methods"][name]["retain_loss"] != records[0]["methods"][name]["retain_loss"]
 
 
@@ -359,7 +368,7 @@ def test_folder_in_place_of_a_file(name, products, tmp_path):
 
 def test_set_difference(whole, products, tmp_path):
     config = replace(whole[0], output_dir=tmp_path, topK_list=(300,), kappa_list=(100,), **products)
-    config = replace(config, eval=EvalConfig(mask_strategy=MaskStrategies.set_difference))
+    config = replace(config, eval=EvalConfig(methods=("mimu",), mask_strategy=MaskStrategies.set_difference))
     (record,) = Pipeline(config).eval()
     changed = record["methods"]["mimu"]["weights_changed"]
     assert changed <= 300
@@ -404,11 +413,11 @@ def test_resnet_from_end_to_end(tmp_path):
         data=DataConfig(max_train_samples=150, max_test_samples=80),
         train=TrainConfig(epochs=1, batch_size=64),
         graph=GraphConfig(num_samples=80, min_per_class=8),
-        gcn=GCNConfig(steps=1, batch_size=2, hidden_dim=4),
+        gcn=GCNConfig(steps=1, requests_per_step=1, hidden_dim=4),
     )
     (record,) = Pipeline(config).run()
     assert (record["num_graph_vertices"], record["num_graph_edges"]) == (65536, 41811968)
     assert load_file(config.output_dir / record["mask_path"])["mask"].shape == (128, 512)
     changed = {name: values["weights_changed"] for name, values in record["methods"].items()}
-    assert (changed["mimu"], changed["random"], changed["default"]) == (500, 500, 0)
+    assert (changed["mimu"], changed["mimu_refined"], changed["random"], changed["default"]) == (500, 500, 500, 0)
     assert all(np.isfinite(list(values.values())).all() for values in record["methods"].values())

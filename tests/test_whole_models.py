@@ -12,6 +12,7 @@ from config import (
     GCNConfig,
     GraphConfig,
     PipelineConfig,
+    RefineConfig,
     SupportedDatasets,
     TrainConfig,
     UserError,
@@ -150,15 +151,16 @@ def test_pipeline_over_several_layers(mask_layer, nodes, tmp_path):
         output_dir=tmp_path,
         train=TrainConfig(epochs=3, batch_size=128),
         graph=GraphConfig(num_samples=640),
-        gcn=GCNConfig(steps=4, hidden_dim=4),
+        gcn=GCNConfig(steps=4, requests_per_step=1, hidden_dim=4),
+        refine=RefineConfig(steps=3),
     )
     pipeline = Pipeline(config)
     (record,) = pipeline.run()
     assert record["num_graph_vertices"] == nodes
     assert record["mask_layer"] == ([-3, -2, -1] if mask_layer is None else [-2, -1])
     assert record["methods"]["mimu"]["weights_changed"] == 300
-    mask = Mask.load(tmp_path / record["mask_path"])
-    assert mask.switched_off == 300
+    mask = Mask.load(tmp_path / record["mask_paths"]["mimu"])
+    assert mask.switched_off == record["methods"]["mimu_refined"]["weights_changed"] == 300
     test = pipeline.data.splits["test"]
     images, labels = test.only(test.labels == 0).batch(slice(None))
     with masked(pipeline.classifier.weights(mask_layer), mask), torch.no_grad():
