@@ -79,7 +79,7 @@ class ForgetLosses(Choice):
     """What is asked of the samples to forget.
 
     margin: that another class leads. match: the classifier's own probabilities without the classes to forget,
-    renormalised, which is what retraining comes close to. both: their sum.
+    renormalised, which is what retraining comes close to. both: the margin and a tenth of the match.
     """
 
     margin = "margin"

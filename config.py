@@ -131,6 +131,8 @@ class GCNConfig:
     """Unlearning: weight of the retained samples' loss."""
     requests_per_step: int = 4
     """Unlearning: random requests in each optimiser step."""
+    train_classes: tuple[int, ...] = ()
+    """Unlearning: classes that the random requests are drawn from (empty: all)."""
     train_seeds: tuple[int, ...] = ()
     """Unlearning: learn on classifiers of these seeds (empty: on the run's own classifier) ..."""
     train_batch_sizes: tuple[int, ...] = ()
@@ -163,7 +165,7 @@ class RefineConfig:
     """Descent on theta for one request (method `mimu_refined`)."""
 
     start: Starts = Starts.gcn
-    steps: int = 40
+    steps: int = 30
     lr: float = 0.2
     forget_loss: ForgetLosses = ForgetLosses.both
     lambda_retain: float = 0.3

@@ -23,7 +23,7 @@ from model import HookedModel, MaskLayer, inspecting
 from observe import Tracker, log, progress
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
-MATCH_TEMPERATURE = 1.0  # of the probabilities that ForgetLosses.match asks for
+MATCH_SHARE = 0.1  # of `match` in ForgetLosses.both: enough for its probabilities, too little to forget later
 MARGIN = 0.5  # by how much a forgotten class must lose, in logits, before the loss levels off
 MOST_RETAINED = 2048  # retained samples that a request looks at
 KAPPA_SHARES = (0.004, 0.08)  # of all weights: what kappa is drawn from, log-uniformly, in training
@@ -77,7 +77,7 @@ class Checkpoint:
             h, count = self.h[order], int(forget.sum())
             with torch.no_grad():
                 target = self._without(self.model.head(h[:count], self.mask_layer), classes)
-            self._sides[classes] = _Sides(h, count, self.labels[order], (target / MATCH_TEMPERATURE).softmax(1))
+            self._sides[classes] = _Sides(h, count, self.labels[order], target.softmax(1))
         return self._sides[classes]
 
     def _without(self, logits: Tensor, classes: tuple[int, ...]) -> Tensor:
@@ -92,19 +92,18 @@ class Checkpoint:
 
         Returns:
             On the samples to forget: margin, softplus(largest logit of the classes to forget - largest other + 0.5);
-            match, KL(target || masked); or the sum of both. On the retained samples: cross-entropy.
+            match, KL(target || masked); both, margin + MATCH_SHARE match. On the retained samples: cross-entropy.
         """
         sides = self.sides(classes)
         logits = self.model.head(sides.h, self.mask_layer, self.graph.split(self.weight * (1 - degrees)))
         retain = functional.cross_entropy(logits[sides.forget :], sides.labels[sides.forget :])
         logits = logits[: sides.forget]
         margin = logits[:, list(classes)].amax(1) - self._without(logits, classes).amax(1)
-        terms = []
-        if how is not ForgetLosses.match:
-            terms.append(functional.softplus(margin + MARGIN).mean())
-        if how is not ForgetLosses.margin:
-            terms.append(functional.kl_div(logits.log_softmax(1), sides.target, reduction="batchmean"))
-        return torch.stack(terms).sum(), retain
+        leading = functional.softplus(margin + MARGIN).mean()
+        if how is ForgetLosses.margin:
+            return leading, retain
+        match = functional.kl_div(logits.log_softmax(1), sides.target, reduction="batchmean")
+        return match if how is ForgetLosses.match else leading + MATCH_SHARE * match, retain
 
     def importances(self, degrees: Tensor, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """First-order growth of margin loss and retain loss when a weight is switched off further. [*graph.shape]."""
@@ -257,8 +256,10 @@ class UnlearningTrainer:
 
     def draw(self, checkpoint: Checkpoint) -> Request:
         """A random request: one class or two, kappa log-uniform between KAPPA_SHARES of the weights of each."""
-        several = 2 if checkpoint.num_classes > 2 and self._uniform() < PAIR_SHARE else 1
-        classes = torch.randperm(checkpoint.num_classes, generator=self.order)[:several]
+        known = torch.tensor(self.config.train_classes or range(checkpoint.num_classes))
+        pair = len(known) > 1 and checkpoint.num_classes > 2 and self._uniform() < PAIR_SHARE
+        several = 2 if pair else 1
+        classes = known[torch.randperm(len(known), generator=self.order)[:several]]
         low, high = KAPPA_SHARES
         share = several * low * (high / low) ** self._uniform()
         size = checkpoint.graph.num_vertices

@@ -6,7 +6,7 @@ Everything is kept through the project's own stages, so that a second run trains
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -19,20 +19,25 @@ from config import (
     GCNConfig,
     GraphConfig,
     PipelineConfig,
+    RefineConfig,
     SupportedDatasets,
     SupportedVisionModels,
+    Trackers,
     TrainConfig,
     derive_seed,
 )
-from masks import hard_topk
+from gcn import MaskingGCN
+from masks import feasibility_score, hard_topk
+from methods import TAYLOR_LAMBDAS
 from model import HookedModel, save_classifier, vision_model_loader
 from observe import Tracker
 from stages import CLASSIFIER_CODE, CLASSIFIER_FILE, Stages
-from trainer import VisionModelTrainer
-from unlearning import Checkpoint, Request
+from trainer import GCNTrainer, VisionModelTrainer
+from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer, refine
 from utils_data import UnlearningDataset
 
 Classes = tuple[int, ...]
+CPU = torch.device("cpu")
 Theta = Callable[[Checkpoint, Request], Tensor]
 SINGLES: tuple[Classes, ...] = tuple((label,) for label in range(10))
 PAIRS: tuple[Classes, ...] = tuple((a, b) for a in range(10) for b in range(a + 1, 10))
@@ -219,6 +224,64 @@ def mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
 
-def gcn_config(**changes: object) -> GCNConfig:
-    """The default GCN with some settings changed."""
-    return replace(GCNConfig(), **changes)
+# --- ways to find theta ---
+
+
+def by_gcn(unlearner: Unlearner) -> Theta:
+    """One forward pass (of several rounds of correction) of the graph network."""
+    return lambda checkpoint, request: unlearner.theta(checkpoint, request).detach()
+
+
+def by_taylor(weight: float) -> Theta:
+    """Signed Taylor with a fixed lambda."""
+    return lambda checkpoint, request: checkpoint.statistics.contributions(request.classes).signed_taylor(weight)
+
+
+def refined(start: Theta, config: RefineConfig | None = None) -> Theta:
+    """The same, refined."""
+    return lambda checkpoint, request: refine(checkpoint, start(checkpoint, request), request, config or RefineConfig())
+
+
+def by_taylor_tuned(case: Case, kappas: Sequence[int], requests: Sequence[Classes]) -> list[Cell]:
+    """Signed Taylor on test images, lambda chosen for each request on validation images."""
+    cells = []
+    for classes in requests:
+        for each in kappas:
+            best, kappa, begun = None, each * len(classes), time.perf_counter()
+            for weight in TAYLOR_LAMBDAS:
+                off = hard_topk(by_taylor(weight)(case.checkpoint, Request(classes, kappa)), kappa)
+                val = case.judge(off, classes, each, "val", 0.0)
+                if best is None or val.retain - val.forget > best[0]:
+                    best = val.retain - val.forget, off
+            seconds = time.perf_counter() - begun
+            assert best is not None
+            cells.append(case.judge(best[1], classes, each, "test", seconds))
+    return cells
+
+
+def train(teachers: Sequence[Checkpoint], config: GCNConfig, folder: Path, message_passing: bool = True) -> Unlearner:
+    """A graph network that learned on these checkpoints."""
+    seed = 0
+    torch.manual_seed(seed)
+    unlearner = Unlearner.fresh(config)
+    if not message_passing:
+        for matrix in unlearner.gcn.neighbours:
+            torch.nn.init.zeros_(matrix.requires_grad_(False))
+    folder.mkdir(parents=True, exist_ok=True)
+    UnlearningTrainer(unlearner, teachers, config, seed, CPU, Tracker(Trackers.none, "gcn", {})).train(folder)
+    return unlearner
+
+
+def elbo_theta(case: Case, topK: int, config: GCNConfig, folder: Path) -> Theta:
+    """A graph network that learned the ELBO on the judged checkpoint itself; ranks by the feasibility of q."""
+    stages = case.stages
+    torch.manual_seed(0)
+    shape = (config.num_message_passing_rounds, config.hidden_dim, config.aggregation)
+    gcn = MaskingGCN(4, *shape, config.activation, config.residual)
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = (gcn, stages.classifier, stages.graphs, (-2,), topK, config, 0, CPU)
+    GCNTrainer(*shared, Tracker(Trackers.none, "elbo", {})).train(folder)
+    with torch.inference_mode():
+        theta = torch.cat([gcn(stages.graphs.class_features(label).unsqueeze(0)) for label in range(10)])
+    q = theta.flatten(1).softmax(1).view_as(theta).clone()
+    return lambda checkpoint, request: feasibility_score(q, request.classes)

@@ -20,7 +20,7 @@ from model import save_classifier, vision_model_loader
 from tests.common import LOG_LINE, TINY
 
 ROOT = Path(main.__file__).parent
-METHODS = ("MIMU (ours)", "random mask", "SFT randomisation", "untouched")
+METHODS = ("MIMU (ours)", "MIMU refined (ours)", "signed Taylor", "random mask", "SFT randomisation", "untouched")
 METRICS = ("forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score")
 
 
@@ -284,7 +284,7 @@ def sentence(err: str) -> str:
 
 
 SENTENCES = {
-    "unknown command": ("nonsense", "choose from run, report, dashboard, download"),
+    "unknown command": ("nonsense", "choose from run, train-gcn, report, dashboard, download"),
     "config without file": ("run --config", "--config names no file"),
     "forget class": ("--forget-class 10", "DIGITS has classes 0 to 9"),
     "kappa": ("--kappa-list 8193", "choose from 1 to 8192"),
