@@ -98,8 +98,8 @@ class TrainConfig:
 class GraphConfig:
     """Graphs made from training images."""
 
-    num_samples: int = 2048
-    """Graphs to make, spread evenly over the classes."""
+    num_samples: int = 10240
+    """Graphs to make, spread evenly over the classes; refinement forgets a class as well as it knows its images."""
     min_per_class: int = 64
     """At least this many of each class: a class's representative is their mean."""
     batch_size: int = 256
@@ -127,7 +127,7 @@ class GCNConfig:
     """Unlearning: theta starts at 2 * rank of the signed Taylor score instead of 0."""
     forget_loss: ForgetLosses = ForgetLosses.both
     """Unlearning: what is asked of the samples to forget."""
-    lambda_retain: float = 1.0
+    lambda_retain: float = 2.0
     """Unlearning: weight of the retained samples' loss."""
     requests_per_step: int = 4
     """Unlearning: random requests in each optimiser step."""

@@ -25,7 +25,7 @@ from observe import Tracker, log, progress
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
 MATCH_SHARE = 0.1  # of `match` in ForgetLosses.both: enough for its probabilities, too little to forget later
 MARGIN = 0.5  # by how much a forgotten class must lose, in logits, before the loss levels off
-MOST_RETAINED = 2048  # retained samples that a request looks at
+MOST_RETAINED = 1536  # retained samples that a request looks at
 KAPPA_SHARES = (0.004, 0.08)  # of all weights: what kappa is drawn from, log-uniformly, in training
 TYPICAL_SHARE = 0.02  # where the column log_kappa is 0
 PAIR_SHARE = 0.2  # of the training requests: two classes at once

@@ -70,7 +70,7 @@ class Recipe:
             output_dir=output_dir,
             data=DataConfig(max_train_samples=most[0], max_test_samples=most[1]),
             train=TrainConfig(epochs=epochs, batch_size=self.batch_size, channels_last=resnet),
-            graph=GraphConfig(num_samples=1024 if resnet else 2048),
+            graph=GraphConfig(num_samples=2560 if resnet else 10240),
         )
 
 
