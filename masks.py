@@ -28,6 +28,7 @@ class Sampler(Protocol):
 
 SAMPLERS: dict[TopKSamplers, Sampler] = {}
 NEWTON_STEPS = 60  # safeguarded: bisection alone reaches float32 resolution in fewer
+BUDGET_TOLERANCE = 1e-7  # of k, on the sum of the degrees
 
 
 def _sampler(name: TopKSamplers) -> Callable[[Sampler], Sampler]:
@@ -99,7 +100,7 @@ def _budget_degrees(u: Tensor, k: int) -> Tensor:
     degrees = torch.sigmoid(centred - tau)
     for _ in range(NEWTON_STEPS):
         excess = degrees.sum(-1, keepdim=True, dtype=torch.float64) - k
-        if float(excess.abs().max()) <= 1e-7 * k:
+        if float(excess.abs().max()) <= BUDGET_TOLERANCE * k:
             break
         low, high = torch.where(excess > 0, tau, low), torch.where(excess > 0, high, tau)
         slope = (degrees * (1 - degrees)).sum(-1, keepdim=True, dtype=torch.float64)

@@ -25,7 +25,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from artifacts import copy_file
+from artifacts import copy_file, write_json
 from benchmarks.common import keep, parser
 from benchmarks.zoo import (
     PAIRS,
@@ -406,8 +406,10 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
 
 
 def write_masks(bench: Bench, folder: Path) -> None:
-    """The masks of the main table, each classifier beside its own."""
+    """The masks of the main table, each classifier beside its own, and how its images are normalised."""
     gcn = by_gcn(Unlearner.load(SHIPPED)[0])
+    images = bench.judged[0].stages.data.splits["test"]
+    write_json(folder / "normalisation.json", {"mean": float(images.mean), "std": float(images.std)})
     for case in bench.judged:
         place = folder / case.recipe.name.replace(", ", "_").replace(" ", "-")
         copy_file(case.stages.classifier_path, place / "classifier.safetensors")

@@ -162,6 +162,35 @@ def test_samplers_keep_k_and_pass_gradients(name, size, k):
     assert (gradient != 0).any()
 
 
+@pytest.mark.parametrize(("size", "k"), [(6, 2), (15, 14), (15, 1), (40, 20)])
+def test_exact_budget_and_its_implicit_gradient(size, k, monkeypatch):
+    """gradcheck in double precision, with the temperature (constant for the gradient) held still."""
+    monkeypatch.setattr(masks, "_scale", lambda theta, temperature: torch.full_like(theta[..., :1], temperature))
+    monkeypatch.setattr(masks, "BUDGET_TOLERANCE", 1e-15)
+    theta = torch.randn(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    sinkhorn = SAMPLERS[TopKSamplers.sinkhorn]
+    assert torch.autograd.gradcheck(lambda values: sinkhorn(values, k, 0.4), theta, eps=1e-6, atol=1e-6)
+    whole = sinkhorn(theta, k, 0.4)
+    torch.testing.assert_close(whole.sum(-1), torch.full((3,), float(k), dtype=torch.float64), rtol=1e-12, atol=0)
+    for row, alone in zip(whole, theta, strict=True):
+        torch.testing.assert_close(row, sinkhorn(alone, k, 0.4), rtol=1e-12, atol=1e-15)
+    (gradient,) = torch.autograd.grad((whole * torch.rand_like(whole)).sum(), theta)
+    assert gradient.sum(-1).abs().max() < 1e-12  # pushing every logit up gains nothing
+
+
+@pytest.mark.parametrize("k", [1, 200, 4095])
+def test_exact_budget_in_bfloat16(k):
+    theta = torch.randn(2, 4096, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16).requires_grad_()
+    degrees = SAMPLERS[TopKSamplers.sinkhorn](theta, k, 0.25)
+    assert degrees.dtype == torch.bfloat16
+    assert degrees.float().sum(-1).tolist() == pytest.approx([k, k], rel=4e-3)  # rounding of the degrees alone
+    (gradient,) = torch.autograd.grad(degrees.float().square().sum(), theta)
+    exact = theta.detach().float().requires_grad_()
+    oracle = SAMPLERS[TopKSamplers.sinkhorn](exact, k, 0.25)
+    (wanted,) = torch.autograd.grad(oracle.square().sum(), exact)
+    assert float((gradient.float() - wanted).norm()) < 0.02 * float(wanted.norm())
+
+
 def trainer_of(setting, tmp_path, sampler=TopKSamplers.sinkhorn, **settings) -> GCNTrainer:
     model, data = setting
     GraphGenerator(model, data, -2, GraphConfig(num_samples=20, min_per_class=2)).generate(tmp_path)
