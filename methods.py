@@ -52,8 +52,8 @@ class Context:
     unlearner: Unlearner | None = None
     charged: float = 0.0
     """Seconds of shared, cached work that the current method would have spent on its own."""
-    masks: dict[tuple, Mask] = field(default_factory=dict)
-    """What the mask methods have made, by method key."""
+    masks: dict[tuple, tuple[Mask, float]] = field(default_factory=dict)
+    """What the mask methods have made, by method key, and the seconds it took."""
     _theta: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
     _activations: dict[tuple[str, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -186,13 +186,18 @@ def mask_method(name: str, label: str, axes: tuple[str, ...] = ()) -> Callable[[
 
 
 def mask_of(name: str, context: Context, point: Point) -> Mask:
-    """The mask of a mask method at a point, made once."""
+    """The mask of a mask method at a point, made once; later callers are charged what it cost the first."""
     registered = METHODS[name]
     assert registered.mask is not None, f"{name} makes no mask"
     key = registered.key(context, point)
-    if key not in context.masks:
-        context.masks[key] = registered.mask(context, point)
-    return context.masks[key]
+    if key in context.masks:
+        mask, seconds = context.masks[key]
+        context.charged += seconds
+        return mask
+    begun, charged = time.perf_counter(), context.charged
+    mask = registered.mask(context, point)
+    context.masks[key] = mask, time.perf_counter() - begun + context.charged - charged
+    return mask
 
 
 def check_methods(names: tuple[str, ...]) -> None:

@@ -59,7 +59,7 @@ from config import (
 )
 from gcn import reuse_freed_memory
 from masks import Mask, hard_topk
-from methods import Context
+from methods import Context, Point, mask_of
 from reporter import as_text
 from unlearning import Checkpoint, Request, Unlearner, noise_start, taylor_start
 from utils_data import UnlearningDataset
@@ -286,9 +286,10 @@ def auto_table(bench: Bench) -> list[Row]:
             untouched = references(case, SINGLES, "untouched", kl=False)
             for classes, before in zip(SINGLES, untouched, strict=True):
                 context = context_of(case, classes, tau, epsilon, unlearner)
+                config = context.config
                 found = search(context, 1)
                 if found.achieved:
-                    mask = next(mask for key, mask in context.masks.items() if key[1] == found.kappa)
+                    mask = mask_of(config.auto.method, context, Point(1, found.kappa, config.seed))
                     cell = case.judge(~mask.keep, classes, found.kappa, "test", 0.0)
                     cells.setdefault(case.recipe.name, []).append(cell)
                     hold += cell.forget <= tau and before.retain - cell.retain <= epsilon

@@ -125,6 +125,15 @@ def test_shared_work_is_charged_to_each_method_once(context):
     assert fresh.charged == fresh._theta[5][1] >= 0.05
 
 
+def test_a_mask_is_made_once_and_charged_to_those_who_take_it_again(context):
+    fresh = replace(context, masks={}, charged=0.0)
+    mask = mask_of("random", fresh, POINT)
+    assert fresh.charged == 0  # the first caller's clock has run already
+    assert mask_of("random", fresh, POINT) is mask
+    ((_, seconds),) = fresh.masks.values()
+    assert fresh.charged == seconds > 0
+
+
 def test_strategies_of_mimu(context):
     if context.unlearner:
         with torch.no_grad():
