@@ -22,24 +22,25 @@ from dotenv import load_dotenv
 
 from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError, load_config
 
+EXAMPLES = {"--config": "configs/default.yaml", "--out": "gcn.safetensors"}
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
 
 
-def _take_configs(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """Part `--config FILE` and `--config=FILE` from the other arguments."""
+def _take(flag: str, arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Part `<flag> FILE` and `<flag>=FILE`, as often as they come, from the other arguments."""
     paths, rest = [], []
     words = iter(arguments)
     for word in words:
-        if word == "--config":
+        if word == flag:
             value = next(words, None)
             if value is None or value.startswith("--"):
-                raise UserError("--config names no file: give one, e.g. --config configs/default.yaml")
+                raise UserError(f"{flag} names no file: give one, e.g. {flag} {EXAMPLES[flag]}")
             paths.append(Path(value))
-        elif word.startswith("--config="):
-            paths.append(Path(word.removeprefix("--config=")))
+        elif word.startswith(f"{flag}="):
+            paths.append(Path(word.removeprefix(f"{flag}=")))
         else:
             rest.append(word)
-    return paths or [DEFAULT_CONFIG], rest
+    return paths, rest
 
 
 def _trackio_folder(output_dir: Path) -> Path:
@@ -49,7 +50,8 @@ def _trackio_folder(output_dir: Path) -> Path:
 
 def _configured(arguments: list[str], command: str, about: str) -> PipelineConfig:
     """The configuration that files and flags give."""
-    paths, rest = _take_configs(arguments)
+    paths, rest = _take("--config", arguments)
+    paths = paths or [DEFAULT_CONFIG]
     about += f" --config FILE (repeatable; default {DEFAULT_CONFIG.name}) sets values, flags win."
     config = tyro.cli(
         PipelineConfig, args=rest, default=load_config(paths), prog=f"main.py {command}", description=about
@@ -79,13 +81,11 @@ def run(arguments: list[str]) -> int:
 
 def train_gcn(arguments: list[str]) -> int:
     """Train (or find) the GCN of a configuration and copy it to one file."""
-    if "--out" not in arguments[:-1]:
-        raise UserError("train-gcn needs --out FILE: name the .safetensors file to write")
-    place = arguments.index("--out")
-    target = Path(arguments[place + 1]).expanduser()
-    config = _configured(
-        arguments[:place] + arguments[place + 2 :], "train-gcn", "Train the GCN. --out FILE: where to."
-    )
+    targets, rest = _take("--out", arguments)
+    config = _configured(rest, "train-gcn", "Train the GCN. --out FILE: where to.")
+    if len(targets) != 1:
+        raise UserError(f"train-gcn needs one --out FILE, found {len(targets)}: name the .safetensors file to write")
+    target = targets[0].expanduser()
     from artifacts import copy_file
     from stages import Stages
 

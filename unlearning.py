@@ -167,10 +167,15 @@ class Unlearner:
         gcn, facts = MaskingGCN.load(path)
         if facts.get("objective") != "unlearning":
             raise UserError(f"{path} was trained with another objective: train one with gcn.objective unlearning")
-        unlearner = cls(gcn, FeatureSets(facts["features"]), int(facts["passes"]), bool(facts["taylor_prior"]))
+        try:
+            features, passes = FeatureSets(facts["features"]), int(facts["passes"])
+            found, taylor_prior = facts["columns"], bool(facts["taylor_prior"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is a GCN of another version ({error!r}): train one anew") from None
+        unlearner = cls(gcn, features, passes, taylor_prior)
         needed = unlearner.facts["columns"]
-        if facts["columns"] != needed or gcn.num_node_features != len(needed):
-            raise UserError(f"{path} reads the columns {facts['columns']}, this version makes {needed}: train one anew")
+        if found != needed or gcn.num_node_features != len(needed):
+            raise UserError(f"{path} reads the columns {found}, this version makes {needed}: train one anew")
         return unlearner, facts
 
     def theta(self, checkpoint: Checkpoint, request: Request) -> Tensor:

@@ -315,6 +315,8 @@ def test_gcn_file_round_trip_and_others_are_refused(checkpoint, tmp_path):
         ({"objective": "elbo"}, "trained with another objective"),
         ({"columns": ["h"]}, "train one anew"),
         ({"features": "basic"}, "train one anew"),
+        ({"features": "nonsense"}, "another version"),
+        ({"passes": None}, "another version"),
     ):
         write_tensors(path, tensors, facts | change)
         with pytest.raises(UserError, match=message):
@@ -468,7 +470,7 @@ def test_train_gcn_writes_one_file(tmp_path, capsys):
     assert Unlearner.load(out)[1]["trained_on"]["dataset"] == "DIGITS"
     assert str(out) in capsys.readouterr().out
     assert main.main(arguments) == 2
-    assert "needs --out FILE" in capsys.readouterr().err
+    assert "needs one --out FILE, found 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("start", Starts)
