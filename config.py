@@ -220,8 +220,14 @@ class SFTConfig:
 class EvalConfig:
     """What is measured, and how masks are formed."""
 
-    methods: tuple[str, ...] = ("mimu", "mimu_refined", "taylor_mask", "random", "sft", "default")
-    """Names from the registry in `methods.py`."""
+    methods: tuple[str, ...] = (
+        *("mimu", "mimu_refined", "taylor_mask", "random", "sft", "logit_drop", "retrain", "default"),
+    )
+    """Names from the registries (docs/methods.md), or all."""
+    metrics: tuple[str, ...] = ("core", "train", "attack", "retrain")
+    """Names of metrics or groups of them (docs/metrics.md), or all."""
+    references: int = 1
+    """Classifiers retrained without the classes to forget, each with a training seed of its own; 0: no comparison."""
     batch_size: int = 256
     mask_strategy: MaskStrategies | None = None
     """None: direct for a GCN of the unlearning objective, feasibility for one of the ELBO."""
@@ -230,6 +236,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size")
+        _positive(self, "references", zero_ok=True)
+        _require(bool(self.metrics), "eval.metrics is empty", "name at least one metric or group, e.g. core")
         _require(bool(self.methods), "eval.methods is empty", "name at least one method, e.g. mimu")
         _require(len(set(self.methods)) == len(self.methods), f"eval.methods is {self.methods}", "name each once")
 

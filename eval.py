@@ -1,101 +1,31 @@
-"""Measure methods x sweep points: the five metrics, on validation images (for choosing) and test images.
+"""Measure methods x sweep points: every chosen metric, on validation images (for choosing) and on test images.
 
 Only the target layers change under a mask, so the first one's input h is computed once per image set and kept; a
 masked model is then judged by `head(h, W)` alone. A model whose earlier layers differ takes the full forward pass.
 """
 
+import copy
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+import edits  # noqa: F401 - registers its methods
 from config import KappaModes
+from integrity import changed_outside, state_hash
 from masks import Mask, hard_topk, masked
-from methods import METHODS, Context, Point, mask_of
+from methods import METHODS, Context, Point, Settings, mask_of
+from metrics import Evidence, Outputs, OutputsOf, avg_gap, chosen_metrics
 from model import HookedModel, MaskLayer, inspecting
-from observe import progress
+from observe import log, progress
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model said about one set: logits [S, C] and true labels [S]."""
-
-    logits: Tensor
-    labels: Tensor
-
-    def loss(self) -> float:
-        """Mean cross-entropy of the true labels, nats."""
-        return float(functional.cross_entropy(self.logits.double(), self.labels))
-
-    def score(self) -> float:
-        """Accuracy, percent."""
-        return 100 * float((self.logits.argmax(1) == self.labels).double().mean())
-
-    def probability(self) -> float:
-        """Mean probability of the true class, over the whole set."""
-        p = self.logits.double().softmax(1)
-        return float(p.gather(1, self.labels[:, None]).mean())
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A registered metric with what a reader must know about its values."""
-
-    name: str
-    unit: str
-    better: str
-    compute: Callable[[Outputs, Outputs], float]
-
-
-METRICS: dict[str, Metric] = {}
-
-
-def metric(name: str, unit: str, better: str) -> Callable:
-    """Register a function (forget outputs, retain outputs) -> float as a metric; better = "higher" or "lower"."""
-
-    def register(function: Callable[[Outputs, Outputs], float]) -> Callable[[Outputs, Outputs], float]:
-        METRICS[name] = Metric(name, unit, better, function)
-        return function
-
-    return register
-
-
-@metric("forget_loss", "nats", better="higher")
-def forget_loss(forget: Outputs, retain: Outputs) -> float:
-    """Mean cross-entropy on the forget set."""
-    return forget.loss()
-
-
-@metric("retain_loss", "nats", better="lower")
-def retain_loss(forget: Outputs, retain: Outputs) -> float:
-    """Mean cross-entropy on the retain set."""
-    return retain.loss()
-
-
-@metric("forget_probability", "probability", better="lower")
-def forget_probability(forget: Outputs, retain: Outputs) -> float:
-    """Mean probability of the forget class on the forget set."""
-    return forget.probability()
-
-
-@metric("forget_score", "%", better="lower")
-def forget_score(forget: Outputs, retain: Outputs) -> float:
-    """Accuracy on the forget set."""
-    return forget.score()
-
-
-@metric("retain_score", "%", better="higher")
-def retain_score(forget: Outputs, retain: Outputs) -> float:
-    """Accuracy on the retain set."""
-    return retain.score()
+MOST_CLASSES = 100  # of a class x class table in a record
 
 
 class _Head(nn.Module):
@@ -118,12 +48,19 @@ class Eval:
 
     def __init__(self, context: Context):
         self.context, self.config = context, context.config
-        self.original = {name: value.clone() for name, value in context.model.state_dict().items()}
+        self.metrics = chosen_metrics(self.config.eval.metrics)
+        self.untouched = copy.deepcopy(context.model)
+        """The classifier as it was, out of reach of every method."""
+        self.original = self.untouched.state_dict()
+        self.original_hash = state_hash(self.untouched)
         place = context.model.layer_indices(self.config.mask_layer)[0]
         self.after_prefix = tuple(f"linears.{index}." for index in range(place, len(context.model.linears)))
+        self.about: dict[tuple, dict] = {}
+        """By method key: settings and what tuning tried, integrity, and the tables that are no single number."""
         self._measured: dict[tuple, dict] = {}
         self._efficacy: dict[int, dict[str, float]] = {}
-        self.class_probability: dict[tuple, list[float]] = {}
+        self._references: dict[tuple, Evidence] = {}
+        self._seen: dict[tuple, Outputs] = {}
 
     # --- where logits come from ---
 
@@ -177,35 +114,134 @@ class Eval:
             return self.inference(head, self.prefix_activations(split, is_forget_set), is_forget_set, description)
         return self.inference(model, self.context.images(split, is_forget_set), is_forget_set, description)
 
+    # --- what models are compared with ---
+
+    def remembered(self, name: str, model: HookedModel, same: bool | None = None, keep: bool = True) -> OutputsOf:
+        """Outputs of a model by split and set, each computed when first asked for; `keep`: for the whole run."""
+        seen = self._seen if keep else {}
+
+        def of(split: str, is_forget_set: bool) -> Outputs:
+            key = (name, split, is_forget_set)
+            if key not in seen:
+                seen[key] = self.outputs(model, split, is_forget_set, f"{name} on {split}", same)
+            return seen[key]
+
+        return of
+
+    def evidence(self, model: HookedModel, outputs: OutputsOf, split: str, **more: object) -> Evidence:
+        """What the metrics are given of a model."""
+        config, data = self.config, self.context.data
+
+        def images(split: str, is_forget_set: bool) -> tuple[Tensor, Tensor]:
+            part = data.splits[split]
+            return part.batch(data.is_forgotten(part.labels) == is_forget_set)
+
+        shared = (config.mask_layer, config.forget_class, config.seed, self.context.device)
+        return Evidence(model, outputs, split, *shared, images, **more)  # ty: ignore[invalid-argument-type]
+
+    def reference(self, split: str) -> Evidence:
+        """The untouched classifier."""
+        if ("default", split) not in self._references:
+            outputs = self.remembered("untouched", self.untouched, True)
+            self._references["default", split] = self.evidence(self.untouched, outputs, split)
+        return self._references["default", split]
+
+    def retrained(self, split: str) -> tuple[Evidence, ...]:
+        """The classifiers retrained without the classes, one per training seed; none if none was asked for."""
+        if self.context.retrain is None:
+            return ()
+        for index in range(self.config.eval.references):
+            if ("retrain", index, split) not in self._references:
+                model = self.context.retrain(index)
+                outputs = self.remembered(f"retrained {index}", model, False)
+                original = self.reference(split)
+                self._references["retrain", index, split] = self.evidence(model, outputs, split, original=original)
+        return tuple(self._references["retrain", index, split] for index in range(self.config.eval.references))
+
+    @property
+    def untrained(self) -> OutputsOf | None:
+        """Outputs of a classifier that has learned nothing (for ZRF)."""
+        fresh = self.context.untrained
+        return None if fresh is None else lambda *of: self.remembered("untrained", fresh(), False)(*of)
+
     # --- what is measured ---
 
     def eval_unlearning(self, name: str, point: Point) -> dict[str, dict]:
         """Every metric of one method at one point, {"test": {...}, "val": {...}}; measured once per method key."""
-        registered = METHODS[name]
-        key = registered.key(self.context, point)
+        key = METHODS[name].key(self.context, point)
         if key not in self._measured:
             for is_forget_set in (True, False):  # shared by all methods, so no method's seconds hold it
                 self.context.activations("val", is_forget_set)
-            self.context.charged, begun = 0.0, time.perf_counter()
-            with registered.enter(self.context, point) as model:
-                seconds = time.perf_counter() - begun + self.context.charged
-                same = self.prefix_unchanged(model)
-                extra = {"seconds": seconds, "weights_changed": self.weights_changed(model, same)}
-                self._measured[key] = {split: self._judge(model, split, key, same) | extra for split in JUDGED}
+            self._measured[key] = self._enter(name, point, self.tuned(name, point), self._judge)
         return self._measured[key]
 
-    def _judge(self, model: HookedModel, split: str, key: tuple, same: bool) -> dict[str, float]:
-        forget, retain = (self.outputs(model, split, part, f"{key[0]} on {split}", same) for part in (True, False))
-        if split == "test":
-            self.class_probability[key] = forget.logits.double().softmax(1).mean(0).tolist()
-        return {name: entry.compute(forget, retain) for name, entry in METRICS.items()}
+    def _enter(self, name: str, point: Point, settings: Settings, judge: Callable) -> dict:
+        """Enter a method, judge its model, leave it, and check that it kept to what it may change.
+
+        Raises:
+            RuntimeError: it changed what it must not, or left the classifier changed.
+        """
+        context, key = self.context, METHODS[name].key(self.context, point)
+        context.charged, context.allowed, begun = 0.0, None, time.perf_counter()
+        with METHODS[name].enter(context, point, **settings) as model:
+            seconds = time.perf_counter() - begun + context.charged
+            outside = None if context.allowed is None else changed_outside(model, self.original, context.allowed)
+            if outside:
+                raise RuntimeError(f"{name} changed {outside} weights that it must leave as they are")
+            judged = judge(name, key, model, seconds)
+        restored = state_hash(context.model) == self.original_hash
+        if not restored:
+            raise RuntimeError(f"{name} left the classifier changed")
+        checked = {"unreached_bit_identical": None if outside is None else True, "restored": restored}
+        self.about.setdefault(key, {})["integrity"] = checked | {"sha256": self.original_hash}
+        return judged
+
+    def tuned(self, name: str, point: Point) -> Settings:
+        """The settings of a method: of its grid, what comes closest to retraining on validation images (Avg Gap)."""
+        grid, key = METHODS[name].grid, METHODS[name].key(self.context, point)
+        about = self.about.setdefault(key, {"settings": dict(grid[0]), "tuning": []})
+        if len(grid) > 1 and not about["tuning"]:
+            if not self.retrained("val"):
+                log(f"{name}: not tuned, its first settings are used; eval.references 1 tunes it")
+                return grid[0]
+            gaps = [self._enter(name, point, settings, self._gap) for settings in grid]
+            about["tuning"] = [dict(one) | {"avg_gap": gap} for one, gap in zip(grid, gaps, strict=True)]
+            about["settings"] = dict(grid[min(range(len(grid)), key=lambda place: gaps[place])])
+        return about["settings"]
+
+    def _gap(self, name: str, key: tuple, model: HookedModel, seconds: float) -> float:
+        """Avg Gap on validation images; infinite where it is not a number."""
+        outputs = self.remembered(name, model, self.prefix_unchanged(model), keep=False)
+        value = avg_gap(self.evidence(model, outputs, "val", retrained=self.retrained("val")))
+        return value if value is not None and math.isfinite(value) else math.inf
+
+    def _judge(self, name: str, key: tuple, model: HookedModel, seconds: float) -> dict[str, dict]:
+        same = self.prefix_unchanged(model)
+        changed = self.weights_changed(model, same)
+        outputs = self.remembered(name, model, same, keep=False)
+        extra = {"seconds": seconds, "weights_changed": changed}
+        judged = {}
+        for split in JUDGED:
+            references = {"original": self.reference(split), "retrained": self._others(name, split)}
+            e = self.evidence(model, outputs, split, **references, untrained=self.untrained)
+            judged[split] = {name: entry.compute(e) for name, entry in self.metrics.items()} | extra
+        self.about[key] |= _tables(outputs("test", True), outputs("test", False))
+        return judged
+
+    def _others(self, name: str, split: str) -> tuple[Evidence, ...]:
+        """The retrained models that a method is compared with: `retrain` with all but itself, if there are more."""
+        references = self.retrained(split)
+        return references[1:] or references if name == "retrain" else references
 
     def eval_performance_degradation(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict]:
         """Each method's metrics minus the untouched model's, from {method: {metric: value}}."""
         base = self.eval_unlearning("default", Point(0, 0, self.config.seed))["test"]
-        return {
-            name: {metric: values[metric] - base[metric] for metric in METRICS} for name, values in measured.items()
-        }
+
+        def differences(values: Mapping[str, float]) -> dict[str, float | None]:
+            pairs = {name: (values[name], base[name]) for name in self.metrics}
+            return {name: None if a is None or b is None else a - b for name, (a, b) in pairs.items()}
+
+        return {name: differences(values) for name, values in measured.items()}
 
     def eval_mask_efficacy(self, topK: int) -> dict[str, float]:
         """How well the forget class's own top-K mask explains it: accuracies with only those weights kept.
@@ -253,14 +289,28 @@ class Eval:
         part = {key: {name: values[split] for name, values in measured.items()} for split, key in JUDGED.items()}
         return part | {
             "answer": self.answer,
-            "metrics": {name: {"unit": entry.unit, "better": entry.better} for name, entry in METRICS.items()},
+            "metrics": {name: entry.about() for name, entry in self.metrics.items()},
             "labels": {name: METHODS[name].label for name in measured},
             "axes": {name: list(METHODS[name].axes_in(context)) for name in measured},
             "degradation": self.eval_performance_degradation(part["methods"]),
             "mask_efficacy": self.eval_mask_efficacy(topK),
             "weight_histogram": self.weight_histogram(masks[self.answer]),
-            "class_probability": {name: self.class_probability[METHODS[name].key(context, point)] for name in measured},
+            **{
+                title: {name: self.about[METHODS[name].key(context, point)].get(title) for name in measured}
+                for title in ("settings", "tuning", "integrity", "class_probability", "confusion")
+            },
         }, masks
+
+
+def _tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
+    """Where images go: mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes."""
+    count = forget.logits.shape[1]
+    tables = {"class_probability": forget.log_p.exp().mean(0).tolist()}
+    if count <= MOST_CLASSES:
+        true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.logits, retain.logits]).argmax(1)
+        cells = torch.bincount(true * count + said, minlength=count * count)
+        tables["confusion"] = cells.view(count, count).tolist()
+    return tables
 
 
 def _spans(tensors: TensorDataset, size: int = 4096) -> list[slice]:

@@ -1,13 +1,14 @@
-"""Every compared method, ours included: one decorated function each, through one registry.
+"""The registry of compared methods, our own masks and the plain controls; one decorated function each.
 
 A method enters with the shared classifier and yields a model that has (or has not) forgotten; on leaving,
-the shared classifier is bit-identical. To add one, decorate a function here; nothing else changes.
+the shared classifier is bit-identical. Rivals that train are in `baselines.py`, closed-form edits in `edits.py`.
 """
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from trainer import SFTTrainer
 from unlearning import Checkpoint, Request, Unlearner, noise_start, refine, taylor_start
 from utils_data import UnlearningDataset
 
+OURS = "this project"
 TAYLOR_LAMBDAS = (0.0, 1.0, 3.0, 9.0)  # what `taylor_mask` chooses from, on validation images
 
 
@@ -50,6 +52,12 @@ class Context:
     learn_importance: Callable[[int], Tensor]
     checkpoint: Checkpoint | None = None
     unlearner: Unlearner | None = None
+    retrain: Callable[[int], HookedModel] | None = None
+    """The classifier retrained without the classes to forget, by number of the training seed."""
+    untrained: Callable[[], HookedModel] | None = None
+    """A classifier with initial weights."""
+    allowed: dict[str, Tensor] | None = None
+    """What the entered method may change: a bool tensor for each parameter by name (None: anything)."""
     charged: float = 0.0
     """Seconds of shared, cached work that the current method would have spent on its own."""
     masks: dict[tuple, tuple[Mask, float]] = field(default_factory=dict)
@@ -72,6 +80,10 @@ class Context:
         """How `mimu` forms its mask: as configured, else as the GCN's objective asks for."""
         own = MaskStrategies.feasibility if self.unlearner is None else MaskStrategies.direct
         return self.config.eval.mask_strategy or own
+
+    def within_targets(self, chosen: Sequence[Tensor]) -> dict[str, Tensor]:
+        """For `allowed`: bool [m, n] for each target layer, and nothing else."""
+        return dict(zip(self.graph.names, chosen, strict=True))
 
     def request(self, kappa: int) -> Request:
         """Forget the run's classes with kappa weights."""
@@ -132,19 +144,29 @@ class Context:
         return 100 * float(right.double().mean())
 
 
-Entering = Callable[[Context, Point], AbstractContextManager[HookedModel]]
+Settings = Mapping[str, Any]
+"""Hyper-parameters of a method, by keyword."""
+Entering = Callable[..., AbstractContextManager[HookedModel]]
+"""(context, point, **settings)."""
 MaskFunction = Callable[[Context, Point], Mask]
+BUDGET = 5  # settings, at most, that a method may try on validation images: the same for all
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. `axes` are the fields of `Point` that its result depends on; `mask` makes its mask."""
+    """A registered method. `axes` are the fields of `Point` that its result depends on; `mask` makes its mask.
+
+    `grid` holds the settings it is tuned over, on validation images, its default first; `source` is where it is from.
+    """
 
     name: str
     label: str
     axes: tuple[str, ...]
     enter: Entering
     mask: MaskFunction | None = None
+    source: str = OURS
+    grid: tuple[Settings, ...] = ({},)
+    definition: str = ""
 
     def axes_in(self, context: Context) -> tuple[str, ...]:
         """Its axes in a run: with masks by `direct`, nothing depends on topK."""
@@ -159,27 +181,43 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, label: str, axes: tuple[str, ...] = ()) -> Callable[[Callable], Entering]:
-    """Register a generator function (context, point) -> yields a model, as a method."""
+def _definition(function: Callable) -> str:
+    return " ".join((function.__doc__ or "").split())
 
-    def register(function: Callable[[Context, Point], Generator[HookedModel]]) -> Entering:
+
+def method(
+    name: str, label: str, axes: tuple[str, ...] = (), *, source: str = OURS, grid: Sequence[Settings] = ({},)
+) -> Callable[[Callable], Entering]:
+    """Register a generator function (context, point, **settings) -> yields a model, as a method.
+
+    Args:
+        axes: fields of `Point` that it depends on. source: arXiv id or reference. grid: at most BUDGET settings, the
+            default first; the one to use is chosen on validation images.
+    """
+    assert 1 <= len(grid) <= BUDGET, f"{name} has {len(grid)} settings, {BUDGET} are allowed"
+
+    def register(function: Callable[..., Generator[HookedModel]]) -> Entering:
         entering = contextmanager(function)
-        METHODS[name] = Method(name, label, axes, entering)
+        METHODS[name] = Method(name, label, axes, entering, None, source, tuple(grid), _definition(function))
         return entering
 
     return register
 
 
-def mask_method(name: str, label: str, axes: tuple[str, ...] = ()) -> Callable[[MaskFunction], MaskFunction]:
+def mask_method(
+    name: str, label: str, axes: tuple[str, ...] = (), *, source: str = OURS
+) -> Callable[[MaskFunction], MaskFunction]:
     """Register a function (context, point) -> mask as a method: the classifier with those weights switched off."""
 
     def register(function: MaskFunction) -> MaskFunction:
         @contextmanager
         def entering(context: Context, point: Point) -> Generator[HookedModel]:
-            with masked(context.weights, mask_of(name, context, point)):
+            mask = mask_of(name, context, point)
+            context.allowed = context.within_targets(context.graph.split(~mask.keep))
+            with masked(context.weights, mask):
                 yield context.model
 
-        METHODS[name] = Method(name, label, axes, entering, function)
+        METHODS[name] = Method(name, label, axes, entering, function, source, definition=_definition(function))
         return function
 
     return register
@@ -246,7 +284,7 @@ def mimu_refined(context: Context, point: Point) -> Mask:
     return top_mask(theta, point.kappa, context.graph)
 
 
-@mask_method("taylor_mask", "signed Taylor", axes=("kappa",))
+@mask_method("taylor_mask", "signed Taylor", axes=("kappa",), source="first-order saliency, e.g. 1611.06440")
 def taylor_mask(context: Context, point: Point) -> Mask:
     """Rank by t_f - lambda max(0, t_r), first-order importances, nothing learned (PEERS 1).
 
@@ -258,21 +296,30 @@ def taylor_mask(context: Context, point: Point) -> Mask:
     return max(candidates, key=lambda mask: context.score(mask, "val", False) - context.score(mask, "val", True))
 
 
-@mask_method("random", "random mask", axes=("kappa", "seed"))
+@mask_method("random", "random mask", axes=("kappa", "seed"), source="control")
 def random(context: Context, point: Point) -> Mask:
     """Switch off kappa weights drawn at random."""
     generator = torch.Generator().manual_seed(derive_seed(point.seed, "random", point.kappa))
     return random_mask(context.graph, point.kappa, generator)
 
 
-@method("sft", "SFT randomisation", axes=("seed",))
+@method("sft", "SFT randomisation", axes=("seed",), source="control: random labels, target layers alone")
 def sft(context: Context, point: Point) -> Generator[HookedModel]:
     """Fine-tune the target layers on random labels (or as `sft.mode` says)."""
     config = context.config
+    context.allowed = context.within_targets([torch.ones_like(weight, dtype=torch.bool) for weight in context.weights])
     yield SFTTrainer(context.model, context.data, config.mask_layer, config.sft, point.seed, context.device).train()
 
 
-@method("default", "untouched")
+@method("retrain", "retrained", source="the gold standard: same recipe, retained images only")
+def retrain(context: Context, point: Point) -> Generator[HookedModel]:
+    """Trained anew, by the classifier's own recipe, without the classes to forget."""
+    assert context.retrain is not None, "this method needs Context.retrain"
+    yield context.retrain(0)
+
+
+@method("default", "untouched", source="control")
 def default(context: Context, point: Point) -> Generator[HookedModel]:
     """The classifier as it is."""
+    context.allowed = {}
     yield context.model

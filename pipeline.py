@@ -15,6 +15,7 @@ from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, UserE
 from eval import Eval
 from masks import Mask
 from methods import METHODS, Context, check_methods
+from metrics import chosen_metrics
 from observe import log
 from reporter import Reporter
 from stages import GCN_CODE, Stages
@@ -22,7 +23,18 @@ from utils_data import UnlearningDataset
 
 __all__ = ["Pipeline", "PipelineConfig"]
 
-RECORD_CODE = (*GCN_CODE, "methods.py", "eval.py", "budget.py", "artifacts.py", "pipeline.py")
+RECORD_CODE = (
+    *GCN_CODE,
+    "methods.py",
+    "edits.py",
+    "metrics.py",
+    "attacks.py",
+    "integrity.py",
+    "eval.py",
+    "budget.py",
+    "artifacts.py",
+    "pipeline.py",
+)
 POINT_INPUTS = ("top_k", "kappa", "gcn", "auto")  # what may differ within one run
 
 
@@ -33,6 +45,7 @@ class Pipeline(Stages):
         super().__init__(config)
         self.started = now()
         check_methods(config.eval.methods)
+        chosen_metrics(config.eval.metrics)
         self._check_choices()
 
     def _check_choices(self) -> None:
@@ -54,7 +67,8 @@ class Pipeline(Stages):
         data = self.data
         judged = UnlearningDataset(data.name, data.splits, self.config.eval.batch_size, data.forget_class, data.seed)
         shared = (self.classifier, judged, self.config, self.device, self.learn_importance)
-        return Eval(Context(*shared, self.checkpoint, self.unlearner))
+        retrain = self.retrained if self.config.eval.references else None
+        return Eval(Context(*shared, self.checkpoint, self.unlearner, retrain, self.untrained))
 
     def run_single_evaluation_round(self, topK: int, kappa: int, auto: Search | None = None) -> dict:
         """Measure every method at one point; write and return its record (or return the one that is there).

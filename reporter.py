@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 MARKERS = "osD^vP*X"
 MOST_BARS = 20
+ARROWS = {"higher": "up", "lower": "down", "retrain": "as retrained"}
 METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
@@ -88,14 +89,13 @@ def best_points(records: list[dict]) -> list[Best]:
 
 
 def table(records: list[dict]) -> list[list[str]]:
-    """Header and one row per method: its chosen point and its test figures."""
-    metrics = records[0]["metrics"]
-    arrows = {"higher": "up", "lower": "down"}
-    head = [f"{name} [{about['unit']}, {arrows[about['better']]}]" for name, about in metrics.items()]
+    """Header and one row per method: its chosen point and its test figures, those metrics that are shown first."""
+    metrics = {name: about for name, about in records[0]["metrics"].items() if about.get("first", True)}
+    head = [f"{name} [{about['unit']}, {ARROWS[about['better']]}]" for name, about in metrics.items()]
     rows = [["method", "topK", "kappa", *head, "weights changed", "seconds"]]
     for best in best_points(records):
         shown = ["-" if value is None else str(value) for value in (best.top_k, best.kappa)]
-        figures = [f"{best.values[name]:.4g}" for name in metrics]
+        figures = ["-" if best.values[name] is None else f"{best.values[name]:.4g}" for name in metrics]
         rows.append(
             [best.label, *shown, *figures, str(best.values["weights_changed"]), f"{best.values['seconds']:.3f}"]
         )

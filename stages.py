@@ -149,6 +149,35 @@ class Stages:
 
         return self._stage("classifier", "checkpoints/classifier", self.label, inputs, make) / CLASSIFIER_FILE
 
+    def retrained(self, index: int = 0) -> HookedModel:
+        """The classifier's own recipe on the images of all other classes, eval mode; each number is a training seed.
+
+        Number 0 starts from the classifier's own initial weights.
+        """
+        data, seed = self.data, self.config.seed if index == 0 else derive_seed(self.config.seed, "retrained", index)
+        inputs = self.common | {"train": plain(self.config.train), "code": code_key(*CLASSIFIER_CODE)}
+        inputs |= {"without": sorted(data.forget_class), "index": index}
+
+        def make(folder: Path) -> dict:
+            torch.manual_seed(derive_seed(seed, "classifier"))
+            model = vision_model_loader(self.config.model_architecture, *self.shape).to(self.device)
+            tracker = self._tracker(f"retrained-{index}")
+            facts = VisionModelTrainer(model, data.retained(seed), self.config.train, self.device, tracker).train(
+                folder
+            )
+            save_classifier(model, folder / CLASSIFIER_FILE, self.config.model_architecture, self.shape, facts)
+            return facts
+
+        label = f"{self.label}_without-{'-'.join(map(str, data.forget_class))}_{index}"
+        path = self._stage(f"retrained-{index}", "checkpoints/retrained", label, inputs, make) / CLASSIFIER_FILE
+        return vision_model_loader(self.config.model_architecture, *self.shape, path).to(self.device).eval()
+
+    def untrained(self) -> HookedModel:
+        """The classifier with other initial weights than it had, eval mode; the global generator is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "untrained"))
+            return vision_model_loader(self.config.model_architecture, *self.shape).to(self.device).eval()
+
     @cached_property
     def classifier(self) -> HookedModel:
         """The trained classifier, eval mode."""

@@ -300,6 +300,11 @@ class UnlearningDataset:
         """Classes of the dataset."""
         return self.spec.num_classes
 
+    def retained(self, seed: int) -> "UnlearningDataset":
+        """The same without the images of the classes to forget: what a model is retrained on, in another order."""
+        kept = {name: part.only(~self.is_forgotten(part.labels)) for name, part in self.splits.items()}
+        return _Retained(self.name, kept, self.batch_size, self.forget_class, seed)
+
     def fingerprint(self) -> str:
         """SHA-256 of every image and label of every split."""
         parts = [self.splits[split] for split in SPLITS]
@@ -331,6 +336,13 @@ class UnlearningDataset:
         """Images of all other classes."""
         images = self.splits[split]
         return make_loader(images.only(~self.is_forgotten(images.labels)), self.batch_size)
+
+
+class _Retained(UnlearningDataset):
+    """A dataset from which the classes to forget are gone."""
+
+    def _check_classes(self) -> None:
+        pass
 
 
 def _statistics(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
