@@ -23,8 +23,8 @@ class DroppedLogits(nn.Linear):
         self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         self.classes = classes
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).index_fill(-1, torch.tensor(self.classes, device=x.device), LOW_LOGIT)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).index_fill(-1, torch.tensor(self.classes, device=input.device), LOW_LOGIT)
 
 
 @method("logit_drop", "logit drop", source="control: the trivial answer")
@@ -32,5 +32,5 @@ def logit_drop(context: Context, point: Point) -> Generator[HookedModel]:
     """Never answer with a forgotten class: its logit is set to -inf, no weight is changed."""
     context.allowed = {}
     model = copy.deepcopy(context.model)
-    model.linears[-1] = DroppedLogits(model.linears[-1], context.config.forget_class)
+    model.linears[-1] = DroppedLogits(model.target(-1), context.config.forget_class)
     yield model.eval()

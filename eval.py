@@ -185,14 +185,15 @@ class Eval:
         context.charged, context.allowed, begun = 0.0, None, time.perf_counter()
         with METHODS[name].enter(context, point, **settings) as model:
             seconds = time.perf_counter() - begun + context.charged
-            outside = None if context.allowed is None else changed_outside(model, self.original, context.allowed)
+            free = context.allowed is None
+            outside = 0 if free else changed_outside(model, self.original, context.allowed)
             if outside:
                 raise RuntimeError(f"{name} changed {outside} weights that it must leave as they are")
             judged = judge(name, key, model, seconds)
         restored = state_hash(context.model) == self.original_hash
         if not restored:
             raise RuntimeError(f"{name} left the classifier changed")
-        checked = {"unreached_bit_identical": None if outside is None else True, "restored": restored}
+        checked = {"unreached_bit_identical": None if free else True, "restored": restored}
         self.about.setdefault(key, {})["integrity"] = checked | {"sha256": self.original_hash}
         return judged
 

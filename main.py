@@ -2,6 +2,7 @@
 
     uv run main.py                                   the default run: DIGITS, forget class 0
     uv run main.py run --config configs/X.yaml ...   a run; --config repeats, flags win over files
+    uv run main.py run --methods all --metrics all   every rival and every metric (docs/methods.md, docs/metrics.md)
     uv run main.py train-gcn --out FILE ...          train the GCN of a configuration into one file, for --gcn-path
     uv run main.py report [--output-dir DIR]         tables and figures again, from the JSON records alone
     uv run main.py dashboard [--output-dir DIR]      training curves in trackio
@@ -23,6 +24,7 @@ from dotenv import load_dotenv
 from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError, load_config
 
 EXAMPLES = {"--config": "configs/default.yaml", "--out": "gcn.safetensors"}
+SHORT = {"--methods": "--eval.methods", "--metrics": "--eval.metrics"}
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
 
 
@@ -52,6 +54,7 @@ def _configured(arguments: list[str], command: str, about: str) -> PipelineConfi
     """The configuration that files and flags give."""
     paths, rest = _take("--config", arguments)
     paths = paths or [DEFAULT_CONFIG]
+    rest = [SHORT.get(word, word) for word in rest]
     about += f" --config FILE (repeatable; default {DEFAULT_CONFIG.name}) sets values, flags win."
     config = tyro.cli(
         PipelineConfig, args=rest, default=load_config(paths), prog=f"main.py {command}", description=about

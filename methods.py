@@ -238,11 +238,16 @@ def mask_of(name: str, context: Context, point: Point) -> Mask:
     return mask
 
 
-def check_methods(names: tuple[str, ...]) -> None:
-    """Raise `UserError` if a name is not registered."""
-    unknown = [name for name in names if name not in METHODS]
+def chosen_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """The methods named; "all" names every one.
+
+    Raises:
+        UserError: a name is not registered.
+    """
+    unknown = [name for name in names if name not in METHODS and name != "all"]
     if unknown:
-        raise UserError(f"there is no method {unknown[0]!r}: choose from {', '.join(METHODS)}")
+        raise UserError(f"there is no method {unknown[0]!r}: choose from all, {', '.join(METHODS)}")
+    return tuple(METHODS) if "all" in names else tuple(names)
 
 
 def mimu_score(context: Context, point: Point) -> Tensor:

@@ -260,5 +260,9 @@ def avg_gap(e: Evidence) -> float | None:
     """Mean of |m_u - m_r| over UA, RA, TA and MIA-efficacy, m_r the mean over the retrained models."""
     if not e.retrained:
         return None
-    figures = (unlearning_accuracy, remaining_accuracy, retain_score, mia_efficacy)
-    return sum(abs(e.figure(of) - retrained_mean(e, of)) for of in figures) / len(figures)
+    pairs = [
+        (e.figure(of), retrained_mean(e, of))
+        for of in (unlearning_accuracy, remaining_accuracy, retain_score, mia_efficacy)
+    ]
+    gaps = [abs(ours - theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+    return sum(gaps) / len(gaps)

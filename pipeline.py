@@ -14,7 +14,7 @@ from budget import Search, search
 from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, UserError, plain
 from eval import Eval
 from masks import Mask
-from methods import METHODS, Context, check_methods
+from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
 from observe import log
 from reporter import Reporter
@@ -42,10 +42,10 @@ class Pipeline(Stages):
     """One run of MIMU; configuration and errors as `Stages`."""
 
     def __init__(self, config: PipelineConfig):
-        super().__init__(config)
-        self.started = now()
-        check_methods(config.eval.methods)
+        names = chosen_methods(config.eval.methods)
         chosen_metrics(config.eval.metrics)
+        super().__init__(replace(config, eval=replace(config.eval, methods=names)))
+        self.started = now()
         self._check_choices()
 
     def _check_choices(self) -> None:

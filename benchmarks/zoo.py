@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from artifacts import build_stage, code_key
 from config import (
     DataConfig,
     GCNConfig,
@@ -24,15 +23,14 @@ from config import (
     SupportedVisionModels,
     Trackers,
     TrainConfig,
-    derive_seed,
 )
 from gcn import MaskingGCN
 from masks import feasibility_score, hard_topk
 from methods import TAYLOR_LAMBDAS
-from model import HookedModel, save_classifier, vision_model_loader
+from model import HookedModel
 from observe import Tracker
-from stages import CLASSIFIER_CODE, CLASSIFIER_FILE, Stages
-from trainer import GCNTrainer, VisionModelTrainer
+from stages import Stages
+from trainer import GCNTrainer
 from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer, refine
 from utils_data import UnlearningDataset
 
@@ -146,7 +144,9 @@ class Case:
     def retrained(self, classes: Classes) -> HookedModel:
         """The same recipe on the images of all other classes."""
         if classes not in self._wholes:
-            self._wholes[classes] = _retrained(self.stages, classes)
+            stages, data = stages_of(self.stages.config), self.stages.data
+            stages.data = UnlearningDataset(data.name, data.splits, data.batch_size, classes, data.seed)
+            self._wholes[classes] = stages.retrained()
         return self._wholes[classes]
 
     def retrained_logits(self, classes: Classes, split: str) -> Tensor:
@@ -184,34 +184,6 @@ def kl_divergence(reference: Tensor, log_p: Tensor) -> float:
     """Mean KL(softmax(reference) || p) over samples, nats. [S, C] logits, [S, C] log-probabilities."""
     log_q = reference.double().log_softmax(1)
     return float((log_q.exp() * (log_q - log_p)).sum(1).mean())
-
-
-def _retrained(stages: Stages, classes: Classes) -> HookedModel:
-    config, data = stages.config, stages.data
-    inputs = stages.common | {"train": str(config.train), "without": classes, "code": code_key(*CLASSIFIER_CODE)}
-
-    def make(folder: Path) -> dict:
-        torch.manual_seed(derive_seed(config.seed, "classifier"))
-        model = vision_model_loader(config.model_architecture, *stages.shape)
-        forgotten = torch.tensor(classes)
-        splits = {name: part.only(~torch.isin(part.labels, forgotten)) for name, part in data.splits.items()}
-        kept = _Remaining(data.name, splits, config.train.batch_size, (), config.seed)
-        facts = VisionModelTrainer(
-            model, kept, config.train, stages.device, Tracker(config.tracker, "retrained", {})
-        ).train(folder)
-        save_classifier(model, folder / CLASSIFIER_FILE, config.model_architecture, stages.shape, facts)
-        return facts
-
-    label = f"{stages.label}_without-{'-'.join(map(str, classes))}"
-    path = build_stage(config.output_dir / "checkpoints/retrained", label, inputs, make).path
-    return vision_model_loader(config.model_architecture, *stages.shape, path / CLASSIFIER_FILE).eval()
-
-
-class _Remaining(UnlearningDataset):
-    """A dataset from which the classes to forget are already gone."""
-
-    def _check_classes(self) -> None:
-        pass
 
 
 def cases(recipes: Iterable[Recipe], output_dir: Path) -> list[Case]:

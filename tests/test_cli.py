@@ -304,7 +304,7 @@ SENTENCES = {
     "gcn folder": ("--gcn-path {material}", "safetensors"),
     "output below a file": ("--output-dir {material}/garbage.safetensors/out", "Not a directory"),
     "device missing": ("--device cuda:7", "CUDA devices are here"),
-    "method": ("--eval.methods mimu nonsense", "choose from mimu, mimu_refined, taylor_mask, random, sft, default"),
+    "method": ("--eval.methods mimu nonsense", "choose from all, mimu, mimu_refined, taylor_mask,"),
     "ddp": ("--train.use-ddp", "not available yet"),
     "yaml missing": ("--config {material}/none.yaml", "there is no config file"),
     "yaml folder": ("--config {material}", "directory"),

@@ -31,7 +31,7 @@ from masks import (
     set_difference_mask,
     top_mask,
 )
-from methods import METHODS, Context, Point, check_methods, mask_of, method
+from methods import METHODS, Context, Point, chosen_methods, mask_of, method
 from model import vision_model_loader
 from trainer import SFTTrainer
 from unlearning import Checkpoint, Request, Unlearner
@@ -51,7 +51,9 @@ def context(request, tmp_path_factory) -> Context:
     GraphGenerator(model, data, -2, config.graph).generate(folder)
     checkpoint = Checkpoint(model, GraphDataset(folder), -2, device)
     unlearner = Unlearner.fresh(GCNConfig(hidden_dim=4)) if request.param is Objectives.unlearning else None
-    return Context(model, data, config, device, lambda topK: theta, checkpoint, unlearner)
+    fresh = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval()
+    others = (lambda index: fresh, lambda: fresh)
+    return Context(model, data, config, device, lambda topK: theta, checkpoint, unlearner, *others)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -100,13 +102,14 @@ def test_registering_and_unknown_names(context):
 
     try:
         assert METHODS["doubled"].key(context, POINT) == ("doubled", 200)
-        check_methods(("doubled", "mimu"))
+        assert chosen_methods(("doubled", "mimu")) == ("doubled", "mimu")
+        assert chosen_methods(("all",)) == tuple(METHODS)
     finally:
         del METHODS["doubled"]
     with pytest.raises(
-        UserError, match="no method 'doubled': choose from mimu, mimu_refined, taylor_mask, random, sft, default"
+        UserError, match="no method 'doubled': choose from all, mimu, mimu_refined, taylor_mask, random, sft,"
     ):
-        check_methods(("mimu", "doubled"))
+        chosen_methods(("mimu", "doubled"))
 
 
 def test_shared_work_is_charged_to_each_method_once(context):

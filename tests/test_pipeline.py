@@ -1,6 +1,7 @@
 """The whole pipeline, in this process, on DIGITS: records, repeatability, reuse, and every stage alone."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -42,13 +43,13 @@ from utils_data import stratified
 MLP, RESNET = SupportedVisionModels.HookedMLPClassifier, SupportedVisionModels.HookedResnet
 POINTS = [(300, 100), (300, 400), (2000, 100), (2000, 400)]
 GCN = GCNConfig(objective=Objectives.elbo, steps=3, batch_size=4, hidden_dim=8)
-METHODS = {"mimu", "mimu_refined", "taylor_mask", "random", "sft", "default"}
+METHODS = {"mimu", "mimu_refined", "taylor_mask", "random", "sft", "logit_drop", "retrain", "default"}
 KEYS = {
     *("schema", "id", "model", "dataset", "forget_class", "mask_layer", "num_graph_vertices", "num_graph_edges"),
     *("top_k", "kappa", "seed", "classifier_path", "gcn_path", "mask_path", "provenance", "methods"),
     *("objective", "auto", "answer", "mask_paths"),
 }
-METRICS = {"forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score"}
+FIVE = {"forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score"}
 
 
 def tiny(output_dir: Path, **changes: Any) -> PipelineConfig:
@@ -134,7 +135,8 @@ def test_records_say_what_is_documented(whole):
         assert set(record["provenance"]) == {"commit", "dirty", "versions", "device", "started", "seconds"}
         assert set(record["methods"]) == METHODS
         for values in record["methods"].values():
-            assert set(values) == METRICS | {"seconds", "weights_changed"}
+            assert set(values) == set(record["metrics"]) | {"seconds", "weights_changed"}
+            assert set(values) >= FIVE | {"UA", "RA", "MIA_efficacy", "avg_gap"}
         assert (record["model"], record["dataset"], record["schema"]) == ("HookedMLPClassifier", "DIGITS", "mimu/1")
         assert (record["num_graph_vertices"], record["num_graph_edges"]) == (8192, 1556480)
         assert (record["forget_class"], record["mask_layer"], record["seed"]) == (0, -2, 0)
@@ -324,6 +326,7 @@ def test_point_alone_on_a_fresh_pipeline(whole, tmp_path):
 
 def test_products_passed_in_give_the_same_figures(whole, products, monkeypatch, tmp_path):
     config, records = whole
+    shutil.copytree(config.output_dir / "checkpoints/retrained", tmp_path / "checkpoints/retrained")
     forbid(monkeypatch, *MAKERS)
     found = Pipeline(replace(config, output_dir=tmp_path, topK_list=(300,), **products)).eval()
     assert [figures(record) for record in found] == [figures(record) for record in records[:2]]
