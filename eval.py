@@ -210,6 +210,10 @@ class Eval:
             about["settings"] = dict(grid[min(range(len(grid)), key=lambda place: gaps[place])])
         return about["settings"]
 
+    def validation_gap(self, name: str, point: Point) -> float:
+        """Avg Gap of a method at a point on validation images: what points and settings are chosen by."""
+        return self._enter(name, point, self.tuned(name, point), self._gap)
+
     def _gap(self, name: str, key: tuple, model: HookedModel, seconds: float) -> float:
         """Avg Gap on validation images; infinite where it is not a number."""
         outputs = self.remembered(name, model, self.prefix_unchanged(model), keep=False)
@@ -225,7 +229,8 @@ class Eval:
         for split in JUDGED:
             references = {"original": self.reference(split), "retrained": self._others(name, split)}
             e = self.evidence(model, outputs, split, **references, untrained=self.untrained)
-            judged[split] = {name: entry.compute(e) for name, entry in self.metrics.items()} | extra
+            asked = {name: entry for name, entry in self.metrics.items() if split == "test" or entry.group != "deep"}
+            judged[split] = {name: e.figure(entry.compute) for name, entry in asked.items()} | extra
         self.about[key] |= _tables(outputs("test", True), outputs("test", False))
         return judged
 

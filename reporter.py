@@ -64,14 +64,17 @@ class Best:
 
 
 def choose(records: Iterable[dict], method: str) -> dict:
-    """The record where a method keeps most and forgets most: largest retain minus forget score on *validation*.
+    """The record where a method does best on *validation* images.
 
-    Ties go to the smaller kappa, then the smaller topK.
+    That is the smallest Avg Gap to retraining, else (nothing was retrained) the largest retain minus forget score;
+    ties go to the smaller kappa, then the smaller topK.
     """
 
     def rank(record: dict) -> tuple[float, int, int]:
         values = record["validation"][method]
-        return values["forget_score"] - values["retain_score"], record["kappa"], record["top_k"]
+        gap = values.get("avg_gap")
+        lost = values["forget_score"] - values["retain_score"] if gap is None else gap
+        return lost, record["kappa"], record["top_k"]
 
     return min((r for r in records if method in r["validation"]), key=rank)
 

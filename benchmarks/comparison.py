@@ -1,0 +1,184 @@
+"""Every method against every metric, by one rule for all: the README's table of rivals.
+
+    uv run benchmarks/comparison.py                            one class, one seed: 1 minute or two
+    uv run benchmarks/comparison.py --classes 0 1 2 3 4 5 6 7 8 9 --seeds 0 1 2
+    uv run benchmarks/comparison.py --model HookedResnet --classes 0 3 8 --references 1
+    [--methods NAME ...] [--json PATH] [--markdown PATH] [--output-dir DIR]
+
+Fashion-MNIST; MLP: all images, batch 128, 8 epochs; ResNet-18: 12,000 images, 2 epochs. The graph network is the shipped
+one, which has seen none of these classifiers. Settings (at most 5 a method) and kappa (5 values) are chosen for every
+cell, a class of a classifier, by Avg Gap to the retrained models on validation images; figures are of test images. What
+is measured is kept cell by cell below the output folder: a second run, or two at once over different seeds, only adds.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from artifacts import code_key, key_of, provenance, read_json, sha256_file, write_json, write_text
+from benchmarks.common import keep, parser
+from benchmarks.zoo import Recipe, stages_of
+from config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
+from eval import Eval
+from gcn import reuse_freed_memory
+from intervals import against, t_interval
+from methods import METHODS, Point
+from pipeline import RECORD_CODE, Pipeline
+from reporter import as_text
+from utils_data import UnlearningDataset
+
+GCNS = {
+    SupportedVisionModels.HookedMLPClassifier: PROJECT_ROOT / "pretrained" / "gcn_mlp.safetensors",
+    SupportedVisionModels.HookedResnet: PROJECT_ROOT / "pretrained" / "gcn_resnet.safetensors",
+}
+KAPPAS = {
+    SupportedVisionModels.HookedMLPClassifier: (64, 128, 200, 256, 400),
+    SupportedVisionModels.HookedResnet: (164, 328, 655, 1638, 3277),
+}
+COLUMNS = {
+    "forget_score": "forget %",
+    "forget_probability": "p forget",
+    "retain_score": "retain %",
+    "worst_retained_drop": "worst class",
+    "avg_gap": "Avg Gap",
+    "ToW": "ToW",
+    "KL_forget": "KL",
+    "routing_TV": "routing",
+    "class_MIA_auc": "MIA AUC",
+    "probe_gap": "probe gap",
+    "relearn_10": "relearn 10",
+    "weights_changed": "weights",
+    "seconds": "seconds",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which cells, and what is measured in each."""
+
+    model: SupportedVisionModels
+    references: int
+    methods: tuple[str, ...]
+    output_dir: Path
+
+    def config(self, seed: int, label: int) -> PipelineConfig:
+        """One cell's configuration."""
+        config = Recipe(128, seed, SupportedDatasets.FASHION_MNIST, self.model).config(self.output_dir)
+        judged = EvalConfig(methods=self.methods, metrics=("all",), references=self.references)
+        return replace(config, forget_class=(label,), gcn_path=GCNS[self.model], eval=judged)
+
+
+def evaluation_of(config: PipelineConfig) -> Eval:
+    """Its evaluation; the images are read once for all cells."""
+    pipeline, data = Pipeline(config), stages_of(config).data
+    pipeline.data = UnlearningDataset(data.name, data.splits, config.train.batch_size, config.forget_class, config.seed)
+    return pipeline.evaluation
+
+
+def measure(evaluation: Eval, name: str, kappas: Sequence[int]) -> dict:
+    """A method's test figures at the kappa, and with the settings, that validation images choose."""
+    seed, begun = evaluation.config.seed, time.perf_counter()
+    points = [Point(1, kappa, seed) for kappa in kappas if "kappa" in METHODS[name].axes] or [Point(1, 0, seed)]
+    gaps = [evaluation.validation_gap(name, point) for point in points] if len(points) > 1 else [0.0]
+    point = points[min(range(len(points)), key=lambda place: gaps[place])]
+    values = evaluation.eval_unlearning(name, point)["test"]
+    about = evaluation.about[METHODS[name].key(evaluation.context, point)]
+    chosen = {"kappa": point.kappa, "settings": about["settings"], "tuning": about["tuning"]}
+    return {"test": values, **chosen, "measuring_seconds": time.perf_counter() - begun}
+
+
+def cell(plan: Plan, seed: int, label: int) -> dict:
+    """All methods on one class of one classifier, kept on disk method by method."""
+    config = plan.config(seed, label)
+    inputs = {"config": str(replace(config, output_dir=Path(), eval=EvalConfig())), "references": plan.references}
+    inputs |= {"gcn": sha256_file(GCNS[plan.model]), "code": code_key(*RECORD_CODE)}
+    name = f"{plan.model.value}_seed-{seed}_class-{label}_{key_of(inputs)[:12]}.json"
+    path = plan.output_dir / "comparison" / name
+    found = read_json(path) if path.exists() else {"seed": seed, "class": label, "methods": {}}
+    missing = [name for name in plan.methods if name not in found["methods"]]
+    if missing:
+        evaluation = evaluation_of(config)
+        for name in missing:
+            found["methods"][name] = measure(evaluation, name, KAPPAS[plan.model])
+            write_json(path, found | {"provenance": provenance()})
+    print(f"seed {seed}, class {label}: {len(found['methods'])} methods, {path}", flush=True)
+    return found
+
+
+def by_seed(cells: Sequence[dict], method: str, metric: str) -> dict[int, list[float]]:
+    """A figure's values over the classes, for each training seed."""
+    values: dict[int, list[float]] = {}
+    for one in cells:
+        value = one["methods"][method]["test"].get(metric)
+        if value is not None:
+            values.setdefault(one["seed"], []).append(value)
+    return values
+
+
+def text_of(cells: Sequence[dict], method: str, metric: str) -> str:
+    """Mean over classes, then over seeds, with the 95 % t interval over the seeds where there are three or more."""
+    means = [sum(values) / len(values) for values in by_seed(cells, method, metric).values()]
+    if not means:
+        return "-"
+    middle = sum(means) / len(means)
+    estimate = t_interval(means) if len(means) > 2 else None
+    return f"{middle:.3g}" + (f" ± {estimate.high - middle:.2g}" if estimate else "")
+
+
+def table(cells: Sequence[dict], methods: Sequence[str]) -> list[list[str]]:
+    """A row a method, in the order of their Avg Gap."""
+
+    def gap(method: str) -> float:
+        values = [value for group in by_seed(cells, method, "avg_gap").values() for value in group]
+        return sum(values) / len(values)
+
+    rows = [["method", *COLUMNS.values()]]
+    for method in sorted(methods, key=gap):
+        rows.append([METHODS[method].label, *(text_of(cells, method, metric) for metric in COLUMNS)])
+    return rows
+
+
+def significance(cells: Sequence[dict], methods: Sequence[str], metric: str) -> list[list[str]]:
+    """Every method against refined MIMU on one metric: paired over cells, Holm-corrected."""
+    figures = {
+        method: {(one["class"], one["seed"]): one["methods"][method]["test"][metric] for one in cells}
+        for method in methods
+    }
+    rows = [["method", f"{metric}: it minus MIMU refined", "n", "test", "p", "p (Holm)"]]
+    for method, test in against(figures, "mimu_refined").items():
+        shown = [f"{test.difference:.3g}", f"{test.n} ({test.unit})", test.test, f"{test.p:.2g}", f"{test.p_holm:.2g}"]
+        rows.append([METHODS[method].label, *shown])
+    return rows
+
+
+def main() -> None:
+    """Parse, measure what is missing, print the tables."""
+    flags = parser(__doc__)
+    models = list(SupportedVisionModels)
+    flags.add_argument("--model", type=SupportedVisionModels, choices=models, default=models[0])
+    flags.add_argument("--classes", type=int, nargs="+", default=[0])
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0])
+    flags.add_argument("--references", type=int, default=3, help="retrained models, each with a seed of its own")
+    flags.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    flags.add_argument("--markdown", type=Path, help="write the table here")
+    flags.add_argument("--output-dir", type=Path, default=PROJECT_ROOT, help="where classifiers and cells are kept")
+    arguments = flags.parse_args()
+    reuse_freed_memory()
+    begun = time.perf_counter()
+    plan = Plan(arguments.model, arguments.references, tuple(arguments.methods), arguments.output_dir)
+    cells = [cell(plan, seed, label) for seed in arguments.seeds for label in arguments.classes]
+    print(f"\n{len(cells)} cells, {time.perf_counter() - begun:.0f} s\n\n{as_text(table(cells, plan.methods))}")
+    if len(cells) > 1 and "mimu_refined" in plan.methods:
+        for metric in ("avg_gap", "retain_score"):
+            print(as_text(significance(cells, plan.methods, metric)))
+    if arguments.markdown:
+        write_text(arguments.markdown, as_text(table(cells, plan.methods)))
+    keep(arguments.json, {"cells": cells})
+
+
+if __name__ == "__main__":
+    main()
