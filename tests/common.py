@@ -1,8 +1,13 @@
 """What several test files use: a tiny run, the shape of a log line, small graphs over several layers."""
 
 import re
+from typing import Any
+
+import torch
 
 from graph import WeightGraph
+from metrics import Evidence, Outputs
+from model import HookedMLPClassifier, HookedModel
 
 LOG_LINE = re.compile(r"\[ *\d+\.\d s\] \S")
 TINY = """
@@ -17,6 +22,24 @@ sft: {steps: 3}
 eval: {methods: [mimu, mimu_refined, taylor_mask, random, sft, default], metrics: [core], references: 0}
 reporter: {dpi: 40}
 """
+NO_MODEL = HookedMLPClassifier(3, 1, 2)
 NET_5432 = WeightGraph(((4, 5), (3, 4), (2, 3)), (True, True))
 APART = WeightGraph(((4, 5), (2, 3)), (False,))
 MIXED = WeightGraph(((4, 5), (7, 6), (3, 7)), (False, True))
+
+
+def evidence(split: str = "test", model: HookedModel | None = None, **given: Any) -> Evidence:
+    """Evidence of a model from outputs written down: test=(forget, retain), val=..., train=...
+
+    Other keywords (original, retrained, untrained, images, forget_class) go to `Evidence` as they are.
+    """
+    sets = {name: given.pop(name) for name in ("train", "val", "test") if name in given}
+
+    def outputs(split: str, is_forget_set: bool) -> Outputs:
+        return sets[split][0 if is_forget_set else 1]
+
+    def images(split: str, is_forget_set: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("this evidence has no images")
+
+    facts: dict[str, Any] = {"mask_layer": -2, "forget_class": (0,), "seed": 0, "device": torch.device("cpu")}
+    return Evidence(model or NO_MODEL, outputs, split, **({"images": images} | facts | given))

@@ -19,14 +19,15 @@ from config import (
     Trackers,
 )
 from data import GraphDataset, GraphGenerator, Vectors
-from eval import METRICS, Eval, Outputs
+from eval import Eval
 from gcn import MaskingGCN
 from graph import layer_graph
 from masks import SAMPLERS, Mask, hard_topk, masked, random_mask
 from methods import Context
+from metrics import Outputs, chosen_metrics
 from model import HookedModel, vision_model_loader
 from observe import Tracker
-from tests.common import APART, MIXED, NET_5432
+from tests.common import APART, MIXED, NET_5432, evidence
 from trainer import GCNTrainer, categorical_kl, log_prior
 from utils_data import Images, UnlearningDataset
 
@@ -267,12 +268,16 @@ def test_prior_of_a_sample_without_gradient_is_uniform():
             torch.testing.assert_close(p, torch.full((1, 6), 1 / 6))
 
 
+MISSION = ("forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score")
+
+
 def test_metrics_by_hand():
     """Two forget images of class 0 (one right), two retained of class 1 (both right); logits are log-probabilities."""
     p = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
     forget = Outputs(p[:2].log(), torch.tensor([0, 0]))
     retain = Outputs(p[2:].log(), torch.tensor([1, 1]))
-    values = {name: metric.compute(forget, retain) for name, metric in METRICS.items()}
+    judged = evidence(test=(forget, retain))
+    values = {name: judged.figure(metric.compute) for name, metric in chosen_metrics(MISSION).items()}
     assert values == pytest.approx(
         {
             "forget_loss": (0.6931472 + 1.3862944) / 2,
