@@ -7,7 +7,7 @@ the run's, and compare with the retrained models, which themselves relearn fast 
 
 import copy
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,13 +19,14 @@ from config import derive_seed
 from metrics import Evidence, metric, retrained_mean
 from model import HookedModel, inspecting
 
-LEARNING_RATE = 1e-3
-BATCH = 64
+LEARNING_RATE = 2e-3
+BATCH = 32
 STEPS = 20  # of relearning from shots, at least; more where they do not make one pass
 REGAINED = 0.95  # of the original accuracy
-MOST_STEPS = 50
-MOST_IMAGES = 200  # of each class, for AIN and the probes
-MOST_JUDGED = 256  # images of D_f that AIN is read from at every step
+MOST_STEPS = 40  # of regaining
+MOST_TAUGHT = 400  # images of D_f for AIN, and as many of D_r
+MOST_JUDGED = 128  # images of D_f that AIN is read from at every step
+MOST_PROBED = 200  # images of each class that a probe is fitted to
 CHUNK = 256
 
 
@@ -35,10 +36,15 @@ def drawn(labels: Tensor, most: int, seed: int) -> Tensor:
     return torch.cat([order[labels[order] == label][:most] for label in labels.unique()])
 
 
-def training_images(e: Evidence, purpose: str, most: int) -> tuple[Tensor, Tensor]:
-    """At most `most` images of each class, forgotten ones (D_f) first, and labels [S]; drawn by the run's seed."""
+def drawn_of_all(labels: Tensor, most: int, seed: int) -> Tensor:
+    """Positions of at most `most` images, whatever their class."""
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:most]
+
+
+def training_images(e: Evidence, purpose: str, most: int, draw: Callable = drawn) -> tuple[Tensor, Tensor]:
+    """Images of D_f and then of D_r, and labels [S]: at most `most` of each class (`drawn_of_all`: of each set)."""
     sides = [
-        e.images("train", forgotten, partial(drawn, most=most, seed=derive_seed(e.seed, purpose, forgotten)))
+        e.images("train", forgotten, partial(draw, most=most, seed=derive_seed(e.seed, purpose, forgotten)))
         for forgotten in (True, False)
     ]
     images, labels = (torch.cat(parts).to(e.device) for parts in zip(*sides, strict=True))
@@ -58,7 +64,7 @@ def accuracy(model: HookedModel, images: Tensor, labels: Tensor) -> float:
 def relearning(model: HookedModel, images: Tensor, labels: Tensor, seed: int) -> Iterator[HookedModel]:
     """A copy of a model as it is, then after every step of fine-tuning it on images [S, C, H, W]; without end.
 
-    Adam (1e-3, no decay) on all parameters, frozen ones too, cross-entropy, batches of 64 from orders drawn by `seed`;
+    Adam (2e-3, no decay) on all parameters, frozen ones too, cross-entropy, batches of 32 from orders drawn by `seed`;
     eval mode, so that BatchNorm keeps its statistics.
     """
     learner = copy.deepcopy(model).eval().requires_grad_(True)
@@ -96,7 +102,7 @@ RELEARN_TARGET = "as retrained: what a model without the class needs to learn it
 @metric("relearn_1", "%", "retrain", group="deep", target=RELEARN_TARGET)
 def relearn_1(e: Evidence) -> float | None:
     """Accuracy on T's forgotten images after a copy is fine-tuned on 1 training image of every class, forgotten and
-    retained: all layers, Adam 1e-3, 20 steps or one pass, batches of up to 64, BatchNorm in eval mode. What an edit
+    retained: all layers, Adam 2e-3, 20 steps or one pass, batches of up to 32, BatchNorm in eval mode. What an edit
     puts behind the weights (a dropped logit) stays as it is, so that no step brings it back.
     """
     return relearn(e, 1)
@@ -121,11 +127,7 @@ def steps_until(goal: float, scores: Iterable[float], most: int) -> int:
 
 def _judged_by(e: Evidence) -> tuple[Tensor, Tensor]:
     """The images of D_f that AIN is read from, and their labels."""
-
-    def some(labels: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(e.seed, "AIN"))
-        return torch.randperm(len(labels), generator=generator)[:MOST_JUDGED]
-
+    some = partial(drawn_of_all, most=MOST_JUDGED, seed=derive_seed(e.seed, "AIN", "judged"))
     images, labels = e.images("train", True, some)
     return images.to(e.device), labels.to(e.device)
 
@@ -138,16 +140,17 @@ def _judged_accuracy(e: Evidence) -> float:
 def regaining_steps(e: Evidence) -> float:
     """Steps, at most MOST_STEPS, to regain REGAINED of the untouched classifier's accuracy on D_f."""
     goal = REGAINED * (e.original or e).figure(_judged_accuracy)
-    asked = _judged_by(e)
-    learners = relearning(e.model, *training_images(e, "probe", MOST_IMAGES), derive_seed(e.seed, "AIN", "order"))
+    asked, taught = _judged_by(e), training_images(e, "AIN", MOST_TAUGHT, drawn_of_all)
+    learners = relearning(e.model, *taught, derive_seed(e.seed, "AIN", "order"))
     return steps_until(goal, (accuracy(learner, *asked) for learner in learners), MOST_STEPS)
 
 
 @metric("AIN", "ratio", "retrain", group="deep", target="1", source="2201.05629")
 def anamnesis_index(e: Evidence) -> float | None:
     """Steps to regain 95 % of the untouched classifier's accuracy on D_f, over the mean of the same for the retrained
-    models. Steps as in relearn_1, from up to 200 training images of every class; read from 256 images of D_f after
-    every step; counted up to 50, which stands for "not regained". Below 1: it had not forgotten as a retrained model.
+    models. Steps as in relearn_1, on up to 400 images of D_f and as many of D_r; read from 128 images of D_f before the
+    first and after every step; counted up to 40, which stands for "not regained". Below 1: more is left than retraining
+    leaves.
     """
     steps = retrained_mean(e, regaining_steps)
     return e.figure(regaining_steps) / steps if steps else None
@@ -183,7 +186,7 @@ def features_of(e: Evidence, images: Tensor, labels: Tensor) -> Features:
 
 
 def _training_features(e: Evidence) -> Features:
-    return features_of(e, *training_images(e, "probe", MOST_IMAGES))
+    return features_of(e, *training_images(e, "probe", MOST_PROBED))
 
 
 def _judged_features(e: Evidence) -> Features:
