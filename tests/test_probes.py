@@ -131,7 +131,8 @@ def test_a_probe_is_blind_to_scale_and_dead_features():
     scaled = features * torch.tensor([1e-3, 1.0, 1e3, 5.0]) + 7
     plain = probe_recall(features[:, :3], labels, features[:, :3], labels)
     assert probe_recall(scaled, labels, scaled, labels) == plain
-    assert plain is not None and 60 < plain < 100
+    assert plain is not None
+    assert 60 < plain < 100
 
 
 def test_a_probe_of_features_that_are_no_numbers_says_nothing():
