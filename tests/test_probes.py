@@ -182,7 +182,8 @@ def test_cka_sees_neither_rotation_nor_scale_nor_shift_nor_order():
     assert linear_cka(x[order], other[order]) == pytest.approx(linear_cka(x, other))
     assert linear_cka(x, other) == pytest.approx(linear_cka(other, x))
     stretched = linear_cka(x, x @ torch.diag(torch.tensor([9.0, 1, 1, 1, 1, 1])))
-    assert stretched is not None and stretched < 0.9
+    assert stretched is not None
+    assert stretched < 0.9
 
 
 def test_cka_of_features_that_say_nothing_is_not_a_number_but_none():
@@ -329,7 +330,7 @@ def test_without_retrained_models_what_needs_them_is_none(judged):
 
 def test_several_classes_to_forget_are_asked_for_together(judged):
     e = beside(replace(judged, forget_class=(0, 2), images=images_of((0, 2))), judged.model)
-    images, labels = training_images(e, "relearn", 2)
+    _, labels = training_images(e, "relearn", 2)
     assert labels.tolist() == [0, 0, 2, 2, 1, 1]
     assert e.figure(probes.relearn_10) == 100
 
