@@ -65,8 +65,8 @@ def accuracy(model: HookedModel, images: Tensor, labels: Tensor) -> float:
 def relearning(model: HookedModel, images: Tensor, labels: Tensor, seed: int) -> Iterator[HookedModel]:
     """A copy of a model as it is, then after every step of fine-tuning it on images [S, C, H, W]; without end.
 
-    Adam without decay on all parameters, frozen ones too, 2e-3 for the stack and 1e-4 ahead of it; cross-entropy, batches of 32 from orders drawn by `seed`;
-    eval mode, so that BatchNorm keeps its statistics.
+    Adam without decay on all parameters, frozen ones too, 2e-3 for the stack and 1e-4 ahead of it; cross-entropy,
+    batches of 32 from orders drawn by `seed`; eval mode, so that BatchNorm keeps its statistics.
     """
     learner = copy.deepcopy(model).eval().requires_grad_(True)
     ahead = [value for name, value in learner.named_parameters() if not name.startswith("linears.")]
@@ -105,8 +105,9 @@ RELEARN_TARGET = "as retrained: what a model without the class needs to learn it
 @metric("relearn_1", "%", "retrain", group="deep", target=RELEARN_TARGET)
 def relearn_1(e: Evidence) -> float | None:
     """Accuracy on T's forgotten images after a copy is fine-tuned on 1 training image of every class, forgotten and
-    retained: all layers, Adam 2e-3 (1e-4 ahead of the linear stack), 20 steps or one pass, batches of up to 32, BatchNorm in eval mode. What an edit
-    puts behind the weights (a dropped logit) stays as it is, so that no step brings it back.
+    retained: all layers, Adam 2e-3 (1e-4 ahead of the linear stack), 20 steps or one pass, batches of up to 32,
+    BatchNorm in eval mode. What an edit puts behind the weights (a dropped logit) stays as it is, so that no step
+    brings it back.
     """
     return relearn(e, 1)
 
