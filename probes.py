@@ -106,8 +106,8 @@ RELEARN_TARGET = "as retrained: what a model without the class needs to learn it
 def relearn_1(e: Evidence) -> float | None:
     """Accuracy on T's forgotten images after a copy is fine-tuned on 1 training image of every class, forgotten and
     retained: all layers, Adam 2e-3 (1e-4 ahead of the linear stack), 20 steps or one pass, batches of up to 32,
-    BatchNorm in eval mode. What an edit puts behind the weights (a dropped logit) stays as it is, so that no step
-    brings it back.
+    BatchNorm in eval mode. What an edit puts behind the weights (a dropped logit) stays as it is: 0 here says
+    that its guard held, not that the features are gone.
     """
     return relearn(e, 1)
 
@@ -154,7 +154,7 @@ def anamnesis_index(e: Evidence) -> float | None:
     """Steps to regain 95 % of the untouched classifier's accuracy on D_f, over the mean of the same for the retrained
     models. Steps as in relearn_1, on up to 400 images of D_f and as many of D_r; read from 128 images of D_f before the
     first and after every step; counted up to 32, which stands for "not regained". Below 1: more is left than retraining
-    leaves.
+    leaves. A dropped logit is regained only by driving all others below it, which a ResNet's steps come to do.
     """
     steps = retrained_mean(e, regaining_steps)
     return e.figure(regaining_steps) / steps if steps else None
