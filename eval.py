@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import edits  # noqa: F401 - registers its methods
+import probes  # noqa: F401 - registers its metrics
 from config import KappaModes
 from integrity import changed_outside, state_hash
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, Settings, mask_of
-from metrics import Evidence, Outputs, OutputsOf, avg_gap, chosen_metrics
+from metrics import Choose, Evidence, Outputs, OutputsOf, avg_gap, chosen_metrics
 from model import HookedModel, MaskLayer, inspecting
 from observe import log, progress
 
@@ -132,9 +133,12 @@ class Eval:
         """What the metrics are given of a model."""
         config, data = self.config, self.context.data
 
-        def images(split: str, is_forget_set: bool) -> tuple[Tensor, Tensor]:
+        def images(split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[Tensor, Tensor]:
             part = data.splits[split]
-            return part.batch(data.is_forgotten(part.labels) == is_forget_set)
+            places = (data.is_forgotten(part.labels) == is_forget_set).nonzero().squeeze(1)
+            if choose is not None:
+                places = places[choose if isinstance(choose, Tensor) else choose(part.labels[places])]
+            return part.batch(places)
 
         shared = (config.mask_layer, config.forget_class, config.seed, self.context.device)
         return Evidence(model, outputs, split, *shared, images, **more)  # ty: ignore[invalid-argument-type]

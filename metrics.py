@@ -8,6 +8,7 @@ others; T is the judged split (test images for the report, validation images for
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ from model import HookedModel
 
 OutputsOf = Callable[[str, bool], "Outputs"]
 Compute = Callable[["Evidence"], float | None]
+Choose = Tensor | Callable[[Tensor], Tensor]
+"""Positions of images within a set [k], or what finds them given the set's labels [S]."""
+Figure = TypeVar("Figure")
+
+
+class ImagesOf(Protocol):
+    """(split, is_forget_set, which of them) -> images [S, C, H, W], normalised, and labels [S]; None: the whole set."""
+
+    def __call__(self, split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,8 @@ class Evidence:
         outputs: (split, is_forget_set) -> `Outputs` of the model on a set of "train", "val" or "test".
         split: the split T, "test" or "val".
         mask_layer, forget_class, seed: as in the run. device: where the model is.
-        images: (split, is_forget_set) -> images [S, C, H, W], normalised, and labels [S].
+        images: (split, is_forget_set, choose=None) -> images [S, C, H, W], normalised, and labels [S]: of the whole
+            set, or of the positions that `choose` says, so that a few images cost no pass over all.
         original: the untouched classifier's evidence; None for itself.
         retrained: evidence of the models retrained without the classes, one per training seed; empty if none was asked
             for. Judging a retrained model, they are the *other* ones.
@@ -79,14 +90,14 @@ class Evidence:
     forget_class: tuple[int, ...]
     seed: int
     device: torch.device
-    images: Callable[[str, bool], tuple[Tensor, Tensor]]
+    images: ImagesOf
     original: "Evidence | None" = None
     retrained: tuple["Evidence", ...] = ()
     untrained: OutputsOf | None = None
-    _figures: dict[Compute, float | None] = field(default_factory=dict)
+    _figures: dict[Callable, Any] = field(default_factory=dict)
 
-    def figure(self, of: "Compute") -> float | None:
-        """A metric of this model, computed once."""
+    def figure(self, of: Callable[["Evidence"], Figure]) -> Figure:
+        """A metric of this model, or what several of them share, computed once."""
         if of not in self._figures:
             self._figures[of] = of(self)
         return self._figures[of]

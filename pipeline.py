@@ -29,6 +29,7 @@ RECORD_CODE = (
     "edits.py",
     "metrics.py",
     "attacks.py",
+    "probes.py",
     "integrity.py",
     "eval.py",
     "budget.py",
