@@ -30,6 +30,8 @@ RECORD_CODE = (
     "metrics.py",
     "attacks.py",
     "integrity.py",
+    "intervals.py",
+    "verdicts.py",
     "eval.py",
     "budget.py",
     "artifacts.py",
