@@ -5,7 +5,7 @@ uncertain by the training seed (t intervals over seeds). Shares are in [0, 1]; `
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -15,7 +15,8 @@ from config import UserError
 
 FEWEST_CELLS = 6  # with n pairs the smallest two-sided p of the exact signed-rank test is 2 / 2^n: .0625 for 5
 UNIT = "class x seed"
-Figures = Mapping[str, Mapping[Hashable, float | None]]
+Cell = tuple[int, int]
+Figures = Mapping[str, Mapping[Cell, float | None]]
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ def _finite(values: Sequence[float] | np.ndarray, fewest: int, what: str) -> np.
     return array
 
 
-def bootstrap_mean(
-    values: Sequence[float] | np.ndarray, seed: int, level: float = 0.95, draws: int = 2000
-) -> Estimate:
+def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, level: float = 0.95, draws: int = 2000) -> Estimate:
     """Percentile interval of a mean: quantiles of the means of `draws` resamples with replacement (Efron 1979).
 
     Args:

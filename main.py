@@ -67,13 +67,14 @@ def run(arguments: list[str]) -> int:
     """Run the pipeline and print its table, its answer and where everything lies; returns the exit code."""
     config = _configured(arguments, "run", "Run the pipeline.")
     from pipeline import Pipeline
-    from reporter import Reporter, as_text, headline, table
+    from reporter import Reporter, as_text, headline, remarks, table
 
     records = Pipeline(config).run()
     reporter = Reporter(config.output_dir)
     print(as_text(table(records)))
     if {records[0]["answer"], "default"} <= set(records[0]["labels"]):
         print(headline(records) + "\n")
+    print("".join(f"{line}\n" for line in remarks(records)))
     print("Test figures; each method's point was chosen on validation images.")
     print(f"JSON   {config.output_dir / 'eval/metrics_and_plots/json'}")
     print(f"plots  {reporter.plots / reporter.run_name(records[0])}")

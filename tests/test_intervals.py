@@ -98,13 +98,14 @@ def test_fewest_cells_that_can_reach_five_percent():
 
 def test_against_pairs_cells_and_corrects():
     cells = [(label, seed) for label in range(4) for seed in range(2)]
-    ours = {cell: 1.0 for cell in cells}
+    ours = dict.fromkeys(cells, 1.0)
     worse = {cell: 2.0 + place / 10 for place, cell in enumerate(cells)}
     mixed = {cell: 1.0 + (-1) ** place * (1 + place / 10) for place, cell in enumerate(reversed(cells))}
     lacking = {**worse, (0, 0): None, (9, 9): 50.0}
     tests = against({"ours": ours, "worse": worse, "mixed": mixed, "lacking": lacking}, "ours")
     assert list(tests) == ["worse", "mixed", "lacking"]
-    assert (tests["worse"].difference, tests["worse"].n, tests["worse"].unit) == (pytest.approx(1.35), 8, "class x seed")
+    worst = tests["worse"]
+    assert (worst.difference, worst.n, worst.unit) == (pytest.approx(1.35), 8, "class x seed")
     assert (tests["worse"].p, tests["worse"].p_holm) == pytest.approx((2 / 2**8, 3 * 2 / 2**8))
     assert (tests["lacking"].n, tests["lacking"].p_holm) == (7, pytest.approx(2 * 2 / 2**7))
     assert tests["lacking"].difference == pytest.approx(1.4)
