@@ -5,6 +5,7 @@
     uv run main.py run --methods all --metrics all   every rival and every metric (docs/methods.md, docs/metrics.md)
     uv run main.py train-gcn --out FILE ...          train the GCN of a configuration into one file, for --gcn-path
     uv run main.py report [--output-dir DIR]         tables and figures again, from the JSON records alone
+    uv run main.py docs [--example RECORD.json]      docs/methods.md and docs/metrics.md, from the registries
     uv run main.py dashboard [--output-dir DIR]      training curves in trackio
     uv run main.py download DATASET                  fetch a dataset (nothing else ever downloads)
 
@@ -106,6 +107,14 @@ def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig(
         print(folder)
 
 
+def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> None:
+    """Write methods.md and metrics.md anew, from what is registered; --example: a record to take values from."""
+    from reference import write_docs
+
+    for path in write_docs(example and example.expanduser(), folder.expanduser()):
+        print(path)
+
+
 def dashboard(output_dir: Path = Path()) -> None:
     """Open trackio on the training curves of this project's runs."""
     from observe import TRACKIO_PROJECT
@@ -139,6 +148,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
     "train-gcn": train_gcn,
     "report": _parsed("report", report),
+    "docs": _parsed("docs", docs),
     "dashboard": _parsed("dashboard", dashboard),
     "download": _parsed("download", download),
 }

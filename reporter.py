@@ -114,13 +114,12 @@ def table(records: list[dict]) -> list[list[str]]:
 
 
 def remarks(records: list[dict]) -> list[str]:
-    """The verdicts in whole sentences, one line for each, except that a method is fine."""
-    return [
-        f"{best.label}: {one['sentence']}."
-        for best in best_points(records)
-        for one in best.verdicts
-        if one["key"] != "fine"
-    ]
+    """The verdicts in whole sentences, each with the methods that it is on; of those without fault what was unchecked."""
+    said: dict[str, list[str]] = {}
+    for best in best_points(records):
+        for one in best.verdicts:
+            said.setdefault(one["sentence"], []).append(best.label)
+    return [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
 
 
 def as_text(rows: list[list[str]]) -> str:

@@ -3,7 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.nn import functional
 
+from config import EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
+from eval import Eval
+from intervals import wilson
+from methods import Context
+from model import vision_model_loader
+from utils_data import get_unlearning_dataset
 from verdicts import COLLAPSE_DROP, ENTROPY_GAP, FORGOTTEN, NEAR_CHANCE, PROBE_GAP, References, verdict
 
 
@@ -41,7 +49,7 @@ def test_no_op():
 
 
 def test_noise_depends_on_the_number_of_images():
-    """80 of 100 against 90 of 100 is noise only with few images: Newcombe's interval (.0004, .1996) just clears 0."""
+    """80 of 100 against 90 of 100 is noise only with few images: Newcombe's interval (.0001, .1995) just clears 0."""
     assert keys(figures(80, 88), replace(BASE, forget_images=100)) == ["fine"]
     assert keys(figures(81, 88), replace(BASE, forget_images=100)) == ["no-op"]
     assert keys(figures(80, 88), replace(BASE, forget_images=50)) == ["no-op"]
@@ -108,3 +116,64 @@ def test_a_model_beside_itself_is_within_noise(forget):
     itself = figures(forget, 50, 0)
     same = replace(BASE, untouched=itself, random=itself, logit_drop=itself)
     assert keys(itself, same) == ["no-op", "no better than random"]
+
+
+# --- in an evaluation -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated() -> tuple[Context, dict]:
+    """A small classifier of DIGITS, and what is recorded of a mask of one weight and of controls."""
+    torch.manual_seed(0)
+    model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8)
+    data = get_unlearning_dataset(SupportedDatasets.DIGITS, 256, 4)
+    images, labels = data.splits["train"].batch(slice(None))
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimiser.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+    judged = EvalConfig(methods=("mimu", "random", "logit_drop", "default"), metrics=("core", "UA"), references=0)
+    config = PipelineConfig(forget_class=(4,), eval=judged)
+    theta = torch.rand(10, 64, 128)
+    context = Context(model.eval(), data, config, torch.device("cpu"), lambda topK: theta)
+    return context, Eval(context).eval(500, 1)[0]
+
+
+def test_record_holds_intervals_with_their_counts(evaluated):
+    context, record = evaluated
+    labels = {split: context.data.splits[split].labels for split in ("train", "test")}
+    counts = {
+        "forget_score": int((labels["test"] == 4).sum()),
+        "retain_score": int((labels["test"] != 4).sum()),
+        "UA": int((labels["train"] == 4).sum()),
+    }
+    assert 0 < record["methods"]["default"]["retain_score"] < 100
+    for name, found in record["intervals"].items():
+        values = record["methods"][name]
+        assert set(found) == {*counts, "forget_probability"}
+        for metric, n in counts.items():
+            expected = wilson(round(values[metric] * n / 100), n).times(100)
+            assert found[metric] == pytest.approx(vars(expected)), (name, metric)
+            assert found[metric]["value"] == pytest.approx(values[metric])
+        inner = found["forget_probability"]
+        assert inner["value"] == pytest.approx(values["forget_probability"])
+        assert inner["low"] <= inner["value"] <= inner["high"]
+
+
+def test_record_holds_verdicts_against_the_right_references(evaluated):
+    said = {name: [one["key"] for one in found] for name, found in evaluated[1]["verdicts"].items()}
+    assert said == {
+        "mimu": ["no-op", "no better than random"],
+        "random": ["no-op"],
+        "logit_drop": ["outputs only"],
+        "default": ["no-op"],
+    }
+
+
+def test_verdicts_do_not_hang_on_which_metrics_were_chosen(evaluated):
+    context, record = evaluated
+    context.config = replace(context.config, eval=replace(context.config.eval, metrics=("forget_loss",)))
+    again = Eval(context).eval(500, 1)[0]
+    assert again["verdicts"] == record["verdicts"]
+    assert set(again["methods"]["default"]) == {"forget_loss", "seconds", "weights_changed"}
