@@ -312,13 +312,13 @@ class Eval:
         figures = {name: scored(values["test"], intervals[name]) for name, values in measured.items()}
         said = {}
         for name in measured:
-            masks = METHODS[name].mask is not None
             references = References(
                 *(int(base[score]["n"]) for score in VERDICTS_NEED),
                 self.context.data.num_classes,
                 scored(untouched, base),
                 logit_drop=figures.get("logit_drop") if name != "logit_drop" else None,
-                random=figures.get("random") if masks and name != "random" else None,
+                is_mask=METHODS[name].mask is not None and name != "random",
+                random=figures.get("random"),
                 retrained=figures.get("retrain"),
             )
             said[name] = as_facts(verdict(figures[name], references))

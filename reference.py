@@ -5,6 +5,7 @@
 The example is an extract of one record: without --example the committed one is used again.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from eval import Eval  # noqa: F401 - registers every method and every metric
 from methods import BUDGET, METHODS, Method
 from metrics import GROUPS, METRICS, Metric
 from reporter import ARROWS, as_text
+from verdicts import meanings
 
 DOCS = PROJECT_ROOT / "docs"
 EXAMPLE = "example.json"
@@ -71,7 +73,7 @@ def cell(text: str) -> str:
 
 def source(text: str) -> str:
     """arXiv ids with their address."""
-    return f"arXiv:[{text}](https://arxiv.org/abs/{text})" if text[:4].isdigit() and text[4:5] == "." else text
+    return re.sub(r"\b(?:arXiv:)?(\d{4}\.\d{4,5})\b", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 
 def setup(example: Example) -> str:
@@ -139,7 +141,14 @@ def metrics_page(metrics: Mapping[str, Metric], example: Example) -> str:
         "D_f and D_r: training images of the classes to forget and of all others. T: the judged split, test images for "
         f"the report and validation images for choices. {setup(example)}\n\n"
     )
-    return head + as_text(rows) + "\n" + "\n".join(metric_section(one, example) for one in metrics.values())
+    sections = "\n".join(metric_section(one, example) for one in metrics.values())
+    said = "".join(f"- **{key}**: {text}\n" for key, text in meanings().items())
+    tail = (
+        "\n## Intervals and verdicts\n\nA record's `intervals` are 95 % intervals over the images of its one run: "
+        "Wilson's for shares, the bootstrap's for the mean probability. They say nothing about other training seeds. "
+        "`verdicts` rest on them: one score is above another if the interval of their difference excludes 0.\n\n"
+    )
+    return head + as_text(rows) + "\n" + sections + tail + said
 
 
 def pages(example: Example) -> dict[str, str]:

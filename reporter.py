@@ -114,7 +114,7 @@ def table(records: list[dict]) -> list[list[str]]:
 
 
 def remarks(records: list[dict]) -> list[str]:
-    """The verdicts in whole sentences, each with the methods that it is on; of those without fault what was unchecked."""
+    """The verdicts in whole sentences, each with the methods that it is on; of faultless ones what was unchecked."""
     said: dict[str, list[str]] = {}
     for best in best_points(records):
         for one in best.verdicts:

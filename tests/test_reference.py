@@ -74,7 +74,7 @@ def test_sections_by_hand(tmp_path):
     )
     assert method_section(tuned, example) == (
         "## `taylor_mask`: signed Taylor\n\nIt ranks.\n\n"
-        "- source: arXiv:[2310.12508](https://arxiv.org/abs/2310.12508)\n"
+        "- source: [arXiv:2310.12508](https://arxiv.org/abs/2310.12508)\n"
         "- depends on: kappa\n"
         "- settings: lr = 0.1, steps = 3; lr = 1 (the first is the default)\n"
         "- example: forget_score 1.235, retain_score 88, avg_gap -, weights_changed 64, seconds -; with lr = 0.1\n"
@@ -87,7 +87,8 @@ def test_sections_by_hand(tmp_path):
         "- group: core (outputs on T)\n"
         "- example: untouched 90\n"
     )
-    assert source("control: the trivial answer") == "control: the trivial answer"
+    assert source("control: the trivial answer, 12.5 %") == "control: the trivial answer, 12.5 %"
+    assert source("e.g. arXiv:1611.06440, v2") == "e.g. [arXiv:1611.06440](https://arxiv.org/abs/1611.06440), v2"
 
 
 def test_an_example_is_kept_and_used_again(tmp_path):

@@ -1,5 +1,6 @@
 """Each verdict is provoked by hand-made figures, and not provoked just beyond its edge."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,17 @@ from intervals import wilson
 from methods import Context
 from model import vision_model_loader
 from utils_data import get_unlearning_dataset
-from verdicts import COLLAPSE_DROP, ENTROPY_GAP, FORGOTTEN, NEAR_CHANCE, PROBE_GAP, References, verdict
+from verdicts import (
+    CHECKS,
+    COLLAPSE_DROP,
+    ENTROPY_GAP,
+    FORGOTTEN,
+    NEAR_CHANCE,
+    PROBE_GAP,
+    References,
+    meanings,
+    verdict,
+)
 
 
 def figures(forget: float, retain: float, changed: int = 100, **more: float | None) -> dict[str, float | None]:
@@ -36,6 +47,14 @@ def test_fine_says_what_was_not_checked():
     everything = figures(1, 87.5, probe_gap=3.0, entropy_gap=0.01)
     (said,) = verdict(everything, replace(BASE, logit_drop=figures(0, 88)))
     assert (said.key, said.sentence) == ("fine", "nothing found")
+
+
+def test_meanings_give_thresholds_by_value():
+    texts = meanings()
+    assert list(texts) == [*CHECKS, "fine"]
+    assert texts["collapsed"].startswith(f"The retained score is at most {NEAR_CHANCE:g} points above chance")
+    assert f"more than {COLLAPSE_DROP:g} points below" in texts["collapsed"]
+    assert not any(re.search("[A-Z]{2}", text) for text in texts.values())
 
 
 def test_no_op():
@@ -90,12 +109,14 @@ def test_worse_than_logit_drop_in_both_scores():
 
 
 def test_no_better_than_random():
-    control = replace(BASE, random=figures(60, 80))
+    control = replace(BASE, is_mask=True, random=figures(60, 80))
     assert keys(figures(60, 80), control) == ["no better than random"]
     assert keys(figures(62, 79), control) == ["no better than random"]
     assert keys(figures(54, 80), control) == ["fine"]  # forgets more
     assert keys(figures(60, 82), control) == ["fine"]  # retains more
-    assert keys(figures(60, 80), BASE) == ["fine"]  # no mask, no control
+    assert keys(figures(60, 80), replace(control, is_mask=False)) == ["fine"]
+    (said,) = verdict(figures(60, 80), replace(control, random=None))
+    assert said.sentence.endswith("for want of probe_gap, entropy_gap, logit_drop, random")
 
 
 def test_too_random_but_not_too_certain():
@@ -104,17 +125,20 @@ def test_too_random_but_not_too_certain():
     assert keys(figures(0, 88, entropy_gap=ENTROPY_GAP + 0.01)) == ["too random"]
     assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.7), retrained) == ["too random"]
     assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.1), retrained) == ["fine"]
+    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.35), retrained) == ["fine"]
+    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.35)) == ["too random"]
+    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.29)) == ["fine"]  # retraining's cannot be below 0
 
 
 def test_several_at_once_in_a_fixed_order():
-    control = replace(BASE, logit_drop=figures(0, 88, 0), random=figures(90, 60))
+    control = replace(BASE, logit_drop=figures(0, 88, 0), is_mask=True, random=figures(90, 60))
     assert keys(figures(90, 60), control) == ["no-op", "collapsed", "worse than logit drop", "no better than random"]
 
 
 @pytest.mark.parametrize("forget", [0.0, 33.3, 100.0])
 def test_a_model_beside_itself_is_within_noise(forget):
     itself = figures(forget, 50, 0)
-    same = replace(BASE, untouched=itself, random=itself, logit_drop=itself)
+    same = replace(BASE, untouched=itself, is_mask=True, random=itself, logit_drop=itself)
     assert keys(itself, same) == ["no-op", "no better than random"]
 
 
