@@ -93,7 +93,7 @@ def _finite(values: Sequence[float] | np.ndarray, fewest: int, what: str) -> np.
     return array
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, level: float = 0.95, draws: int = 2000) -> Estimate:
+def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, level: float = 0.95, draws: int = 1000) -> Estimate:
     """Percentile interval of a mean: quantiles of the means of `draws` resamples with replacement (Efron 1979).
 
     Args:
