@@ -7,7 +7,8 @@ masked model is then judged by `head(h, W)` alone. A model whose earlier layers 
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,28 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import edits  # noqa: F401 - registers its methods
 import probes  # noqa: F401 - registers its metrics
-from config import KappaModes
+from config import KappaModes, derive_seed
 from integrity import changed_outside, state_hash
+from intervals import bootstrap_mean, wilson
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, Settings, mask_of
 from metrics import Choose, Evidence, Outputs, OutputsOf, avg_gap, chosen_metrics
 from model import HookedModel, MaskLayer, inspecting
 from observe import log, progress
+from verdicts import References, as_facts, verdict
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
 MOST_CLASSES = 100  # of a class x class table in a record
+SHARES: dict[str, Callable[[Evidence], Tensor]] = {
+    "forget_score": lambda e: e.forget.right,
+    "retain_score": lambda e: e.retain.right,
+    "UA": lambda e: ~e.train_forget.right,
+    "RA": lambda e: e.train_retain.right,
+}
+"""Metrics that are shares of images, in percent, and which images count. bool [S]."""
+VERDICTS_NEED = ("forget_score", "retain_score")  # whatever metrics were chosen
 
 
 class _Head(nn.Module):
@@ -235,6 +246,8 @@ class Eval:
             e = self.evidence(model, outputs, split, **references, untrained=self.untrained)
             asked = {name: entry for name, entry in self.metrics.items() if split == "test" or entry.group != "deep"}
             judged[split] = {name: e.figure(entry.compute) for name, entry in asked.items()} | extra
+            if split == "test":
+                self.about[key]["intervals"] = _intervals(e, dict.fromkeys((*VERDICTS_NEED, *asked)))
         self.about[key] |= _tables(outputs("test", True), outputs("test", False))
         return judged
 
@@ -291,6 +304,30 @@ class Eval:
         names = dict.fromkeys((self.answer, *self.config.eval.methods))
         return {name: mask_of(name, self.context, point) for name in names if METHODS[name].mask}
 
+    def verdicts(self, measured: Mapping[str, Mapping[str, dict]], point: Point) -> dict[str, list[dict[str, str]]]:
+        """What is to be said against each measured method, in words, from its test figures at a point."""
+        untouched = self.eval_unlearning("default", Point(0, 0, point.seed))["test"]
+        intervals = {name: self.about[METHODS[name].key(self.context, point)]["intervals"] for name in measured}
+        base = self.about[METHODS["default"].key(self.context, point)]["intervals"]
+
+        def scored(values: Mapping, of: Mapping[str, dict]) -> dict:
+            return {**values, **{name: of[name]["value"] for name in VERDICTS_NEED}}
+
+        figures = {name: scored(values["test"], intervals[name]) for name, values in measured.items()}
+        said = {}
+        for name in measured:
+            references = References(
+                *(int(base[score]["n"]) for score in VERDICTS_NEED),
+                self.context.data.num_classes,
+                scored(untouched, base),
+                logit_drop=figures.get("logit_drop") if name != "logit_drop" else None,
+                is_mask=METHODS[name].mask is not None and name != "random",
+                random=figures.get("random"),
+                retrained=figures.get("retrain"),
+            )
+            said[name] = as_facts(verdict(figures[name], references))
+        return said
+
     def eval(self, topK: int, kappa: int) -> tuple[dict, dict[str, Mask]]:
         """Everything that a record says about one (topK, kappa) point, and the masks of its methods."""
         point, context = Point(topK, kappa, self.config.seed), self.context
@@ -303,11 +340,12 @@ class Eval:
             "labels": {name: METHODS[name].label for name in measured},
             "axes": {name: list(METHODS[name].axes_in(context)) for name in measured},
             "degradation": self.eval_performance_degradation(part["methods"]),
+            "verdicts": self.verdicts(measured, point),
             "mask_efficacy": self.eval_mask_efficacy(topK),
             "weight_histogram": self.weight_histogram(masks[self.answer]),
             **{
                 title: {name: self.about[METHODS[name].key(context, point)].get(title) for name in measured}
-                for title in ("settings", "tuning", "integrity", "class_probability", "confusion")
+                for title in ("settings", "tuning", "integrity", "intervals", "class_probability", "confusion")
             },
         }, masks
 
@@ -321,6 +359,19 @@ def _tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
         cells = torch.bincount(true * count + said, minlength=count * count)
         tables["confusion"] = cells.view(count, count).tolist()
     return tables
+
+
+def _intervals(e: Evidence, names: Iterable[str]) -> dict[str, dict]:
+    """95 % intervals over the images of one run: Wilson for shares, percent; bootstrap for the mean probability."""
+    found = {}
+    for name in names:
+        if name in SHARES:
+            right = SHARES[name](e)
+            found[name] = asdict(wilson(int(right.sum()), len(right)).times(100))
+        elif name == "forget_probability":
+            seed = derive_seed(e.seed, "bootstrap")
+            found[name] = asdict(bootstrap_mean(e.forget.confidence.cpu().numpy(), seed))
+    return found
 
 
 def _spans(tensors: TensorDataset, size: int = 4096) -> list[slice]:

@@ -5,6 +5,7 @@
     uv run main.py run --methods all --metrics all   every rival and every metric (docs/methods.md, docs/metrics.md)
     uv run main.py train-gcn --out FILE ...          train the GCN of a configuration into one file, for --gcn-path
     uv run main.py report [--output-dir DIR]         tables and figures again, from the JSON records alone
+    uv run main.py docs [--example RECORD.json]      docs/methods.md and docs/metrics.md, from the registries
     uv run main.py dashboard [--output-dir DIR]      training curves in trackio
     uv run main.py download DATASET                  fetch a dataset (nothing else ever downloads)
 
@@ -67,13 +68,14 @@ def run(arguments: list[str]) -> int:
     """Run the pipeline and print its table, its answer and where everything lies; returns the exit code."""
     config = _configured(arguments, "run", "Run the pipeline.")
     from pipeline import Pipeline
-    from reporter import Reporter, as_text, headline, table
+    from reporter import Reporter, as_text, headline, remarks, table
 
     records = Pipeline(config).run()
     reporter = Reporter(config.output_dir)
     print(as_text(table(records)))
     if {records[0]["answer"], "default"} <= set(records[0]["labels"]):
         print(headline(records) + "\n")
+    print("".join(f"{line}\n" for line in remarks(records)))
     print("Test figures; each method's point was chosen on validation images.")
     print(f"JSON   {config.output_dir / 'eval/metrics_and_plots/json'}")
     print(f"plots  {reporter.plots / reporter.run_name(records[0])}")
@@ -103,6 +105,14 @@ def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig(
 
     for folder in Reporter(output_dir.expanduser(), reporter).plot():
         print(folder)
+
+
+def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> None:
+    """Write methods.md and metrics.md anew, from what is registered; --example: a record to take values from."""
+    from reference import write_docs
+
+    for path in write_docs(example and example.expanduser(), folder.expanduser()):
+        print(path)
 
 
 def dashboard(output_dir: Path = Path()) -> None:
@@ -138,6 +148,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
     "train-gcn": train_gcn,
     "report": _parsed("report", report),
+    "docs": _parsed("docs", docs),
     "dashboard": _parsed("dashboard", dashboard),
     "download": _parsed("download", download),
 }

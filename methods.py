@@ -291,7 +291,7 @@ def mimu_refined(context: Context, point: Point) -> Mask:
 
 @mask_method("taylor_mask", "signed Taylor", axes=("kappa",), source="first-order saliency, e.g. 1611.06440")
 def taylor_mask(context: Context, point: Point) -> Mask:
-    """Rank by t_f - lambda max(0, t_r), first-order importances, nothing learned (PEERS 1).
+    """Rank by t_f - lambda max(0, t_r), first-order importances, nothing learned.
 
     lambda is the one that keeps and forgets most on validation images.
     """

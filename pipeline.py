@@ -31,6 +31,8 @@ RECORD_CODE = (
     "attacks.py",
     "probes.py",
     "integrity.py",
+    "intervals.py",
+    "verdicts.py",
     "eval.py",
     "budget.py",
     "artifacts.py",

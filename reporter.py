@@ -61,6 +61,7 @@ class Best:
     top_k: int | None
     kappa: int | None
     values: dict[str, float]
+    verdicts: list[dict[str, str]]
 
 
 def choose(records: Iterable[dict], method: str) -> dict:
@@ -79,6 +80,11 @@ def choose(records: Iterable[dict], method: str) -> dict:
     return min((r for r in records if method in r["validation"]), key=rank)
 
 
+def _verdicts(record: dict, method: str) -> list[dict[str, str]]:
+    """What a record says against a method; nothing in records from before there were verdicts."""
+    return record.get("verdicts", {}).get(method, [])
+
+
 def best_points(records: list[dict]) -> list[Best]:
     """Each method's chosen point, in the order of the records."""
     names = dict.fromkeys(name for record in records for name in record["labels"])
@@ -87,7 +93,7 @@ def best_points(records: list[dict]) -> list[Best]:
         record = choose(records, name)
         axes = record["axes"][name]
         top_k, kappa = (record[key] if axis in axes else None for key, axis in (("top_k", "topK"), ("kappa", "kappa")))
-        found.append(Best(name, record["labels"][name], top_k, kappa, record["methods"][name]))
+        found.append(Best(name, record["labels"][name], top_k, kappa, record["methods"][name], _verdicts(record, name)))
     return found
 
 
@@ -95,14 +101,25 @@ def table(records: list[dict]) -> list[list[str]]:
     """Header and one row per method: its chosen point and its test figures, those metrics that are shown first."""
     metrics = {name: about for name, about in records[0]["metrics"].items() if about.get("first", True)}
     head = [f"{name} [{about['unit']}, {ARROWS[about['better']]}]" for name, about in metrics.items()]
-    rows = [["method", "topK", "kappa", *head, "weights changed", "seconds"]]
-    for best in best_points(records):
+    points = best_points(records)
+    judged = any(best.verdicts for best in points)
+    rows = [["method", "topK", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
+    for best in points:
         shown = ["-" if value is None else str(value) for value in (best.top_k, best.kappa)]
         figures = ["-" if best.values[name] is None else f"{best.values[name]:.4g}" for name in metrics]
-        rows.append(
-            [best.label, *shown, *figures, str(best.values["weights_changed"]), f"{best.values['seconds']:.3f}"]
-        )
+        said = [", ".join(one["key"] for one in best.verdicts) or "-"] * judged
+        cost = [str(best.values["weights_changed"]), f"{best.values['seconds']:.3f}"]
+        rows.append([best.label, *shown, *figures, *cost, *said])
     return rows
+
+
+def remarks(records: list[dict]) -> list[str]:
+    """The verdicts in whole sentences, each with the methods that it is on; of faultless ones what was unchecked."""
+    said: dict[str, list[str]] = {}
+    for best in best_points(records):
+        for one in best.verdicts:
+            said.setdefault(one["sentence"], []).append(best.label)
+    return [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
 
 
 def as_text(rows: list[list[str]]) -> str:

@@ -25,6 +25,7 @@ LAYERS = {
     "config": 0,
     "observe": 0,
     "artifacts": 0,
+    "intervals": 1,
     "graph": 1,
     "masks": 1,
     "utils_data": 1,
@@ -41,10 +42,12 @@ LAYERS = {
     "edits": 3,
     "metrics": 3,
     "probes": 3,
+    "verdicts": 4,
     "eval": 4,
     "budget": 4,
     "reporter": 4,
     "pipeline": 5,
+    "reference": 5,
     "main": 6,
 }
 ROWS = list(LAYERS)

@@ -6,7 +6,7 @@ import pytest
 
 from artifacts import SCHEMA, read_records, record_path, write_json
 from config import ReporterConfig, UserError
-from reporter import MOST_BARS, Reporter, _draw_bars, as_csv, as_text, best_points, choose, headline, table
+from reporter import MOST_BARS, Reporter, _draw_bars, as_csv, as_text, best_points, choose, headline, remarks, table
 
 METRICS = {
     "forget_loss": ("nats", "higher"),
@@ -80,6 +80,22 @@ def test_table_and_headline_by_hand(records):
         "Switching off 200 weights (20.0 % of the layer), class 1 is recognised 12.0 % of the time (before: 90.0 %); "
         "the other classes score 78.0 % (before: 80.0 %)."
     )
+
+
+def test_verdicts_of_the_chosen_point_are_shown(records):
+    assert (remarks(records), "verdict" in table(records)[0]) == ([], False)  # a record from before there were any
+    bad, fine = {"key": "collapsed", "sentence": "too much is lost"}, {"key": "fine", "sentence": "nothing found"}
+    records[0]["verdicts"] = {"mimu": [fine]}  # not the point that is chosen
+    records[1]["verdicts"] = {"mimu": [bad, {"key": "too random", "sentence": "it guesses"}], "default": [fine]}
+    rows = table(records)
+    assert [row[-1] for row in rows] == ["verdict", "collapsed, too random", "-", "-"]
+    assert rows[1][-3:-1] == ["200", "0.500"]
+    records[0]["verdicts"]["default"] = [fine]
+    assert [row[-1] for row in table(records)][2] == "fine"
+    assert remarks(records) == ["MIMU: too much is lost.", "MIMU: it guesses."]
+    for name in ("default", "novel"):
+        records[0]["verdicts"][name] = [{"key": "fine", "sentence": "nothing found; not checked"}]
+    assert remarks(records)[2:] == ["untouched, a novel method: nothing found; not checked."]
 
 
 def test_bytes_are_reproducible_and_nothing_is_drawn_twice(records, tmp_path):
