@@ -40,6 +40,7 @@ LAYERS = {
     "methods": 3,
     "edits": 3,
     "metrics": 3,
+    "comparisons": 3,
     "eval": 4,
     "budget": 4,
     "reporter": 4,
