@@ -50,7 +50,7 @@ def gap(of: Compute) -> Compare:
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = sum_c p_c (log p_c - log q_c), nats; classes with p_c = 0 add nothing. [S, C], [S, C] -> [S]."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0).sum(1)
+    return torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
 
 
 def js(log_p: Tensor, log_q: Tensor) -> Tensor:

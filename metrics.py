@@ -57,7 +57,7 @@ class Outputs:
     def entropy(self) -> Tensor:
         """H(p) = -sum_c p_c log p_c per image, nats; classes with p_c = 0 add nothing. [S]."""
         p = self.log_p.exp()
-        return -torch.where(p > 0, p * self.log_p, 0).sum(1)
+        return -torch.where(p == 0, 0, p * self.log_p).sum(1)
 
     def probability(self) -> float:
         """Mean probability of the true class, over the whole set."""
@@ -226,13 +226,13 @@ def forget_probability(e: Evidence) -> float:
 
 @metric("forget_score", "%", "lower", target="as retrained, 0", source="accuracy", first=True)
 def forget_score(e: Evidence) -> float:
-    """Accuracy on T's images of the forgotten classes (FA-test)."""
+    """Accuracy on T's images of the forgotten classes (FA-test), the share with argmax_c p_c = y."""
     return e.forget.score()
 
 
 @metric("retain_score", "%", "higher", target="as retrained or above", source="accuracy", first=True)
 def retain_score(e: Evidence) -> float:
-    """Accuracy on T's images of the retained classes (TA)."""
+    """Accuracy on T's images of the retained classes (TA), the share with argmax_c p_c = y."""
     return e.retain.score()
 
 
@@ -256,7 +256,7 @@ def unlearning_accuracy(e: Evidence) -> float:
 
 @metric("RA", "%", "higher", group="train", target="as retrained", source="2304.04934")
 def remaining_accuracy(e: Evidence) -> float:
-    """Accuracy on D_r."""
+    """Accuracy on D_r, the share of images with argmax_c p_c = y."""
     return e.train_retain.score()
 
 
@@ -270,7 +270,9 @@ def entropy_forget(e: Evidence) -> float:
 def confident_wrong(e: Evidence) -> float:
     """Share of D_f that is misclassified with max_c p_c > 0.9."""
     said = e.train_forget
-    return 100 * float(((said.log_p.amax(1).exp() > CONFIDENT) & ~said.right).double().mean())
+    largest = said.log_p.amax(1).exp()
+    wrong = ((largest > CONFIDENT) & ~said.right).double()
+    return 100 * float(torch.where(largest.isnan(), math.nan, wrong).mean())
 
 
 # --- membership inference ---------------------------------------------------------------------------------
