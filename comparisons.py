@@ -101,7 +101,7 @@ def tug_of_war(e: Evidence) -> float | None:
 # --- predicted distributions ------------------------------------------------------------------------------
 
 
-@metric("KL_forget", "nats", "lower", group="retrain", target="0", source="2205.08096", first=True)
+@metric("KL_forget", "nats", "lower", group="retrain", target="0", source="2205.08096")
 def kl_forget(e: Evidence) -> float | None:
     """Mean KL(p_r || p_u) = sum_c p_r (log p_r - log p_u) over T's images of the forgotten classes."""
     return mean_over_retrained(e, lambda u, r: _mean(kl(r.forget.log_p, u.forget.log_p)))
@@ -154,7 +154,7 @@ def routing_tv(e: Evidence) -> float | None:
 # --- uncertainty ------------------------------------------------------------------------------------------
 
 
-@metric("entropy_gap", "share of log C", "lower", group="retrain", target="0", source="Shannon entropy", first=True)
+@metric("entropy_gap", "share of log C", "lower", group="retrain", target="0", source="Shannon entropy")
 def entropy_gap(e: Evidence) -> float | None:
     """|H_u - H_r| of the mean normalised entropies on D_f (entropy_forget): too random is as bad as too confident."""
     return mean_over_retrained(e, gap(entropy_forget))

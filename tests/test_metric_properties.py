@@ -112,7 +112,16 @@ def test_no_metric_depends_on_the_batch_size(models):
     found = [all_figures(size) for size in (1, 7, 16, 1000)]
     for other in found[:-1]:
         assert other == pytest.approx(found[-1], rel=1e-5, abs=1e-6)
-    assert len({round(value, 6) for value in found[-1].values()}) > len(HERE) / 2  # not all trivially equal
+    assert len({f"{value:.6f}" for value in found[-1].values()}) > len(HERE) / 2  # not all trivially equal
+
+
+@pytest.mark.parametrize(("count", "floor"), [(0, ()), (1, ()), (2, ("r1",)), (3, ("r1", "r2"))])
+def test_retraining_is_held_against_the_other_retrained_models_alone(count, floor):
+    """The method `retrain` yields number 0: its gap to itself, 0, would pass for a noise floor."""
+    references = ("r0", "r1", "r2")[:count]
+    evaluation = SimpleNamespace(retrained=lambda split: references)
+    assert Eval._others(evaluation, "retrain", "test") == floor
+    assert Eval._others(evaluation, "default", "test") == references
 
 
 # --- ranges and naive oracles -----------------------------------------------------------------------------
