@@ -9,6 +9,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import edits  # noqa: F401 - registers its methods
 import probes  # noqa: F401 - registers its metrics
+from comparisons import avg_gap  # registers the metrics against the retrained models too
 from config import KappaModes, derive_seed
 from integrity import changed_outside, state_hash
 from intervals import bootstrap_mean, wilson
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, Settings, mask_of
-from metrics import Choose, Evidence, Outputs, OutputsOf, avg_gap, chosen_metrics
+from metrics import Choose, Evidence, Outputs, OutputsOf, chosen_metrics
 from model import HookedModel, MaskLayer, inspecting
 from observe import log, progress
 from verdicts import References, as_facts, verdict
@@ -30,6 +33,7 @@ JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a recor
 HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
 MOST_CLASSES = 100  # of a class x class table in a record
+Judged = TypeVar("Judged")
 SHARES: dict[str, Callable[[Evidence], Tensor]] = {
     "forget_score": lambda e: e.forget.right,
     "retain_score": lambda e: e.retain.right,
@@ -169,15 +173,15 @@ class Eval:
             if ("retrain", index, split) not in self._references:
                 model = self.context.retrain(index)
                 outputs = self.remembered(f"retrained {index}", model, False)
-                original = self.reference(split)
-                self._references["retrain", index, split] = self.evidence(model, outputs, split, original=original)
+                beside = {"original": self.reference(split), "untrained": self.untrained}
+                self._references["retrain", index, split] = self.evidence(model, outputs, split, **beside)
         return tuple(self._references["retrain", index, split] for index in range(self.config.eval.references))
 
-    @property
+    @cached_property
     def untrained(self) -> OutputsOf | None:
         """Outputs of a classifier that has learned nothing (for ZRF)."""
         fresh = self.context.untrained
-        return None if fresh is None else lambda *of: self.remembered("untrained", fresh(), False)(*of)
+        return None if fresh is None else self.remembered("untrained", fresh(), False)
 
     # --- what is measured ---
 
@@ -190,7 +194,13 @@ class Eval:
             self._measured[key] = self._enter(name, point, self.tuned(name, point), self._judge)
         return self._measured[key]
 
-    def _enter(self, name: str, point: Point, settings: Settings, judge: Callable) -> dict:
+    def _enter(
+        self,
+        name: str,
+        point: Point,
+        settings: Settings,
+        judge: Callable[[str, tuple, HookedModel, float], Judged],
+    ) -> Judged:
         """Enter a method, judge its model, leave it, and check that it kept to what it may change.
 
         Raises:
@@ -232,8 +242,8 @@ class Eval:
     def _gap(self, name: str, key: tuple, model: HookedModel, seconds: float) -> float:
         """Avg Gap on validation images; infinite where it is not a number."""
         outputs = self.remembered(name, model, self.prefix_unchanged(model), keep=False)
-        value = avg_gap(self.evidence(model, outputs, "val", retrained=self.retrained("val")))
-        return value if value is not None and math.isfinite(value) else math.inf
+        value = self.evidence(model, outputs, "val", retrained=self._others(name, "val")).figure(avg_gap)
+        return math.inf if value is None else value
 
     def _judge(self, name: str, key: tuple, model: HookedModel, seconds: float) -> dict[str, dict]:
         same = self.prefix_unchanged(model)
@@ -252,9 +262,12 @@ class Eval:
         return judged
 
     def _others(self, name: str, split: str) -> tuple[Evidence, ...]:
-        """The retrained models that a method is compared with: `retrain` with all but itself, if there are more."""
+        """The retrained models that a method is compared with: `retrain` with all but itself, the noise floor.
+
+        With a single one there are none: its gap to itself, 0, would pass for a floor.
+        """
         references = self.retrained(split)
-        return references[1:] or references if name == "retrain" else references
+        return references[1:] if name == "retrain" else references
 
     def eval_performance_degradation(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict]:
         """Each method's metrics minus the untouched model's, from {method: {metric: value}}."""

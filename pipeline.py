@@ -28,6 +28,7 @@ RECORD_CODE = (
     "methods.py",
     "edits.py",
     "metrics.py",
+    "comparisons.py",
     "attacks.py",
     "probes.py",
     "integrity.py",

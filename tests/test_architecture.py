@@ -41,6 +41,7 @@ LAYERS = {
     "methods": 3,
     "edits": 3,
     "metrics": 3,
+    "comparisons": 3,
     "probes": 3,
     "verdicts": 4,
     "eval": 4,
