@@ -82,7 +82,14 @@ def training_images(context: Context, side: bool | None, most: int) -> Images:
 # --- selective synaptic dampening -------------------------------------------------------------------------
 
 SSD = "2308.07707"
-SSD_GRID = ({"alpha": 10.0, "weight": 1.0}, {"alpha": 5.0, "weight": 1.0})
+SSD_GRID = tuple(
+    {"alpha": alpha, "weight": weight}
+    for alpha, weight in ((10.0, 1.0), (50.0, 1.0), (20.0, 0.1), (5.0, 0.1), (2.0, 0.1))
+)
+SAMPLE_SSD_GRID = tuple(
+    {"alpha": alpha, "weight": weight}
+    for alpha, weight in ((10.0, 1.0), (5.0, 1.0), (5.0, 0.1), (2.0, 0.1), (1.5, 0.1))
+)
 
 
 def fisher_of(context: Context, side: bool | None, per_sample: bool) -> Fisher:
@@ -141,7 +148,7 @@ def ssd(context: Context, point: Point, alpha: float, weight: float) -> Generato
     yield _ssd(context, "ssd", False, alpha, weight)
 
 
-@method("ssd_per_sample", "SSD, per sample", source=f"{SSD}, per-sample variant", grid=SSD_GRID)
+@method("ssd_per_sample", "SSD, per sample", source=f"{SSD}, per-sample variant", grid=SAMPLE_SSD_GRID)
 def ssd_per_sample(context: Context, point: Point, alpha: float, weight: float) -> Generator[HookedModel]:
     """SSD with each image's own squared gradient in place of a batch's: free of batch size and order. On at most 10,240
     images of either set, 256 where there are convolutions.
@@ -198,21 +205,27 @@ def _with_inputs_edited(context: Context, edit: Callable[[int], Tensor], places:
 
 
 def svd_edit(forget: Spectrum, retain: Spectrum, alpha_forget: float, alpha_retain: float) -> Tensor:
-    """E = I - P_f (I - P_r) [n, n]: takes from an input what is of the forget space and not of the retain space."""
+    """E [n, n] with h E^T = h (I - P_f (I - P_r)) for a row h: what of h lies in the forget space, less what of that
+    the retain space holds as well, is taken away.
+    """
     eye = torch.eye(len(forget.shares), dtype=forget.shares.dtype, device=forget.shares.device)
-    return eye - forget.projection(alpha_forget) @ (eye - retain.projection(alpha_retain))
+    return eye - (eye - retain.projection(alpha_retain)) @ forget.projection(alpha_forget)
 
 
 @method(
     "svd_projection",
     "SVD projection",
     source="2312.00761",
-    grid=({"alpha_forget": 3.0, "alpha_retain": 100.0}, {"alpha_forget": 3.0, "alpha_retain": 1000.0}),
+    grid=tuple(
+        {"alpha_forget": forget, "alpha_retain": retain}
+        for forget, retain in ((3.0, 100.0), (3.0, 30.0), (3.0, 10.0), (30.0, 100.0), (3.0, 300.0))
+    ),
 )
 def svd_projection(context: Context, point: Point, alpha_forget: float, alpha_retain: float) -> Generator[HookedModel]:
-    """W := W (I - P_f (I - P_r)) in every linear layer, P scaled projections onto the principal directions of its input
-    on 900 images of D_f and 900 of D_r. Activations are those of the untouched classifier; convolutions are left alone
-    (the original edits them too). Not checked against the authors' code.
+    """Inputs of every linear layer lose h P_f (I - P_r), so W := W (I - P_f (I - P_r))^T, P scaled projections onto the
+    principal directions of the input on 900 images of D_f and 900 of D_r, as the untouched classifier has them.
+    Convolutions are left alone (the original edits them too). Not checked against the paper's text or code: which side
+    of W the transpose stands on was settled by validation figures.
     """
 
     def make() -> list[tuple[Spectrum, Spectrum]]:
@@ -248,7 +261,10 @@ def damp_edit(directions: Tensor, strength: float) -> Tensor:
     "damp",
     "DAMP-like projection",
     source="after 2604.15166",
-    grid=({"strength": 1.0, "layers": 1}, {"strength": 1.0, "layers": 3}),
+    grid=tuple(
+        {"strength": strength, "layers": layers}
+        for strength, layers in ((1.0, 1), (1.0, 2), (1.5, 1), (2.0, 1), (2.5, 1))
+    ),
 )
 def damp(context: Context, point: Point, strength: float, layers: int) -> Generator[HookedModel]:
     """W := W (I - s d d^T) in the last layers: d is what the class's mean input has beyond the span of the retained
