@@ -10,7 +10,6 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from model import HookedModel, capture, inspecting
@@ -20,7 +19,6 @@ Fisher = dict[str, Tensor]
 """I >= 0 in nats squared per unit of weight squared, float64, by parameter name, of the parameter's shape."""
 SSD_BATCH = 64  # of the original SSD
 LINEAR_BATCH = 1024  # of samples whose gradients stay outer products
-SINGLE_BATCH = 8  # of samples whose gradients are held one by one: 45 MB each for a ResNet-18
 
 
 def batch_fisher(model: HookedModel, images: Images, device: torch.device, batch_size: int = SSD_BATCH) -> Fisher:
@@ -46,14 +44,12 @@ def sample_fisher(model: HookedModel, images: Images, device: torch.device) -> F
     """Mean over samples of the squared gradient of a sample's own loss.
 
     The gradient of a linear layer is delta h^T, so the sum over samples is (delta^2)^T (h^2), delta [S, m], h [S, n];
-    parameters of other kinds are differentiated sample by sample.
+    a model with parameters of other kinds is differentiated sample by sample (faster on a CPU than `torch.func.vmap`).
     """
     layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    others = {name: value for name, value in model.named_parameters() if name not in layers}
-    total = _linear_squares(model, layers, images, device)
-    if others:
-        total |= _single_squares(model, others, images, device)
-    return {name: total[name] / len(images) for name, _ in model.named_parameters()}
+    if set(layers) != {name for name, _ in model.named_parameters()}:
+        return batch_fisher(model, images, device, batch_size=1)
+    return {name: total / len(images) for name, total in _linear_squares(model, layers, images, device).items()}
 
 
 def _linear_squares(
@@ -71,22 +67,4 @@ def _linear_squares(
             deltas = torch.autograd.grad(loss, outputs)
             for name, h, delta in zip(layers, inputs, deltas, strict=True):
                 total[name] += delta.double().square().T @ h.detach().double().square()
-    return total
-
-
-def _single_squares(
-    model: HookedModel, parameters: Mapping[str, Tensor], images: Images, device: torch.device
-) -> Fisher:
-    """Sum over samples of squared gradients, each sample's gradient held on its own."""
-
-    def loss(values: Mapping[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return functional.cross_entropy(functional_call(model, dict(values), image[None]), label[None])
-
-    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
-    values = {name: value.detach() for name, value in parameters.items()}
-    each = vmap(grad(loss), in_dims=(None, 0, 0))
-    with inspecting(model):
-        for batch, labels in make_loader(images, SINGLE_BATCH):
-            for name, gradients in each(values, batch.to(device), labels.to(device)).items():
-                total[name] += gradients.double().square().sum(0)
     return total
