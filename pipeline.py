@@ -27,6 +27,7 @@ RECORD_CODE = (
     *GCN_CODE,
     "methods.py",
     "edits.py",
+    "fisher.py",
     "metrics.py",
     "comparisons.py",
     "attacks.py",

@@ -34,6 +34,7 @@ LAYERS = {
     "data": 2,
     "features": 2,
     "trainer": 2,
+    "fisher": 2,
     "unlearning": 2,
     "stages": 2,
     "attacks": 2,
