@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import baselines  # noqa: F401 - registers its methods
 import edits  # noqa: F401 - registers its methods
 from config import KappaModes
 from integrity import changed_outside, state_hash

@@ -27,6 +27,8 @@ RECORD_CODE = (
     *GCN_CODE,
     "methods.py",
     "edits.py",
+    "finetuning.py",
+    "baselines.py",
     "metrics.py",
     "attacks.py",
     "integrity.py",
