@@ -1,8 +1,8 @@
 """Rivals that unlearn by training: fine-tuning, ascent, random labels, distillation from a teacher.
 
 Each is a decorated function as in `methods.py`, with its source and the settings that it is tuned over. All train on the
-same budget: an epoch is one pass over D_f, with RETAINED images of D_r, drawn anew, for each of its images; methods that
-use one of the two sets alone spend no more. SGD has momentum 0.9 throughout.
+same budget, EPOCHS epochs: an epoch is one pass over D_f, with RETAINED images of D_r, drawn anew, for each of its
+images; methods that use one of the two sets alone spend no more. SGD has momentum 0.9 unless it is called plain.
 """
 
 import math
@@ -20,10 +20,11 @@ from masks import hard_topk
 from methods import Context, Point, method
 from model import HookedModel, apply_linear, capture, inspecting
 
+EPOCHS = 3
 SALUN_SHARE = 0.5  # of all parameters that SalUn may change
 SALUN_DECAY = 5e-4
 SCRUB_TEMPERATURE = 4.0
-SCRUB_WEIGHTS = (0.99, 0.5)  # of cross-entropy and of distillation, on D_r
+SCRUB_WEIGHTS = (0.99, 0.1)  # of cross-entropy and of distillation, on D_r
 BOUNDARY_STEP = 0.1  # of the range of a pixel
 ASCENT_NORM = 1.0  # of a gradient that ascends, at most
 
@@ -67,12 +68,12 @@ def scrub_retain_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tenso
     "fine-tuning on D_r",
     axes=("seed",),
     source="1911.04933",
-    grid=[{"lr": lr, "epochs": 5} for lr in (0.05, 0.02, 0.01, 0.1)],
+    grid=[{"lr": lr} for lr in (0.05, 0.02, 0.01, 0.1)],
 )
-def finetune(context: Context, point: Point, lr: float, epochs: int) -> Generator[HookedModel]:
+def finetune(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """FT: minimise CE on D_r alone, so that what is not rehearsed is forgotten; no image of D_f is ever used."""
     engine = tuner("finetune", context, point, sgd(lr))
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for images, labels in engine.retained(RETAINED + 1):
             engine.descend(functional.cross_entropy(engine.model(images), labels))
     yield engine.finished()
@@ -83,14 +84,13 @@ def finetune(context: Context, point: Point, lr: float, epochs: int) -> Generato
     "gradient ascent",
     axes=("seed",),
     source="2109.13398",
-    grid=[{"lr": lr, "epochs": 1} for lr in (1e-3, 3e-4, 3e-3, 1e-2, 3e-2)],
+    grid=[{"lr": lr} for lr in (1e-2, 5e-3, 3e-3, 1e-3, 3e-2)],
 )
-def gradient_ascent(context: Context, point: Point, lr: float, epochs: int) -> Generator[HookedModel]:
-    """GA: maximise CE on D_f alone, by plain SGD with gradients of norm at most 1; nothing protects D_r."""
+def gradient_ascent(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
+    """GA: maximise CE in one pass over D_f, by plain SGD with gradients of norm at most 1; nothing protects D_r."""
     engine = tuner("gradient_ascent", context, point, partial(torch.optim.SGD, lr=lr), clip=ASCENT_NORM)
-    for _ in range(epochs):
-        for images, labels in engine.forgotten():
-            engine.descend(-functional.cross_entropy(engine.model(images), labels))
+    for images, labels in engine.forgotten():
+        engine.descend(-functional.cross_entropy(engine.model(images), labels))
     yield engine.finished()
 
 
@@ -99,12 +99,12 @@ def gradient_ascent(context: Context, point: Point, lr: float, epochs: int) -> G
     "NegGrad+",
     axes=("seed",),
     source="2302.09880",
-    grid=[{"lr": 0.01, "beta": beta, "epochs": 3} for beta in (0.95, 0.9, 0.8, 0.99)],
+    grid=[{"lr": lr, "beta": beta} for lr, beta in ((3e-3, 0.99), (3e-3, 0.999), (1e-2, 0.999), (1e-3, 0.95))],
 )
-def neg_grad_plus(context: Context, point: Point, lr: float, beta: float, epochs: int) -> Generator[HookedModel]:
+def neg_grad_plus(context: Context, point: Point, lr: float, beta: float) -> Generator[HookedModel]:
     """Minimise beta CE(D_r) - (1 - beta) CE(D_f), by SGD with gradients of norm at most 1."""
     engine = tuner("neg_grad_plus", context, point, sgd(lr), clip=ASCENT_NORM)
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for (forget, true), (retain, kept) in engine.paired():
             keep = functional.cross_entropy(engine.model(retain), kept)
             engine.descend(beta * keep - (1 - beta) * functional.cross_entropy(engine.model(forget), true))
@@ -116,12 +116,12 @@ def neg_grad_plus(context: Context, point: Point, lr: float, beta: float, epochs
     "random labels",
     axes=("seed",),
     source="2010.10981",
-    grid=[{"lr": lr, "epochs": 3} for lr in (3e-4, 1e-4, 1e-3)],
+    grid=[{"lr": lr} for lr in (1e-3, 3e-4, 3e-3)],
 )
-def random_label(context: Context, point: Point, lr: float, epochs: int) -> Generator[HookedModel]:
+def random_label(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """RL: minimise CE on batches of D_f with uniform labels, drawn anew, and of D_r with its own, by Adam."""
     engine = tuner("random_label", context, point, adam(lr))
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for (forget, true), (retain, kept) in engine.paired():
             labels = torch.cat([engine.random_labels(true), kept])
             engine.descend(functional.cross_entropy(engine.model(torch.cat([forget, retain])), labels))
@@ -145,16 +145,16 @@ def salient(engine: Finetuner) -> dict[str, Tensor]:
     "SalUn",
     axes=("seed",),
     source="2310.12508",
-    grid=[{"lr": lr, "epochs": 5} for lr in (0.013, 0.005, 0.03)],
+    grid=[{"lr": lr} for lr in (0.005, 0.013, 0.03)],
 )
-def salun(context: Context, point: Point, lr: float, epochs: int) -> Generator[HookedModel]:
+def salun(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """Random labels for the half of all parameters that |sum of gradients of CE over D_f| is largest for: each epoch a
     pass over D_f with random labels, then over D_r, by SGD with weight decay 5e-4; all other weights keep their bits.
     """
     optimizing = sgd(lr, SALUN_DECAY)
     context.allowed = salient(tuner("salun", context, point, optimizing))
     engine = tuner("salun", context, point, optimizing, free=context.allowed)
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for images, labels in engine.forgotten():
             engine.descend(functional.cross_entropy(engine.model(images), engine.random_labels(labels)))
         for images, labels in engine.retained():
@@ -182,12 +182,12 @@ def boundary_labels(context: Context, images: Tensor, labels: Tensor) -> Tensor:
     "boundary shrink",
     axes=("seed",),
     source="2303.11570",
-    grid=[{"lr": lr, "epochs": 3} for lr in (1e-3, 3e-4, 3e-3)],
+    grid=[{"lr": lr} for lr in (1e-3, 3e-4, 3e-3)],
 )
-def boundary_shrink(context: Context, point: Point, lr: float, epochs: int) -> Generator[HookedModel]:
+def boundary_shrink(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """Minimise CE on D_f alone, each image labelled with the nearest retained class, found by one adversarial step."""
     engine = tuner("boundary_shrink", context, point, sgd(lr))
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for images, labels in engine.forgotten():
             nearest = boundary_labels(context, images, labels)
             engine.descend(functional.cross_entropy(engine.model(images), nearest))
@@ -208,14 +208,14 @@ def answers(teacher: HookedModel, images: Tensor) -> Tensor:
     "SCRUB",
     axes=("seed",),
     source="2302.09880",
-    grid=[{"lr": lr, "epochs": 4, "max_epochs": 2} for lr in (0.01, 0.003, 0.03)],
+    grid=[{"lr": lr, "max_epochs": most} for lr, most in ((3e-3, 3), (3e-3, 2), (1e-3, 3), (1e-2, 3), (1e-2, 2))],
 )
-def scrub(context: Context, point: Point, lr: float, epochs: int, max_epochs: int) -> Generator[HookedModel]:
+def scrub(context: Context, point: Point, lr: float, max_epochs: int) -> Generator[HookedModel]:
     """Teacher: the untouched classifier, at temperature 4. Each epoch a pass over D_f that maximises KL to it (the first
     `max_epochs` only), then one over D_r that minimises 0.99 CE + 0.5 KL, by SGD with gradients of norm at most 1.
     """
     engine = tuner("scrub", context, point, sgd(lr), clip=ASCENT_NORM)
-    for epoch in range(epochs):
+    for epoch in range(EPOCHS):
         for images, _ in engine.forgotten() if epoch < max_epochs else ():
             student, teacher = engine.model(images), answers(context.model, images)
             engine.descend(-distillation(student, teacher, SCRUB_TEMPERATURE))
@@ -229,13 +229,13 @@ def scrub(context: Context, point: Point, lr: float, epochs: int, max_epochs: in
     "bad teacher",
     axes=("seed",),
     source="2205.08096",
-    grid=[{"lr": lr, "epochs": 3} for lr in (3e-4, 1e-4, 1e-3)],
+    grid=[{"lr": lr} for lr in (1e-3, 3e-4, 3e-3)],
 )
-def bad_teacher(context: Context, point: Point, lr: float, epochs: int) -> Generator[HookedModel]:
+def bad_teacher(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """Minimise KL(teacher || student), the teacher of D_f a classifier with initial weights, of D_r the untouched one."""
     assert context.untrained is not None, "this method needs Context.untrained"
     engine, incompetent = tuner("bad_teacher", context, point, adam(lr)), context.untrained()
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for (forget, _), (retain, _) in engine.paired():
             teacher = torch.cat([answers(incompetent, forget), answers(context.model, retain)])
             engine.descend(distillation(engine.model(torch.cat([forget, retain])), teacher))
@@ -259,9 +259,9 @@ def last_inputs(context: Context) -> tuple[Tensor, Tensor]:
     "last layer anew",
     axes=("seed",),
     source="control: head-only retraining",
-    grid=[{"lr": lr, "epochs": 3} for lr in (1e-2, 3e-3, 3e-2)],
+    grid=[{"lr": lr} for lr in (3e-2, 1e-2, 3e-3)],
 )
-def head_retrain(context: Context, point: Point, lr: float, epochs: int) -> Generator[HookedModel]:
+def head_retrain(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """The last layer trained from initial weights on D_r, by Adam in batches of 1,024, everything below it frozen."""
     name = f"linears.{len(context.model.linears) - 1}.weight"
     context.allowed = {name: torch.ones_like(context.model.target(-1).weight, dtype=torch.bool)}
@@ -270,7 +270,7 @@ def head_retrain(context: Context, point: Point, lr: float, epochs: int) -> Gene
     bound = 1 / math.sqrt(weight.shape[1])
     with torch.no_grad():
         weight.copy_(bound * (2 * torch.rand(weight.shape, generator=engine.generator) - 1))
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for picks in torch.randperm(len(h), generator=engine.generator).split(8 * BATCH):
             engine.descend(functional.cross_entropy(apply_linear(h[picks], weight), labels[picks]))
     yield engine.finished()

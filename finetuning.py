@@ -59,7 +59,9 @@ class Finetuner:
         self.forget, self.retain = forgotten.nonzero().flatten(), (~forgotten).nonzero().flatten()
         self.generator = torch.Generator().manual_seed(derive_seed(seed, name))
         self.optimizer = optimizing(list(self.model.parameters()))
-        self.held = [self._hold(name, parameter, free) for name, parameter in self.model.named_parameters()] if free else []
+        self.held = (
+            [self._hold(name, parameter, free) for name, parameter in self.model.named_parameters()] if free else []
+        )
 
     def _hold(self, name: str, parameter: nn.Parameter, free: Mapping[str, Tensor]) -> Held:
         none = torch.zeros_like(parameter, dtype=torch.bool)
