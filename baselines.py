@@ -1,8 +1,9 @@
 """Rivals that unlearn by training: fine-tuning, ascent, random labels, distillation from a teacher.
 
-Each is a decorated function as in `methods.py`, with its source and the settings that it is tuned over. All train on the
+Each is a decorated function as in `methods.py`, with its source and the settings that it is tuned over. All have the
 same budget, EPOCHS epochs: an epoch is one pass over D_f, with RETAINED images of D_r, drawn anew, for each of its
-images; methods that use one of the two sets alone spend no more. SGD has momentum 0.9 unless it is called plain.
+images; methods that use one of the two sets alone see no more images (last layer anew: passes over all of D_r, as
+cheap). SGD has momentum 0.9 unless it is called plain.
 """
 
 import math
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from config import derive_seed
 from finetuning import BATCH, RETAINED, Finetuner, Optimizing
 from masks import hard_topk
 from methods import Context, Point, method
@@ -48,7 +48,7 @@ def tuner(name: str, context: Context, point: Point, optimizing: Optimizing, **m
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 mean KL(softmax(teacher / T) || softmax(student / T)), nats (Hinton et al., 1503.02531). Logits [B, C] both."""
+    """T^2 mean KL(softmax(teacher / T) || softmax(student / T)), nats (1503.02531). Both logits [B, C]."""
     log_q, log_p = (teacher / temperature).log_softmax(1), (student / temperature).log_softmax(1)
     return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(1).mean()
 
@@ -68,7 +68,7 @@ def scrub_retain_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tenso
     "fine-tuning on D_r",
     axes=("seed",),
     source="1911.04933",
-    grid=[{"lr": lr} for lr in (0.05, 0.02, 0.01, 0.1)],
+    grid=[{"lr": lr} for lr in (0.02, 0.01, 0.05, 0.1)],
 )
 def finetune(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """FT: minimise CE on D_r alone, so that what is not rehearsed is forgotten; no image of D_f is ever used."""
@@ -84,7 +84,7 @@ def finetune(context: Context, point: Point, lr: float) -> Generator[HookedModel
     "gradient ascent",
     axes=("seed",),
     source="2109.13398",
-    grid=[{"lr": lr} for lr in (1e-2, 5e-3, 3e-3, 1e-3, 3e-2)],
+    grid=[{"lr": lr} for lr in (5e-3, 1e-2, 7e-3, 3e-3, 1.5e-2)],
 )
 def gradient_ascent(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """GA: maximise CE in one pass over D_f, by plain SGD with gradients of norm at most 1; nothing protects D_r."""
@@ -116,7 +116,7 @@ def neg_grad_plus(context: Context, point: Point, lr: float, beta: float) -> Gen
     "random labels",
     axes=("seed",),
     source="2010.10981",
-    grid=[{"lr": lr} for lr in (1e-3, 3e-4, 3e-3)],
+    grid=[{"lr": lr} for lr in (1e-3, 5e-4, 2e-3, 3e-3)],
 )
 def random_label(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """RL: minimise CE on batches of D_f with uniform labels, drawn anew, and of D_r with its own, by Adam."""
@@ -145,7 +145,7 @@ def salient(engine: Finetuner) -> dict[str, Tensor]:
     "SalUn",
     axes=("seed",),
     source="2310.12508",
-    grid=[{"lr": lr} for lr in (0.005, 0.013, 0.03)],
+    grid=[{"lr": lr} for lr in (0.005, 0.002, 0.013, 0.03)],
 )
 def salun(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """Random labels for the half of all parameters that |sum of gradients of CE over D_f| is largest for: each epoch a
@@ -182,7 +182,7 @@ def boundary_labels(context: Context, images: Tensor, labels: Tensor) -> Tensor:
     "boundary shrink",
     axes=("seed",),
     source="2303.11570",
-    grid=[{"lr": lr} for lr in (1e-3, 3e-4, 3e-3)],
+    grid=[{"lr": lr} for lr in (3e-4, 1e-4, 1e-3, 3e-5)],
 )
 def boundary_shrink(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """Minimise CE on D_f alone, each image labelled with the nearest retained class, found by one adversarial step."""
@@ -211,8 +211,8 @@ def answers(teacher: HookedModel, images: Tensor) -> Tensor:
     grid=[{"lr": lr, "max_epochs": most} for lr, most in ((3e-3, 3), (3e-3, 2), (1e-3, 3), (1e-2, 3), (1e-2, 2))],
 )
 def scrub(context: Context, point: Point, lr: float, max_epochs: int) -> Generator[HookedModel]:
-    """Teacher: the untouched classifier, at temperature 4. Each epoch a pass over D_f that maximises KL to it (the first
-    `max_epochs` only), then one over D_r that minimises 0.99 CE + 0.5 KL, by SGD with gradients of norm at most 1.
+    """The untouched classifier teaches, at temperature 4: each epoch a pass over D_f that maximises KL to it (the first
+    `max_epochs` only), then one over D_r that minimises 0.99 CE + 0.1 KL, by SGD with gradients of norm at most 1.
     """
     engine = tuner("scrub", context, point, sgd(lr), clip=ASCENT_NORM)
     for epoch in range(EPOCHS):
@@ -229,10 +229,10 @@ def scrub(context: Context, point: Point, lr: float, max_epochs: int) -> Generat
     "bad teacher",
     axes=("seed",),
     source="2205.08096",
-    grid=[{"lr": lr} for lr in (1e-3, 3e-4, 3e-3)],
+    grid=[{"lr": lr} for lr in (3e-4, 1e-4, 1e-3, 3e-3)],
 )
 def bad_teacher(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
-    """Minimise KL(teacher || student), the teacher of D_f a classifier with initial weights, of D_r the untouched one."""
+    """Minimise KL(teacher || student) by Adam: D_f's teacher has initial weights, D_r's is the untouched classifier."""
     assert context.untrained is not None, "this method needs Context.untrained"
     engine, incompetent = tuner("bad_teacher", context, point, adam(lr)), context.untrained()
     for _ in range(EPOCHS):
@@ -259,7 +259,7 @@ def last_inputs(context: Context) -> tuple[Tensor, Tensor]:
     "last layer anew",
     axes=("seed",),
     source="control: head-only retraining",
-    grid=[{"lr": lr} for lr in (3e-2, 1e-2, 3e-3)],
+    grid=[{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
 )
 def head_retrain(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """The last layer trained from initial weights on D_r, by Adam in batches of 1,024, everything below it frozen."""

@@ -65,7 +65,7 @@ def test_contract(context, name):
     before, images = bits(context.model), context.data.splits["test"].batch(slice(50))[0]
 
     def once(point: Point) -> torch.Tensor:
-        with METHODS[name].enter(context, point) as model, torch.inference_mode():
+        with METHODS[name].enter(context, point, **METHODS[name].grid[0]) as model, torch.inference_mode():
             assert not any(module.training for module in model.modules())
             return model(images)
 
@@ -87,7 +87,7 @@ def test_classifier_survives_an_error_inside(context, name):
     before = bits(context.model)
 
     def fails() -> None:
-        with METHODS[name].enter(context, POINT):
+        with METHODS[name].enter(context, POINT, **METHODS[name].grid[0]):
             raise KeyError
 
     with pytest.raises(KeyError):
