@@ -3,7 +3,7 @@
 Each is a decorated function as in `methods.py`, with its source and the settings that it is tuned over. All have the
 same budget, EPOCHS epochs: an epoch is one pass over D_f, with RETAINED images of D_r, drawn anew, for each of its
 images; methods that use one of the two sets alone see no more images (last layer anew: passes over all of D_r, as
-cheap). SGD has momentum 0.9 unless it is called plain.
+cheap). Gradients have a norm of at most 1; SGD has momentum 0.9 unless it is called plain.
 """
 
 import math
@@ -26,7 +26,7 @@ SALUN_DECAY = 5e-4
 SCRUB_TEMPERATURE = 4.0
 SCRUB_WEIGHTS = (0.99, 0.1)  # of cross-entropy and of distillation, on D_r
 BOUNDARY_STEP = 0.1  # of the range of a pixel
-ASCENT_NORM = 1.0  # of a gradient that ascends, at most
+GRADIENT_NORM = 1.0  # at most: ascent has no bound, and a ResNet whose BatchNorm statistics stand still diverges
 
 
 def sgd(lr: float, weight_decay: float = 0.0) -> Optimizing:
@@ -41,7 +41,9 @@ def adam(lr: float) -> Optimizing:
 
 def tuner(name: str, context: Context, point: Point, optimizing: Optimizing, **more: Any) -> Finetuner:
     """The engine on a context's classifier and images."""
-    return Finetuner(name, context.model, context.data, point.seed, context.device, optimizing, **more)
+    return Finetuner(
+        name, context.model, context.data, point.seed, context.device, optimizing, clip=GRADIENT_NORM, **more
+    )
 
 
 # --- losses -----------------------------------------------------------------------------------------------
@@ -87,8 +89,8 @@ def finetune(context: Context, point: Point, lr: float) -> Generator[HookedModel
     grid=[{"lr": lr} for lr in (5e-3, 1e-2, 7e-3, 3e-3, 1.5e-2)],
 )
 def gradient_ascent(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
-    """GA: maximise CE in one pass over D_f, by plain SGD with gradients of norm at most 1; nothing protects D_r."""
-    engine = tuner("gradient_ascent", context, point, partial(torch.optim.SGD, lr=lr), clip=ASCENT_NORM)
+    """GA: maximise CE in one pass over D_f, by plain SGD; nothing protects D_r."""
+    engine = tuner("gradient_ascent", context, point, partial(torch.optim.SGD, lr=lr))
     for images, labels in engine.forgotten():
         engine.descend(-functional.cross_entropy(engine.model(images), labels))
     yield engine.finished()
@@ -102,8 +104,8 @@ def gradient_ascent(context: Context, point: Point, lr: float) -> Generator[Hook
     grid=[{"lr": lr, "beta": beta} for lr, beta in ((3e-3, 0.99), (3e-3, 0.999), (1e-2, 0.999), (1e-3, 0.95))],
 )
 def neg_grad_plus(context: Context, point: Point, lr: float, beta: float) -> Generator[HookedModel]:
-    """Minimise beta CE(D_r) - (1 - beta) CE(D_f), by SGD with gradients of norm at most 1."""
-    engine = tuner("neg_grad_plus", context, point, sgd(lr), clip=ASCENT_NORM)
+    """Minimise beta CE(D_r) - (1 - beta) CE(D_f), by SGD."""
+    engine = tuner("neg_grad_plus", context, point, sgd(lr))
     for _ in range(EPOCHS):
         for (forget, true), (retain, kept) in engine.paired():
             keep = functional.cross_entropy(engine.model(retain), kept)
@@ -212,9 +214,9 @@ def answers(teacher: HookedModel, images: Tensor) -> Tensor:
 )
 def scrub(context: Context, point: Point, lr: float, max_epochs: int) -> Generator[HookedModel]:
     """The untouched classifier teaches, at temperature 4: each epoch a pass over D_f that maximises KL to it (the first
-    `max_epochs` only), then one over D_r that minimises 0.99 CE + 0.1 KL, by SGD with gradients of norm at most 1.
+    `max_epochs` only), then one over D_r that minimises 0.99 CE + 0.1 KL, by SGD.
     """
-    engine = tuner("scrub", context, point, sgd(lr), clip=ASCENT_NORM)
+    engine = tuner("scrub", context, point, sgd(lr))
     for epoch in range(EPOCHS):
         for images, _ in engine.forgotten() if epoch < max_epochs else ():
             student, teacher = engine.model(images), answers(context.model, images)

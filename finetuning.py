@@ -19,6 +19,10 @@ RETAINED = 2  # images of D_r for each image of D_f, in one epoch: the same budg
 Optimizing = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
+class Diverged(UserError):
+    """A loss that is no longer finite, with these settings on this classifier."""
+
+
 @dataclass(frozen=True)
 class Held:
     """A parameter of which only the entries where `free` holds may change; `before` is what the others stay."""
@@ -97,10 +101,10 @@ class Finetuner:
         """One step of the optimiser down a loss of the copy; what is held is put back, bit by bit.
 
         Raises:
-            UserError: the loss is not finite.
+            Diverged: the loss is not finite.
         """
         if not bool(loss.isfinite()):
-            raise UserError(f"{self.name}'s loss is no longer finite: leave it out of eval.methods for this classifier")
+            raise Diverged(f"{self.name}'s loss is no longer finite: leave it out of eval.methods for this classifier")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip is not None:

@@ -138,6 +138,17 @@ def test_batch_norm_keeps_its_statistics(context):
     assert not torch.equal(tuned.state_dict()[scale], model.state_dict()[scale])  # its parameters do learn
 
 
+def test_settings_that_diverge_are_not_chosen(context, monkeypatch):
+    from eval import Eval
+
+    judge = Eval(replace(context, retrain=lambda index: context.untrained()))
+    diverging = replace(METHODS["finetune"], grid=({"lr": 1e30}, {"lr": 0.01}))
+    monkeypatch.setitem(METHODS, "finetune", diverging)
+    assert judge.tuned("finetune", POINT) == {"lr": 0.01}
+    gaps = [tried["avg_gap"] for tried in judge.about["finetune", 0]["tuning"]]
+    assert gaps[0] == math.inf > gaps[1]
+
+
 # --- every method -----------------------------------------------------------------------------------------
 
 
