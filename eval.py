@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import baselines  # noqa: F401 - registers its methods
 import edits  # noqa: F401 - registers its methods
 import probes  # noqa: F401 - registers its metrics
 from comparisons import avg_gap  # registers the metrics against the retrained models too
 from config import KappaModes, derive_seed
+from finetuning import Diverged
 from integrity import changed_outside, state_hash
 from intervals import bootstrap_mean, wilson
 from masks import Mask, hard_topk, masked
@@ -230,10 +232,18 @@ class Eval:
             if not self.retrained("val"):
                 log(f"{name}: not tuned, its first settings are used; eval.references 1 tunes it")
                 return grid[0]
-            gaps = [self._enter(name, point, settings, self._gap) for settings in grid]
+            gaps = [self._tried(name, point, settings) for settings in grid]
             about["tuning"] = [dict(one) | {"avg_gap": gap} for one, gap in zip(grid, gaps, strict=True)]
             about["settings"] = dict(grid[min(range(len(grid)), key=lambda place: gaps[place])])
         return about["settings"]
+
+    def _tried(self, name: str, point: Point, settings: Settings) -> float:
+        """Avg Gap of one setting on validation images; infinite, and said so, where its training diverges."""
+        try:
+            return self._enter(name, point, settings, self._gap)
+        except Diverged as error:
+            log(f"{name} {dict(settings)}: {error}")
+            return math.inf
 
     def validation_gap(self, name: str, point: Point) -> float:
         """Avg Gap of a method at a point on validation images: what points and settings are chosen by."""

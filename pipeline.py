@@ -28,6 +28,8 @@ RECORD_CODE = (
     "methods.py",
     "edits.py",
     "fisher.py",
+    "finetuning.py",
+    "baselines.py",
     "metrics.py",
     "comparisons.py",
     "attacks.py",
