@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +178,7 @@ class Eval:
             self._measured[key] = self._enter(name, point, self.tuned(name, point), self._judge)
         return self._measured[key]
 
-    def _enter(self, name: str, point: Point, settings: Settings, judge: Callable) -> dict:
+    def _enter(self, name: str, point: Point, settings: Settings, judge: Callable) -> Any:
         """Enter a method, judge its model, leave it, and check that it kept to what it may change.
 
         Raises:
