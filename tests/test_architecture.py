@@ -45,6 +45,7 @@ LAYERS = {
     "baselines": 3,
     "metrics": 3,
     "comparisons": 3,
+    "counts": 3,
     "probes": 3,
     "verdicts": 4,
     "eval": 4,
