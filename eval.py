@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ from methods import METHODS, Context, Point, Settings, mask_of
 from metrics import Evidence, Outputs, OutputsOf, avg_gap, chosen_metrics
 from model import HookedModel, MaskLayer, inspecting
 from observe import log, progress
+from views import class_tables, mask_map, said_of_samples, thumbnails
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
 MOST_CLASSES = 100  # of a class x class table in a record
+TABLES = ("class_probability", "confusion", "class_score", "taken_for", "said_of_samples")
 
 
 class _Head(nn.Module):
@@ -282,6 +285,11 @@ class Eval:
         }
         return {"edges": edges.tolist(), **count}
 
+    @cached_property
+    def samples(self) -> dict[str, list]:
+        """Some images of the forgotten classes, for people to look at."""
+        return thumbnails(self.context.data)
+
     def masks(self, point: Point) -> dict[str, Mask]:
         """The masks of the measured mask methods at a point, and in any case that of the answer."""
         names = dict.fromkeys((self.answer, *self.config.eval.methods))
@@ -301,9 +309,11 @@ class Eval:
             "degradation": self.eval_performance_degradation(part["methods"]),
             "mask_efficacy": self.eval_mask_efficacy(topK),
             "weight_histogram": self.weight_histogram(masks[self.answer]),
+            "mask_map": mask_map(masks[self.answer]),
+            "samples": self.samples,
             **{
                 title: {name: self.about[METHODS[name].key(context, point)].get(title) for name in measured}
-                for title in ("settings", "tuning", "integrity", "class_probability", "confusion")
+                for title in ("settings", "tuning", "integrity", *TABLES)
             },
         }, masks
 
@@ -311,8 +321,10 @@ class Eval:
 def _tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
     """Where images go: mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes."""
     count = forget.logits.shape[1]
-    tables = {"class_probability": forget.log_p.exp().mean(0).tolist()}
-    if count <= MOST_CLASSES:
+    tables = {"class_probability": forget.log_p.exp().mean(0).tolist(), "said_of_samples": said_of_samples(forget)}
+    if count > MOST_CLASSES:
+        tables |= class_tables(forget, retain)
+    else:
         true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.logits, retain.logits]).argmax(1)
         cells = torch.bincount(true * count + said, minlength=count * count)
         tables["confusion"] = cells.view(count, count).tolist()

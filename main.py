@@ -67,7 +67,8 @@ def run(arguments: list[str]) -> int:
     """Run the pipeline and print its table, its answer and where everything lies; returns the exit code."""
     config = _configured(arguments, "run", "Run the pipeline.")
     from pipeline import Pipeline
-    from reporter import Reporter, as_text, headline, table
+    from reporter import Reporter
+    from tables import as_text, headline, table
 
     records = Pipeline(config).run()
     reporter = Reporter(config.output_dir)

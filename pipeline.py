@@ -30,6 +30,7 @@ RECORD_CODE = (
     "metrics.py",
     "attacks.py",
     "integrity.py",
+    "views.py",
     "eval.py",
     "budget.py",
     "artifacts.py",
