@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, distinct for colour-blind readers; markers and dashes tell methods apart in grey.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ MARKERS, DASHES = "osD^vP<>", ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)
 COLUMN, HEIGHT = 3.4, 2.5  # inches: the width of one column of a paper, the height of a panel
 SIDE_BY_SIDE = 4  # from as many panels on they stand in two columns
 SMALL, TINY = 7.5, 6.5  # points
+TITLE = 48  # characters of a title's line that fit into a column
 METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 SETTINGS = {"svg.hashsalt": "mimu", "font.size": SMALL, "axes.linewidth": 0.6}
 
@@ -39,16 +41,16 @@ def draw(panels: Sequence[Panel]) -> "Figure":
         for ax in axes[len(panels) :]:
             ax.remove()
         named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        if len(named) > 1:
+        if max(len(panel.series) for panel in panels) > 1:
             place = {"loc": "outside lower center", "ncols": 2 * across, "fontsize": TINY, "frameon": False}
             figure.legend(named.values(), named.keys(), handlelength=2.4, columnspacing=1, **place)
     return figure
 
 
 def _draw_panel(ax: "Axes", panel: Panel) -> None:
-    ax.set_title(panel.title, fontsize=SMALL)
+    ax.set_title(_wrapped(panel.title, TITLE - 14 if panel.margins else TITLE), fontsize=SMALL)
     ax.set_xlabel(panel.x_label, fontsize=SMALL)
-    ax.set_ylabel(panel.y_label, fontsize=SMALL)
+    ax.set_ylabel(_wrapped(panel.y_label, TITLE - 14), fontsize=SMALL)
     ax.tick_params(labelsize=TINY, width=0.6, length=2.5)
     if panel.cells is not None:
         _draw_cells(ax, panel)
@@ -71,6 +73,10 @@ def _draw_panel(ax: "Axes", panel: Panel) -> None:
     if panel.ticks:
         crowded = len(panel.ticks) > 10
         ax.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize=TINY, rotation=90 if crowded else 0)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
 def _colour(series: Series) -> str:
@@ -109,7 +115,7 @@ def _draw_cells(ax: "Axes", panel: Panel) -> None:
         turn = 90 if max(map(len, panel.ticks)) > 2 else 0
         ax.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize=TINY, rotation=turn)
         ax.set_yticks(range(len(panel.ticks)), panel.ticks, fontsize=TINY)
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.28 if panel.margins else 0.04)
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.24 if panel.margins else 0.04)
     bar.ax.tick_params(labelsize=TINY)
     if panel.margins:
         _draw_margins(ax, cells)
@@ -130,7 +136,8 @@ def _draw_margins(ax: "Axes", cells: Sequence[Sequence[float]]) -> None:
     for margin in (right, top):
         margin.tick_params(labelsize=TINY, width=0.6, length=2)
         margin.spines[["top", "right"]].set_visible(False)
-    ax.set_title(ax.get_title(), fontsize=SMALL, pad=30)
+    top.set_title(ax.get_title(), fontsize=SMALL)
+    ax.set_title("")
 
 
 def save(panels: Sequence[Panel], folder: Path, name: str, config: ReporterConfig) -> None:

@@ -175,7 +175,9 @@ def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
             place = [(seconds, over_runs(known))]
             series.append(_with_limits(points[0].label, place, "points", style_of(first, method)))
     name = "Avg Gap to retrained [points], lower is better" if gap else "retain - forget score, higher is better"
-    return [Panel("time against quality", "seconds to unlearn", name, series, f"{name}: {_extent(series)}.", x_log=True)]
+    return [
+        Panel("time against quality", "seconds to unlearn", name, series, f"{name}: {_extent(series)}.", x_log=True)
+    ]
 
 
 def _quality(values: dict[str, float], gap: bool) -> float | None:
@@ -244,7 +246,7 @@ def per_class(runs: Sequence[Run]) -> list[Panel]:
 def class_probability(runs: Sequence[Run]) -> list[Panel]:
     """Mean probability that forgotten images are given for each class."""
     record = choose(runs[0], runs[0][0]["answer"])
-    of = {name: record["class_probability"][name] for name in _compared(record)}
+    of = {name: values for name in _compared(record) if (values := record["class_probability"].get(name))}
     title = f"probabilities given to images of {classes_of(record)}"
     return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "mean probability")
 

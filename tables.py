@@ -71,7 +71,10 @@ def families(runs: Iterable[Run]) -> list[list[Run]]:
     for run in sorted(runs, key=lambda run: run[0].get("provenance", {}).get("started", "")):
         place = f"{run[0]['seed']} {run[0]['forget_class']}"
         found.setdefault(family_key(run[0]), {})[place] = run
-    return [list(family.values()) for family in found.values()]
+    return [
+        sorted(family.values(), key=lambda run: (run[0]["seed"], str(run[0]["forget_class"])))
+        for family in found.values()
+    ]
 
 
 def choose(records: Iterable[dict], method: str) -> dict:
