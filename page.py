@@ -95,8 +95,8 @@ def sentence(record: dict) -> str:
 
 
 def _map_row(row: Sequence[int], most: int) -> str:
-    """Counts as one digit each, 0 to 9."""
-    return "".join(str(min(9, math.ceil(9 * value / most))) for value in row)
+    """Counts as one digit each; scaled down, rounded up, where a cell holds more than 9."""
+    return "".join(str(value if most <= 9 else math.ceil(9 * value / most)) for value in row)
 
 
 def _point(record: dict, metrics: Sequence[str]) -> dict:
@@ -113,8 +113,14 @@ def _point(record: dict, metrics: Sequence[str]) -> dict:
         "map": [
             [_map_row(row, max(1, *map(max, layer["cells"]))) for row in layer["cells"]] for layer in layers
         ],
-        "bars": {"ticks": bars[0].ticks, "values": [one.y for one in bars[0].series]} if bars else None,
+        "bars": _shares(record, bars[0]) if bars else None,
     }  # fmt: skip
+
+
+def _shares(record: dict, panel: Panel) -> dict:
+    """Bars of one point: by class, for each of some methods."""
+    methods = [list(record["labels"])[one.style] for one in panel.series]
+    return {"ticks": panel.ticks, "methods": methods, "values": [one.y for one in panel.series]}
 
 
 def _answered(run: Run) -> bool:
