@@ -1,27 +1,112 @@
-"""Membership inference: small classifiers that guess, from a model's outputs, what it was trained on."""
+"""Membership inference: small classifiers and tests that guess, from a model's outputs, what it was trained on.
+
+None draws at random and none sees an order: figures are rounded to a grid and enter with their counts as sample
+weights, which to an SVC or a logistic regression is the same as entering one by one. Both sides weigh the same, so
+that no attack wins by guessing the larger one.
+"""
+
+import math
+from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
 
-from config import derive_seed
+GRID = 100  # steps per unit of the figure (a probability, or nats): an SVC takes time quadratic in distinct values
+FALSE_ALARMS = 0.01  # the false-positive rate at which true positives are counted
 
-SVC_SAMPLES = 1000  # of members and of non-members, at most: an SVC takes time quadratic in them
+Attack = Callable[[np.ndarray, np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
+"""(values [N, 1], truth [N] of 0 and 1, weights [N]) -> a function from values [S, 1] to calls [S] of 0 and 1."""
 
 
-def called_members(members: Tensor, others: Tensor, asked: Tensor) -> float:
-    """Share of `asked` that an SVC (RBF, C = 3, gamma auto) calls members (arXiv:2304.04934).
+def _counted(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values [U], rounded to the grid and ascending, and how often each occurs [U]."""
+    steps, counts = np.unique(np.rint(values.cpu().double().numpy() * GRID), return_counts=True)
+    return steps / GRID, counts
+
+
+def _share_called(attack: Attack, members: Tensor, others: Tensor, asked: Tensor) -> float:
+    """Share of `asked` [S] that an attack fitted on members [M] and others [N] calls members; NaN if any value is."""
+    if not all(bool(values.isfinite().all()) for values in (members, others, asked)):
+        return math.nan
+    each = min(len(members), len(others))
+    sides = [_counted(others), _counted(members)]
+    values = np.concatenate([side[:, None] for side, _ in sides])
+    truth = np.repeat([0, 1], [len(side) for side, _ in sides])
+    weights = np.concatenate([each * counts / counts.sum() for _, counts in sides])
+    calls = attack(values, truth, weights)
+    where, counts = _counted(asked)
+    return float(np.average(calls(where[:, None]), weights=counts))
+
+
+def svc_calls(members: Tensor, others: Tensor, asked: Tensor) -> float:
+    """Share of `asked` that an SVC calls members: RBF kernel, C = 3, gamma auto = 1 (arXiv:2304.04934).
 
     Args:
-        members, others, asked: one figure per image [S]; the first two are cut to the same number.
+        members, others, asked: one figure per image, [M], [N], [S]. Both sides weigh min(M, N) images.
 
     Returns:
-        A share in [0, 1].
+        A share in [0, 1]; NaN if a figure is not finite.
     """
     from sklearn.svm import SVC
 
-    count = min(len(members), len(others), SVC_SAMPLES)
-    draw = np.random.default_rng(derive_seed(0, "attack"))
-    sides = [values.cpu().numpy()[draw.permutation(len(values))[:count]] for values in (others, members)]
-    truth = np.repeat([0, 1], count)
-    attack = SVC(C=3, gamma="auto", kernel="rbf").fit(np.concatenate(sides)[:, None], truth)
-    return float(attack.predict(asked.cpu().numpy()[:, None]).mean())
+    def attack(values: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> Callable:
+        return SVC(C=3, gamma="auto", kernel="rbf").fit(values, truth, sample_weight=weights).predict
+
+    return _share_called(attack, members, others, asked)
+
+
+def logistic_calls(members: Tensor, others: Tensor, asked: Tensor) -> float:
+    """Share of `asked` that a logistic regression (L2 penalty, C = 1, balanced) calls members (arXiv:2205.08096).
+
+    Arguments and result as of `svc_calls`.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    def attack(values: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> Callable:
+        return LogisticRegression(C=1, max_iter=10_000).fit(values, truth, sample_weight=weights).predict
+
+    return _share_called(attack, members, others, asked)
+
+
+def roc(members: Tensor, others: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The ROC curve of "the higher the figure, the likelier a member": false and true positive rates, from 0 to 1.
+
+    Equal figures share one corner, so the straight line across it is what guessing among them gives.
+    """
+    from sklearn.metrics import roc_curve
+
+    figures = np.concatenate([others.cpu().numpy(), members.cpu().numpy()])
+    truth = np.repeat([0, 1], [len(others), len(members)])
+    false, true, _ = roc_curve(truth, figures, drop_intermediate=False)
+    return false, true
+
+
+def separation(members: Tensor, others: Tensor) -> float:
+    """Area under the ROC curve, P(member > other) + P(equal) / 2: 0.5 if they cannot be told apart, else up to 1.
+
+    Args:
+        members, others: one figure per image, [M] and [N].
+
+    Returns:
+        A share in [0, 1]; NaN if a figure is not finite.
+    """
+    from sklearn.metrics import auc
+
+    if not bool(members.isfinite().all() and others.isfinite().all()):
+        return math.nan
+    return float(auc(*roc(members, others)))
+
+
+def caught(members: Tensor, others: Tensor, false_alarms: float = FALSE_ALARMS) -> float:
+    """Share of members caught at a false-positive rate (arXiv:2112.03570), on the straight line between two corners.
+
+    Arguments and result as of `separation`.
+    """
+    if not bool(members.isfinite().all() and others.isfinite().all()):
+        return math.nan
+    false, true = roc(members, others)
+    last = int(np.searchsorted(false, false_alarms, side="right")) - 1  # of several corners at one rate, the highest
+    if last == len(false) - 1:
+        return float(true[last])
+    share = (false_alarms - false[last]) / (false[last + 1] - false[last])
+    return float(true[last] + share * (true[last + 1] - true[last]))

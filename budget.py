@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from config import AutoConfig
+from intervals import normal_quantile, wilson
 from masks import masked
 from methods import Context, Point, mask_of
 
-Z = 1.96  # 95 %, two-sided
+Z = normal_quantile(0.95)
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,7 @@ class Search:
 
 def wilson_upper(successes: int, count: int) -> float:
     """Upper end of the 95 % score interval of a share (Wilson 1927, JASA 22:209)."""
-    share, z2 = successes / count, Z * Z
-    middle = share + z2 / (2 * count)
-    half = Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return (middle + half) / (1 + z2 / count)
+    return wilson(successes, count).high
 
 
 def paired_drop_upper(lost: int, gained: int, count: int) -> float:

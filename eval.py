@@ -7,28 +7,43 @@ masked model is then judged by `head(h, W)` alone. A model whose earlier layers 
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import baselines  # noqa: F401 - registers its methods
 import edits  # noqa: F401 - registers its methods
-from config import KappaModes
+import probes  # noqa: F401 - registers its metrics
+from comparisons import avg_gap  # registers the metrics against the retrained models too
+from config import KappaModes, derive_seed
+from finetuning import Diverged
 from integrity import changed_outside, state_hash
+from intervals import bootstrap_mean, wilson
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, Settings, mask_of
-from metrics import Evidence, Outputs, OutputsOf, avg_gap, chosen_metrics
+from metrics import Choose, Evidence, Outputs, OutputsOf, chosen_metrics
 from model import HookedModel, MaskLayer, inspecting
 from observe import log, progress
-from views import class_tables, mask_map, said_of_samples, thumbnails
+from verdicts import References, as_facts, verdict
+from views import TABLES, mask_map, tables_of, thumbnails
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
-MOST_CLASSES = 100  # of a class x class table in a record
-TABLES = ("class_probability", "confusion", "class_score", "taken_for", "said_of_samples")
+Judged = TypeVar("Judged")
+SHARES: dict[str, Callable[[Evidence], Tensor]] = {
+    "forget_score": lambda e: e.forget.right,
+    "retain_score": lambda e: e.retain.right,
+    "UA": lambda e: ~e.train_forget.right,
+    "RA": lambda e: e.train_retain.right,
+}
+"""Metrics that are shares of images, in percent, and which images count. bool [S]."""
+VERDICTS_NEED = ("forget_score", "retain_score")  # whatever metrics were chosen
 
 
 class _Head(nn.Module):
@@ -135,9 +150,12 @@ class Eval:
         """What the metrics are given of a model."""
         config, data = self.config, self.context.data
 
-        def images(split: str, is_forget_set: bool) -> tuple[Tensor, Tensor]:
+        def images(split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[Tensor, Tensor]:
             part = data.splits[split]
-            return part.batch(data.is_forgotten(part.labels) == is_forget_set)
+            places = (data.is_forgotten(part.labels) == is_forget_set).nonzero().squeeze(1)
+            if choose is not None:
+                places = places[choose if isinstance(choose, Tensor) else choose(part.labels[places])]
+            return part.batch(places)
 
         shared = (config.mask_layer, config.forget_class, config.seed, self.context.device)
         return Evidence(model, outputs, split, *shared, images, **more)  # ty: ignore[invalid-argument-type]
@@ -157,15 +175,15 @@ class Eval:
             if ("retrain", index, split) not in self._references:
                 model = self.context.retrain(index)
                 outputs = self.remembered(f"retrained {index}", model, False)
-                original = self.reference(split)
-                self._references["retrain", index, split] = self.evidence(model, outputs, split, original=original)
+                beside = {"original": self.reference(split), "untrained": self.untrained}
+                self._references["retrain", index, split] = self.evidence(model, outputs, split, **beside)
         return tuple(self._references["retrain", index, split] for index in range(self.config.eval.references))
 
-    @property
+    @cached_property
     def untrained(self) -> OutputsOf | None:
         """Outputs of a classifier that has learned nothing (for ZRF)."""
         fresh = self.context.untrained
-        return None if fresh is None else lambda *of: self.remembered("untrained", fresh(), False)(*of)
+        return None if fresh is None else self.remembered("untrained", fresh(), False)
 
     # --- what is measured ---
 
@@ -178,7 +196,13 @@ class Eval:
             self._measured[key] = self._enter(name, point, self.tuned(name, point), self._judge)
         return self._measured[key]
 
-    def _enter(self, name: str, point: Point, settings: Settings, judge: Callable) -> dict:
+    def _enter(
+        self,
+        name: str,
+        point: Point,
+        settings: Settings,
+        judge: Callable[[str, tuple, HookedModel, float], Judged],
+    ) -> Judged:
         """Enter a method, judge its model, leave it, and check that it kept to what it may change.
 
         Raises:
@@ -208,10 +232,18 @@ class Eval:
             if not self.retrained("val"):
                 log(f"{name}: not tuned, its first settings are used; eval.references 1 tunes it")
                 return grid[0]
-            gaps = [self._enter(name, point, settings, self._gap) for settings in grid]
+            gaps = [self._tried(name, point, settings) for settings in grid]
             about["tuning"] = [dict(one) | {"avg_gap": gap} for one, gap in zip(grid, gaps, strict=True)]
             about["settings"] = dict(grid[min(range(len(grid)), key=lambda place: gaps[place])])
         return about["settings"]
+
+    def _tried(self, name: str, point: Point, settings: Settings) -> float:
+        """Avg Gap of one setting on validation images; infinite, and said so, where its training diverges."""
+        try:
+            return self._enter(name, point, settings, self._gap)
+        except Diverged as error:
+            log(f"{name} {dict(settings)}: {error}")
+            return math.inf
 
     def validation_gap(self, name: str, point: Point) -> float:
         """Avg Gap of a method at a point on validation images: what points and settings are chosen by."""
@@ -220,8 +252,8 @@ class Eval:
     def _gap(self, name: str, key: tuple, model: HookedModel, seconds: float) -> float:
         """Avg Gap on validation images; infinite where it is not a number."""
         outputs = self.remembered(name, model, self.prefix_unchanged(model), keep=False)
-        value = avg_gap(self.evidence(model, outputs, "val", retrained=self.retrained("val")))
-        return value if value is not None and math.isfinite(value) else math.inf
+        value = self.evidence(model, outputs, "val", retrained=self._others(name, "val")).figure(avg_gap)
+        return math.inf if value is None else value
 
     def _judge(self, name: str, key: tuple, model: HookedModel, seconds: float) -> dict[str, dict]:
         same = self.prefix_unchanged(model)
@@ -234,13 +266,18 @@ class Eval:
             e = self.evidence(model, outputs, split, **references, untrained=self.untrained)
             asked = {name: entry for name, entry in self.metrics.items() if split == "test" or entry.group != "deep"}
             judged[split] = {name: e.figure(entry.compute) for name, entry in asked.items()} | extra
-        self.about[key] |= _tables(outputs("test", True), outputs("test", False))
+            if split == "test":
+                self.about[key]["intervals"] = _intervals(e, dict.fromkeys((*VERDICTS_NEED, *asked)))
+        self.about[key] |= tables_of(outputs("test", True), outputs("test", False))
         return judged
 
     def _others(self, name: str, split: str) -> tuple[Evidence, ...]:
-        """The retrained models that a method is compared with: `retrain` with all but itself, if there are more."""
+        """The retrained models that a method is compared with: `retrain` with all but itself, the noise floor.
+
+        With a single one there are none: its gap to itself, 0, would pass for a floor.
+        """
         references = self.retrained(split)
-        return references[1:] or references if name == "retrain" else references
+        return references[1:] if name == "retrain" else references
 
     def eval_performance_degradation(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict]:
         """Each method's metrics minus the untouched model's, from {method: {metric: value}}."""
@@ -295,6 +332,30 @@ class Eval:
         names = dict.fromkeys((self.answer, *self.config.eval.methods))
         return {name: mask_of(name, self.context, point) for name in names if METHODS[name].mask}
 
+    def verdicts(self, measured: Mapping[str, Mapping[str, dict]], point: Point) -> dict[str, list[dict[str, str]]]:
+        """What is to be said against each measured method, in words, from its test figures at a point."""
+        untouched = self.eval_unlearning("default", Point(0, 0, point.seed))["test"]
+        intervals = {name: self.about[METHODS[name].key(self.context, point)]["intervals"] for name in measured}
+        base = self.about[METHODS["default"].key(self.context, point)]["intervals"]
+
+        def scored(values: Mapping, of: Mapping[str, dict]) -> dict:
+            return {**values, **{name: of[name]["value"] for name in VERDICTS_NEED}}
+
+        figures = {name: scored(values["test"], intervals[name]) for name, values in measured.items()}
+        said = {}
+        for name in measured:
+            references = References(
+                *(int(base[score]["n"]) for score in VERDICTS_NEED),
+                self.context.data.num_classes,
+                scored(untouched, base),
+                logit_drop=figures.get("logit_drop") if name != "logit_drop" else None,
+                is_mask=METHODS[name].mask is not None and name != "random",
+                random=figures.get("random"),
+                retrained=figures.get("retrain"),
+            )
+            said[name] = as_facts(verdict(figures[name], references))
+        return said
+
     def eval(self, topK: int, kappa: int) -> tuple[dict, dict[str, Mask]]:
         """Everything that a record says about one (topK, kappa) point, and the masks of its methods."""
         point, context = Point(topK, kappa, self.config.seed), self.context
@@ -307,28 +368,29 @@ class Eval:
             "labels": {name: METHODS[name].label for name in measured},
             "axes": {name: list(METHODS[name].axes_in(context)) for name in measured},
             "degradation": self.eval_performance_degradation(part["methods"]),
+            "verdicts": self.verdicts(measured, point),
             "mask_efficacy": self.eval_mask_efficacy(topK),
             "weight_histogram": self.weight_histogram(masks[self.answer]),
             "mask_map": mask_map(masks[self.answer]),
             "samples": self.samples,
             **{
                 title: {name: self.about[METHODS[name].key(context, point)].get(title) for name in measured}
-                for title in ("settings", "tuning", "integrity", *TABLES)
+                for title in ("settings", "tuning", "integrity", "intervals", *TABLES)
             },
         }, masks
 
 
-def _tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
-    """Where images go: mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes."""
-    count = forget.logits.shape[1]
-    tables = {"class_probability": forget.log_p.exp().mean(0).tolist(), "said_of_samples": said_of_samples(forget)}
-    if count > MOST_CLASSES:
-        tables |= class_tables(forget, retain)
-    else:
-        true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.logits, retain.logits]).argmax(1)
-        cells = torch.bincount(true * count + said, minlength=count * count)
-        tables["confusion"] = cells.view(count, count).tolist()
-    return tables
+def _intervals(e: Evidence, names: Iterable[str]) -> dict[str, dict]:
+    """95 % intervals over the images of one run: Wilson for shares, percent; bootstrap for the mean probability."""
+    found = {}
+    for name in names:
+        if name in SHARES:
+            right = SHARES[name](e)
+            found[name] = asdict(wilson(int(right.sum()), len(right)).times(100))
+        elif name == "forget_probability":
+            seed = derive_seed(e.seed, "bootstrap")
+            found[name] = asdict(bootstrap_mean(e.forget.confidence.cpu().numpy(), seed))
+    return found
 
 
 def _spans(tensors: TensorDataset, size: int = 4096) -> list[slice]:

@@ -6,7 +6,7 @@ Colours are Okabe and Ito's, distinct for colour-blind readers; markers and dash
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from artifacts import writing
 from config import ReporterConfig
@@ -22,8 +22,8 @@ COLUMN, HEIGHT = 3.4, 2.5  # inches: the width of one column of a paper, the hei
 SIDE_BY_SIDE = 4  # from as many panels on they stand in two columns
 SMALL, TINY = 7.5, 6.5  # points
 TITLE = 48  # characters of a title's line that fit into a column
-METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-SETTINGS = {"svg.hashsalt": "mimu", "font.size": SMALL, "axes.linewidth": 0.6}
+METADATA: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+SETTINGS: dict[Any, Any] = {"svg.hashsalt": "mimu", "font.size": SMALL, "axes.linewidth": 0.6}
 
 
 def draw(panels: Sequence[Panel]) -> "Figure":
@@ -98,7 +98,7 @@ def _draw_series(ax: "Axes", one: Series) -> None:
         ax.plot(one.x, one.y, "*", ms=11, color=colour, mec="white", mew=0.6, label=one.label, zorder=5)
     else:
         few = len(one.x) <= 30
-        style = {"ls": "none"} if one.kind == "points" else {"ls": dash, "lw": 1.1}
+        style: dict[str, Any] = {"ls": "none"} if one.kind == "points" else {"ls": dash, "lw": 1.1}
         ax.plot(one.x, one.y, color=colour, marker=marker if few else None, ms=3.5, label=one.label, **style)
         if one.low and one.high and one.kind == "line":
             ax.fill_between(one.x, one.low, one.high, color=colour, alpha=0.15, lw=0)
@@ -109,7 +109,9 @@ def _draw_series(ax: "Axes", one: Series) -> None:
 def _draw_cells(ax: "Axes", panel: Panel) -> None:
     cells = panel.cells or [[0.0]]
     most = max(1e-9, *(abs(value) for row in cells for value in row))
-    colours = {"cmap": "PuOr", "vmin": -most, "vmax": most} if panel.signed else {"cmap": "cividis", "vmin": 0}
+    colours: dict[str, Any] = (
+        {"cmap": "PuOr", "vmin": -most, "vmax": most} if panel.signed else {"cmap": "cividis", "vmin": 0}
+    )
     image = ax.imshow(cells, aspect="auto" if panel.margins else "equal", interpolation="nearest", **colours)
     if panel.ticks:
         turn = 90 if max(map(len, panel.ticks)) > 2 else 0

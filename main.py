@@ -4,7 +4,9 @@
     uv run main.py run --config configs/X.yaml ...   a run; --config repeats, flags win over files
     uv run main.py run --methods all --metrics all   every rival and every metric (docs/methods.md, docs/metrics.md)
     uv run main.py train-gcn --out FILE ...          train the GCN of a configuration into one file, for --gcn-path
-    uv run main.py report [--output-dir DIR]         tables and figures again, from the JSON records alone
+    uv run main.py report [--output-dir DIR]         tables, figures and page again, from the JSON records alone
+    uv run main.py report --compare A B ...          which of two or more runs (or output folders) is better on what
+    uv run main.py docs [--example RECORD.json]      docs/methods.md and docs/metrics.md, from the registries
     uv run main.py dashboard [--output-dir DIR]      training curves in trackio
     uv run main.py download DATASET                  fetch a dataset (nothing else ever downloads)
 
@@ -68,16 +70,18 @@ def run(arguments: list[str]) -> int:
     config = _configured(arguments, "run", "Run the pipeline.")
     from pipeline import Pipeline
     from reporter import Reporter
-    from tables import as_text, headline, table
+    from tables import as_text, headline, remarks, table
 
     records = Pipeline(config).run()
     reporter = Reporter(config.output_dir)
     print(as_text(table(records)))
     if {records[0]["answer"], "default"} <= set(records[0]["labels"]):
         print(headline(records) + "\n")
+    print("".join(f"{line}\n" for line in remarks(records)))
     print("Test figures; each method's point was chosen on validation images.")
     print(f"JSON   {config.output_dir / 'eval/metrics_and_plots/json'}")
     print(f"plots  {reporter.plots / reporter.run_name(records[0])}")
+    print(f"page   {reporter.page}")
     if config.tracker is Trackers.trackio:
         print(f"logs   {os.environ['TRACKIO_DIR']} (uv run main.py dashboard)")
     return 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
@@ -98,12 +102,33 @@ def train_gcn(arguments: list[str]) -> int:
     return 0
 
 
-def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig()) -> None:  # noqa: B008
-    """Rebuild every table and figure from the JSON records below a folder."""
+def report(
+    output_dir: Path = Path(),
+    compare: tuple[str, ...] = (),
+    reporter: ReporterConfig = ReporterConfig(),  # noqa: B008
+) -> None:
+    """Rebuild every table, figure and the HTML page from the JSON records below a folder.
+
+    Args:
+        compare: instead hold runs against the first one named: output folders, or ids of runs below output_dir.
+    """
     from reporter import Reporter
 
-    for folder in Reporter(output_dir.expanduser(), reporter).plot():
+    made = Reporter(output_dir.expanduser(), reporter)
+    if compare:
+        print(made.compare(compare))
+        return
+    for folder in made.plot():
         print(folder)
+    print(made.page)
+
+
+def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> None:
+    """Write methods.md and metrics.md anew, from what is registered; --example: a record to take values from."""
+    from reference import write_docs
+
+    for path in write_docs(example and example.expanduser(), folder.expanduser()):
+        print(path)
 
 
 def dashboard(output_dir: Path = Path()) -> None:
@@ -139,6 +164,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
     "train-gcn": train_gcn,
     "report": _parsed("report", report),
+    "docs": _parsed("docs", docs),
     "dashboard": _parsed("dashboard", dashboard),
     "download": _parsed("download", download),
 }

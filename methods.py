@@ -5,10 +5,10 @@ the shared classifier is bit-identical. Rivals that train are in `baselines.py`,
 """
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from unlearning import Checkpoint, Request, Unlearner, noise_start, refine, tayl
 from utils_data import UnlearningDataset
 
 OURS = "this project"
+Made = TypeVar("Made")
 TAYLOR_LAMBDAS = (0.0, 1.0, 3.0, 9.0)  # what `taylor_mask` chooses from, on validation images
 
 
@@ -62,7 +63,7 @@ class Context:
     """Seconds of shared, cached work that the current method would have spent on its own."""
     masks: dict[tuple, tuple[Mask, float]] = field(default_factory=dict)
     """What the mask methods have made, by method key, and the seconds it took."""
-    _theta: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+    _once: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
     _activations: dict[tuple[str, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -95,16 +96,23 @@ class Context:
         assert self.checkpoint is not None, "this method needs Context.checkpoint"
         return self.checkpoint
 
-    def theta(self, topK: int) -> Tensor:
-        """theta [C, *graph.shape], computed once per topK; later callers are charged what it cost the first."""
-        if topK in self._theta:
-            theta, seconds = self._theta[topK]
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make()` gives, made once per key; later callers are charged the seconds that it cost the first.
+
+        The key names everything that varies within a run and that the product depends on.
+        """
+        if key in self._once:
+            made, seconds = self._once[key]
             self.charged += seconds
-            return theta
-        begun = time.perf_counter()
-        theta = self.learn_importance(topK)
-        self._theta[topK] = (theta, time.perf_counter() - begun)
-        return theta
+            return made
+        begun, charged = time.perf_counter(), self.charged
+        made = make()
+        self._once[key] = made, time.perf_counter() - begun + self.charged - charged
+        return made
+
+    def theta(self, topK: int) -> Tensor:
+        """theta [C, *graph.shape], computed once per topK."""
+        return self.once(("theta", topK), lambda: self.learn_importance(topK))
 
     def importance(self, topK: int) -> Tensor:
         """Graded importance [C, *graph.shape] as configured: theta, or the mask prior q = softmax(theta)."""
@@ -291,7 +299,7 @@ def mimu_refined(context: Context, point: Point) -> Mask:
 
 @mask_method("taylor_mask", "signed Taylor", axes=("kappa",), source="first-order saliency, e.g. 1611.06440")
 def taylor_mask(context: Context, point: Point) -> Mask:
-    """Rank by t_f - lambda max(0, t_r), first-order importances, nothing learned (PEERS 1).
+    """Rank by t_f - lambda max(0, t_r), first-order importances, nothing learned.
 
     lambda is the one that keeps and forgets most on validation images.
     """

@@ -2,23 +2,35 @@
 
 A metric reads an `Evidence`: what one model says about every image set, beside the untouched classifier and the ones
 retrained without the forgotten classes. Sets: D_f and D_r are the training images of the classes to forget and of all
-others; T is the judged split (test images for the report, validation images for choices), in its two parts.
+others; T is the judged split (test images for the report, validation images for choices), in its two parts. Metrics
+against the retrained models are in `comparisons.py`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attacks import called_members
+from attacks import caught, logistic_calls, separation, svc_calls
 from config import UserError
 from model import HookedModel
 
 OutputsOf = Callable[[str, bool], "Outputs"]
 Compute = Callable[["Evidence"], float | None]
+Choose = Tensor | Callable[[Tensor], Tensor]
+"""Positions of images within a set [k], or what finds them given the set's labels [S]."""
+Figure = TypeVar("Figure")
+
+
+class ImagesOf(Protocol):
+    """(split, is_forget_set, which of them) -> images [S, C, H, W], normalised, and labels [S]; None: the whole set."""
+
+    def __call__(self, split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -51,9 +63,21 @@ class Outputs:
         """Probability of the true class, per image. [S]."""
         return self.log_p.gather(1, self.labels[:, None]).squeeze(1).exp()
 
+    @cached_property
+    def entropy(self) -> Tensor:
+        """H(p) = -sum_c p_c log p_c per image, nats; classes with p_c = 0 add nothing. [S]."""
+        p = self.log_p.exp()
+        return -torch.where(p == 0, 0, p * self.log_p).sum(1)
+
     def probability(self) -> float:
         """Mean probability of the true class, over the whole set."""
         return float(self.confidence.mean())
+
+    def class_scores(self) -> Tensor:
+        """Accuracy per class, percent; NaN for a class without images. [C]."""
+        count = self.logits.shape[1]
+        images, right = (torch.bincount(labels, minlength=count) for labels in (self.labels, self.labels[self.right]))
+        return 100 * right.double() / images
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,8 @@ class Evidence:
         outputs: (split, is_forget_set) -> `Outputs` of the model on a set of "train", "val" or "test".
         split: the split T, "test" or "val".
         mask_layer, forget_class, seed: as in the run. device: where the model is.
-        images: (split, is_forget_set) -> images [S, C, H, W], normalised, and labels [S].
+        images: (split, is_forget_set, choose=None) -> images [S, C, H, W], normalised, and labels [S]: of the whole
+            set, or of the positions that `choose` says, so that a few images cost no pass over all.
         original: the untouched classifier's evidence; None for itself.
         retrained: evidence of the models retrained without the classes, one per training seed; empty if none was asked
             for. Judging a retrained model, they are the *other* ones.
@@ -79,16 +104,20 @@ class Evidence:
     forget_class: tuple[int, ...]
     seed: int
     device: torch.device
-    images: Callable[[str, bool], tuple[Tensor, Tensor]]
+    images: ImagesOf
     original: "Evidence | None" = None
     retrained: tuple["Evidence", ...] = ()
     untrained: OutputsOf | None = None
-    _figures: dict[Compute, float | None] = field(default_factory=dict)
+    _figures: dict[Callable, Any] = field(default_factory=dict)
 
-    def figure(self, of: "Compute") -> float | None:
-        """A metric of this model, computed once."""
+    def figure(self, of: Callable[["Evidence"], Figure]) -> Figure:
+        """A metric of this model, or what several of them share, computed once.
+
+        None where it is a number but not a finite one (logits that diverged).
+        """
         if of not in self._figures:
-            self._figures[of] = of(self)
+            value = of(self)
+            self._figures[of] = None if isinstance(value, float) and not math.isfinite(value) else value
         return self._figures[of]
 
     @property
@@ -153,6 +182,7 @@ GROUPS = {
     "deep": "the model itself: relearning, probes, representations",
 }
 METRICS: dict[str, Metric] = {}
+CONFIDENT = 0.9  # above this probability a model is sure of itself
 
 
 def metric(
@@ -190,34 +220,43 @@ def chosen_metrics(names: Sequence[str]) -> dict[str, Metric]:
 # --- the mission's five -----------------------------------------------------------------------------------
 
 
-@metric("forget_loss", "nats", "higher", target="as retrained", first=True)
+@metric("forget_loss", "nats", "higher", target="as retrained", source="cross-entropy", first=True)
 def forget_loss(e: Evidence) -> float:
-    """Mean cross-entropy of the true labels on T's images of the forgotten classes."""
+    """Mean cross-entropy -log p_y of the true labels y on T's images of the forgotten classes."""
     return e.forget.loss()
 
 
-@metric("retain_loss", "nats", "lower", target="as retrained", first=True)
+@metric("retain_loss", "nats", "lower", target="as retrained", source="cross-entropy", first=True)
 def retain_loss(e: Evidence) -> float:
-    """Mean cross-entropy of the true labels on T's images of the retained classes."""
+    """Mean cross-entropy -log p_y of the true labels y on T's images of the retained classes."""
     return e.retain.loss()
 
 
-@metric("forget_probability", "probability", "lower", target="as retrained, 0", first=True)
+@metric("forget_probability", "probability", "lower", target="as retrained, 0", source="softmax", first=True)
 def forget_probability(e: Evidence) -> float:
-    """Mean probability of the true class on T's images of the forgotten classes."""
+    """Mean probability p_y of the true class y on T's images of the forgotten classes."""
     return e.forget.probability()
 
 
-@metric("forget_score", "%", "lower", target="as retrained, 0", first=True)
+@metric("forget_score", "%", "lower", target="as retrained, 0", source="accuracy", first=True)
 def forget_score(e: Evidence) -> float:
-    """Accuracy on T's images of the forgotten classes (FA-test)."""
+    """Accuracy on T's images of the forgotten classes (FA-test), the share with argmax_c p_c = y."""
     return e.forget.score()
 
 
-@metric("retain_score", "%", "higher", target="as retrained or above", first=True)
+@metric("retain_score", "%", "higher", target="as retrained or above", source="accuracy", first=True)
 def retain_score(e: Evidence) -> float:
-    """Accuracy on T's images of the retained classes (TA)."""
+    """Accuracy on T's images of the retained classes (TA), the share with argmax_c p_c = y."""
     return e.retain.score()
+
+
+@metric("worst_retained_drop", "points", "lower", target="0 or below", source="per-class accuracy", first=True)
+def worst_retained_drop(e: Evidence) -> float | None:
+    """Loss of the retained class that suffers most: max over c of Acc_c(untouched) - Acc_c(model) on T."""
+    if e.original is None:
+        return None
+    drops = e.original.retain.class_scores() - e.retain.class_scores()
+    return float(drops[e.retain.labels.unique()].max())
 
 
 # --- training images --------------------------------------------------------------------------------------
@@ -231,8 +270,23 @@ def unlearning_accuracy(e: Evidence) -> float:
 
 @metric("RA", "%", "higher", group="train", target="as retrained", source="2304.04934")
 def remaining_accuracy(e: Evidence) -> float:
-    """Accuracy on D_r."""
+    """Accuracy on D_r, the share of images with argmax_c p_c = y."""
     return e.train_retain.score()
+
+
+@metric("entropy_forget", "share of log C", "retrain", group="train", target="as retrained", source="Shannon entropy")
+def entropy_forget(e: Evidence) -> float:
+    """Mean of H(p) / log C on D_f, H(p) = -sum_c p_c log p_c: 0 certain, 1 uniform over all C classes."""
+    return float(e.train_forget.entropy.mean()) / math.log(e.train_forget.logits.shape[1])
+
+
+@metric("confident_wrong", "%", "retrain", group="train", target="as retrained", source="maximum softmax probability")
+def confident_wrong(e: Evidence) -> float:
+    """Share of D_f that is misclassified with max_c p_c > 0.9."""
+    said = e.train_forget
+    largest = said.log_p.amax(1).exp()
+    wrong = ((largest > CONFIDENT) & ~said.right).double()
+    return 100 * float(torch.where(largest.isnan(), math.nan, wrong).mean())
 
 
 # --- membership inference ---------------------------------------------------------------------------------
@@ -241,28 +295,39 @@ def remaining_accuracy(e: Evidence) -> float:
 @metric("MIA_efficacy", "%", "retrain", group="attack", target="as retrained", source="2304.04934")
 def mia_efficacy(e: Evidence) -> float:
     """Share of D_f that an attack calls non-members: an SVC (RBF, C = 3, gamma auto) on the true class's probability,
-    members from D_r against T's retained images as non-members, as many of each (at most SVC_SAMPLES).
+    rounded to 0.01; members are D_r, non-members T's retained images, both sides weighing the same.
     """
-    return 100 * (1 - called_members(e.train_retain.confidence, e.retain.confidence, e.train_forget.confidence))
+    return 100 * (1 - svc_calls(e.train_retain.confidence, e.retain.confidence, e.train_forget.confidence))
 
 
-# --- against the retrained models -------------------------------------------------------------------------
+@metric("entropy_MIA", "%", "lower", group="attack", target="0, as retrained", source="2205.08096")
+def entropy_mia(e: Evidence) -> float:
+    """Share of D_f that an attack calls members: logistic regression on the prediction entropy -sum_c p_c log p_c,
+    rounded to 0.01 nats; members are D_r, non-members T's retained images, both sides weighing the same.
+    """
+    return 100 * logistic_calls(e.train_retain.entropy, e.retain.entropy, e.train_forget.entropy)
+
+
+@metric("class_MIA_auc", "AUC", "retrain", group="attack", target="0.5", source="2112.03570")
+def class_mia_auc(e: Evidence) -> float:
+    """How well the true class's probability tells D_f from T's images of the same classes: the area under
+    the ROC curve, P(D_f's > T's) + P(equal) / 2.
+    """
+    return separation(e.train_forget.confidence, e.forget.confidence)
+
+
+@metric("class_MIA_tpr1", "%", "retrain", group="attack", target="1", source="2112.03570")
+def class_mia_tpr1(e: Evidence) -> float:
+    """Share of D_f found by a threshold on the true class's probability that 1 % of T's images of the same classes
+    pass; equal values are guessed among.
+    """
+    return 100 * caught(e.train_forget.confidence, e.forget.confidence)
+
+
+# --- against the retrained models: see comparisons.py -----------------------------------------------------
 
 
 def retrained_mean(e: Evidence, of: Compute) -> float | None:
     """Mean of a figure over the retrained models; None if there are none."""
     values = [value for value in (r.figure(of) for r in e.retrained) if value is not None]
     return sum(values) / len(values) if values else None
-
-
-@metric("avg_gap", "points", "lower", group="retrain", target="0", source="2310.12508", first=True)
-def avg_gap(e: Evidence) -> float | None:
-    """Mean of |m_u - m_r| over UA, RA, TA and MIA-efficacy, m_r the mean over the retrained models."""
-    if not e.retrained:
-        return None
-    pairs = [
-        (e.figure(of), retrained_mean(e, of))
-        for of in (unlearning_accuracy, remaining_accuracy, retain_score, mia_efficacy)
-    ]
-    gaps = [abs(ours - theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
-    return sum(gaps) / len(gaps)

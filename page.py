@@ -23,6 +23,7 @@ from tables import (
     grid,
     headline,
     metrics_of,
+    remarks,
     table,
     without_records,
 )
@@ -181,13 +182,7 @@ def _run_text(run: Run) -> dict:
         "facts": facts,
         "command": command(run),
         "points": len(run),
-        "verdicts": [
-            (first["labels"].get(name, name), one["sentence"])
-            for name, found in (choose(run, first["answer"]).get("verdicts") or {}).items()
-            for one in found
-        ]
-        if first["answer"] in first["labels"]
-        else [],
+        "remarks": remarks(run),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from tables import Estimate, Run, best_points, chosen_in, choose, classes_of, estimate, metrics_of, over_runs
+from tables import Estimate, Run, best_points, choose, chosen_in, classes_of, estimate, metrics_of, over_runs
 
 MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
 MOST_POINTS = 400  # of a training curve
@@ -152,8 +152,8 @@ def trade_off(runs: Sequence[Run]) -> list[Panel]:
         series.append(Series("Pareto front", [x for x, _ in front], [y for _, y in front], "front", -1))
     alt = f"Retain score against forget score; the Pareto front has {len(front)} points. {_extent(series)}."
     title = f"forgetting {classes_of(first)}: top left is best" if len(runs) == 1 else "trade-off: top left is best"
-    names = [_name(about[metric], metric) for metric in ("forget_score", "retain_score")]
-    return [Panel(title, *names, series, alt)]
+    x, y = (_name(about[metric], metric) for metric in ("forget_score", "retain_score"))
+    return [Panel(title, x, y, series, alt)]
 
 
 def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:

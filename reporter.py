@@ -5,9 +5,11 @@ page, `compare.py` holds runs against each other; this room says what is written
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from artifacts import HISTORY, MANIFEST, code_key, key_of, read_json, read_records, sha256_file, write_json, write_text
+from compare import compared, find_side, in_words
 from config import ReporterConfig, UserError, plain
 from figures import save
 from observe import log, progress
@@ -107,6 +109,26 @@ class Reporter:
         write_json(folder / MANIFEST, {"key": key, "files": sorted(path.name for path in folder.glob("[!.]*.*"))})
         log(f"report: {len(drawn)} figures and tables of {sum(map(len, runs))} points in {folder}")
         return folder
+
+    def compare(self, names: Sequence[str]) -> str:
+        """Hold runs against the first one named; the tables go to reports/compare-*.md, .csv and .tex as well.
+
+        Args:
+            names: output folders, or ids of runs below this one's; at least two.
+
+        Raises:
+            UserError: fewer than two, one that is not there, or nothing in common.
+        """
+        if len(names) < 2:
+            raise UserError(f"compare needs two runs or folders, found {len(names)}: name the other one too")
+        first, *others = (find_side(name, self.output_dir) for name in names)
+        pairs = [(other, compared(first, other)) for other in others]
+        said = []
+        for number, (other, rows) in enumerate(pairs, 1):
+            about = in_words(rows, first.name, other.name)
+            write_table(self.page.parent, f"compare-{number}", rows, about)
+            said.append(as_text(rows) + "\n" + about)
+        return "\n\n".join(said)
 
     def _plot_grid(self, groups: list[list[Run]]) -> None:
         """Every metric that is shown first, over every model and dataset."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from artifacts import key_of
 from config import SupportedDatasets, SupportedVisionModels
+from intervals import t_interval
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
 APART = ("seed", "forget_class", "topK_list", "kappa_list", "reporter", "tracker", "device", "output_dir")
-CONFIDENCE = 0.95
 Run = list[dict]
 
 
@@ -32,6 +32,11 @@ class Best:
     kappa: int | None
     values: dict[str, float]
     record: dict
+
+    @property
+    def verdicts(self) -> list[dict[str, str]]:
+        """What the record says against the method; nothing in records from before there were verdicts."""
+        return (self.record.get("verdicts") or {}).get(self.method, [])
 
     def interval(self, metric: str) -> dict | None:
         """The metric's own interval {value, low, high, n}, where the record has one."""
@@ -116,37 +121,40 @@ def chosen_in(runs: Sequence[Run]) -> dict[str, list[Best]]:
 
 def over_runs(values: Sequence[float]) -> Estimate:
     """Mean over runs with Student's t interval (none for a single value)."""
-    n, mean = len(values), math.fsum(values) / len(values)
+    n = len(values)
     if n < 2:
-        return Estimate(mean, None, None, n)
-    from scipy.special import stdtrit
-
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * spread / math.sqrt(n)
-    return Estimate(mean, mean - half, mean + half, n)
+        return Estimate(values[0], None, None, n)
+    found = t_interval(values)
+    return Estimate(found.value, found.low, found.high, n)
 
 
 def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
     """A metric over the chosen points of several runs; of one run with the record's own interval, if it has one."""
-    values = [point.values.get(metric) for point in points]
-    numbers = [value for value in values if value is not None]
-    if not numbers or len(numbers) < len(values):
+    numbers = _known(points, metric)
+    if not numbers:
         return None
     if len(points) == 1 and (own := points[0].interval(metric)):
         return Estimate(numbers[0], own["low"], own["high"], own["n"])
     return over_runs(numbers)
 
 
+def _known(points: Sequence[Best], metric: str) -> list[float]:
+    """A metric at every point; nothing if it is not known at one of them."""
+    values = [point.values.get(metric) for point in points]
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else []
+
+
 def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str, list[float]]:
     """method -> how far from the best possible it is in each run; methods without the figure are left out."""
     losses = {}
     for name, points in found.items():
-        values = [point.values.get(metric) for point in points]
-        if name in REFERENCES or any(value is None for value in values):
+        values = _known(points, metric)
+        if name in REFERENCES or not values:
             continue
         if better == "retrain":
-            targets = [point.values.get(metric) for point in found.get("retrain", [])]
-            if not targets or None in targets:
+            targets = _known(found.get("retrain", []), metric)
+            if not targets:
                 return {}
             losses[name] = [abs(value - target) for value, target in zip(values, targets, strict=True)]
         else:
@@ -216,14 +224,16 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
     metrics, found = metrics_of(runs, every), chosen_in(runs)
     head = [f"{name} [{about['unit']}, {ARROWS[about['better']]}]" for name, about in metrics.items()]
     bold = {name: leaders(found, name, about["better"]) for name, about in metrics.items()}
-    rows = [["method", "topK", "kappa", *head, "weights changed", "seconds"]]
+    judged = len(runs) == 1 and any(points[0].verdicts for points in found.values())
+    rows = [["method", "topK", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
     for method, points in found.items():
         figures = {name: shown(estimate(points, name)) for name in metrics}
         marked = [f"**{text}**" if method in bold[name] else text for name, text in figures.items()]
-        changed = _budget([point.values["weights_changed"] for point in points])  # ty: ignore[invalid-argument-type]
+        changed = _budget([int(point.values["weights_changed"]) for point in points])
         seconds = f"{over_runs([point.values['seconds'] for point in points]).value:.3f}"
         budgets = [_budget([point.top_k for point in points]), _budget([point.kappa for point in points])]
-        rows.append([points[0].label, *budgets, *marked, changed, seconds])
+        said = [", ".join(one["key"] for one in points[0].verdicts) or "-"] * judged
+        rows.append([points[0].label, *budgets, *marked, changed, seconds, *said])
     return rows
 
 
@@ -282,8 +292,15 @@ def as_csv(rows: list[list[str]]) -> str:
 
 TEX = {
     **{sign: f"\\{sign}" for sign in "%&_#${}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "→": r"$\rightarrow$", "<": "$<$", ">": "$>$"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "→": r"$\rightarrow$",
+    "<": "$<$",
+    ">": "$>$",
 }
 
 
@@ -311,6 +328,15 @@ def classes_of(record: dict) -> str:
     if not isinstance(named, list):
         return f"class {named}"
     return "classes " + ", ".join(map(str, named[:-1])) + f" and {named[-1]}"
+
+
+def remarks(records: Run) -> list[str]:
+    """The verdicts in whole sentences, each with the methods that it is on; of faultless ones what was unchecked."""
+    said: dict[str, list[str]] = {}
+    for best in best_points(records):
+        for one in best.verdicts:
+            said.setdefault(one["sentence"], []).append(best.label)
+    return [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
 
 
 def headline(records: Run) -> str:

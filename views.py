@@ -15,6 +15,8 @@ from utils_data import UnlearningDataset
 
 SAMPLES = 8
 WIDEST = 48  # pixels of a thumbnail's longer side
+MOST_CLASSES = 100  # of a class x class table
+TABLES = ("class_probability", "confusion", "class_score", "taken_for", "said_of_samples")
 MAP_SIDE = 32  # cells, at most, of a mask's map in each direction
 
 
@@ -56,6 +58,20 @@ def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
     seen, hits = torch.bincount(labels, minlength=count), torch.bincount(labels[right], minlength=count)
     scores = [round(100 * h / n, 2) if n else None for h, n in zip(hits.tolist(), seen.tolist(), strict=True)]
     return {"class_score": scores, "taken_for": torch.bincount(forget.logits.argmax(1), minlength=count).tolist()}
+
+
+def tables_of(forget: Outputs, retain: Outputs) -> dict[str, list]:
+    """Where images go, as far as there are not too many classes for it: those of TABLES that a record has.
+
+    Mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes, else `class_tables`.
+    """
+    count = forget.logits.shape[1]
+    tables = {"class_probability": forget.log_p.exp().mean(0).tolist(), "said_of_samples": said_of_samples(forget)}
+    if count > MOST_CLASSES:
+        return tables | class_tables(forget, retain)
+    true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.logits, retain.logits]).argmax(1)
+    cells = torch.bincount(true * count + said, minlength=count * count)
+    return tables | {"confusion": cells.view(count, count).tolist()}
 
 
 def _binned(counts: Tensor) -> Tensor:

@@ -6,9 +6,10 @@
     [--methods NAME ...] [--json PATH] [--markdown PATH] [--output-dir DIR]
 
 Fashion-MNIST; MLP: all images, batch 128, 8 epochs; ResNet-18: 12,000 images, 2 epochs. The graph network is the
-shipped one, which has seen none of these classifiers. Settings (at most 5 a method) and kappa (5 values) are chosen for every
-cell, a class of a classifier, by Avg Gap to the retrained models on validation images; figures are of test images. What
-is measured is kept cell by cell below the output folder: a second run, or two at once over different seeds, only adds.
+shipped one, which has seen none of these classifiers. Settings (at most 5 a method) and kappa (5 values) are chosen for
+every cell, a class of a classifier, by Avg Gap to the retrained models on validation images; figures are of test
+images. What is measured is kept cell by cell below the output folder: a second run, or two at once over different
+seeds, only adds.
 """
 
 import sys
@@ -19,14 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from intervals import against, t_interval
-
 from artifacts import code_key, key_of, provenance, read_json, sha256_file, write_json, write_text
 from benchmarks.common import keep, parser
 from benchmarks.zoo import Recipe, stages_of
 from config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from eval import Eval
 from gcn import reuse_freed_memory
+from intervals import against, t_interval
 from methods import METHODS, Point
 from pipeline import RECORD_CODE, Pipeline
 from tables import as_text

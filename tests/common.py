@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from graph import WeightGraph
-from metrics import Evidence, Outputs
+from metrics import Choose, Evidence, Outputs
 from model import HookedMLPClassifier, HookedModel
 
 LOG_LINE = re.compile(r"\[ *\d+\.\d s\] \S")
@@ -38,7 +38,7 @@ def evidence(split: str = "test", model: HookedModel | None = None, **given: Any
     def outputs(split: str, is_forget_set: bool) -> Outputs:
         return sets[split][0 if is_forget_set else 1]
 
-    def images(split: str, is_forget_set: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def images(split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("this evidence has no images")
 
     facts: dict[str, Any] = {"mask_layer": -2, "forget_class": (0,), "seed": 0, "device": torch.device("cpu")}

@@ -21,7 +21,7 @@ from tests.common import LOG_LINE, TINY
 
 ROOT = Path(main.__file__).parent
 METHODS = ("MIMU (ours)", "MIMU refined (ours)", "signed Taylor", "random mask", "SFT randomisation", "untouched")
-METRICS = ("forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score")
+METRICS = ("forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score", "worst_retained_drop")
 
 
 def environment(folder: Path) -> dict[str, str]:

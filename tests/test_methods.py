@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import edits  # noqa: F401 - registers its methods
 from config import (
     EvalConfig,
     GCNConfig,
@@ -65,7 +66,7 @@ def test_contract(context, name):
     before, images = bits(context.model), context.data.splits["test"].batch(slice(50))[0]
 
     def once(point: Point) -> torch.Tensor:
-        with METHODS[name].enter(context, point) as model, torch.inference_mode():
+        with METHODS[name].enter(context, point, **METHODS[name].grid[0]) as model, torch.inference_mode():
             assert not any(module.training for module in model.modules())
             return model(images)
 
@@ -87,7 +88,7 @@ def test_classifier_survives_an_error_inside(context, name):
     before = bits(context.model)
 
     def fails() -> None:
-        with METHODS[name].enter(context, POINT):
+        with METHODS[name].enter(context, POINT, **METHODS[name].grid[0]):
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -125,7 +126,7 @@ def test_shared_work_is_charged_to_each_method_once(context):
     assert fresh.charged == 0  # the first caller's clock has run already
     fresh.theta(5)
     assert asked == [5]
-    assert fresh.charged == fresh._theta[5][1] >= 0.05
+    assert fresh.charged == fresh._once["theta", 5][1] >= 0.05
 
 
 def test_a_mask_is_made_once_and_charged_to_those_who_take_it_again(context):

@@ -119,6 +119,20 @@ def test_rank_one_features_are_those_of_per_sample_autograd(setting, tmp_path):
         torch.testing.assert_close(graphs.class_features(label), oracle[labels == label].mean(0), rtol=1e-3, atol=2e-4)
 
 
+def test_evidence_takes_the_images_that_are_asked_for(setting):
+    model, data = setting
+    context = Context(model, data, PipelineConfig(forget_class=3), torch.device("cpu"), lambda topK: torch.zeros(1))
+    e = Eval(context).reference("test")
+    images, labels = e.images("val", False)
+    assert sorted(set(labels.tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert set(e.images("val", True)[1].tolist()) == {3}
+    assert torch.equal(labels, e.outputs("val", False).labels)  # in the order of the outputs
+    for choose in (torch.tensor([5, 2]), lambda asked: torch.tensor([5, 2]) if torch.equal(asked, labels) else None):
+        some, true = e.images("val", False, choose)
+        assert torch.equal(some, images[[5, 2]])
+        assert torch.equal(true, labels[[5, 2]])
+
+
 def test_prefix_cache_is_the_full_forward_pass(setting):
     model, data = setting
     context = Context(model, data, PipelineConfig(forget_class=3), torch.device("cpu"), lambda topK: torch.zeros(1))

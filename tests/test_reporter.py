@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,13 +32,14 @@ from tables import (
     as_text,
     best_points,
     caption,
-    chosen_in,
     choose,
+    chosen_in,
     families,
     grid,
     headline,
     leaders,
     over_runs,
+    remarks,
     runs_of,
     shown,
     table,
@@ -69,7 +71,7 @@ def confusion(forget: int, classes: int) -> list[list[int]]:
 
 def record(
     top_k: int, kappa: int, validation: tuple, test: tuple, classes: int = 3, seed: int = 0, run: str = "abc"
-) -> dict:
+) -> dict[str, Any]:
     others = {"default": values(90, 80, 0), "novel": values(40, 60, 9)}
     return {
         "schema": SCHEMA,
@@ -132,24 +134,20 @@ def test_table_and_headline_by_hand(records):
     )
 
 
-def test_bytes_are_reproducible_and_nothing_is_drawn_twice(records, tmp_path):
-    config = ReporterConfig(formats=("png", "svg", "pdf"), dpi=30)
-    drawn = [Reporter(tmp_path / name, config).plot(records)[0] for name in ("a", "b")]
-    first, second = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in drawn)
-    assert first == second
-    assert {"forget_score_over_kappa.svg", "trade_off.pdf", "weight_histogram.png", "table.md", "table_all.tex"} <= set(
-        first
-    )
-    assert b"a novel method" in first["table.csv"]
-    times = {p.name: p.stat().st_mtime_ns for p in drawn[0].iterdir()}
-    Reporter(tmp_path / "a", config).plot(records)
-    assert {p.name: p.stat().st_mtime_ns for p in drawn[0].iterdir()} == times
-    (drawn[0] / "trade_off.png").unlink()
-    Reporter(tmp_path / "a", config).plot(records)
-    assert (drawn[0] / "trade_off.png").read_bytes() == first["trade_off.png"]
-    records[0]["methods"]["mimu"]["retain_score"] = 1.0
-    Reporter(tmp_path / "a", config).plot(records)
-    assert (drawn[0] / "trade_off.png").read_bytes() != first["trade_off.png"]
+def test_verdicts_of_the_chosen_point_are_shown(records):
+    assert (remarks(records), "verdict" in table(records)[0]) == ([], False)  # a record from before there were any
+    bad, fine = {"key": "collapsed", "sentence": "too much is lost"}, {"key": "fine", "sentence": "nothing found"}
+    records[0]["verdicts"] = {"mimu": [fine]}  # not the point that is chosen
+    records[1]["verdicts"] = {"mimu": [bad, {"key": "too random", "sentence": "it guesses"}], "default": [fine]}
+    rows = table(records)
+    assert [row[-1] for row in rows] == ["verdict", "collapsed, too random", "-", "-"]
+    assert rows[1][-3:-1] == ["200", "0.500"]
+    records[0]["verdicts"]["default"] = [fine]
+    assert [row[-1] for row in table(records)][2] == "fine"
+    assert remarks(records) == ["MIMU: too much is lost.", "MIMU: it guesses."]
+    for name in ("default", "novel"):
+        records[0]["verdicts"][name] = [{"key": "fine", "sentence": "nothing found; not checked"}]
+    assert remarks(records)[2:] == ["untouched, a novel method: nothing found; not checked."]
 
 
 def family() -> list[list[dict]]:
@@ -312,15 +310,15 @@ def test_many_classes_are_cut_or_joined_and_it_says_so():
     one = record(5, 100, (50, 80), (50, 80), classes=300)
     one["class_probability"]["mimu"][250] = 0.5
     (panel,) = class_probability([[one]])
-    assert len(panel.ticks) == MOST_BARS
-    assert {"1", "250"} <= set(panel.ticks)
+    assert len(panel.ticks or []) == MOST_BARS
+    assert {"1", "250"} <= set(panel.ticks or [])
     assert "20 of 300 classes" in panel.title
     (ax,) = draw([panel]).axes
     assert len(ax.patches) == 2 * MOST_BARS
     (panel,) = confusion_difference([[one]])
     assert "blocks of 15 of 300 classes" in panel.title
-    assert panel.ticks[:2] == ["0-14", "15-29"]
-    assert sum(itertools.chain(*panel.cells)) == pytest.approx(0)
+    assert list(panel.ticks or [])[:2] == ["0-14", "15-29"]
+    assert sum(itertools.chain(*(panel.cells or []))) == pytest.approx(0)
 
 
 def test_records_of_a_thousand_classes_have_tables_of_their_own():
@@ -329,10 +327,10 @@ def test_records_of_a_thousand_classes_have_tables_of_their_own():
     one["class_score"] = {"default": [100.0] * 1000, "mimu": [100.0] * 998 + [10.0, None]}
     one["taken_for"] = {"default": [0, 8] + [0] * 998, "mimu": [0, 0, 6, 2] + [0] * 996}
     (panel,) = per_class([[one]])
-    assert "998" in panel.ticks
-    assert panel.series[1].y[panel.ticks.index("998")] == 10
+    assert "998" in (panel.ticks or [])
+    assert panel.series[1].y[(panel.ticks or []).index("998")] == 10
     (panel,) = forgotten_taken_for([[one]])
-    assert panel.series[1].y[panel.ticks.index("2")] == 75
+    assert panel.series[1].y[(panel.ticks or []).index("2")] == 75
     assert confusion_difference([[one]]) == []
 
 

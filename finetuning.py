@@ -1,0 +1,120 @@
+"""Fine-tuning a copy of a classifier on the images to forget and to retain: the engine of every rival that trains.
+
+BatchNorm keeps the running statistics of the original (eval mode throughout): only parameters change.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from config import UserError, derive_seed
+from model import HookedModel
+from utils_data import UnlearningDataset
+
+BATCH = 128
+RETAINED = 2  # images of D_r for each image of D_f, in one epoch: the same budget for every method
+Optimizing = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Diverged(UserError):
+    """A loss that is no longer finite, with these settings on this classifier."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter of which only the entries where `free` holds may change; `before` is what the others stay."""
+
+    parameter: nn.Parameter
+    free: Tensor
+    before: Tensor
+
+
+class Finetuner:
+    """A copy of a classifier in training, and the batches that it is trained on.
+
+    Args:
+        name: of the method, for the seed and for messages.
+        model: left as it is. data: its dataset; D_f and D_r are parts of the training images.
+        seed: of the point; one generator, derived from it and the name, makes every draw.
+        optimizing: makes the optimiser of the parameters.
+        free: what may change, a bool tensor for each parameter by name (None: every parameter). All other entries keep
+            their bits, whatever momentum or weight decay would do to them.
+        clip: the gradient's L2 norm, at most (None: any); keeps ascent, whose loss has no bound, finite.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: HookedModel,
+        data: UnlearningDataset,
+        seed: int,
+        device: torch.device,
+        optimizing: Optimizing,
+        free: Mapping[str, Tensor] | None = None,
+        clip: float | None = None,
+    ):
+        self.name, self.device, self.clip, self.num_classes = name, device, clip, data.num_classes
+        self.model = copy.deepcopy(model).eval().requires_grad_(True)
+        self.images = data.splits["train"]
+        forgotten = data.is_forgotten(self.images.labels)
+        self.forget, self.retain = forgotten.nonzero().flatten(), (~forgotten).nonzero().flatten()
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, name))
+        self.optimizer = optimizing(list(self.model.parameters()))
+        self.held = (
+            [self._hold(name, parameter, free) for name, parameter in self.model.named_parameters()] if free else []
+        )
+
+    def _hold(self, name: str, parameter: nn.Parameter, free: Mapping[str, Tensor]) -> Held:
+        none = torch.zeros_like(parameter, dtype=torch.bool)
+        return Held(parameter, free.get(name, none).to(self.device), parameter.detach().clone())
+
+    # --- batches ---
+
+    def _load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = self.images.batch(indices)
+        return images.to(self.device), labels.to(self.device)
+
+    def forgotten(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over D_f in random order: images [B, C, H, W] and labels [B], B <= BATCH."""
+        order = torch.randperm(len(self.forget), generator=self.generator)
+        yield from (self._load(self.forget[picks]) for picks in order.split(BATCH))
+
+    def retained(self, share: int = RETAINED, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+        """`share` images of D_r for each one of D_f, drawn anew with replacement, in batches of at most `size`."""
+        picks = torch.randint(len(self.retain), (share * len(self.forget),), generator=self.generator)
+        yield from (self._load(self.retain[part]) for part in picks.split(size))
+
+    def paired(self) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """One pass over D_f, each batch with RETAINED times as many images of D_r: ((x_f, y_f), (x_r, y_r))."""
+        yield from zip(self.forgotten(), self.retained(size=RETAINED * BATCH), strict=True)
+
+    def random_labels(self, labels: Tensor) -> Tensor:
+        """As many labels [B], uniform over all classes, the true one not excluded."""
+        return torch.randint(self.num_classes, labels.shape, generator=self.generator).to(self.device)
+
+    # --- steps ---
+
+    def descend(self, loss: Tensor) -> None:
+        """One step of the optimiser down a loss of the copy; what is held is put back, bit by bit.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        if not bool(loss.isfinite()):
+            raise Diverged(f"{self.name}'s loss is no longer finite: leave it out of eval.methods for this classifier")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        with torch.no_grad():
+            for held in self.held:
+                held.parameter.copy_(torch.where(held.free, held.parameter, held.before))
+
+    def finished(self) -> HookedModel:
+        """The fine-tuned copy, frozen, in eval mode."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.model.requires_grad_(False)

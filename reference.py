@@ -1,0 +1,177 @@
+"""docs/methods.md and docs/metrics.md, generated from the registries; example values from docs/example.json.
+
+    uv run main.py docs [--example RECORD.json]
+
+The example is an extract of one record: without --example the committed one is used again.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from artifacts import SCHEMA, read_json, write_json, write_text
+from config import PROJECT_ROOT, UserError
+from eval import Eval  # noqa: F401 - registers every method and every metric
+from methods import BUDGET, METHODS, Method
+from metrics import GROUPS, METRICS, Metric
+from tables import as_text
+from verdicts import meanings
+
+DOCS = PROJECT_ROOT / "docs"
+ARROWS = {"higher": "up", "lower": "down", "retrain": "as retrained"}
+EXAMPLE = "example.json"
+ABOUT = ("schema", "model", "dataset", "forget_class", "mask_layer", "top_k", "kappa", "seed")
+KEPT = ("methods", "settings", "verdicts")
+SHOWN = ("forget_score", "retain_score", "avg_gap", "weights_changed", "seconds")  # of a method
+BESIDE = ("default", "retrain", "mimu_refined")  # whose values stand beside a metric
+DIGITS = 4
+
+Example = Mapping[str, dict]
+
+
+def _of_shape(value: object, holds: Callable[[object], bool]) -> bool:
+    """Whether it is a JSON object whose values all hold."""
+    return isinstance(value, dict) and all(holds(item) for item in value.values())
+
+
+def _sound(record: dict) -> bool:
+    """Whether all that the pages read of a record is there, of the right types."""
+
+    def figures(of: object) -> bool:
+        return _of_shape(of, lambda value: value is None or isinstance(value, (int, float)))
+
+    def said(of: object) -> bool:
+        return isinstance(of, list) and all(isinstance(one, dict) and {"key", "sentence"} <= set(one) for one in of)
+
+    shapes = {"methods": figures, "settings": lambda of: of is None or isinstance(of, dict), "verdicts": said}
+    return {*ABOUT, *KEPT} <= set(record) and all(_of_shape(record[key], holds) for key, holds in shapes.items())
+
+
+def extract(path: Path) -> dict:
+    """What the pages use of a record.
+
+    Raises:
+        UserError: the file is missing, no JSON object, or not a record of this project.
+    """
+    record = {"settings": {}, "verdicts": {}} | read_json(path)  # records from before there were verdicts
+    origin = record.get("provenance")
+    if record.get("schema") != SCHEMA or not isinstance(origin, dict) or not _sound(record):
+        raise UserError(f"{path} is no {SCHEMA} record: name one below eval/metrics_and_plots/json")
+    return {key: record[key] for key in (*ABOUT, *KEPT)} | {"commit": origin.get("commit")}
+
+
+def shown(value: object) -> str:
+    """A figure with DIGITS digits; "-" where there is none."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+
+
+def cell(text: str) -> str:
+    """Text that may stand in a Markdown table."""
+    return text.replace("|", "\\|") or "-"
+
+
+def source(text: str) -> str:
+    """arXiv ids with their address."""
+    return re.sub(r"\b(?:arXiv:)?(\d{4}\.\d{4,5})\b", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def setup(example: Example) -> str:
+    """The run that example values are of, in one sentence."""
+    named = example["forget_class"]
+    classes = ", ".join(map(str, named)) if isinstance(named, list) else named
+    return (
+        f"Example values: test images of {example['dataset']}, {example['model']}, forgotten class {classes}, kappa "
+        f'{example["kappa"]}, seed {example["seed"]}; one run, no mean. "-": not measured in it.'
+    )
+
+
+def settings(values: Mapping[str, object]) -> str:
+    """Hyper-parameters, `a = 1, b = 2`."""
+    return ", ".join(f"{name} = {value}" for name, value in values.items()) or "none"
+
+
+def method_section(entry: Method, example: Example) -> str:
+    """One method's part of the page."""
+    lines = [f"## `{entry.name}`: {entry.label}", "", entry.definition, "", f"- source: {source(entry.source)}"]
+    lines.append(f"- depends on: {', '.join(entry.axes) or 'no sweep axis'}")
+    tuned = "; ".join(settings(one) for one in entry.grid)
+    lines.append(f"- settings: {tuned}" + (" (the first is the default)" if len(entry.grid) > 1 else ""))
+    figures = example["methods"].get(entry.name)
+    if figures:
+        values = ", ".join(f"{name} {shown(figures.get(name))}" for name in SHOWN)
+        used = example["settings"].get(entry.name)
+        lines.append(f"- example: {values}" + (f"; with {settings(used)}" if used else ""))
+        lines += [f"- verdict: {one['key']} ({one['sentence']})" for one in example["verdicts"].get(entry.name, [])]
+    return "\n".join(lines) + "\n"
+
+
+def methods_page(methods: Mapping[str, Method], example: Example) -> str:
+    """docs/methods.md."""
+    rows = [["method", "label", "source", "settings"]]
+    rows += [[f"`{one.name}`", one.label, cell(source(one.source)), str(len(one.grid))] for one in methods.values()]
+    head = (
+        "# Methods\n\nGenerated by `uv run main.py docs`; edit the functions, not this page.\n\n"
+        f"Every method is tuned over at most {BUDGET} settings, by Avg Gap to retraining on validation images; the "
+        f"classifier that it enters with is bit-identical when it leaves. {setup(example)}\n\n"
+    )
+    return head + as_text(rows) + "\n" + "\n".join(method_section(one, example) for one in methods.values())
+
+
+def metric_section(entry: Metric, example: Example) -> str:
+    """One metric's part of the page."""
+    figures = example["methods"]
+    present = [name for name in BESIDE if name in figures]
+    values = ", ".join(f"{METHODS[name].label} {shown(figures[name].get(entry.name))}" for name in present)
+    lines = [f"## `{entry.name}` [{entry.unit}]", "", entry.definition, ""]
+    lines.append(f"- better: {ARROWS[entry.better]}; target: {entry.target or '-'}")
+    lines.append(f"- group: {entry.group} ({GROUPS[entry.group]})")
+    lines += [f"- source: {source(entry.source)}"] * bool(entry.source)
+    return "\n".join([*lines, f"- example: {values or '-'}"]) + "\n"
+
+
+def metrics_page(metrics: Mapping[str, Metric], example: Example) -> str:
+    """docs/metrics.md."""
+    rows = [["metric", "unit", "better", "target", "group"]]
+    rows += [
+        [f"`{one.name}`", cell(one.unit), ARROWS[one.better], cell(one.target), one.group] for one in metrics.values()
+    ]
+    head = (
+        "# Metrics\n\nGenerated by `uv run main.py docs`; edit the functions, not this page.\n\n"
+        "D_f and D_r: training images of the classes to forget and of all others. T: the judged split, test images for "
+        f"the report and validation images for choices. {setup(example)}\n\n"
+    )
+    sections = "\n".join(metric_section(one, example) for one in metrics.values())
+    said = "".join(f"- **{key}**: {text}\n" for key, text in meanings().items())
+    tail = (
+        "\n## Intervals and verdicts\n\nA record's `intervals` are 95 % intervals over the images of its one run: "
+        "Wilson's for shares, the bootstrap's for the mean probability. They say nothing about other training seeds. "
+        "`verdicts` rest on them: one score is above another if the interval of their difference excludes 0.\n\n"
+    )
+    return head + as_text(rows) + "\n" + sections + tail + said
+
+
+def pages(example: Example) -> dict[str, str]:
+    """Every generated page by file name."""
+    return {"methods.md": methods_page(METHODS, example), "metrics.md": metrics_page(METRICS, example)}
+
+
+def write_docs(record: Path | None = None, folder: Path = DOCS) -> list[Path]:
+    """Write the pages; `record`: take example values from it from now on.
+
+    Raises:
+        UserError: no example can be read.
+    """
+    place = folder / EXAMPLE
+    if record is None and not place.exists():
+        raise UserError(f"there is no {place}: give --example RECORD.json, a record of a run")
+    example = read_json(place) if record is None else extract(record)
+    if not _sound(example):
+        raise UserError(f"{place} is no extract of a record: give --example RECORD.json to make it anew")
+    texts = pages(example)
+    if record is not None:
+        write_json(place, example)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]

@@ -1,0 +1,133 @@
+"""Intervals and tests against textbook values, hand computation, scipy and coverage."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from config import UserError
+from intervals import Estimate, against, bootstrap_mean, difference, holm, paired, t_interval, wilson
+
+
+def test_wilson_textbook_values():
+    """0/10: (0, z^2 / (10 + z^2)) = (0, .2775); 5/10: .2366 to .7634 (Newcombe 1998 and any table)."""
+    none, half, full = wilson(0, 10), wilson(5, 10), wilson(10, 10)
+    assert (none.value, none.low, none.n) == (0, 0, 10)
+    assert none.high == pytest.approx(0.2775, abs=5e-5)
+    assert (half.value, half.low, half.high) == pytest.approx((0.5, 0.2366, 0.7634), abs=5e-5)
+    assert (full.low, full.high) == pytest.approx((1 - none.high, 1))
+
+
+@pytest.mark.parametrize(("successes", "n", "level"), [(3, 17, 0.95), (81, 263, 0.95), (15, 148, 0.9), (1, 29, 0.99)])
+def test_wilson_agrees_with_scipy(successes, n, level):
+    ends = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    assert (wilson(successes, n, level).low, wilson(successes, n, level).high) == pytest.approx((ends.low, ends.high))
+
+
+def test_difference_of_shares_textbook_value():
+    """56/70 - 48/80 = .2, .0524 to .3339 (Newcombe 1998, table II a, method 10); turned round, signs turn."""
+    a, b = wilson(56, 70), wilson(48, 80)
+    assert (difference(a, b).low, difference(a, b).high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert (difference(b, a).low, difference(b, a).high) == pytest.approx((-0.3339, -0.0524), abs=5e-5)
+
+
+def test_times_changes_the_unit():
+    assert Estimate(0.5, 0.25, 0.75, 9).times(100) == Estimate(50, 25, 75, 9)
+
+
+def test_t_interval_by_hand():
+    """1, 2, 3: s = 1, t_2(.975) = 4.3027, half = 4.3027 / sqrt(3) = 2.4841."""
+    found = t_interval([1, 2, 3])
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), abs=1e-5)
+    assert found.n == 3
+    assert t_interval([1, 2, 3], 0.9).high == pytest.approx(2 + 2.91999 / math.sqrt(3), abs=1e-5)
+
+
+def test_bootstrap_is_near_the_normal_interval_and_repeatable():
+    values = np.random.default_rng(3).exponential(size=400)
+    found = bootstrap_mean(values, 0)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.25 * half)
+    assert bootstrap_mean(values, 0) == found != bootstrap_mean(values, 1)
+    assert bootstrap_mean([0.25] * 5, 0) == Estimate(0.25, 0.25, 0.25, 5)
+
+
+def test_bootstrap_of_two_values_by_enumeration():
+    """Of 0 and 1 the mean of a resample is 0, .5, 1 with probability 1/4, 1/2, 1/4: 60 % lies between 0 and 1."""
+    found = bootstrap_mean([0, 1], 0, level=0.6)
+    assert (found.low, found.high) == (0, 1)
+    inner = bootstrap_mean([0, 1], 0, level=0.3)
+    assert (inner.low, inner.high) == (0.5, 0.5)
+
+
+def test_holm_by_hand():
+    """.01 .04 .03: 3 x .01, then 2 x .03, then max(.06, 1 x .04)."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1, 1]
+    assert holm([0.02, math.nan, 0.01])[::2] == pytest.approx([0.02, 0.02])
+    assert math.isnan(holm([0.02, math.nan, 0.01])[1])
+
+
+def test_signed_rank_by_enumeration():
+    """Exact p: the share of the 2^n signings whose smaller rank sum is at most the one found."""
+    differences = [1.0, 2.0, -0.5, 4.0, 3.0, -1.5, 6.0]
+    ranks = stats.rankdata(np.abs(differences))
+    total = ranks.sum()
+
+    def smaller(signs):
+        plus = sum(rank for rank, sign in zip(ranks, signs, strict=True) if sign > 0)
+        return min(plus, total - plus)
+
+    found = smaller(np.sign(differences))
+    signings = list(itertools.product([1, -1], repeat=len(ranks)))
+    p = sum(smaller(signs) <= found for signs in signings) / len(signings)
+    assert paired(differences).p == pytest.approx(p)
+    assert paired(differences).p == pytest.approx(stats.wilcoxon(differences).pvalue)
+
+
+def test_fewest_cells_that_can_reach_five_percent():
+    assert paired([1.0, 2, 3, 4, 5, 6]).p == pytest.approx(2 / 64)
+    five = paired([1.0, 2, 3, 4, 5])
+    assert (five.difference, five.n, five.test) == (3, 5, "none: fewer than 6 cells")
+    assert math.isnan(five.p)
+    assert paired([0.0] * 8).p == 1
+
+
+def test_against_pairs_cells_and_corrects():
+    cells = [(label, seed) for label in range(4) for seed in range(2)]
+    ours = dict.fromkeys(cells, 1.0)
+    worse = {cell: 2.0 + place / 10 for place, cell in enumerate(cells)}
+    mixed = {cell: 1.0 + (-1) ** place * (1 + place / 10) for place, cell in enumerate(reversed(cells))}
+    lacking = {**worse, (0, 0): None, (9, 9): 50.0}
+    tests = against({"ours": ours, "worse": worse, "mixed": mixed, "lacking": lacking}, "ours")
+    assert list(tests) == ["worse", "mixed", "lacking"]
+    worst = tests["worse"]
+    assert (worst.difference, worst.n, worst.unit) == (pytest.approx(1.35), 8, "class x seed")
+    assert (tests["worse"].p, tests["worse"].p_holm) == pytest.approx((2 / 2**8, 3 * 2 / 2**8))
+    assert (tests["lacking"].n, tests["lacking"].p_holm) == (7, pytest.approx(2 * 2 / 2**7))
+    assert tests["lacking"].difference == pytest.approx(1.4)
+    expected = stats.wilcoxon([mixed[cell] - 1 for cell in cells]).pvalue
+    assert (tests["mixed"].p, tests["mixed"].p_holm) == pytest.approx((expected, expected))
+    assert expected > 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: wilson(1, 0), "1 of 0 is no share"),
+        (lambda: wilson(0, 0), "0 of 0 is no share"),
+        (lambda: wilson(3, 2), "3 of 2 is no share"),
+        (lambda: wilson(-1, 2), "-1 of 2 is no share"),
+        (lambda: wilson(1, 2, 95), "level is 95"),
+        (lambda: t_interval([1]), "at least 2 finite values"),
+        (lambda: t_interval([1, math.nan]), "finite"),
+        (lambda: bootstrap_mean([], 0), "at least 1 finite"),
+        (lambda: against({"a": {}}, "b"), "no figures of 'b': choose from a"),
+    ],
+)
+def test_wrong_input_is_refused(call, says):
+    with pytest.raises(UserError, match=says):
+        call()

@@ -1,0 +1,269 @@
+"""Every metric against values worked out by hand, and what they say where there is nothing to say."""
+
+import math
+
+import pytest
+import torch
+from common import evidence
+
+import comparisons  # registers its metrics
+from attacks import caught, logistic_calls, separation, svc_calls
+from comparisons import AVERAGED, js, kl, total_variation
+from config import UserError
+from metrics import METRICS, Evidence, Outputs, chosen_metrics, forget_loss, metric
+
+LN2, LOW = math.log(2), -1e4
+# Four classes, 0 is forgotten. Distributions by the class that they are for: two leaning ones of 1.75 bits, one-hots.
+A, B, C = (1 / 2, 1 / 4, 1 / 8, 1 / 8), (1 / 4, 1 / 2, 1 / 8, 1 / 8), (1 / 4, 1 / 8, 1 / 2, 1 / 8)
+TWO, THREE = (1 / 8, 1 / 8, 1 / 2, 1 / 4), (1 / 8, 1 / 8, 1 / 4, 1 / 2)
+SURE = tuple(tuple(float(c == k) for c in range(4)) for k in range(4))
+EVEN = (1 / 4,) * 4
+
+
+def said(labels: list[int], *p: tuple[float, ...]) -> Outputs:
+    """Outputs with the probabilities p; a probability of 0 has the logit of a dropped class."""
+    return Outputs(torch.tensor(p).log().clamp(min=LOW), torch.tensor(labels))
+
+
+def right(count: int, of: int, label: int) -> Outputs:
+    """`count` of `of` images recognised, the others taken for class 3."""
+    return said([label] * of, *[SURE[label]] * count, *[SURE[3]] * (of - count))
+
+
+def world(**changes: object) -> Evidence:
+    """The judged model beside the untouched one, one retrained and one untrained."""
+    retained = [1, 1, 2, 3]
+    retrained = evidence(
+        train=(said([0] * 4, SURE[1], SURE[1], SURE[1], B), said([1, 2], SURE[1], SURE[2])),
+        test=(said([0] * 3, B, B, SURE[1]), said(retained, B, B, C, THREE)),
+        untrained=lambda split, is_forget_set: said([0] * 4, *[EVEN] * 4),
+    )
+    facts = {
+        "train": (said([0] * 4, SURE[0], SURE[1], A, B), said([1, 2], SURE[1], SURE[2])),
+        "test": (said([0] * 3, A, B, C), said(retained, B, A, TWO, THREE)),
+        "original": evidence(test=(said([0] * 3, A, A, A), said(retained, B, B, TWO, TWO))),
+        "retrained": (retrained,),
+        "untrained": retrained.untrained,
+    }
+    return evidence(**(facts | changes))
+
+
+LEAN = 0.5 * math.log2(4 / 3) + 0.25 * math.log2(2 / 3)  # JS(A, B), JS(A, even): both halves are this
+JS_SURE_C = (math.log2(16 / 9) + 7 / 8 - math.log2(4.5) / 8) / 2
+JS_SURE_EVEN = (math.log2(1.6) + 3 / 4 - math.log2(2.5) / 4) / 2
+ZRF, ZRF_RETRAINED = 1 - (2 * JS_SURE_EVEN + 2 * LEAN) / 4, 1 - (3 * JS_SURE_EVEN + LEAN) / 4
+BY_HAND = {
+    "forget_loss": 5 / 3 * LN2,  # (1 + 2 + 2) / 3 bits
+    "retain_loss": 5 / 4 * LN2,
+    "forget_probability": 1 / 3,
+    "forget_score": 100 / 3,
+    "retain_score": 75.0,
+    "worst_retained_drop": 50.0,  # class 1: from 2 of 2 to 1 of 2; class 3 gains
+    "UA": 50.0,
+    "RA": 100.0,
+    "entropy_forget": 0.4375,  # (0 + 0 + 1.75 + 1.75) / 4 bits of 2
+    "confident_wrong": 25.0,
+    "MIA_efficacy": 75.0,  # members at 1, others at 0.25 and 0.5; asked 1, 0, 0.5, 0.25
+    "entropy_MIA": 50.0,  # members at 0 bits, others at 1.75; asked 0, 0, 1.75, 1.75
+    "class_MIA_auc": 6.5 / 12,  # 1, 0, 0.5, 0.25 against 0.5, 0.25, 0.25: 3 + 0 + 2.5 + 1 of 12
+    "class_MIA_tpr1": 25.75,  # from (0, 1/4) to (1/3, 1/2), three hundredths of the way
+    "avg_gap": 25.0,  # |50 - 100|, 0, |75 - 100|, |75 - 100|
+    "ToW": 0.5 * 1 * 0.75,
+    "KL_forget": 3.25 / 3 * LN2,
+    "KL_test": (0.25 + 0.125) / 4 * LN2,
+    "JS_forget": (LEAN + JS_SURE_C) / 3,
+    "TV_forget": (1 / 4 + 0 + 7 / 8) / 3,
+    "activation_distance": (math.sqrt(2) + math.sqrt(0.84375)) / 4,
+    "routing_TV": 2 / 3,  # to classes 0, 1, 2 against 1, 1, 1
+    "entropy_gap": 0.21875,
+    "ZRF": ZRF,
+    "ZRF_gap": ZRF - ZRF_RETRAINED,
+}
+HERE = [name for name, entry in METRICS.items() if entry.compute.__module__ in ("metrics", "comparisons")]
+
+
+def test_every_metric_has_a_value_by_hand():
+    assert set(HERE) == set(BY_HAND)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_by_hand(name):
+    assert world().figure(METRICS[name].compute) == pytest.approx(BY_HAND[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_metric_says_what_it_is(name):
+    """Definition, unit, direction, target and source travel with every value."""
+    entry = METRICS[name]
+    assert len(entry.definition) > 20
+    assert entry.definition.endswith(".")
+    assert all((entry.unit, entry.target, entry.source))
+    assert set(entry.about()) == {"unit", "better", "target", "definition", "first"}
+
+
+# --- several retrained models, and none -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if METRICS[name].group == "retrain" and name != "ZRF"])
+def test_nothing_is_said_without_retrained_models(name):
+    assert world(retrained=()).figure(METRICS[name].compute) is None
+
+
+def test_nothing_is_said_without_the_others():
+    assert world(original=None).figure(METRICS["worst_retained_drop"].compute) is None
+    for name in ("ZRF", "ZRF_gap"):
+        assert world(untrained=None).figure(METRICS[name].compute) is None
+
+
+def test_the_gap_is_to_each_retrained_model_not_to_their_mean():
+    """UA 50 between retrained models of UA 100 and 0 is 50 away from both; their mean would hide it."""
+    sets = {"test": (right(1, 1, 0), right(2, 2, 1))}
+    low, high = (evidence(train=(right(count, 2, 0), right(2, 2, 1)), **sets) for count in (2, 0))
+    judged = evidence(train=(right(1, 2, 0), right(2, 2, 1)), retrained=(low, high), **sets)
+
+    def figures(e: Evidence) -> torch.Tensor:
+        return torch.tensor([e.figure(of) for of in AVERAGED], dtype=torch.float64)
+
+    gaps = [float((figures(judged) - figures(r)).abs().mean()) for r in (low, high)]
+    assert min(gaps) >= 50 / 4
+    assert judged.figure(comparisons.avg_gap) == pytest.approx(sum(gaps) / 2)
+    assert judged.figure(comparisons.tug_of_war) == pytest.approx(0.5)
+
+
+def test_tow_multiplies_all_three():
+    sets = {"train": (right(3, 4, 0), right(1, 2, 1)), "test": (right(1, 1, 0), right(4, 5, 2))}
+    gold = {"train": (right(0, 4, 0), right(2, 2, 1)), "test": (right(0, 1, 0), right(5, 5, 2))}
+    judged = evidence(retrained=(evidence(**gold),), **sets)
+    assert judged.figure(comparisons.tug_of_war) == pytest.approx(0.25 * 0.5 * 0.8)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_retrained_model_has_no_gap_to_itself(name):
+    """Lower-is-better comparisons are 0 and ToW is 1 where the two models say the same."""
+    (gold,) = world().retrained
+    sets = {"train": (gold.train_forget, gold.train_retain), "test": (gold.forget, gold.retain)}
+    value = evidence(retrained=(gold,), untrained=gold.untrained, original=gold, **sets).figure(METRICS[name].compute)
+    best = {"0": 0.0, "1": 1.0}.get(METRICS[name].target) if METRICS[name].group == "retrain" else None
+    if best is not None:
+        assert value == pytest.approx(best, abs=1e-12)
+    assert value is not None
+
+
+# --- extreme logits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_dropped_logits_give_finite_numbers(name):
+    """A logit of -1e4 on either side, judged or retrained."""
+    for who in ("judged", "retrained"):
+        e = world()
+        target = e if who == "judged" else e.retrained[0]
+
+        def dropped(split: str, is_forget_set: bool, of=target.outputs) -> Outputs:
+            outputs = of(split, is_forget_set)
+            logits = outputs.logits.clone()
+            logits[:, 0] = LOW
+            return Outputs(logits, outputs.labels)
+
+        object.__setattr__(target, "outputs", dropped)
+        value = e.figure(METRICS[name].compute)
+        assert value is not None
+        assert math.isfinite(value)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_logits_that_diverged_say_nothing_and_stop_nothing(name):
+    """NaN logits: figures of probabilities are None, not NaN, which JSON has no word for; answers count."""
+    nan = Outputs(torch.full((2, 4), math.nan), torch.tensor([1, 1]))
+    (gold,) = world().retrained
+    sets = {"train": (nan, nan), "test": (nan, nan)}
+    gold = evidence(train=(right(2, 2, 1),) * 2, test=(right(2, 2, 1),) * 2, untrained=lambda *_: right(2, 2, 1))
+    value = evidence(retrained=(gold,), untrained=gold.untrained, original=gold, **sets).figure(METRICS[name].compute)
+    of_answers = ("forget_score", "retain_score", "worst_retained_drop", "UA", "RA", "ToW", "routing_TV")
+    assert math.isfinite(value) if name in of_answers else value is None
+
+
+# --- the parts --------------------------------------------------------------------------------------------
+
+
+def test_divergences_by_hand():
+    p, q = (torch.tensor([row], dtype=torch.float64).log() for row in ((1 / 2, 1 / 2), (1 / 4, 3 / 4)))
+    assert float(kl(p, q)) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert float(kl(q, p)) == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2))
+    assert float(total_variation(p.exp(), q.exp())) == pytest.approx(1 / 4)
+
+
+def test_kl_of_impossible_classes():
+    """p = 0 adds nothing, q = 0 where p > 0 is infinite."""
+    sure, even = torch.tensor([[0.0, -math.inf]]), torch.tensor([[0.5, 0.5]]).log()
+    assert float(kl(sure, even)) == pytest.approx(LN2)
+    assert float(kl(even, sure)) == math.inf
+    assert float(js(sure, sure)) == 0
+
+
+def test_svc_cuts_between_symmetric_sides():
+    members, others = torch.full((30,), 0.9), torch.full((50,), 0.1)
+    asked = torch.tensor([0.95, 0.8, 0.55, 0.45, 0.2])
+    assert svc_calls(members, others, asked) == pytest.approx(3 / 5)
+    assert svc_calls(others, members, asked) == pytest.approx(2 / 5)
+
+
+def test_logistic_regression_cuts_between_symmetric_sides():
+    """Members are the certain ones: 0.2 and 1.0 nats, boundary 0.6 although there are ten times as many others."""
+    members, others = torch.full((20,), 0.2), torch.full((200,), 1.0)
+    assert logistic_calls(members, others, torch.tensor([0.0, 0.55, 0.65, 2.0])) == pytest.approx(1 / 2)
+
+
+def test_weights_are_the_same_as_copies():
+    """The grid's counts as weights give scikit-learn's answer to the very images, one by one."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import SVC
+
+    draw = torch.Generator().manual_seed(0)
+    members, others = ((100 * torch.rand(60, generator=draw) ** power).round() / 100 for power in (0.3, 1.0))
+    asked = torch.arange(101) / 100
+    values, truth = torch.cat([others, members])[:, None].numpy(), [0] * 60 + [1] * 60
+    for calls, plain in ((svc_calls, SVC(C=3, gamma="auto")), (logistic_calls, LogisticRegression())):
+        expected = plain.fit(values, truth).predict(asked[:, None].numpy()).mean()
+        assert calls(members, others, asked) == pytest.approx(expected, abs=0.011)
+        assert 0.05 < expected < 0.95
+
+
+def test_membership_is_a_coin_flip_where_all_figures_are_equal():
+    zeros = torch.zeros(7)
+    assert separation(zeros, zeros[:5]) == 0.5
+    assert caught(zeros, zeros[:5]) == pytest.approx(0.01)
+
+
+def test_catching_by_hand():
+    """One of 200 others lies above all members (0.5 % false alarms), 2 of 4 members above all the rest."""
+    members = torch.tensor([0.8, 0.7, 0.2, 0.1])
+    others = torch.cat([torch.tensor([0.9]), torch.linspace(0.3, 0.6, 199)])
+    assert caught(members, others) == pytest.approx(0.5)
+    assert caught(members, others, 0.004) == 0
+    assert separation(members, others) == pytest.approx(2 * 199 / 800)
+    assert caught(members, others, 1.0) == 1
+
+
+def test_unknown_names_and_groups():
+    with pytest.raises(UserError, match="there is no metric or group 'entropie': choose from all, core, train, attack"):
+        chosen_metrics(("core", "entropie"))
+    assert set(chosen_metrics(("retrain", "UA"))) >= {"avg_gap", "ZRF_gap", "UA"}
+    assert "RA" not in chosen_metrics(("retrain", "UA"))
+
+
+def test_a_figure_is_computed_once_and_never_not_a_number():
+    asked = []
+
+    def infinite(e: Evidence) -> float:
+        """Of no use."""
+        asked.append(e)
+        return math.inf
+
+    try:
+        metric("infinite", "1", "lower")(infinite)
+        e = world()
+        assert (e.figure(infinite), e.figure(infinite), len(asked)) == (None, None, 1)
+        assert e.figure(forget_loss) is not None
+    finally:
+        del METRICS["infinite"]

@@ -1,0 +1,145 @@
+"""The generated pages: committed text equals what is registered now, and wrong examples are refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import main
+from artifacts import SCHEMA, read_json
+from config import UserError
+from methods import METHODS
+from metrics import METRICS
+from reference import (
+    DOCS,
+    EXAMPLE,
+    extract,
+    method_section,
+    methods_page,
+    metric_section,
+    metrics_page,
+    pages,
+    source,
+    write_docs,
+)
+
+RECORD = {
+    "schema": SCHEMA,
+    "model": "M",
+    "dataset": "D",
+    "forget_class": [1, 4],
+    "mask_layer": -2,
+    "top_k": 5,
+    "kappa": 64,
+    "seed": 3,
+    "provenance": {"commit": "abc"},
+    "methods": {
+        "taylor_mask": {"forget_score": 1.23456, "retain_score": 88.0, "avg_gap": None, "weights_changed": 64},
+        "default": {"forget_score": 90.0},
+    },
+    "settings": {"taylor_mask": {"lr": 0.1}},
+    "verdicts": {"taylor_mask": [{"key": "fine", "sentence": "nothing found"}]},
+    "confusion": {"much": [[1, 2]]},
+}
+
+
+def written(folder: Path, record: object) -> Path:
+    path = folder / "record.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+@pytest.mark.parametrize("name", ["methods.md", "metrics.md"])
+def test_committed_pages_are_what_is_registered(name):
+    expected = pages(read_json(DOCS / EXAMPLE))[name]
+    assert (DOCS / name).read_text(encoding="utf-8") == expected, "stale: run `uv run main.py docs` and commit docs/"
+
+
+def test_pages_change_with_the_registries(tmp_path):
+    example = extract(written(tmp_path, RECORD))
+    page = methods_page(METHODS, example)
+    assert all(f"## `{name}`: {entry.label}\n\n{entry.definition}\n" in page for name, entry in METHODS.items())
+    assert methods_page({**METHODS, "sft": replace(METHODS["sft"], definition="Another.")}, example) != page
+    assert methods_page({name: METHODS[name] for name in ("sft", "default")}, example) != page
+    page = metrics_page(METRICS, example)
+    assert all(f"## `{name}` [{entry.unit}]\n\n{entry.definition}\n" in page for name, entry in METRICS.items())
+    assert metrics_page({**METRICS, "UA": replace(METRICS["UA"], target="another")}, example) != page
+
+
+def test_sections_by_hand(tmp_path):
+    example = extract(written(tmp_path, RECORD))
+    tuned = replace(
+        METHODS["taylor_mask"], source="2310.12508", definition="It ranks.", grid=({"lr": 0.1, "steps": 3}, {"lr": 1})
+    )
+    assert method_section(tuned, example) == (
+        "## `taylor_mask`: signed Taylor\n\nIt ranks.\n\n"
+        "- source: [arXiv:2310.12508](https://arxiv.org/abs/2310.12508)\n"
+        "- depends on: kappa\n"
+        "- settings: lr = 0.1, steps = 3; lr = 1 (the first is the default)\n"
+        "- example: forget_score 1.235, retain_score 88, avg_gap -, weights_changed 64, seconds -; with lr = 0.1\n"
+        "- verdict: fine (nothing found)\n"
+    )
+    assert "example" not in method_section(METHODS["sft"], example)
+    assert metric_section(METRICS["forget_score"], example) == (
+        "## `forget_score` [%]\n\nAccuracy on T's images of the forgotten classes (FA-test).\n\n"
+        "- better: down; target: as retrained, 0\n"
+        "- group: core (outputs on T)\n"
+        "- example: untouched 90\n"
+    )
+    assert source("control: the trivial answer, 12.5 %") == "control: the trivial answer, 12.5 %"
+    assert source("e.g. arXiv:1611.06440, v2") == "e.g. [arXiv:1611.06440](https://arxiv.org/abs/1611.06440), v2"
+
+
+def test_an_example_is_kept_and_used_again(tmp_path):
+    folder = tmp_path / "docs"
+    first = {path.name: path.read_text() for path in write_docs(written(tmp_path, RECORD), folder)}
+    assert set(first) == {"methods.md", "metrics.md"}
+    kept = read_json(folder / EXAMPLE)
+    assert "confusion" not in kept
+    assert kept["commit"] == "abc"
+    assert "forgotten class 1, 4, kappa 64, seed 3" in first["methods.md"]
+    (folder / "methods.md").unlink()
+    assert {path.name: path.read_text() for path in write_docs(None, folder)} == first
+
+
+def test_old_records_without_verdicts_serve_as_examples(tmp_path):
+    old = {key: value for key, value in RECORD.items() if key != "verdicts"}
+    example = extract(written(tmp_path, old))
+    assert "verdict" not in method_section(METHODS["taylor_mask"], example)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot read"),
+        ("{", "cannot read"),
+        ("[1]", "holds a JSON list"),
+        ("{}", f"is no {SCHEMA} record"),
+        (json.dumps(RECORD | {"schema": "another"}), f"is no {SCHEMA} record"),
+        (json.dumps(RECORD | {"methods": {"sft": {"forget_score": "low"}}}), f"is no {SCHEMA} record"),
+        (json.dumps(RECORD | {"methods": [1]}), f"is no {SCHEMA} record"),
+        (json.dumps(RECORD | {"verdicts": 3}), f"is no {SCHEMA} record"),
+        (json.dumps(RECORD | {"verdicts": {"sft": ["fine"]}}), f"is no {SCHEMA} record"),
+        (json.dumps(RECORD | {"settings": {"sft": 3}}), f"is no {SCHEMA} record"),
+        (json.dumps(RECORD | {"provenance": None}), f"is no {SCHEMA} record"),
+    ],
+)
+def test_a_wrong_example_is_refused_and_nothing_is_written(content, says, tmp_path, capsys):
+    path, folder = tmp_path / "record.json", tmp_path / "docs"
+    if content is not None:
+        path.write_text(content)
+    assert main.main(["docs", "--example", str(path), "--folder", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert str(path) in line
+    assert not folder.exists()
+
+
+def test_a_folder_without_an_example_says_what_to_give(tmp_path):
+    with pytest.raises(UserError, match=r"there is no .*example\.json: give --example RECORD\.json"):
+        write_docs(None, tmp_path)
+    (tmp_path / EXAMPLE).write_text("{}")
+    with pytest.raises(UserError, match="is no extract of a record"):
+        write_docs(None, tmp_path)
