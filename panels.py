@@ -324,7 +324,17 @@ def weight_histogram(runs: Sequence[Run]) -> list[Panel]:
 
 TERMS = {
     "classifier": ("loss", "val_loss", "val_score", "grad_norm", "images_per_second"),
-    "gcn": ("loss", "nll", "kl", "forget", "retain", "grad_norm", "temperature"),
+    "gcn": (
+        "loss",
+        "nll",
+        "kl",
+        "forget",
+        "retain",
+        "grad_norm",
+        "temperature",
+        "requests_per_second",
+        "samples_per_second",
+    ),
 }
 
 

@@ -290,6 +290,15 @@ def as_csv(rows: list[list[str]]) -> str:
     return text.getvalue()
 
 
+def as_json(records: Run) -> list[dict]:
+    """The run's table as objects: names as in the records, numbers as numbers."""
+    return [
+        {"method": best.method, "label": best.label, "topK": best.top_k, "kappa": best.kappa, **best.values}
+        | {"intervals": (best.record.get("intervals") or {}).get(best.method), "verdicts": best.verdicts}
+        for best in best_points(records)
+    ]
+
+
 TEX = {
     **{sign: f"\\{sign}" for sign in "%&_#${}"},
     "\\": r"\textbackslash{}",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from artifacts import SCHEMA, read_records, record_path, write_json
+from compare import compared, find_side, in_words, side
 from config import ReporterConfig, UserError
 from figures import COLUMN, draw
 from panels import (
@@ -388,6 +389,11 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
     paths[0].write_text("{")
     write_json(paths[1], {"schema": "another"})
     assert read_records(tmp_path) == [records[2]]
+    without = {name: value for name, value in records[1].items() if name != "axes"}
+    for broken in (without, records[1] | {"labels": {"mimu": "MIMU", "lost": "lost"}}):
+        write_json(paths[1], broken)
+        assert read_records(tmp_path) == [records[2]]
+    assert Reporter(tmp_path, ReporterConfig(formats=("png",), dpi=20)).plot()
     said = capsys.readouterr().err
     assert str(paths[0]) in said
     assert str(paths[1]) in said
@@ -397,3 +403,62 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
 def test_no_records_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match=r"no records below .* `uv run main\.py"):
         Reporter(tmp_path).plot()
+
+
+# --- runs against each other ------------------------------------------------------------------------------
+
+
+def three(run: str, scores: tuple[float, ...], retain: float = 78) -> list[list[dict]]:
+    return runs_of(record(5, 100, (5, 79), (s, retain), seed=i, run=f"{run}{i}") for i, s in enumerate(scores))
+
+
+def test_compared_by_hand():
+    a, b = side("A", three("a", (10, 12, 14))), side("B", three("b", (5, 8, 8)))
+    rows = {(row[0], row[1].split(" [")[0]): row for row in compared(a, b)[1:]}
+    gain = over_runs([-5, -4, -6])
+    assert rows["MIMU", "forget_score"][2:] == ["3", "12", "7", shown(gain), "B better"]
+    assert rows["MIMU", "retain_score"][2:] == ["3", "78", "78", "0 ± 0", "no difference shown"]
+    assert rows["untouched", "forget_score"][-1] == "no difference shown"
+    assert in_words([["", ""], rows["MIMU", "forget_score"]], "A", "B") == (
+        "Of 1 comparisons A is better 0 times; B is better 1 times (MIMU on forget_score); the others show no difference."
+    )
+    turned = {(row[0], row[1].split(" [")[0]): row[-1] for row in compared(b, a)[1:]}
+    assert turned["MIMU", "forget_score"] == "B better"
+    doubtful = compared(a, side("C", three("c", (5, 13, 12))))  # -5, 1, -2: may be chance
+    assert next(row for row in doubtful if row[0] == "MIMU" and row[1].startswith("forget_score"))[-1] == (
+        "no difference shown"
+    )
+    higher = compared(a, side("D", three("d", (10, 12, 14), retain=80)))
+    assert next(row for row in higher if row[0] == "MIMU" and row[1].startswith("retain_score"))[-1] == "D better"
+
+
+def test_one_pair_has_the_intervals_of_its_records():
+    sides = []
+    for name, (value, low, high) in (("A", (60, 50, 70)), ("B", (30, 20, 40))):
+        (run,) = three(name, (value,))
+        run[0]["intervals"] = {"mimu": {"forget_score": {"value": value, "low": low, "high": high, "n": 90}}}
+        sides.append(side(name, [run]))
+    row = next(row for row in compared(*sides) if row[0] == "MIMU" and row[1].startswith("forget_score"))
+    half = math.sqrt(200)  # both reach 10 to either side
+    assert row[2:] == ["1", "60", "30", f"-30 ± {half:.2g}", "B better"]
+    loss = next(row for row in compared(*sides) if row[0] == "MIMU" and row[1].startswith("unheard_of"))
+    assert loss[-1] == "B ahead; one pair, no interval"
+
+
+def test_sides_are_found_by_folder_and_by_id(tmp_path):
+    for where, name, scores in (("one", "aa", (10, 12)), ("two", "bb", (1, 2))):
+        for run in three(name, scores):
+            write_json(record_path(tmp_path / where, run[0]), run[0])
+    said = Reporter(tmp_path / "one").compare([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert "MIMU on forget_score" in said
+    assert (tmp_path / "one/reports/compare-1.tex").exists()
+    assert find_side("aa1", tmp_path / "one").points.keys() == {("M", "D", "1", 1)}
+    for names, message in (
+        (["aa1"], "needs two"),
+        (["aa", "aa1"], "id of 2 runs .* aa0, aa1"),
+        (["none", "aa1"], "no folder and the id of 0 runs"),
+        (["aa0", "aa1"], "have no model, dataset, forget class and seed in common"),
+        ([str(tmp_path), "aa1"], "no records below"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Reporter(tmp_path / "one").compare(names)
