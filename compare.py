@@ -54,7 +54,7 @@ def find_side(name: str, output_dir: Path) -> Side:
     runs = runs_of(read_records(output_dir))
     found = [run for run in runs if run[0]["run"].startswith(name)]
     if len(found) != 1:
-        known = ", ".join(run[0]["run"] for run in runs) or "none"
+        known = ", ".join(sorted(run[0]["run"] for run in runs)) or "none"
         what = f"{name} is no folder and the id of {len(found)} runs below {output_dir}"
         raise UserError(f"{what}: give an output folder or one of the runs {known}")
     return side(name, found)

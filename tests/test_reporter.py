@@ -420,7 +420,8 @@ def test_compared_by_hand():
     assert rows["MIMU", "retain_score"][2:] == ["3", "78", "78", "0 ± 0", "no difference shown"]
     assert rows["untouched", "forget_score"][-1] == "no difference shown"
     assert in_words([["", ""], rows["MIMU", "forget_score"]], "A", "B") == (
-        "Of 1 comparisons A is better 0 times; B is better 1 times (MIMU on forget_score); the others show no difference."
+        "Of 1 comparisons A is better 0 times; B is better 1 times (MIMU on forget_score); "
+        "the others show no difference."
     )
     turned = {(row[0], row[1].split(" [")[0]): row[-1] for row in compared(b, a)[1:]}
     assert turned["MIMU", "forget_score"] == "B better"
