@@ -30,6 +30,11 @@ SCHEMA = "mimu/1"
 MANIFEST = "manifest.json"
 HISTORY = "history.json"
 RECORDS = Path("eval/metrics_and_plots/json")
+NEEDED = (
+    *("id", "run", "model", "dataset", "forget_class", "seed", "top_k", "kappa", "mask_layer", "num_graph_vertices"),
+    *("objective", "answer", "auto", "config", "classifier_path", "gcn_path"),
+    *("methods", "validation", "metrics", "labels", "axes", "weight_histogram", "class_probability"),
+)  # of a record that can be reported
 PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors")
 
 
@@ -336,8 +341,12 @@ def read_records(output_dir: Path) -> list[dict]:
             record = read_json(path)
             if record.get("schema") != SCHEMA or record_path(output_dir, record) != path:
                 raise UserError(f"{path} is no {SCHEMA} record of this place")
+            if missing := [name for name in NEEDED if name not in record]:
+                raise UserError(f"{path} has no {', '.join(missing)}: delete it and run again")
+            if record["answer"] in record["labels"] and not set(record["labels"]) <= set(record["validation"]):
+                raise UserError(f"{path} names methods that it has no figures of: delete it and run again")
             records.append(record)
-        except (UserError, KeyError) as error:
+        except (UserError, KeyError, TypeError, AttributeError) as error:
             log(f"left out: {error}")
     return records
 

@@ -246,7 +246,7 @@ class EvalConfig:
 class ReporterConfig:
     """Figures and tables."""
 
-    formats: tuple[str, ...] = ("png",)
+    formats: tuple[str, ...] = ("png", "svg", "pdf")
     """Any of png, svg, pdf."""
     dpi: int = 150
 

@@ -20,7 +20,7 @@ import edits  # noqa: F401 - registers its methods
 import probes  # noqa: F401 - registers its metrics
 from comparisons import avg_gap  # registers the metrics against the retrained models too
 from config import KappaModes
-from counts import class_tables, intervals_of
+from counts import intervals_of
 from finetuning import Diverged
 from integrity import changed_outside, state_hash
 from masks import Mask, hard_topk, masked
@@ -29,6 +29,7 @@ from metrics import Choose, Evidence, Outputs, OutputsOf, chosen_metrics
 from model import HookedModel, MaskLayer, inspecting
 from observe import log, progress
 from verdicts import References, as_facts, verdict
+from views import TABLES, mask_map, tables_of, thumbnails
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40
@@ -259,7 +260,7 @@ class Eval:
             judged[split] = {name: e.figure(entry.compute) for name, entry in asked.items()} | extra
             if split == "test":
                 self.about[key]["intervals"] = intervals_of(e, dict.fromkeys((*VERDICTS_NEED, *asked)))
-        self.about[key] |= class_tables(outputs("test", True), outputs("test", False))
+        self.about[key] |= tables_of(outputs("test", True), outputs("test", False))
         return judged
 
     def _others(self, name: str, split: str) -> tuple[Evidence, ...]:
@@ -313,6 +314,11 @@ class Eval:
         }
         return {"edges": edges.tolist(), **count}
 
+    @cached_property
+    def samples(self) -> dict[str, list]:
+        """Some images of the forgotten classes, for people to look at."""
+        return thumbnails(self.context.data)
+
     def masks(self, point: Point) -> dict[str, Mask]:
         """The masks of the measured mask methods at a point, and in any case that of the answer."""
         names = dict.fromkeys((self.answer, *self.config.eval.methods))
@@ -357,9 +363,11 @@ class Eval:
             "verdicts": self.verdicts(measured, point),
             "mask_efficacy": self.eval_mask_efficacy(topK),
             "weight_histogram": self.weight_histogram(masks[self.answer]),
+            "mask_map": mask_map(masks[self.answer]),
+            "samples": self.samples,
             **{
                 title: {name: self.about[METHODS[name].key(context, point)].get(title) for name in measured}
-                for title in ("settings", "tuning", "integrity", "intervals", "class_probability", "confusion")
+                for title in ("settings", "tuning", "integrity", "intervals", *TABLES)
             },
         }, masks
 

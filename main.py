@@ -2,9 +2,11 @@
 
     uv run main.py                                   the default run: DIGITS, forget class 0
     uv run main.py run --config configs/X.yaml ...   a run; --config repeats, flags win over files
+    uv run main.py run --quiet --json ...            not a word on stderr; stdout is one JSON object
     uv run main.py run --methods all --metrics all   every rival and every metric (docs/methods.md, docs/metrics.md)
     uv run main.py train-gcn --out FILE ...          train the GCN of a configuration into one file, for --gcn-path
-    uv run main.py report [--output-dir DIR]         tables and figures again, from the JSON records alone
+    uv run main.py report [--output-dir DIR]         tables, figures and page again, from the JSON records alone
+    uv run main.py report --compare A B ...          which of two or more runs (or output folders) is better on what
     uv run main.py docs [--example RECORD.json]      docs/methods.md and docs/metrics.md, from the registries
     uv run main.py dashboard [--output-dir DIR]      training curves in trackio
     uv run main.py download DATASET                  fetch a dataset (nothing else ever downloads)
@@ -13,6 +15,7 @@ Exit codes: 0 done, 1 a stage failed (or `kappa: auto` met its target nowhere), 
 130 interrupted.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +26,7 @@ import tyro
 from dotenv import load_dotenv
 
 from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError, load_config
+from observe import be_quiet
 
 EXAMPLES = {"--config": "configs/default.yaml", "--out": "gcn.safetensors"}
 SHORT = {"--methods": "--eval.methods", "--metrics": "--eval.metrics"}
@@ -46,6 +50,11 @@ def _take(flag: str, arguments: list[str]) -> tuple[list[Path], list[str]]:
     return paths, rest
 
 
+def _switch(flag: str, arguments: list[str]) -> tuple[bool, list[str]]:
+    """Part a flag without a value from the other arguments."""
+    return flag in arguments, [word for word in arguments if word != flag]
+
+
 def _trackio_folder(output_dir: Path) -> Path:
     """Where trackio keeps its runs: TRACKIO_DIR if that is set, else below the output folder."""
     return Path(os.environ.setdefault("TRACKIO_DIR", str((output_dir / "observability").resolve())))
@@ -64,24 +73,47 @@ def _configured(arguments: list[str], command: str, about: str) -> PipelineConfi
     return config
 
 
+def _as_json(records: list[dict], code: int, places: dict[str, str]) -> str:
+    """What a run says, for programs: the table as objects, the answer, remarks, every record's id and place."""
+    from artifacts import record_path
+    from tables import as_json, headline, remarks
+
+    answered = {records[0]["answer"], "default"} <= set(records[0]["labels"])
+    said = {"exit": code, "headline": headline(records) if answered else None, "remarks": remarks(records)}
+    files = [str(record_path(Path(places["output"]), record)) for record in records]
+    return json.dumps(said | {"methods": as_json(records), "records": files, **places}, indent=1)
+
+
 def run(arguments: list[str]) -> int:
     """Run the pipeline and print its table, its answer and where everything lies; returns the exit code."""
-    config = _configured(arguments, "run", "Run the pipeline.")
+    quiet, arguments = _switch("--quiet", arguments)
+    for_programs, arguments = _switch("--json", arguments)
+    flags = " --quiet: no progress on stderr. --json: the results as one JSON object on stdout."
+    config = _configured(arguments, "run", "Run the pipeline." + flags)
+    be_quiet(quiet)
     from pipeline import Pipeline
-    from reporter import Reporter, as_text, headline, remarks, table
+    from reporter import Reporter
+    from tables import as_text, headline, remarks, table
 
     records = Pipeline(config).run()
     reporter = Reporter(config.output_dir)
+    code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
+    plots = reporter.plots / reporter.run_name(records[0])
+    if for_programs:
+        places = {"output": str(config.output_dir), "plots": str(plots), "page": str(reporter.page)}
+        print(_as_json(records, code, places))
+        return code
     print(as_text(table(records)))
     if {records[0]["answer"], "default"} <= set(records[0]["labels"]):
         print(headline(records) + "\n")
-    print("".join(f"{line}\n" for line in remarks(records)))
+    print("\n".join([*remarks(records), ""]))
     print("Test figures; each method's point was chosen on validation images.")
     print(f"JSON   {config.output_dir / 'eval/metrics_and_plots/json'}")
-    print(f"plots  {reporter.plots / reporter.run_name(records[0])}")
+    print(f"plots  {plots}")
+    print(f"page   {reporter.page}")
     if config.tracker is Trackers.trackio:
         print(f"logs   {os.environ['TRACKIO_DIR']} (uv run main.py dashboard)")
-    return 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
+    return code
 
 
 def train_gcn(arguments: list[str]) -> int:
@@ -99,12 +131,25 @@ def train_gcn(arguments: list[str]) -> int:
     return 0
 
 
-def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig()) -> None:  # noqa: B008
-    """Rebuild every table and figure from the JSON records below a folder."""
+def report(
+    output_dir: Path = Path(),
+    compare: tuple[str, ...] = (),
+    reporter: ReporterConfig = ReporterConfig(),  # noqa: B008
+) -> None:
+    """Rebuild every table, figure and the HTML page from the JSON records below a folder.
+
+    Args:
+        compare: instead hold runs against the first one named: output folders, or ids of runs below output_dir.
+    """
     from reporter import Reporter
 
-    for folder in Reporter(output_dir.expanduser(), reporter).plot():
+    made = Reporter(output_dir.expanduser(), reporter)
+    if compare:
+        print(made.compare(compare))
+        return
+    for folder in made.plot():
         print(folder)
+    print(made.page)
 
 
 def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> None:

@@ -3,7 +3,7 @@
 import io
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -12,17 +12,31 @@ from typing import TypeVar
 from config import Trackers
 
 TRACKIO_PROJECT = "mimu"
+PIXELS = 8  # of a picture's cell, in each direction
 _START = time.monotonic()
+_QUIET = [False]
 T = TypeVar("T")
+
+
+def be_quiet(quiet: bool = True) -> None:
+    """From now on (not) a word about progress; errors are said in any case."""
+    _QUIET[0] = quiet
 
 
 def log(text: str) -> None:
     """One plain line for people, on stderr."""
-    print(f"[{time.monotonic() - _START:7.1f} s] {text}", file=sys.stderr, flush=True)
+    if not _QUIET[0]:
+        print(f"[{time.monotonic() - _START:7.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[T], description: str, every: float = 5.0) -> Iterator[T]:
-    """Pass `items` on; show a bar on a terminal, and one plain line each `every` seconds anywhere else."""
+    """Pass `items` on; show a bar on a terminal, and one plain line each `every` seconds anywhere else.
+
+    Either names the stage, how far it is, its rate and the seconds left.
+    """
+    if _QUIET[0]:
+        yield from items
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -60,6 +74,16 @@ class Tracker:
         self.history.append({"step": step, **values})
         if self.kind is Trackers.trackio:
             _trackio().log(values, step=step)
+
+    def picture(self, step: int, name: str, cells: Sequence[Sequence[int]]) -> None:
+        """Show counts [R][C] as an image, bright where there are most (in trackio alone: a history holds numbers)."""
+        if self.kind is Trackers.trackio:
+            import numpy as np
+
+            grey = 255 * np.asarray(cells, dtype=np.float64) / max(1, *map(max, cells))
+            enlarged = grey.astype(np.uint8).repeat(PIXELS, 0).repeat(PIXELS, 1)
+            image = _trackio().Image(np.stack([enlarged] * 3, 2), caption=name)
+            _trackio().log({name: image}, step=step)
 
     def __exit__(self, *_: object) -> None:
         if self.kind is Trackers.trackio:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from artifacts import SCHEMA, code_key, key_of, now, provenance, read_json, record_path, sha256_file, write_json
 from budget import Search, search
-from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, UserError, plain
+from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
 from eval import Eval
 from masks import Mask
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
-from observe import log
+from observe import log, progress
 from reporter import Reporter
 from stages import GCN_CODE, Stages
 from utils_data import UnlearningDataset
@@ -36,6 +36,7 @@ RECORD_CODE = (
     "counts.py",
     "probes.py",
     "integrity.py",
+    "views.py",
     "intervals.py",
     "verdicts.py",
     "eval.py",
@@ -158,7 +159,8 @@ class Pipeline(Stages):
         """The sweep: one record per (topK, kappa); with `kappa: auto` one per topK, at the kappa that is found."""
         config = self.config
         if config.kappa is KappaModes.list:
-            return [self.run_single_evaluation_round(k, kappa) for k in config.topK_list for kappa in config.kappa_list]
+            points = [(k, kappa) for k in config.topK_list for kappa in config.kappa_list]
+            return [self.run_single_evaluation_round(*point) for point in progress(points, "sweep")]
         found = [(topK, search(self.evaluation.context, topK)) for topK in config.topK_list]
         return [self.run_single_evaluation_round(topK, outcome.kappa, outcome) for topK, outcome in found]
 
@@ -167,8 +169,19 @@ class Pipeline(Stages):
         classes = ", ".join(map(str, self.config.forget_class))
         log(f"{self.label}, forget class {classes}, seed {self.config.seed}, {self.device}")
         records = self.eval()
+        self._show_masks(records)
         Reporter(self.config.output_dir, self.config.reporter).plot(records)
         return records
+
+    def _show_masks(self, records: list[dict]) -> None:
+        """Where the newly measured masks lie, as images in trackio; step is kappa."""
+        fresh = [record for record in records if record["provenance"]["started"] == self.started]
+        if self.config.tracker is Trackers.trackio and fresh:
+            with self._tracker("masks") as tracker:
+                for record in fresh:
+                    for layer in record["mask_map"]:
+                        name = f"{layer['layer']}, topK {record['top_k']}, kappa {record['kappa']}"
+                        tracker.picture(record["kappa"], name, layer["cells"])
 
 
 def _one_or_list(values: Sequence[int]) -> int | list[int]:

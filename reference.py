@@ -14,10 +14,11 @@ from config import PROJECT_ROOT, UserError
 from eval import Eval  # noqa: F401 - registers every method and every metric
 from methods import BUDGET, METHODS, Method
 from metrics import GROUPS, METRICS, Metric
-from reporter import ARROWS, as_text
+from tables import as_text
 from verdicts import meanings
 
 DOCS = PROJECT_ROOT / "docs"
+ARROWS = {"higher": "up", "lower": "down", "retrain": "as retrained"}
 EXAMPLE = "example.json"
 ABOUT = ("schema", "model", "dataset", "forget_class", "mask_layer", "top_k", "kappa", "seed")
 KEPT = ("methods", "settings", "verdicts")

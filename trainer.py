@@ -217,12 +217,14 @@ class GCNTrainer:
         self.gcn.to(self.device).train()
         with self.tracker, inspecting(self.model):
             for step, indices in enumerate(progress(batches, f"GCN, topK {self.topK}")):
-                temperature = self.temperature(step)
+                temperature, begun = self.temperature(step), time.perf_counter()
                 self.optimizer.zero_grad(set_to_none=True)
                 terms = self._accumulate(indices, temperature)
                 norm = _gradient_norm(self.gcn)
                 self.optimizer.step()
-                self.tracker.log(step + 1, **terms, grad_norm=norm, temperature=temperature)
+                rate = len(indices) / (time.perf_counter() - begun)
+                facts = {"grad_norm": norm, "temperature": temperature, "samples_per_second": rate}
+                self.tracker.log(step + 1, **terms, **facts)
         self.gcn.eval()
         write_json(folder / HISTORY, self.tracker.history)
         last = self.tracker.history[-max(1, len(batches) // 10) :]

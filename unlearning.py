@@ -5,6 +5,7 @@ A request switches off kappa weights. The GCN sees the request's features and wh
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,10 +298,12 @@ class UnlearningTrainer:
         with self.tracker:
             for step in progress(range(config.steps), "GCN"):
                 temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
+                begun = time.perf_counter()
                 terms = self.step(temperature)
+                rate = config.requests_per_step / (time.perf_counter() - begun)
                 if not math.isfinite(terms["loss"]):
                     raise UserError("the GCN's loss is no longer finite: lower gcn.lr")
-                self.tracker.log(step + 1, **terms, temperature=temperature)
+                self.tracker.log(step + 1, **terms, temperature=temperature, requests_per_second=rate)
         self.gcn.eval()
         write_json(folder / HISTORY, self.tracker.history)
         last = self.tracker.history[-max(1, config.steps // 10) :]

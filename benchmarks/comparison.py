@@ -29,7 +29,7 @@ from gcn import reuse_freed_memory
 from intervals import against, t_interval
 from methods import METHODS, Point
 from pipeline import RECORD_CODE, Pipeline
-from reporter import as_text
+from tables import as_text
 from utils_data import UnlearningDataset
 
 GCNS = {

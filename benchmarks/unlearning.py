@@ -60,7 +60,7 @@ from config import (
 from gcn import reuse_freed_memory
 from masks import Mask, hard_topk
 from methods import Context, Point, mask_of
-from reporter import as_text
+from tables import as_text
 from unlearning import Checkpoint, Request, Unlearner, noise_start, taylor_start
 from utils_data import UnlearningDataset
 

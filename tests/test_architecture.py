@@ -44,12 +44,18 @@ LAYERS = {
     "edits": 3,
     "baselines": 3,
     "metrics": 3,
+    "views": 3,
     "comparisons": 3,
     "counts": 3,
     "probes": 3,
     "verdicts": 4,
     "eval": 4,
     "budget": 4,
+    "tables": 4,
+    "panels": 4,
+    "compare": 4,
+    "figures": 4,
+    "page": 4,
     "reporter": 4,
     "pipeline": 5,
     "reference": 5,
@@ -61,7 +67,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_MEDIAN_LINES = 15
 DATA_ONLY = {"imagenet_classes"}
-WITHOUT_TORCH = ("config", "artifacts", "reporter")
+WITHOUT_TORCH = ("config", "artifacts", "tables", "panels", "compare", "figures", "page", "reporter")
 TORCH = ("torch", "torchvision", "torch_geometric")
 
 # Dotted names -> the one room that may use them, in any spelling (`import ... as`, `from ... import`).
@@ -73,7 +79,7 @@ ONLY = {
         *("numpy.random.seed", "random.seed"),
     ): "stages",
     ("torch.distributed",): "trainer",
-    ("matplotlib",): "reporter",
+    ("matplotlib",): "figures",
 }
 # Calls that write a file; `open` and the methods of a path are told apart in `calls_that_write`.
 WRITERS = {

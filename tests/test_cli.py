@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +123,9 @@ def test_run_prints_its_table(finished):
 
 def test_run_prints_where_things_lie(finished):
     folder, result = finished
-    places = dict(re.findall(r"^(JSON|plots|logs) +(\S+)", result.stdout, re.MULTILINE))
-    assert set(places) == {"JSON", "plots", "logs"}
+    places = dict(re.findall(r"^(JSON|plots|page|logs) +(\S+)", result.stdout, re.MULTILINE))
+    assert set(places) == {"JSON", "plots", "page", "logs"}
+    assert "Switching off" in Path(places.pop("page")).read_text()
     assert all(Path(place).is_dir() and folder in Path(place).parents for place in places.values())
     assert len(list(Path(places["JSON"]).rglob("*.json"))) == 2
     assert one_file(Path(places["plots"]), "trade_off.png").stat().st_size > 0
@@ -135,6 +138,56 @@ def test_stdout_is_for_results(finished):
     assert "\x1b" not in out
     assert "\r" not in out + err
     assert len([line for line in err.splitlines() if LOG_LINE.match(line)]) >= 5
+
+
+def test_quiet_json_is_all_that_is_said(finished, tiny):
+    """The same run again, everything found: stdout is one JSON object with the figures of the records."""
+    folder, _ = finished
+    where = ("--tracker", "none", "--output-dir", folder / "out")
+    result = process(folder, "main.py", "run", "--config", tiny, *where, "--quiet", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    said = json.loads(result.stdout)
+    assert [one["label"] for one in said["methods"]] == list(METHODS)
+    records = [json.loads(Path(path).read_text()) for path in said["records"]]
+    assert {(record["top_k"], record["kappa"]) for record in records} == {(300, 100), (300, 400)}
+    by_kappa = {record["kappa"]: record for record in records}
+    for one in said["methods"]:
+        record = by_kappa.get(one["kappa"], records[0])
+        assert one["forget_score"] == record["methods"][one["method"]]["forget_score"]
+    assert said["headline"].startswith("Switching off ")
+    assert said["exit"] == 0
+
+
+def test_dashboard_serves_this_projects_data(finished):
+    """Started for real; its page and its runs are read over HTTP."""
+    folder, _ = finished
+    command = [sys.executable, "main.py", "dashboard", "--output-dir", str(folder / "out")]
+    own = environment(folder) | {"BROWSER": "true"}
+    with (folder / "dashboard.log").open("w+b") as log:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=own)
+        try:
+            address = None
+            for _ in range(240):
+                found = re.search(r"http://[\w.]+:\d+", (folder / "dashboard.log").read_text())
+                if found or server.poll() is not None:
+                    address = found and found[0]
+                    break
+                time.sleep(0.5)
+            assert address, (folder / "dashboard.log").read_text()
+            with urllib.request.urlopen(address, timeout=30) as page:
+                assert page.status == 200
+                assert "trackio" in page.read().decode().lower()
+            asked = urllib.request.Request(
+                f"{address}/api/get_runs_for_project",
+                json.dumps({"project": "mimu"}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                text = answer.read().decode()
+            assert "HookedMLPClassifier_DIGITS_classifier_seed-0" in text
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
 
 
 def test_log_in_a_file_has_no_escapes(finished):
@@ -158,6 +211,10 @@ def test_trackio_holds_the_history(finished):
         "HookedMLPClassifier_DIGITS_classifier_seed-0": "checkpoints/classifier/*/history.json",
         "HookedMLPClassifier_DIGITS_gcn_top-300_seed-0": "checkpoints/gcn/*/history.json",
     }
+    masks = runs.pop("HookedMLPClassifier_DIGITS_masks_seed-0")
+    assert {entry["step"] for entry in masks} == {100, 400}
+    shown = [value for entry in masks for name, value in entry.items() if name.startswith("linears.1.weight")]
+    assert {value["_type"] for value in shown} == {"trackio.image"}
     assert set(runs) == set(histories)
     for name, pattern in histories.items():
         history = json.loads(one_file(folder / "out", pattern).read_text())
@@ -171,7 +228,7 @@ def test_report_needs_no_torch(finished):
     folder, _ = finished
     plots = folder / "out/eval/metrics_and_plots/plots"
     before = {path.relative_to(plots): path.read_bytes() for path in plots.rglob("*") if path.is_file()}
-    assert {Path(path).suffix for path in before} == {".md", ".csv", ".png", ".json"}
+    assert {Path(path).suffix for path in before} == {".md", ".csv", ".tex", ".png", ".json"}
     shutil.rmtree(plots)
     code = (
         "import sys\n"
@@ -183,9 +240,21 @@ def test_report_needs_no_torch(finished):
         "import main\n"
         "sys.exit(main.main(sys.argv[1:]))"
     )
-    result = process(folder, "-c", code, "report", "--output-dir", folder / "out", "--reporter.dpi", "40")
+    result = process(
+        folder,
+        "-c",
+        code,
+        "report",
+        "--output-dir",
+        folder / "out",
+        "--reporter.dpi",
+        "40",
+        "--reporter.formats",
+        "png",
+    )
     assert (result.returncode, "Traceback" in result.stderr) == (0, False)
-    assert [Path(line) for line in result.stdout.splitlines()] == [path for path in plots.iterdir() if path.is_dir()]
+    folders = [path for path in plots.iterdir() if path.is_dir() and path.name != "grid"]
+    assert [Path(line) for line in result.stdout.splitlines()] == [*folders, folder / "out/reports/index.html"]
     after = {path.relative_to(plots): path.read_bytes() for path in plots.rglob("*") if path.is_file()}
     assert set(after) == set(before)
     assert [path for path in before if before[path] != after[path]] == []

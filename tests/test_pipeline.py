@@ -63,7 +63,7 @@ def tiny(output_dir: Path, **changes: Any) -> PipelineConfig:
         gcn=GCN,
         refine=RefineConfig(steps=2),
         sft=SFTConfig(steps=3),
-        reporter=ReporterConfig(dpi=40),
+        reporter=ReporterConfig(dpi=40, formats=("png",)),
     )
     return replace(config, **changes)
 

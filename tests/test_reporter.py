@@ -1,12 +1,51 @@
 """Reports from hand-made records: what is chosen, what is written, and that nothing is drawn twice."""
 
+import itertools
 import json
+import math
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from artifacts import SCHEMA, read_records, record_path, write_json
+from compare import compared, find_side, in_words, side
 from config import ReporterConfig, UserError
-from reporter import MOST_BARS, Reporter, _draw_bars, as_csv, as_text, best_points, choose, headline, remarks, table
+from figures import COLUMN, draw
+from panels import (
+    MOST_BARS,
+    class_probability,
+    confusion_difference,
+    figures_of,
+    forgotten_taken_for,
+    over,
+    pareto,
+    per_class,
+    training,
+)
+from reporter import Reporter
+from tables import (
+    Estimate,
+    as_csv,
+    as_latex,
+    as_text,
+    best_points,
+    caption,
+    choose,
+    chosen_in,
+    families,
+    grid,
+    headline,
+    leaders,
+    over_runs,
+    remarks,
+    runs_of,
+    shown,
+    table,
+    without_records,
+)
 
 METRICS = {
     "forget_loss": ("nats", "higher"),
@@ -24,16 +63,27 @@ def values(forget: float, retain: float, changed: int) -> dict:
     return rest | scores | {"seconds": 0.5, "weights_changed": changed}
 
 
-def record(top_k: int, kappa: int, validation: tuple, test: tuple, classes: int = 3) -> dict:
+def confusion(forget: int, classes: int) -> list[list[int]]:
+    """Ten images of each class, all recognised but those of class 1, of which `forget` are: the rest become class 2."""
+    rows = [[10 * (i == j) for j in range(classes)] for i in range(classes)]
+    rows[1] = [0, forget, 10 - forget] + [0] * (classes - 3)
+    return rows
+
+
+def record(
+    top_k: int, kappa: int, validation: tuple, test: tuple, classes: int = 3, seed: int = 0, run: str = "abc"
+) -> dict[str, Any]:
     others = {"default": values(90, 80, 0), "novel": values(40, 60, 9)}
     return {
         "schema": SCHEMA,
-        "id": f"{top_k}-{kappa}",
-        "run": "abc",
+        "id": f"{top_k}-{kappa}" + (f"-{seed}" if seed else ""),
+        "run": run,
         "model": "M",
         "dataset": "D",
         "forget_class": 1,
-        "seed": 0,
+        "seed": seed,
+        "config": {"seed": seed, "kappa_list": [kappa], "train": {"epochs": 2}},
+        "provenance": {"started": f"2026-01-0{seed + 1}"},
         "top_k": top_k,
         "kappa": kappa,
         "mask_layer": -2,
@@ -49,6 +99,8 @@ def record(top_k: int, kappa: int, validation: tuple, test: tuple, classes: int 
         "methods": {"mimu": values(*test, kappa), **others},
         "validation": {"mimu": values(*validation, kappa), **others},
         "weight_histogram": {"edges": [-1, 0, 1], "kept": [5, 4], "switched_off": [1, 0]},
+        "mask_map": [{"layer": "w", "shape": [4, 2], "cells": [[1, 0], [2, 5]]}],
+        "confusion": {"mimu": confusion(2, classes), "default": confusion(9, classes), "novel": confusion(5, classes)},
         "class_probability": {name: [1 / classes] * classes for name in ("mimu", "default", "novel")},
     }
 
@@ -70,9 +122,10 @@ def test_points_are_chosen_on_validation_images(records):
 
 def test_table_and_headline_by_hand(records):
     rows = table(records)
-    assert rows[0][:4] == ["method", "topK", "kappa", "forget_loss [nats, up]"]
-    assert "unheard_of [furlongs, down]" in rows[0]
-    assert rows[1] == ["MIMU", "5", "200", "1", "2", "0.12", "12", "78", "1.5", "200", "0.500"]
+    assert rows[0][:4] == ["method", "topK", "kappa", "forget_loss [nats, ↑]"]
+    assert "unheard_of [furlongs, ↓]" in rows[0]
+    assert rows[1] == ["MIMU", "5", "200", "**1**", "**2**", "**0.12**", "**12**", "**78**", "**1.5**", "200", "0.500"]
+    assert rows[2][3:6] == ["1", "2", "0.9"]  # the untouched classifier is a reference, never the best
     assert rows[3][:3] == ["a novel method", "-", "100"]
     assert as_csv(rows).splitlines()[1] == "MIMU,5,200,1,2,0.12,12,78,1.5,200,0.500"
     assert len({len(line) for line in as_text(rows).splitlines()}) == 1
@@ -98,12 +151,225 @@ def test_verdicts_of_the_chosen_point_are_shown(records):
     assert remarks(records)[2:] == ["untouched, a novel method: nothing found; not checked."]
 
 
+def family() -> list[list[dict]]:
+    """Three seeds, two points each; forget scores of the chosen point 10, 12, 14."""
+    return runs_of(
+        record(5, kappa, (kappa / 20, 79), (score, 78), seed=seed, run=f"run-{seed}")
+        for seed, scores in enumerate(((10, 50), (12, 60), (14, 40)))
+        for kappa, score in zip((100, 200), scores, strict=True)
+    )
+
+
+def test_mean_and_interval_over_runs():
+    runs = family()
+    assert families(runs) == [runs]
+    mean, half = 12, 4.302652729749464 * 2 / math.sqrt(3)  # t(2) at 97.5 %, standard deviation 2
+    found = over_runs([10, 12, 14])
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((mean, mean - half, mean + half, 3))
+    assert over_runs([10]) == Estimate(10, None, None, 1)
+    rows = table(*runs)
+    assert rows[1][:3] == ["MIMU", "5", "100"]
+    assert rows[1][6] == "**12 ± 5**"
+    assert rows[2][6] == "90 ± 0"
+    assert "n = 3 runs (classes 1; seeds 0, 1, 2)" in caption(*runs)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
+def test_interval_is_students(values):
+    found, error = over_runs(values), stats.sem(values)
+    if error > 1e-6:
+        expected = stats.t.interval(0.95, len(values) - 1, math.fsum(values) / len(values), error)
+        assert (found.low, found.high) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_another_setting_is_another_family_and_a_repetition_takes_the_place_of_the_older():
+    runs = family()
+    runs[0][0]["config"]["train"]["epochs"] = 3
+    assert sorted(map(len, families(runs))) == [1, 2]
+    again = runs_of([record(5, 100, (5, 79), (1, 78), seed=1, run="new") | {"provenance": {"started": "2027"}}])
+    assert [run[0]["run"] for run in max(families(runs + again), key=len)] == ["new", "run-2"]
+
+
+def leading(ours: list[float], theirs: list[float], better: str = "lower", retrain: list[float] | None = None):
+    runs = []
+    for seed, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        one = record(5, 100, (5, 79), (5, 79), seed=seed, run=str(seed))
+        for name, value in (("mimu", a), ("novel", b), ("default", -1e9), ("retrain", (retrain or ours)[seed])):
+            one["methods"][name] = one["validation"][name] = values(5, 79, 1) | {"m": value}
+            one["labels"][name], one["axes"][name] = name, []
+        runs.append([one])
+    return leaders(chosen_in(runs), "m", better)
+
+
+def test_leaders_by_hand():
+    assert leading([1], [2]) == {"mimu"}
+    assert leading([1], [2], "higher") == {"novel"}
+    assert leading([2], [2]) == {"mimu", "novel"}
+    assert leading([1, 5, 9], [1.2, 5.1, 9.2]) == {"mimu"}  # differences 0.2, 0.1, 0.2: no doubt
+    assert leading([1, 5, 9], [2, 4, 10]) == {"mimu", "novel"}  # 1, -1, 1: may be chance
+    assert leading([1], [4], "retrain", [3]) == {"novel"}  # closest to the retrained model
+
+
+def test_interval_of_a_single_run_comes_from_the_record(records):
+    for one in records:
+        one["intervals"] = {
+            "mimu": {"forget_score": {"value": 12, "low": 9, "high": 18, "n": 50}},
+            "novel": {"forget_score": {"value": 40, "low": 17, "high": 60, "n": 50}},
+        }
+    assert [row[6] for row in table(records)[1:]] == ["**12 [9, 18]**", "90", "**40 [17, 60]**"]
+    records[0]["intervals"]["novel"]["forget_score"]["low"] = 19  # of novel's chosen point: apart now
+    assert [row[6] for row in table(records)[1:]] == ["**12 [9, 18]**", "90", "40 [19, 60]"]
+    band = over([records], "forget_score", "kappa").series[0]
+    assert (band.y, band.low, band.high) == ([12, 12], [9, 9], [18, 18])
+
+
+def test_latex_by_hand():
+    rows = [["a_b [%, ↓]", "c & d"], ["**1 ± 2**", "x^2"]]
+    lines = as_latex(rows, "50 % of #1").splitlines()
+    assert r"\caption{50 \% of \#1}" in lines
+    assert r"a\_b [\%, $\downarrow$] & c \& d \\" in lines
+    assert r"\textbf{1 $\pm$ 2} & x\textasciicircum{}2 \\" in lines
+    assert [line for line in lines if line.endswith("rule")] == [r"\toprule", r"\midrule", r"\bottomrule"]
+    assert as_csv(rows).splitlines() == ['"a_b [%, ↓]",c & d', "1 ± 2,x^2"]
+
+
+def test_grid_has_a_row_for_each_family_and_says_what_is_missing(records):
+    other = [record(5, 100, (5, 79), (3, 78), run="other") | {"model": "HookedResnet", "dataset": "MNIST"}]
+    del other[0]["labels"]["novel"], other[0]["methods"]["novel"], other[0]["validation"]["novel"]
+    groups = families([records, other])
+    rows = grid(groups, "forget_score")
+    assert rows[0] == ["model", "dataset", "runs", "MIMU", "untouched", "a novel method"]
+    assert rows[1:] == [
+        ["HookedResnet", "MNIST", "1", "**3**", "90", "-"],
+        ["M", "D", "1", "**12**", "90", "40"],
+    ]
+    missing = without_records(groups)
+    assert "HookedMLPClassifier on MNIST" in missing
+    assert "HookedResnet on MNIST" not in missing
+
+
+def test_shown_by_hand():
+    cases = {Estimate(12, None, None, 1): "12", Estimate(12, 9, 15, 3): "12 ± 3", Estimate(0, 0, 7.1, 50): "0 [0, 7.1]"}
+    assert [shown(figure) for figure in cases] == list(cases.values())
+    assert shown(None) == "-"
+
+
+# --- figures ----------------------------------------------------------------------------------------------
+
+POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12)
+
+
+@given(POINTS)
+def test_pareto_front_is_what_nothing_beats(points):
+    def beaten(p):
+        return any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)
+
+    assert pareto(points) == sorted({p for p in points if not beaten(p)})
+
+
+def test_curves_by_hand(records):
+    panel = over([records], "unheard_of", "kappa")
+    drawn = {(one.label, one.kind): (one.x, one.y) for one in panel.series}
+    assert drawn == {
+        ("MIMU, topK 5", "line"): ([100, 200], [0, 1.5]),
+        ("MIMU, topK 9", "line"): ([200], [2.5]),
+        ("untouched", "level"): ([0], [11.25]),
+        ("a novel method", "line"): ([100, 200], [5, 5]),
+    }
+    (line,) = [one for one in over([records], "unheard_of", "topK").series if one.kind == "line"]
+    assert (line.label, line.x, line.y) == ("MIMU, kappa 200", [5, 9], [1.5, 2.5])
+    assert {"unheard_of_over_kappa", "unheard_of_over_topK", "trade_off"} <= set(figures_of([records]))
+
+
+def test_bands_span_the_runs():
+    line = next(one for one in over(family(), "forget_score", "kappa").series if one.label.startswith("MIMU"))
+    expected = [over_runs([10, 12, 14]), over_runs([50, 60, 40])]
+    assert (line.x, line.y) == ([100, 200], [12, 50])
+    assert list(zip(line.low, line.high, strict=True)) == [(one.low, one.high) for one in expected]
+
+
+def test_trade_off_has_front_and_star(records):
+    for one in records:
+        one["labels"]["retrain"], one["axes"]["retrain"] = "retrained", []
+        one["methods"]["retrain"] = one["validation"]["retrain"] = values(0, 95, 50)
+    (panel,) = figures_of([records])["trade_off"]
+    kinds = {one.label: one for one in panel.series}
+    assert (kinds["retrained"].kind, kinds["retrained"].x, kinds["retrained"].y) == ("star", [0], [95])
+    assert (kinds["Pareto front"].x, kinds["Pareto front"].y) == ([0], [99])  # the reference is no part of it
+
+
+def test_classes_before_and_after_by_hand(records):
+    (panel,) = per_class([records])
+    assert {one.label: one.y for one in panel.series} == {"untouched": [100, 90, 100], "MIMU": [100, 20, 100]}
+    (panel,) = forgotten_taken_for([records])
+    assert {one.label: one.y for one in panel.series} == {"untouched": [0, 90, 10], "MIMU": [0, 20, 80]}
+    (panel,) = confusion_difference([records])
+    assert panel.cells == [[0, 0, 0], [0, -70, 70], [0, 0, 0]]
+
+
+def test_many_classes_are_cut_or_joined_and_it_says_so():
+    one = record(5, 100, (50, 80), (50, 80), classes=300)
+    one["class_probability"]["mimu"][250] = 0.5
+    (panel,) = class_probability([[one]])
+    assert len(panel.ticks or []) == MOST_BARS
+    assert {"1", "250"} <= set(panel.ticks or [])
+    assert "20 of 300 classes" in panel.title
+    (ax,) = draw([panel]).axes
+    assert len(ax.patches) == 2 * MOST_BARS
+    (panel,) = confusion_difference([[one]])
+    assert "blocks of 15 of 300 classes" in panel.title
+    assert list(panel.ticks or [])[:2] == ["0-14", "15-29"]
+    assert sum(itertools.chain(*(panel.cells or []))) == pytest.approx(0)
+
+
+def test_records_of_a_thousand_classes_have_tables_of_their_own():
+    one = record(5, 100, (50, 80), (50, 80))
+    one["confusion"] = {"mimu": None, "default": None}
+    one["class_score"] = {"default": [100.0] * 1000, "mimu": [100.0] * 998 + [10.0, None]}
+    one["taken_for"] = {"default": [0, 8] + [0] * 998, "mimu": [0, 0, 6, 2] + [0] * 996}
+    (panel,) = per_class([[one]])
+    assert "998" in (panel.ticks or [])
+    assert panel.series[1].y[(panel.ticks or []).index("998")] == 10
+    (panel,) = forgotten_taken_for([[one]])
+    assert panel.series[1].y[(panel.ticks or []).index("2")] == 75
+    assert confusion_difference([[one]]) == []
+
+
+def test_map_of_a_mask_shows_every_weight_once(records):
+    (panel,) = figures_of([records])["mask_map"]
+    assert panel.cells == [[1, 0], [2, 5]]
+    heat, right, top = (lambda ax: (ax, *ax.child_axes))(draw([panel]).axes[0])
+    assert [bar.get_width() for bar in right.patches] == [1, 7]
+    assert [bar.get_height() for bar in top.patches] == [3, 5]
+    assert heat.images[0].get_array().tolist() == panel.cells
+
+
+def test_training_curves_are_thinned():
+    history = [{"step": step, "loss": 1 / step, "nll": None} for step in range(1, 2001)]
+    (panel,) = training(history, "gcn", "gcn")
+    assert panel.series[0].x[:2] == [1, 6]
+    assert len(panel.series[0].x) == 400
+
+
+def test_figures_fit_one_column_and_name_every_line(records):
+    for name, panels in figures_of([records]).items():
+        figure = draw(panels)
+        assert figure.get_figwidth() == COLUMN * (2 if len(panels) > 3 else 1), name
+        named = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+        assert named == {one.label for panel in panels for one in panel.series if len(panel.series) > 1}, name
+
+
+# --- what is written --------------------------------------------------------------------------------------
+
+
 def test_bytes_are_reproducible_and_nothing_is_drawn_twice(records, tmp_path):
     config = ReporterConfig(formats=("png", "svg", "pdf"), dpi=30)
     drawn = [Reporter(tmp_path / name, config).plot(records)[0] for name in ("a", "b")]
     first, second = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in drawn)
     assert first == second
-    assert {"score_over_kappa.svg", "trade_off.pdf", "weight_histogram.png", "table.md"} <= set(first)
+    assert {"forget_score_over_kappa.svg", "trade_off.pdf", "weight_histogram.png", "table.md", "table_all.tex"} <= set(
+        first
+    )
     assert b"a novel method" in first["table.csv"]
     times = {p.name: p.stat().st_mtime_ns for p in drawn[0].iterdir()}
     Reporter(tmp_path / "a", config).plot(records)
@@ -116,15 +382,6 @@ def test_bytes_are_reproducible_and_nothing_is_drawn_twice(records, tmp_path):
     assert (drawn[0] / "trade_off.png").read_bytes() != first["trade_off.png"]
 
 
-def test_many_classes_are_cut_to_the_largest():
-    one = record(5, 100, (50, 80), (50, 80), classes=300)
-    one["class_probability"]["mimu"][250] = 0.5
-    (ax,) = _draw_bars(one).axes
-    assert len(ax.patches) == 2 * MOST_BARS
-    assert "250" in [tick.get_text() for tick in ax.get_xticklabels()]
-    assert "of 300" in ax.get_xlabel()
-
-
 def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, capsys):
     paths = [record_path(tmp_path, one) for one in records]
     for one, path in zip(records, paths, strict=True):
@@ -132,6 +389,11 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
     paths[0].write_text("{")
     write_json(paths[1], {"schema": "another"})
     assert read_records(tmp_path) == [records[2]]
+    without = {name: value for name, value in records[1].items() if name != "axes"}
+    for broken in (without, records[1] | {"labels": {"mimu": "MIMU", "lost": "lost"}}):
+        write_json(paths[1], broken)
+        assert read_records(tmp_path) == [records[2]]
+    assert Reporter(tmp_path, ReporterConfig(formats=("png",), dpi=20)).plot()
     said = capsys.readouterr().err
     assert str(paths[0]) in said
     assert str(paths[1]) in said
@@ -141,3 +403,63 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
 def test_no_records_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match=r"no records below .* `uv run main\.py"):
         Reporter(tmp_path).plot()
+
+
+# --- runs against each other ------------------------------------------------------------------------------
+
+
+def three(run: str, scores: tuple[float, ...], retain: float = 78) -> list[list[dict]]:
+    return runs_of(record(5, 100, (5, 79), (s, retain), seed=i, run=f"{run}{i}") for i, s in enumerate(scores))
+
+
+def test_compared_by_hand():
+    a, b = side("A", three("a", (10, 12, 14))), side("B", three("b", (5, 8, 8)))
+    rows = {(row[0], row[1].split(" [")[0]): row for row in compared(a, b)[1:]}
+    gain = over_runs([-5, -4, -6])
+    assert rows["MIMU", "forget_score"][2:] == ["3", "12", "7", shown(gain), "B better"]
+    assert rows["MIMU", "retain_score"][2:] == ["3", "78", "78", "0 ± 0", "no difference shown"]
+    assert rows["untouched", "forget_score"][-1] == "no difference shown"
+    assert in_words([["", ""], rows["MIMU", "forget_score"]], "A", "B") == (
+        "Of 1 comparisons A is better 0 times; B is better 1 times (MIMU on forget_score); "
+        "the others show no difference."
+    )
+    turned = {(row[0], row[1].split(" [")[0]): row[-1] for row in compared(b, a)[1:]}
+    assert turned["MIMU", "forget_score"] == "B better"
+    doubtful = compared(a, side("C", three("c", (5, 13, 12))))  # -5, 1, -2: may be chance
+    assert next(row for row in doubtful if row[0] == "MIMU" and row[1].startswith("forget_score"))[-1] == (
+        "no difference shown"
+    )
+    higher = compared(a, side("D", three("d", (10, 12, 14), retain=80)))
+    assert next(row for row in higher if row[0] == "MIMU" and row[1].startswith("retain_score"))[-1] == "D better"
+
+
+def test_one_pair_has_the_intervals_of_its_records():
+    sides = []
+    for name, (value, low, high) in (("A", (60, 50, 70)), ("B", (30, 20, 40))):
+        (run,) = three(name, (value,))
+        run[0]["intervals"] = {"mimu": {"forget_score": {"value": value, "low": low, "high": high, "n": 90}}}
+        sides.append(side(name, [run]))
+    row = next(row for row in compared(*sides) if row[0] == "MIMU" and row[1].startswith("forget_score"))
+    half = math.sqrt(200)  # both reach 10 to either side
+    assert row[2:] == ["1", "60", "30", f"-30 ± {half:.2g}", "B better"]
+    loss = next(row for row in compared(*sides) if row[0] == "MIMU" and row[1].startswith("unheard_of"))
+    assert loss[-1] == "B ahead; one pair, no interval"
+
+
+def test_sides_are_found_by_folder_and_by_id(tmp_path):
+    for where, name, scores in (("one", "aa", (10, 12)), ("two", "bb", (1, 2))):
+        for run in three(name, scores):
+            write_json(record_path(tmp_path / where, run[0]), run[0])
+    said = Reporter(tmp_path / "one").compare([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert "MIMU on forget_score" in said
+    assert (tmp_path / "one/reports/compare-1.tex").exists()
+    assert find_side("aa1", tmp_path / "one").points.keys() == {("M", "D", "1", 1)}
+    for names, message in (
+        (["aa1"], "needs two"),
+        (["aa", "aa1"], "id of 2 runs .* aa0, aa1"),
+        (["none", "aa1"], "no folder and the id of 0 runs"),
+        (["aa0", "aa1"], "have no model, dataset, forget class and seed in common"),
+        ([str(tmp_path), "aa1"], "no records below"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Reporter(tmp_path / "one").compare(names)

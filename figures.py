@@ -1,0 +1,155 @@
+"""The one place that draws for print: panels -> a matplotlib figure, one column (3.4 inches) wide, and its files.
+
+Colours are Okabe and Ito's, distinct for colour-blind readers; markers and dashes tell methods apart in grey.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from artifacts import writing
+from config import ReporterConfig
+from panels import Panel, Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6D00", "#000000")
+MARKERS, DASHES = "osD^vP<>", ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+COLUMN, HEIGHT = 3.4, 2.5  # inches: the width of one column of a paper, the height of a panel
+SIDE_BY_SIDE = 4  # from as many panels on they stand in two columns
+SMALL, TINY = 7.5, 6.5  # points
+TITLE = 48  # characters of a title's line that fit into a column
+METADATA: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+SETTINGS: dict[Any, Any] = {"svg.hashsalt": "mimu", "font.size": SMALL, "axes.linewidth": 0.6}
+
+
+def draw(panels: Sequence[Panel]) -> "Figure":
+    """One figure of some panels, with one legend."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        across = 2 if len(panels) >= SIDE_BY_SIDE else 1
+        down = -(-len(panels) // across)
+        figure = Figure(figsize=(COLUMN * across, HEIGHT * down + 0.6), layout="constrained")
+        axes = list(figure.subplots(down, across, squeeze=False).flat)
+        for ax, panel in zip(axes, panels, strict=False):
+            _draw_panel(ax, panel)
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        if max(len(panel.series) for panel in panels) > 1:
+            place = {"loc": "outside lower center", "ncols": 2 * across, "fontsize": TINY, "frameon": False}
+            figure.legend(named.values(), named.keys(), handlelength=2.4, columnspacing=1, **place)
+    return figure
+
+
+def _draw_panel(ax: "Axes", panel: Panel) -> None:
+    ax.set_title(_wrapped(panel.title, TITLE - 14 if panel.margins else TITLE), fontsize=SMALL)
+    ax.set_xlabel(panel.x_label, fontsize=SMALL)
+    ax.set_ylabel(_wrapped(panel.y_label, TITLE - 14), fontsize=SMALL)
+    ax.tick_params(labelsize=TINY, width=0.6, length=2.5)
+    if panel.cells is not None:
+        _draw_cells(ax, panel)
+        return
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, lw=0.5)
+    ax.set_axisbelow(True)
+    if panel.x_log:
+        ax.set_xscale("log")
+    if panel.y_log:
+        ax.set_yscale("symlog", linthresh=1) if panel.series[0].kind == "steps" else ax.set_yscale("log")
+    bars = [one for one in panel.series if one.kind == "bars"]
+    for place, one in enumerate(bars):
+        width = 0.8 / len(bars)
+        shifted = [x + (place - (len(bars) - 1) / 2) * width for x in one.x]
+        ax.bar(shifted, one.y, width=width, color=_colour(one), label=one.label)
+    for one in panel.series:
+        if one.kind != "bars":
+            _draw_series(ax, one)
+    if panel.ticks:
+        crowded = len(panel.ticks) > 10
+        ax.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize=TINY, rotation=90 if crowded else 0)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
+
+
+def _colour(series: Series) -> str:
+    return "#777777" if series.style < 0 else COLOURS[series.style % len(COLOURS)]
+
+
+def _draw_series(ax: "Axes", one: Series) -> None:
+    colour, marker = _colour(one), MARKERS[one.style % len(MARKERS)]
+    dash = DASHES[one.style // len(COLOURS) % len(DASHES)]
+    if one.kind == "level":
+        ax.axhline(one.y[0], color=colour, ls=(0, (4, 2)), lw=1, label=one.label)
+        if one.low and one.high:
+            ax.axhspan(one.low[0], one.high[0], color=colour, alpha=0.1, lw=0)
+    elif one.kind == "steps":
+        ax.stairs(one.y, one.x, fill=True, alpha=0.55, color=colour, label=one.label)
+    elif one.kind == "front":
+        ax.step(one.x, one.y, where="post", color=colour, lw=3, alpha=0.35, label=one.label, zorder=1)
+    elif one.kind == "star":
+        ax.plot(one.x, one.y, "*", ms=11, color=colour, mec="white", mew=0.6, label=one.label, zorder=5)
+    else:
+        few = len(one.x) <= 30
+        style: dict[str, Any] = {"ls": "none"} if one.kind == "points" else {"ls": dash, "lw": 1.1}
+        ax.plot(one.x, one.y, color=colour, marker=marker if few else None, ms=3.5, label=one.label, **style)
+        if one.low and one.high and one.kind == "line":
+            ax.fill_between(one.x, one.low, one.high, color=colour, alpha=0.15, lw=0)
+        elif one.low and one.high:
+            ax.vlines(one.x, one.low, one.high, color=colour, lw=1)
+
+
+def _draw_cells(ax: "Axes", panel: Panel) -> None:
+    cells = panel.cells or [[0.0]]
+    most = max(1e-9, *(abs(value) for row in cells for value in row))
+    colours: dict[str, Any] = (
+        {"cmap": "PuOr", "vmin": -most, "vmax": most} if panel.signed else {"cmap": "cividis", "vmin": 0}
+    )
+    image = ax.imshow(cells, aspect="auto" if panel.margins else "equal", interpolation="nearest", **colours)
+    if panel.ticks:
+        turn = 90 if max(map(len, panel.ticks)) > 2 else 0
+        ax.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize=TINY, rotation=turn)
+        ax.set_yticks(range(len(panel.ticks)), panel.ticks, fontsize=TINY)
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.24 if panel.margins else 0.04)
+    bar.ax.tick_params(labelsize=TINY)
+    if panel.margins:
+        _draw_margins(ax, cells)
+
+
+def _draw_margins(ax: "Axes", cells: Sequence[Sequence[float]]) -> None:
+    """Sums of the rows on the right, of the columns below the title, on the heat map's own axes."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    right, top = ax.inset_axes((1.03, 0, 0.22, 1)), ax.inset_axes((0, 1.03, 1, 0.22))
+    right.barh(range(len(cells)), [sum(row) for row in cells], height=1, color=COLOURS[0])
+    right.set_ylim(len(cells) - 0.5, -0.5)
+    right.set_yticks([])
+    sums = [sum(column) for column in zip(*cells, strict=True)]
+    top.bar(range(len(sums)), sums, width=1, color=COLOURS[0])
+    top.set_xlim(-0.5, len(sums) - 0.5)
+    top.set_xticks([])
+    for margin in (right, top):
+        margin.tick_params(labelsize=TINY, width=0.6, length=2)
+        margin.spines[["top", "right"]].set_visible(False)
+    top.set_title(ax.get_title(), fontsize=SMALL)
+    ax.set_title("")
+
+
+def save(panels: Sequence[Panel], folder: Path, name: str, config: ReporterConfig) -> None:
+    """Draw and write `<folder>/<name>.png`, .svg, .pdf as configured; equal panels give equal bytes."""
+    import matplotlib
+
+    figure = draw(panels)
+    with matplotlib.rc_context(SETTINGS):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # what has been laid out once is not laid out again for every format
+        for kind in config.formats:
+            with writing(folder / f"{name}.{kind}") as path:
+                figure.savefig(path, format=kind, dpi=config.dpi, metadata=METADATA[kind])

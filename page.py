@@ -1,0 +1,220 @@
+"""One HTML page of everything: a single file without references, for `file://`, light and dark, screen and paper.
+
+What must be read without scripts (sentences, tables, provenance, commands) is in the page itself; the slider, the
+pickers and the figures are made by the script in `templates/report.html` from the data below. Nothing here needs torch.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+from artifacts import write_text
+from config import PROJECT_ROOT, load_config, plain
+from panels import Panel, figures_of, forgotten_taken_for
+from tables import (
+    Run,
+    caption,
+    choose,
+    classes_of,
+    family_key,
+    grid,
+    headline,
+    metrics_of,
+    remarks,
+    table,
+    without_records,
+)
+
+TEMPLATE = PROJECT_ROOT / "templates" / "report.html"
+DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
+DIGITS = 4  # significant ones that a figure keeps on the page
+NO_FLAGS = ("reporter", "output_dir", "tracker")  # say nothing about the results
+ALL_FIGURES = 12  # runs, at most, whose every figure is on the page; of more, those that need no training history
+
+
+def rounded(value: object) -> object:
+    """The same with numbers cut to DIGITS significant digits; what is no finite number becomes None."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# --- the command that makes a run again -------------------------------------------------------------------
+
+
+@lru_cache
+def _defaults() -> dict:
+    return plain(load_config([DEFAULT_CONFIG]))
+
+
+def _flags(values: Mapping, defaults: Mapping, prefix: str = "") -> list[str]:
+    """Command-line flags for every value that is not the default."""
+    flags = []
+    for name, value in values.items():
+        known, flag = defaults.get(name), f"--{prefix}{name.replace('_', '-')}"
+        if value == known or name in NO_FLAGS or name not in defaults:
+            continue
+        if isinstance(value, dict):
+            flags += _flags(value, known or {}, f"{prefix}{name.replace('_', '-')}.")
+        elif isinstance(value, bool):
+            flags.append(flag if value else f"--{prefix}no-{name.replace('_', '-')}")
+        else:
+            flags += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return flags
+
+
+def command(run: Run) -> str:
+    """The command that makes a run again, from the commit that its provenance names."""
+    config = dict(run[0]["config"])
+    config["topK_list"] = sorted({record["top_k"] for record in run})
+    if run[0]["auto"] is None:
+        config["kappa_list"] = sorted({record["kappa"] for record in run})
+    elif "kappa_list" in _defaults():
+        config["kappa_list"] = _defaults()["kappa_list"]
+    return " ".join(["uv run main.py run", *_flags(config, _defaults())])
+
+
+# --- what the script draws from ---------------------------------------------------------------------------
+
+
+def sentence(record: dict) -> str:
+    """One point of the sweep in words: the answer's mask there."""
+    after, before = record["methods"][record["answer"]], record["methods"]["default"]
+    share = 100 * after["weights_changed"] / record["num_graph_vertices"]
+    lost = before["retain_score"] - after["retain_score"]
+    verb = "are" if isinstance(record["forget_class"], list) else "is"
+    change = f"{'lose' if lost >= 0 else 'gain'} {abs(lost):.1f} points"
+    return (
+        f"At kappa {record['kappa']:,} ({share:.1f} % of the layer) {classes_of(record)} {verb} recognised "
+        f"{after['forget_score']:.1f} % of the time; the other classes {change}."
+    )
+
+
+def _map_row(row: Sequence[int], most: int) -> str:
+    """Counts as one digit each; scaled down, rounded up, where a cell holds more than 9."""
+    return "".join(str(value if most <= 9 else math.ceil(9 * value / most)) for value in row)
+
+
+def _point(record: dict, metrics: Sequence[str]) -> dict:
+    """One point of the sweep, for the slider."""
+    answer, layers = record["answer"], record.get("mask_map") or []
+    said = record.get("said_of_samples") or {}
+    bars = forgotten_taken_for([[record]])
+    return {
+        "kappa": record["kappa"],
+        "topK": record["top_k"],
+        "sentence": sentence(record),
+        "values": {name: [values.get(m) for m in metrics] for name, values in record["methods"].items()},
+        "said": {name: said[name] for name in ("default", answer) if said.get(name)},
+        "map": [
+            [_map_row(row, max(1, *map(max, layer["cells"]))) for row in layer["cells"]] for layer in layers
+        ],
+        "bars": _shares(record, bars[0]) if bars else None,
+    }  # fmt: skip
+
+
+def _shares(record: dict, panel: Panel) -> dict:
+    """Bars of one point: by class, for each of some methods."""
+    methods = [list(record["labels"])[one.style] for one in panel.series]
+    return {"ticks": panel.ticks, "methods": methods, "values": [one.y for one in panel.series]}
+
+
+def _answered(run: Run) -> bool:
+    return {run[0]["answer"], "default"} <= set(run[0]["labels"])
+
+
+def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) -> dict:
+    first, metrics = run[0], list(metrics_of([run], every=False))
+    panels = figures_of([run]) | (dict(training) if every else {})
+    best = choose(run, first["answer"]) if first["answer"] in first["labels"] else first
+    return {
+        "id": first["run"],
+        "metrics": {name: first["metrics"][name] for name in metrics},
+        "labels": first["labels"],
+        "answer": first["answer"],
+        "chosen": [best["kappa"], best["top_k"]],
+        "points": [_point(record, metrics) for record in run] if _answered(run) else [],
+        "samples": first.get("samples"),
+        "layers": [[layer["layer"], *layer["shape"]] for layer in first.get("mask_map") or []],
+        "figures": {name: [_slim(panel) for panel in panels] for name, panels in panels.items() if panels},
+    }
+
+
+def _slim(panel: Panel) -> dict:
+    """A panel without what it does not use."""
+    values = asdict(panel)
+    values["series"] = [{k: v for k, v in one.items() if v is not None} for one in values["series"]]
+    return {name: value for name, value in values.items() if value not in (None, False, [])}
+
+
+def _bold(rows: list[list[str]]) -> list[list[tuple[str, bool]]]:
+    """Cells as (text, whether it leads)."""
+    return [[(cell.replace("**", ""), cell.startswith("**")) for cell in row] for row in rows]
+
+
+def _run_text(run: Run) -> dict:
+    """What the page says of a run in itself."""
+    first = run[0]
+    about = first.get("provenance", {})
+    facts = {
+        "commit": f"{about.get('commit') or 'unknown'}{' (changed files)' if about.get('dirty') else ''}",
+        "started": about.get("started", "unknown"),
+        "device": about.get("device", "unknown"),
+        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in about.get("seconds", {}).items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in about.get("versions", {}).items()),
+        "record": ", ".join(record["id"] for record in run[:12]) + (" ..." if len(run) > 12 else ""),
+    }
+    return {
+        "id": first["run"],
+        "model": first["model"],
+        "dataset": first["dataset"],
+        "classes": classes_of(first),
+        "seed": first["seed"],
+        "headline": headline(run) if _answered(run) else "The answer or the untouched classifier was not measured.",
+        "caption": caption(run),
+        "rows": _bold(table(run)),
+        "all_rows": _bold(table(run, every=True)),
+        "facts": facts,
+        "command": command(run),
+        "points": len(run),
+        "remarks": remarks(run),
+    }
+
+
+def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Sequence[Panel]]]) -> str:
+    """The page, as text.
+
+    Args:
+        groups: families of runs. training: run -> name -> panels of training curves.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    runs = [run for group in groups for run in group]
+    metrics = metrics_of(runs, every=False)
+    data = [_run_data(run, training.get(run[0]["run"], {}), len(runs) <= ALL_FIGURES) for run in runs]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = json.dumps(rounded(data), separators=(",", ":"), allow_nan=False)
+    for sign in "<>&":  # so that no text in it ends the script element
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        runs=[_run_text(run) for run in runs],
+        families=[
+            {"caption": caption(*group), "rows": _bold(table(*group)), "key": family_key(group[0][0])}
+            for group in groups
+            if len(group) > 1
+        ],
+        grids=[(name, about, _bold(grid(groups, name))) for name, about in metrics.items()],
+        missing=without_records(groups),
+        metrics=metrics_of(runs),
+        data=text,
+    )
+
+
+def write_page(path: Path, groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Sequence[Panel]]]) -> None:
+    """Write the page, whole or not at all."""
+    write_text(path, as_page(groups, training))

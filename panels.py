@@ -1,0 +1,387 @@
+"""Figures declared as data: records -> panels, which `figures.py` draws for print and the HTML page draws on screen.
+
+Every figure is one line of `FIGURES` (or of `TERMS`, for training curves); metrics and methods come from the records.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from tables import Estimate, Run, best_points, choose, chosen_in, classes_of, estimate, metrics_of, over_runs
+
+MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
+MOST_POINTS = 400  # of a training curve
+WIDE = 1e3  # largest / smallest figure from which an axis is logarithmic
+BETTER = {
+    "higher": "higher is better",
+    "lower": "lower is better",
+    "retrain": "best as retrained",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One thing drawn. `kind`: line, points, star, front (stairs through the best), level (a horizontal line; y[0]),
+    bars or steps (x holds one edge more than y). `style` numbers colour and marker; low and high are 95 % limits.
+    """
+
+    label: str
+    x: list[float]
+    y: list[float]
+    kind: str = "line"
+    style: int = 0
+    low: list[float] | None = None
+    high: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. With `cells` [R][C] it is a heat map (with the sums of rows and columns if `margins`; about 0
+    if `signed`), with `ticks` its x axis has names.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series] = field(default_factory=list)
+    alt: str = ""
+    ticks: list[str] | None = None
+    x_log: bool = False
+    y_log: bool = False
+    cells: list[list[float]] | None = None
+    margins: bool = False
+    signed: bool = False
+
+
+def style_of(record: dict, method: str) -> int:
+    """A method's colour and marker are its place among the record's methods, the same in every figure."""
+    return list(record["labels"]).index(method)
+
+
+# --- metrics over the sweep -------------------------------------------------------------------------------
+
+
+def _name(about: dict, metric: str) -> str:
+    return f"{metric.replace('_', ' ')} [{about['unit']}], {BETTER[about['better']]}"
+
+
+def _at(runs: Sequence[Run], method: str, metric: str, **place: int) -> Estimate | None:
+    """A method's figure over the runs at one place of the sweep, e.g. kappa=400; None unless some run has it."""
+    found = [next((r for r in run if all(r[key] == value for key, value in place.items())), None) for run in runs]
+    records = [record for record in found if record and record["methods"].get(method, {}).get(metric) is not None]
+    if not records:
+        return None
+    own = (records[0].get("intervals") or {}).get(method, {}).get(metric)
+    if len(records) == 1 and own:
+        return Estimate(own["value"], own["low"], own["high"], own["n"])
+    return over_runs([record["methods"][method][metric] for record in records])
+
+
+def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, style: int) -> Series:
+    """A series with a band where every point has limits."""
+    figures = [figure for _, figure in points]
+    limits = [[figure.low for figure in figures], [figure.high for figure in figures]]
+    low, high = limits if all(value is not None for side in limits for value in side) else (None, None)
+    values = [figure.value for figure in figures]
+    return Series(label, [x for x, _ in points], values, kind, style, low, high)  # ty: ignore[invalid-argument-type]
+
+
+def _lines(runs: Sequence[Run], method: str, metric: str, axis: str) -> list[Series]:
+    """A method over kappa (one line per topK it depends on) or over topK (at its chosen kappa)."""
+    first, key = runs[0][0], {"kappa": "kappa", "topK": "top_k"}[axis]
+    style, label = style_of(first, method), first["labels"][method]
+    places = sorted({record[key] for run in runs for record in run})
+    fixed: list[dict[str, int]] = [{}]
+    if axis == "kappa" and "topK" in first["axes"][method]:
+        fixed = [{"top_k": k} for k in sorted({record["top_k"] for run in runs for record in run})]
+    elif axis == "topK" and "kappa" in first["axes"][method]:
+        fixed = [{"kappa": choose(runs[0], method)["kappa"]}]
+    found = []
+    for number, rest in enumerate(fixed):
+        points = [(x, _at(runs, method, metric, **{key: x}, **rest)) for x in places]
+        known = [(float(x), figure) for x, figure in points if figure]
+        name = label + "".join(f", {'topK' if k == 'top_k' else k} {v:,}" for k, v in rest.items())
+        if known:
+            found.append(_with_limits(name, known, "line", style + number * len(first["labels"])))
+    return found
+
+
+def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
+    """A metric over kappa or topK, every method: those without that axis are levels, at their chosen point."""
+    first, about, found = runs[0][0], metrics_of(runs)[metric], chosen_in(runs)
+    series = []
+    for method, points in found.items():
+        if axis in first["axes"][method]:
+            series += _lines(runs, method, metric, axis)
+        elif figure := estimate(points, metric):
+            series.append(_with_limits(points[0].label, [(0.0, figure)], "level", style_of(first, method)))
+    values = [value for one in series for value in one.y]
+    spread = bool(values) and min(values) > 0 and max(values) / min(values) > WIDE and about["unit"] != "probability"
+    what = {"kappa": "kappa (weights switched off)", "topK": "topK (weights held to be important)"}[axis]
+    alt = f"{metric.replace('_', ' ')} of {len(found)} methods over {axis}, {_extent(series)}."
+    return Panel(_name(about, metric), what, about["unit"], series, alt, y_log=spread)
+
+
+def _extent(series: Sequence[Series]) -> str:
+    """What a drawing shows, for those who do not see it."""
+    return "; ".join(f"{s.label}: {min(s.y):.4g} to {max(s.y):.4g}" for s in series if s.y and s.kind != "front")
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (forget score, retain score) those that no other is at least as good as in both, by forget score."""
+    front: list[tuple[float, float]] = []
+    for forget, retain in sorted(set(points), key=lambda point: (point[0], -point[1])):
+        if not front or retain > front[-1][1]:
+            front.append((forget, retain))
+    return front
+
+
+def trade_off(runs: Sequence[Run]) -> list[Panel]:
+    """Forget against retain score, with the Pareto front of the methods and the retrained model as the star."""
+    first, about, series, every = runs[0][0], metrics_of(runs), [], []
+    for method in chosen_in(runs):
+        pairs = []
+        forgets, retains = (_or_level(runs, method, metric) for metric in ("forget_score", "retain_score"))
+        for forget, retain in zip(forgets, retains, strict=True):
+            pairs += list(zip(forget.y, retain.y, strict=True))
+            kind = "star" if method == "retrain" else "line" if len(forget.y) > 1 else "points"
+            series.append(Series(retain.label, forget.y, retain.y, kind, retain.style, retain.low, retain.high))
+        every += [] if method in ("retrain", "default") else pairs
+    if front := pareto(every):
+        series.append(Series("Pareto front", [x for x, _ in front], [y for _, y in front], "front", -1))
+    alt = f"Retain score against forget score; the Pareto front has {len(front)} points. {_extent(series)}."
+    title = f"forgetting {classes_of(first)}: top left is best" if len(runs) == 1 else "trade-off: top left is best"
+    x, y = (_name(about[metric], metric) for metric in ("forget_score", "retain_score"))
+    return [Panel(title, x, y, series, alt)]
+
+
+def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
+    if "kappa" in runs[0][0]["axes"][method]:
+        return _lines(runs, method, metric, "kappa")
+    points = chosen_in(runs)[method]
+    figure = estimate(points, metric)
+    return [_with_limits(points[0].label, [(0.0, figure)], "level", style_of(runs[0][0], method))] if figure else []
+
+
+def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
+    """Seconds (log axis) against Avg Gap, or retain minus forget score where nothing was retrained."""
+    first, gap = runs[0][0], "avg_gap" in metrics_of(runs)
+    series = []
+    for method, points in chosen_in(runs).items():
+        seconds = over_runs([point.values["seconds"] for point in points]).value
+        known = [quality for quality in (_quality(point.values, gap) for point in points) if quality is not None]
+        if seconds > 0 and len(known) == len(points):
+            place = [(seconds, over_runs(known))]
+            series.append(_with_limits(points[0].label, place, "points", style_of(first, method)))
+    name = "Avg Gap to retrained [points], lower is better" if gap else "retain - forget score, higher is better"
+    return [
+        Panel("time against quality", "seconds to unlearn", name, series, f"{name}: {_extent(series)}.", x_log=True)
+    ]
+
+
+def _quality(values: dict[str, float], gap: bool) -> float | None:
+    return values.get("avg_gap") if gap else values["retain_score"] - values["forget_score"]
+
+
+# --- classes ----------------------------------------------------------------------------------------------
+
+
+def class_scores(record: dict, method: str) -> list[float | None] | None:
+    """Accuracy of every class in percent, None for a class without images; None if the record has no such table."""
+    table = (record.get("confusion") or {}).get(method)
+    if table:
+        return [100 * row[place] / sum(row) if sum(row) else None for place, row in enumerate(table)]
+    return (record.get("class_score") or {}).get(method)
+
+
+def taken_for(record: dict, method: str) -> list[float] | None:
+    """Share of the forgotten test images that is taken for each class, percent."""
+    table = (record.get("confusion") or {}).get(method)
+    named = record["forget_class"] if isinstance(record["forget_class"], list) else [record["forget_class"]]
+    if table:
+        counts = [sum(table[row][place] for row in named) for place in range(len(table))]
+    else:
+        counts = (record.get("taken_for") or {}).get(method)
+    return [100 * count / sum(counts) for count in counts] if counts and sum(counts) else None
+
+
+def _compared(record: dict) -> list[str]:
+    """Untouched, answer, retrained: as far as they are measured."""
+    return [name for name in ("default", record["answer"], "retrain") if name in record["labels"]]
+
+
+def _bars(record: dict, of: dict[str, list], rank: Callable[[int], float], title: str, y_label: str) -> list[Panel]:
+    """Bars by class; of many classes the forgotten ones and those with the largest `rank`."""
+    count = len(next(iter(of.values())))
+    named = record["forget_class"] if isinstance(record["forget_class"], list) else [record["forget_class"]]
+    order = sorted(range(count), key=lambda c: (c not in named, -rank(c)))[:MOST_BARS]
+    chosen = sorted(order)
+    if count > MOST_BARS:
+        others = [rank(c) for c in range(count) if c not in order]
+        title += f"\n({MOST_BARS} of {count} classes; the others' median: {median(others):.2g})"
+    series = [
+        Series(record["labels"][name], [float(c) for c in range(len(chosen))], [values[c] or 0.0 for c in chosen],
+               "bars", style_of(record, name))
+        for name, values in of.items()
+    ]  # fmt: skip
+    ticks = [str(c) for c in chosen]
+    return [Panel(title, "class", y_label, series, f"{title}. {_extent(series)}.", ticks=ticks)]
+
+
+def per_class(runs: Sequence[Run]) -> list[Panel]:
+    """Accuracy of every class before and after; of many classes those that change most."""
+    record = choose(runs[0], runs[0][0]["answer"])
+    of = {name: scores for name in _compared(record) if (scores := class_scores(record, name))}
+    if not {"default", record["answer"]} <= set(of):
+        return []
+
+    def change(c: int) -> float:
+        before, after = of["default"][c], of[record["answer"]][c]
+        return abs((after or 0.0) - (before or 0.0))
+
+    return _bars(record, of, change, "accuracy by class, test images", "accuracy [%]")
+
+
+def class_probability(runs: Sequence[Run]) -> list[Panel]:
+    """Mean probability that forgotten images are given for each class."""
+    record = choose(runs[0], runs[0][0]["answer"])
+    of = {name: values for name in _compared(record) if (values := record["class_probability"].get(name))}
+    title = f"probabilities given to images of {classes_of(record)}"
+    return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "mean probability")
+
+
+def forgotten_taken_for(runs: Sequence[Run]) -> list[Panel]:
+    """What forgotten images are taken for."""
+    record = choose(runs[0], runs[0][0]["answer"])
+    of = {name: shares for name in _compared(record) if (shares := taken_for(record, name))}
+    title = f"what images of {classes_of(record)} are taken for"
+    if not of:
+        return []
+    return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "share of images [%]")
+
+
+def _blocks(table: list[list[float]], size: int) -> list[list[float]]:
+    """Sums over blocks of `size` neighbouring rows and columns."""
+    places = range(0, len(table), size)
+    return [
+        [math.fsum(value for row in table[r : r + size] for value in row[c : c + size]) for c in places] for r in places
+    ]
+
+
+def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
+    """Confusion matrix after minus before, each row in percent of its images."""
+    record = choose(runs[0], runs[0][0]["answer"])
+    tables = record.get("confusion") or {}
+    before, after = tables.get("default"), tables.get(record["answer"])
+    if not before or not after:
+        return []
+    size = math.ceil(len(before) / MOST_BARS)
+    before, after = _blocks(before, size), _blocks(after, size)
+    cells = [
+        [100 * (b - a) / max(1, math.fsum(one)) for a, b in zip(one, two, strict=True)]
+        for one, two in zip(before, after, strict=True)
+    ]
+    ticks = [str(i * size) if size == 1 else f"{i * size}-{i * size + size - 1}" for i in range(len(cells))]
+    title = "confusion: after - before [% of a true class]"
+    title += f"\n(blocks of {size} of {len(tables['default'])} classes)" if size > 1 else ""
+    alt = f"{title}; from {min(map(min, cells)):.3g} to {max(map(max, cells)):.3g}."
+    return [Panel(title, "predicted class", "true class", alt=alt, ticks=ticks, cells=cells, signed=True)]
+
+
+# --- masks and weights ------------------------------------------------------------------------------------
+
+
+def mask_map(runs: Sequence[Run]) -> list[Panel]:
+    """Where the answer's mask switches weights off, with the sums of rows and columns; one panel per layer."""
+    record = choose(runs[0], runs[0][0]["answer"])
+    found = []
+    for layer in record.get("mask_map") or []:
+        (m, n), cells = layer["shape"], layer["cells"]
+        block = f"{math.ceil(m / len(cells))} x {math.ceil(n / len(cells[0]))}"
+        title = f"switched off in {layer['layer']} {m} x {n},\nkappa {record['kappa']:,}"
+        title += f", cells of {block} weights" if block != "1 x 1" else ""
+        rows, columns = [sum(row) for row in cells], [sum(column) for column in zip(*cells, strict=True)]
+        alt = f"{title}. Most in one row of cells: {max(rows)}, in one column: {max(columns)} of {sum(rows)}."
+        found.append(Panel(title, "input neuron", "output neuron", alt=alt, cells=cells, margins=True))
+    return found
+
+
+def weight_histogram(runs: Sequence[Run]) -> list[Panel]:
+    """Values of the weights that the answer's mask keeps and switches off."""
+    record = choose(runs[0], runs[0][0]["answer"])
+    data = record["weight_histogram"]
+    series = [
+        Series(name.replace("_", " "), data["edges"], [float(value) for value in data[name]], "steps", place)
+        for place, name in enumerate(("kept", "switched_off"))
+    ]
+    label = record["labels"].get(record["answer"], record["answer"])
+    title = f"weights under the mask of {label}, kappa {record['kappa']:,}"
+    return [Panel(title, "weight", "count", series, f"{title}. {_extent(series)}.", y_log=True)]
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+TERMS = {
+    "classifier": ("loss", "val_loss", "val_score", "grad_norm", "images_per_second"),
+    "gcn": (
+        "loss",
+        "nll",
+        "kl",
+        "forget",
+        "retain",
+        "grad_norm",
+        "temperature",
+        "requests_per_second",
+        "samples_per_second",
+    ),
+}
+
+
+def training(history: Sequence[dict], kind: str, name: str) -> list[Panel]:
+    """The terms of a training history that it has, at most MOST_POINTS of each."""
+    found = []
+    for term in TERMS[kind]:
+        points = [(entry["step"], entry[term]) for entry in history if entry.get(term) is not None]
+        points = points[:: math.ceil(len(points) / MOST_POINTS) or 1]
+        if points:
+            series = [Series(term, [float(x) for x, _ in points], [y for _, y in points])]
+            title = f"{name}: {term.replace('_', ' ')}"
+            found.append(Panel(title, "step", term.replace("_", " "), series, f"{title}, {_extent(series)}."))
+    return found
+
+
+# --- the figures ------------------------------------------------------------------------------------------
+
+FIGURES: tuple[tuple[str, Callable[[Sequence[Run]], list[Panel]], bool], ...] = (
+    # name, its panels, and whether it is of a single run alone
+    ("trade_off", trade_off, False),
+    ("time_against_quality", time_against_quality, False),
+    ("accuracy_by_class", per_class, True),
+    ("confusion_difference", confusion_difference, True),
+    ("class_probability", class_probability, True),
+    ("forgotten_taken_for", forgotten_taken_for, True),
+    ("mask_map", mask_map, True),
+    ("weight_histogram", weight_histogram, True),
+)
+
+
+def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
+    """Every figure of a run, or of a family's runs: name -> panels.
+
+    Metrics that are shown first have a figure of their own over each axis that is swept; the others share one.
+    """
+    swept = [axis for axis, key in (("kappa", "kappa"), ("topK", "top_k")) if _varies(runs, axis, key)]
+    first, found = metrics_of(runs, every=False), {}
+    for axis in swept:
+        found |= {f"{metric}_over_{axis}": [over(runs, metric, axis)] for metric in first}
+        found[f"other_metrics_over_{axis}"] = [over(runs, m, axis) for m in metrics_of(runs) if m not in first]
+    answered = len(runs) == 1 and runs[0][0]["answer"] in {best.method for best in best_points(runs[0])}
+    found |= {name: panels(runs) for name, panels, alone in FIGURES if answered or not alone}
+    return {name: panels for name, panels in found.items() if panels}
+
+
+def _varies(runs: Sequence[Run], axis: str, key: str) -> bool:
+    """Whether a method depends on an axis and that has several values (kappa: in any case)."""
+    several = len({record[key] for run in runs for record in run}) > 1 or axis == "kappa"
+    return several and any(axis in axes for axes in runs[0][0]["axes"].values())

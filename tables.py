@@ -1,0 +1,371 @@
+"""What records say, as tables and words: chosen points, intervals, which methods lead, one grid over everything.
+
+A *run* is a list of records that differ in topK and kappa alone; a *family* is a list of runs that differ in the
+seed and in the classes to forget alone. Cells in `**` are the best and those that cannot be told from the best.
+No torch, no dataset: everything is read from the records, so a new method or metric shows up by itself.
+"""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from artifacts import key_of
+from config import SupportedDatasets, SupportedVisionModels
+from intervals import t_interval
+
+ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
+REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
+APART = ("seed", "forget_class", "topK_list", "kappa_list", "reporter", "tracker", "device", "output_dir")
+Run = list[dict]
+
+
+@dataclass(frozen=True)
+class Best:
+    """A method's chosen point: topK and kappa as far as it depends on them, and its test figures."""
+
+    method: str
+    label: str
+    top_k: int | None
+    kappa: int | None
+    values: dict[str, float]
+    record: dict
+
+    @property
+    def verdicts(self) -> list[dict[str, str]]:
+        """What the record says against the method; nothing in records from before there were verdicts."""
+        return (self.record.get("verdicts") or {}).get(self.method, [])
+
+    def interval(self, metric: str) -> dict | None:
+        """The metric's own interval {value, low, high, n}, where the record has one."""
+        return (self.record.get("intervals") or {}).get(self.method, {}).get(metric)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval (None: not known) and the number of runs or images behind it."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+# --- runs and their chosen points -------------------------------------------------------------------------
+
+
+def runs_of(records: Iterable[dict]) -> list[Run]:
+    """Records by run, each in order of topK and kappa."""
+    runs: dict[str, Run] = {}
+    for record in records:
+        runs.setdefault(record["run"], []).append(record)
+    return [sorted(run, key=lambda record: (record["top_k"], record["kappa"])) for run in runs.values()]
+
+
+def family_key(record: dict) -> str:
+    """What the runs of a family share, hashed."""
+    settings = {key: value for key, value in record["config"].items() if key not in APART}
+    return key_of({"model": record["model"], "dataset": record["dataset"], "config": settings})[:8]
+
+
+def families(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs by family; of several runs with the same seed and classes (other code or versions) the last started."""
+    found: dict[str, dict[str, Run]] = {}
+    for run in sorted(runs, key=lambda run: run[0].get("provenance", {}).get("started", "")):
+        place = f"{run[0]['seed']} {run[0]['forget_class']}"
+        found.setdefault(family_key(run[0]), {})[place] = run
+    return [
+        sorted(family.values(), key=lambda run: (run[0]["seed"], str(run[0]["forget_class"])))
+        for family in found.values()
+    ]
+
+
+def choose(records: Iterable[dict], method: str) -> dict:
+    """The record where a method does best on *validation* images.
+
+    That is the smallest Avg Gap to retraining, else (nothing was retrained) the largest retain minus forget score;
+    ties go to the smaller kappa, then the smaller topK.
+    """
+
+    def rank(record: dict) -> tuple[float, int, int]:
+        values = record["validation"][method]
+        gap = values.get("avg_gap")
+        lost = values["forget_score"] - values["retain_score"] if gap is None else gap
+        return lost, record["kappa"], record["top_k"]
+
+    return min((r for r in records if method in r["validation"]), key=rank)
+
+
+def best_points(records: Run) -> list[Best]:
+    """Each method's chosen point, in the order of the records."""
+    names = dict.fromkeys(name for record in records for name in record["labels"])
+    found = []
+    for name in names:
+        record = choose(records, name)
+        axes = record["axes"][name]
+        top_k, kappa = (record[key] if axis in axes else None for key, axis in (("top_k", "topK"), ("kappa", "kappa")))
+        found.append(Best(name, record["labels"][name], top_k, kappa, record["methods"][name], record))
+    return found
+
+
+def chosen_in(runs: Sequence[Run]) -> dict[str, list[Best]]:
+    """method -> its chosen point in each run, for methods that every run has."""
+    points = [{best.method: best for best in best_points(run)} for run in runs]
+    return {name: [found[name] for found in points] for name in points[0] if all(name in found for found in points)}
+
+
+# --- intervals --------------------------------------------------------------------------------------------
+
+
+def over_runs(values: Sequence[float]) -> Estimate:
+    """Mean over runs with Student's t interval (none for a single value)."""
+    n = len(values)
+    if n < 2:
+        return Estimate(values[0], None, None, n)
+    found = t_interval(values)
+    return Estimate(found.value, found.low, found.high, n)
+
+
+def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
+    """A metric over the chosen points of several runs; of one run with the record's own interval, if it has one."""
+    numbers = _known(points, metric)
+    if not numbers:
+        return None
+    if len(points) == 1 and (own := points[0].interval(metric)):
+        return Estimate(numbers[0], own["low"], own["high"], own["n"])
+    return over_runs(numbers)
+
+
+def _known(points: Sequence[Best], metric: str) -> list[float]:
+    """A metric at every point; nothing if it is not known at one of them."""
+    values = [point.values.get(metric) for point in points]
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else []
+
+
+def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str, list[float]]:
+    """method -> how far from the best possible it is in each run; methods without the figure are left out."""
+    losses = {}
+    for name, points in found.items():
+        values = _known(points, metric)
+        if name in REFERENCES or not values:
+            continue
+        if better == "retrain":
+            targets = _known(found.get("retrain", []), metric)
+            if not targets:
+                return {}
+            losses[name] = [abs(value - target) for value, target in zip(values, targets, strict=True)]
+        else:
+            losses[name] = [-value if better == "higher" else value for value in values]
+    return losses
+
+
+def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
+    """The best method, and those that cannot be told from it.
+
+    Over several runs: the 95 % t interval of the paired differences reaches 0. In one run: the intervals overlap, if
+    the record has some (which is cautious), else the figures are equal.
+    """
+    losses = _losses(found, metric, better)
+    if not losses:
+        return set()
+    means = {name: math.fsum(values) / len(values) for name, values in losses.items()}
+    first = min(means, key=lambda name: means[name])
+
+    def tied(name: str) -> bool:
+        if math.isclose(means[name], means[first], rel_tol=1e-9, abs_tol=1e-12):
+            return True
+        differences = [a - b for a, b in zip(losses[name], losses[first], strict=True)]
+        if len(differences) > 1:
+            low = over_runs(differences).low
+            return low is not None and low <= 0
+        mine, best = found[name][0].interval(metric), found[first][0].interval(metric)
+        return bool(mine and best and mine["low"] <= best["high"] and best["low"] <= mine["high"])
+
+    return {name for name in losses if tied(name)}
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+def shown(figure: Estimate | None) -> str:
+    """ "12", "12 ± 3.1" over runs, "12 [9.2, 15.4]" where the interval is lopsided; "-" if there is none."""
+    if figure is None:
+        return "-"
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.4g}"
+    low, high = figure.value - figure.low, figure.high - figure.value
+    if math.isclose(low, high, rel_tol=1e-6, abs_tol=1e-12):
+        return f"{figure.value:.4g} ± {high:.2g}"
+    return f"{figure.value:.4g} [{figure.low:.3g}, {figure.high:.3g}]"
+
+
+def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, dict]:
+    """What the records say of their metrics: all of them, or those that are shown first."""
+    found = {name: about for run in runs for name, about in run[0]["metrics"].items()}
+    return {name: about for name, about in found.items() if every or about.get("first", True)}
+
+
+def _budget(values: Sequence[int | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    return str(known[0]) if min(known) == max(known) else f"{min(known)}-{max(known)}"
+
+
+def table(*runs: Run, every: bool = False) -> list[list[str]]:
+    """Header and one row per method: its chosen point and its test figures, over one run or a family's runs.
+
+    Args:
+        every: all metrics instead of those that are shown first.
+    """
+    metrics, found = metrics_of(runs, every), chosen_in(runs)
+    head = [f"{name} [{about['unit']}, {ARROWS[about['better']]}]" for name, about in metrics.items()]
+    bold = {name: leaders(found, name, about["better"]) for name, about in metrics.items()}
+    judged = len(runs) == 1 and any(points[0].verdicts for points in found.values())
+    rows = [["method", "topK", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
+    for method, points in found.items():
+        figures = {name: shown(estimate(points, name)) for name in metrics}
+        marked = [f"**{text}**" if method in bold[name] else text for name, text in figures.items()]
+        changed = _budget([int(point.values["weights_changed"]) for point in points])
+        seconds = f"{over_runs([point.values['seconds'] for point in points]).value:.3f}"
+        budgets = [_budget([point.top_k for point in points]), _budget([point.kappa for point in points])]
+        said = [", ".join(one["key"] for one in points[0].verdicts) or "-"] * judged
+        rows.append([points[0].label, *budgets, *marked, changed, seconds, *said])
+    return rows
+
+
+def caption(*runs: Run) -> str:
+    """What the figures of a table are of, in words."""
+    first = runs[0][0]
+    about = f"{first['model']} on {first['dataset']}"
+    if len(runs) == 1:
+        what = f"{about}, forgetting {classes_of(first)}, seed {first['seed']}: test figures, one run"
+        return f"{what}, [95 % interval over test images]" if first.get("intervals") else what
+    classes = sorted({str(run[0]["forget_class"]) for run in runs})
+    seeds = sorted({run[0]["seed"] for run in runs})
+    named = f"classes {', '.join(classes)}; seeds {', '.join(map(str, seeds))}"
+    return f"{about}: test figures, mean ± 95 % interval over n = {len(runs)} runs ({named})"
+
+
+def grid(groups: Sequence[list[Run]], metric: str) -> list[list[str]]:
+    """One metric over every model and dataset: a row for each family, a column for each method."""
+    labels = {name: label for runs in groups for run in runs for name, label in run[0]["labels"].items()}
+    rows = [["model", "dataset", "runs", *labels.values()]]
+    for runs in sorted(groups, key=lambda runs: (runs[0][0]["model"], runs[0][0]["dataset"])):
+        first, found = runs[0][0], chosen_in(runs)
+        better = first["metrics"].get(metric, {}).get("better", "lower")
+        bold = leaders(found, metric, better)
+        cells = [shown(estimate(found[name], metric)) if name in found else "-" for name in labels]
+        marked = [f"**{cell}**" if name in bold else cell for name, cell in zip(labels, cells, strict=True)]
+        rows.append([first["model"], first["dataset"], str(len(runs)), *marked])
+    return rows
+
+
+def without_records(groups: Sequence[list[Run]]) -> list[str]:
+    """The combinations of model and dataset that no record is of."""
+    seen = {(runs[0][0]["model"], runs[0][0]["dataset"]) for runs in groups}
+    every = ((model.value, data.value) for model in SupportedVisionModels for data in SupportedDatasets)
+    return [f"{model} on {data}" for model, data in every if (model, data) not in seen]
+
+
+# --- how they are written ---------------------------------------------------------------------------------
+
+
+def as_text(rows: list[list[str]]) -> str:
+    """A Markdown table, padded so that it reads well on a terminal too."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+
+
+def as_csv(rows: list[list[str]]) -> str:
+    """The same rows as CSV, without marks."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([[cell.replace("**", "") for cell in row] for row in rows])
+    return text.getvalue()
+
+
+def as_json(records: Run) -> list[dict]:
+    """The run's table as objects: names as in the records, numbers as numbers."""
+    return [
+        {"method": best.method, "label": best.label, "topK": best.top_k, "kappa": best.kappa, **best.values}
+        | {"intervals": (best.record.get("intervals") or {}).get(best.method), "verdicts": best.verdicts}
+        for best in best_points(records)
+    ]
+
+
+TEX = {
+    **{sign: f"\\{sign}" for sign in "%&_#${}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "→": r"$\rightarrow$",
+    "<": "$<$",
+    ">": "$>$",
+}
+
+
+def _tex(cell: str) -> str:
+    bold = re.fullmatch(r"\*\*(.*)\*\*", cell)
+    text = "".join(TEX.get(sign, sign) for sign in (bold[1] if bold else cell))
+    return f"\\textbf{{{text}}}" if bold else text
+
+
+def as_latex(rows: list[list[str]], about: str) -> str:
+    """The same rows as a LaTeX table (needs the packages booktabs and graphicx)."""
+    head, *body = [" & ".join(map(_tex, row)) + r" \\" for row in rows]
+    kinds = "l" + "r" * (len(rows[0]) - 1)
+    lines = [r"\begin{table}", r"\centering", f"\\caption{{{_tex(about)}}}", r"\resizebox{\linewidth}{!}{%"]
+    lines += [f"\\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}}", r"\end{table}"]) + "\n"
+
+
+# --- in words ---------------------------------------------------------------------------------------------
+
+
+def classes_of(record: dict) -> str:
+    """ "class 0", or "classes 0 and 3"."""
+    named = record["forget_class"]
+    if not isinstance(named, list):
+        return f"class {named}"
+    return "classes " + ", ".join(map(str, named[:-1])) + f" and {named[-1]}"
+
+
+def remarks(records: Run) -> list[str]:
+    """The verdicts in whole sentences, each with the methods that it is on; of faultless ones what was unchecked."""
+    said: dict[str, list[str]] = {}
+    for best in best_points(records):
+        for one in best.verdicts:
+            said.setdefault(one["sentence"], []).append(best.label)
+    return [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
+
+
+def headline(records: Run) -> str:
+    """The run's answer in words, from the chosen point of the method that gives it."""
+    record = choose(records, records[0]["answer"])
+    after, before = record["methods"][record["answer"]], record["methods"]["default"]
+    share = 100 * after["weights_changed"] / record["num_graph_vertices"]
+    layers = "masked layers" if isinstance(record["mask_layer"], list) else "layer"
+    is_or_are, them = ("are", "them") if isinstance(record["forget_class"], list) else ("is", "it")
+    text = (
+        f"Switching off {after['weights_changed']} weights ({share:.1f} % of the {layers}), {classes_of(record)} "
+        f"{is_or_are} recognised {after['forget_score']:.1f} % of the time (before: "
+        f"{before['forget_score']:.1f} %); the other classes score {after['retain_score']:.1f} % "
+        f"(before: {before['retain_score']:.1f} %)."
+    )
+    auto = record["auto"]
+    if auto and not auto["achieved"]:
+        target = f"forget score <= {auto['tau']} %, retain score at most {auto['epsilon']} points lower"
+        text = (
+            f"Not achievable: no kappa tried shows {target}, with 95 % intervals on validation images. The best "
+            f"trade-off found, not to be taken for {them} forgotten: {text}"
+        )
+    return text

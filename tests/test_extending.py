@@ -1,0 +1,56 @@
+"""A method and a metric that nobody has heard of: registered in a test, they are in everything that a run writes."""
+
+import csv
+import json
+import re
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from config import EvalConfig
+from methods import METHODS, Context, Point, method
+from metrics import METRICS, Evidence, metric
+from pipeline import Pipeline
+from tests.test_page import DATA
+from tests.test_pipeline import tiny
+
+
+@pytest.fixture
+def unheard_of():
+    """Both are gone after the test."""
+
+    @method("stranger", "a stranger", axes=("kappa",))
+    def stranger(context: Context, point: Point) -> Generator:
+        """Leave all as it is."""
+        context.allowed = {}
+        yield context.model
+
+    @metric("oddity", "furlongs", "lower")
+    def oddity(e: Evidence) -> float:
+        """How many images there are of the forgotten classes, halved."""
+        return len(e.forget.labels) / 2
+
+    yield
+    del METHODS["stranger"], METRICS["oddity"]
+
+
+def test_they_are_in_json_tables_figures_and_page(unheard_of, tmp_path):
+    config = EvalConfig(methods=("mimu", "stranger", "default"), metrics=("core", "oddity"), references=0)
+    records = Pipeline(tiny(tmp_path, eval=config, topK_list=(300,))).run()
+    written = [json.loads(path.read_text()) for path in tmp_path.rglob("json/*/*.json")]
+    assert [one["methods"]["stranger"]["oddity"] for one in written] == [18, 18]  # 36 test images of class 0
+    (folder,) = (path for path in Path(tmp_path / "eval/metrics_and_plots/plots").iterdir() if path.name != "grid")
+    rows = list(csv.reader((folder / "table_all.csv").read_text().splitlines()))
+    column = rows[0].index("oddity [furlongs, ↓]")
+    assert {row[0]: row[column] for row in rows[1:]} == {"MIMU (ours)": "18", "a stranger": "18", "untouched": "18"}
+    assert r"oddity [furlongs, $\downarrow$]" in (folder / "table_all.tex").read_text()
+    assert (folder / "other_metrics_over_kappa.png").stat().st_size > 0
+    page = (tmp_path / "reports/index.html").read_text()
+    assert "How many images there are of the forgotten classes, halved." in page
+    assert re.search(r"<td>a stranger</td>", page)
+    (data,) = json.loads(DATA.search(page)[1])
+    titles = {panel["title"]: panel for panel in data["figures"]["other_metrics_over_kappa"]}
+    lines = {one["label"]: one["y"] for one in titles["oddity [furlongs], lower is better"]["series"]}
+    assert lines == {"MIMU (ours), topK 300": [18, 18], "a stranger": [18, 18], "untouched": [18]}
+    assert len(records) == 2

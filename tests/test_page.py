@@ -1,0 +1,170 @@
+"""The HTML page: what it says, that it needs nothing but itself, and how it behaves in a real browser without a screen.
+
+A script appended to a copy of the page uses it as a person would, and writes what it saw into the page.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import tyro
+
+from config import PipelineConfig, TrainConfig, load_config, plain
+from page import DEFAULT_CONFIG, as_page, command, rounded, sentence
+from tables import families, runs_of
+from tests.test_reporter import record
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+
+
+def full(top_k: int, kappa: int, forget: float, **more) -> dict:
+    """A record with images to show."""
+    one = record(top_k, kappa, (forget, 79), (forget, 78), **more)
+    one["samples"] = {"images": [PIXEL, PIXEL], "labels": [1, 1]}
+    one["said_of_samples"] = {"mimu": [[2, 0.9], [0, 0.5]], "default": [[1, 0.99], [1, 0.8]]}
+    return one
+
+
+def page(records: list[dict]) -> str:
+    return as_page(families(runs_of(records)), {})
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    """Two seeds and another class, three kappas each."""
+    kappas = ((100, 60.0), (200, 12.0), (400, 3.0))
+    runs = [(0, 1, "a"), (1, 1, "b"), (0, 2, "c")]
+    return page([full(5, k, f, seed=s, run=run) | {"forget_class": c} for s, c, run in runs for k, f in kappas])
+
+
+# --- what it says -----------------------------------------------------------------------------------------
+
+
+def test_sentence_by_hand():
+    assert sentence(full(5, 200, 12)) == (
+        "At kappa 200 (20.0 % of the layer) class 1 is recognised 12.0 % of the time; "
+        "the other classes lose 2.0 points."
+    )
+
+
+def test_page_holds_sentences_tables_and_provenance_without_its_script(html):
+    static = DATA.sub("", html)
+    assert static.count("Switching off 400 weights (40.0 % of the layer), class 1 is recognised 3.0 %") == 2
+    assert "class 2 is recognised 3.0 %" in static
+    assert re.search(r"<td>MIMU</td>\s*<td>5</td><td>400</td>", static)
+    assert "<strong>3</strong>" in static
+    assert "n = 3 runs" in static
+    assert static.count("uv run main.py run --") == 3
+    assert "HookedMLPClassifier on MNIST" in static  # of what there are no records
+
+
+def test_nothing_is_loaded_from_elsewhere(html):
+    found = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.extend((tag, name, value) for name, value in attrs if name in ("src", "href", "srcset", "data"))
+
+    Links().feed(html)
+    assert found == []
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(", html)
+    assert set(re.findall(r"https?://[^\s\"'<>]+", html)) <= {"http://www.w3.org/2000/svg"}
+
+
+def test_text_from_records_stays_text():
+    one = full(5, 100, 12)
+    one["labels"]["mimu"] = "</script><b id=evil>"
+    text = page([one])
+    assert "<b id=evil>" not in text
+    assert json.loads(DATA.search(text)[1])[0]["labels"]["mimu"] == "</script><b id=evil>"
+
+
+def test_numbers_are_cut_to_four_digits():
+    assert rounded({"a": [0.123456, 98765.4, 3, None, float("inf")]}) == {"a": [0.1235, 98770.0, 3, None, None]}
+
+
+def test_command_gives_the_same_configuration_again():
+    default = load_config([DEFAULT_CONFIG])
+    config = replace(
+        default, forget_class=(3, 4), kappa_list=(70, 9), seed=5, train=TrainConfig(epochs=3, bf16=True, lr=0.5)
+    )
+    config = replace(config, gcn=replace(config.gcn, residual=False, train_classes=(1, 2)))
+    one = full(2000, 70, 12) | {"config": plain(replace(config, kappa_list=(70,)))}
+    words = shlex.split(command([one, one | {"kappa": 9}]))
+    assert words[:4] == ["uv", "run", "main.py", "run"]
+    again = tyro.cli(PipelineConfig, args=words[4:], default=default)
+    assert replace(again, kappa_list=config.kappa_list) == config
+    assert again.kappa_list == (9, 70)
+
+
+def test_five_hundred_points_stay_small():
+    """Ten runs of fifty points, ten classes, six methods, maps of full size and eight colour images."""
+    cells = [[(i * j) % 4 for j in range(32)] for i in range(32)]
+    records = [
+        full(5, kappa, 12, classes=10, seed=seed, run=f"run-{seed}")
+        for seed in range(10)
+        for kappa in range(50, 2550, 50)
+    ]
+    for one in records:
+        one["mask_map"] = [{"layer": "linears.1.weight", "shape": [128, 512], "cells": cells}]
+        one["samples"] = {"images": ["A" * 4000] * 8, "labels": [1] * 8}
+        one["said_of_samples"] = {name: [[1, 0.1234]] * 8 for name in ("mimu", "default")}
+        for name in ("x", "y", "z"):
+            for part in ("methods", "validation", "labels", "axes"):
+                one[part][name] = one[part]["mimu"]
+    assert len(page(records).encode()) <= 5_000_000
+
+
+# --- in a browser -----------------------------------------------------------------------------------------
+
+PROBE = f"<script>{Path(__file__).with_name('page_probe.js').read_text(encoding='utf-8')}</script>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not found and os.environ.get("CI"):
+        pytest.fail("no browser is here: apt-get install chromium, as .ci/run does")
+    if not found:
+        pytest.skip("no chromium is installed here; .ci/run installs it")
+    return found
+
+
+def use(browser: str, html: str, folder: Path, dark: bool, width: int) -> dict:
+    """Open the page and use it; returns what was seen."""
+    watch = "<script>window.__errors = []; onerror = m => { __errors.push(m); };</script>"
+    path = folder / "page.html"
+    path.write_text(html.replace("<head>", "<head>" + watch).replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--window-size={width},1200"]
+    flags += [f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", path.as_uri()]
+    result = subprocess.run([browser, *flags], capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="seen">(.*?)</pre>', result.stdout, re.DOTALL)
+    assert found, result.stderr[-2000:]
+    return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+
+@pytest.mark.parametrize(("dark", "width"), [(False, 1280), (True, 500)], ids=["light and wide", "dark and narrow"])
+def test_page_in_a_browser(browser, html, tmp_path, dark, width):
+    seen = use(browser, html, tmp_path, dark, width)
+    assert seen["errors"] == []
+    assert seen["dark"] == dark
+    assert seen["text"] >= 4.5  # WCAG 2.2, 1.4.3
+    assert seen["series"] >= 3  # and 1.4.11
+    assert seen["overflow"] <= 0
+    assert (seen["unnamed"], seen["broken"], seen["unlabelled"], seen["focus"]) == (0, 0, 0, True)
+    assert seen["visible"] == ["run-a"]
+    assert {"trade_off", "unheard_of_over_kappa", "mask_map", "accuracy_by_class"} <= set(seen["figures"])
+    assert [text.split(" (")[0] for text in seen["slider"]] == ["At kappa 100", "At kappa 200", "At kappa 400"]
+    assert [re.search(r"recognised ([\d.]+) %", text)[1] for text in seen["slider"]] == ["60.0", "12.0", "3.0"]
+    assert seen["images"][0] == "test image of class 1, before taken for 1, after for 2"
+    assert (seen["up"], seen["down"], seen["sorted"]) == (["60", "78", "80"], ["80", "78", "60"], "descending")
+    assert seen["picked"] == ["class 2"]

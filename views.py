@@ -1,0 +1,93 @@
+"""What a record shows beside numbers: some forgotten images with what each model says of them, and where a mask lies.
+
+Small by intent, whatever the dataset: a record stays a few dozen kilobytes.
+"""
+
+import base64
+import io
+
+import torch
+from torch import Tensor
+
+from masks import Mask
+from metrics import Outputs
+from utils_data import UnlearningDataset
+
+SAMPLES = 8
+WIDEST = 48  # pixels of a thumbnail's longer side
+MOST_CLASSES = 100  # of a class x class table
+TABLES = ("class_probability", "confusion", "class_score", "taken_for", "said_of_samples")
+MAP_SIDE = 32  # cells, at most, of a mask's map in each direction
+
+
+def sampled(count: int) -> list[int]:
+    """Up to SAMPLES places spread evenly over `count`."""
+    shown = min(SAMPLES, count)
+    return [place * count // shown for place in range(shown)]
+
+
+def thumbnails(data: UnlearningDataset) -> dict[str, list]:
+    """Some test images of the forgotten classes: base64 PNG of at most WIDEST pixels a side, and their labels."""
+    from PIL import Image
+
+    part = data.splits["test"]
+    places = data.is_forgotten(part.labels).nonzero().flatten()
+    places = places[sampled(len(places))]
+    pictures = []
+    for pixels in part.pixels[places].permute(0, 2, 3, 1).numpy():  # [H, W, C] uint8
+        image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+        image.thumbnail((WIDEST, WIDEST))
+        file = io.BytesIO()
+        image.save(file, "PNG", optimize=True)
+        pictures.append(base64.b64encode(file.getvalue()).decode())
+    return {"images": pictures, "labels": part.labels[places].tolist()}
+
+
+def said_of_samples(forget: Outputs) -> list[list[float]]:
+    """What a model says of the images of `thumbnails`: predicted class and its probability, for each."""
+    best = forget.log_p[sampled(len(forget.labels))].exp().max(1)
+    return [[int(label), round(float(p), 4)] for p, label in zip(best.values, best.indices, strict=True)]
+
+
+def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
+    """For classifiers with too many classes for a table of all pairs: accuracy of each class in percent [C] (None: no
+    image of it), and how many forgotten images are taken for each class [C].
+    """
+    count = forget.logits.shape[1]
+    labels, right = torch.cat([forget.labels, retain.labels]), torch.cat([forget.right, retain.right])
+    seen, hits = torch.bincount(labels, minlength=count), torch.bincount(labels[right], minlength=count)
+    scores = [round(100 * h / n, 2) if n else None for h, n in zip(hits.tolist(), seen.tolist(), strict=True)]
+    return {"class_score": scores, "taken_for": torch.bincount(forget.logits.argmax(1), minlength=count).tolist()}
+
+
+def tables_of(forget: Outputs, retain: Outputs) -> dict[str, list]:
+    """Where images go, as far as there are not too many classes for it: those of TABLES that a record has.
+
+    Mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes, else `class_tables`.
+    """
+    count = forget.logits.shape[1]
+    tables = {"class_probability": forget.log_p.exp().mean(0).tolist(), "said_of_samples": said_of_samples(forget)}
+    if count > MOST_CLASSES:
+        return tables | class_tables(forget, retain)
+    true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.logits, retain.logits]).argmax(1)
+    cells = torch.bincount(true * count + said, minlength=count * count)
+    return tables | {"confusion": cells.view(count, count).tolist()}
+
+
+def _binned(counts: Tensor) -> Tensor:
+    """Sums [m, n] -> at most [MAP_SIDE, MAP_SIDE] of neighbouring rows and columns."""
+    for dim in (0, 1):
+        size = counts.shape[dim]
+        cells = min(size, MAP_SIDE)
+        place = torch.arange(size) * cells // size
+        shape = (cells, counts.shape[1]) if dim == 0 else (counts.shape[0], cells)
+        counts = torch.zeros(shape, dtype=counts.dtype).index_add_(dim, place, counts)
+    return counts
+
+
+def mask_map(mask: Mask) -> list[dict]:
+    """How many weights are switched off in each part of each masked layer: its shape [m, n] and counts by cell."""
+    layers = zip(mask.graph.names, mask.graph.split(~mask.keep), strict=True)
+    return [
+        {"layer": name, "shape": list(off.shape), "cells": _binned(off.cpu().int()).tolist()} for name, off in layers
+    ]
