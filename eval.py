@@ -136,7 +136,7 @@ class Eval:
             part = data.splits[split]
             return part.batch(data.is_forgotten(part.labels) == is_forget_set)
 
-        shared = (config.mask_layer, config.forget_class, config.seed, self.context.device)
+        shared = (config.mask_layer, config.forget_labels, config.seed, self.context.device)
         return Evidence(model, outputs, split, *shared, images, **more)  # ty: ignore[invalid-argument-type]
 
     def reference(self, split: str) -> Evidence:

@@ -185,11 +185,23 @@ def test_missing_files_labels_out_of_range_and_unknown_classes(tmp_path):
         get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["IMAGENET_SMALL", "PLANT_CLASSIFICATION", "POKEMON_CLASSIFICATION"])
-def test_later_datasets_say_so(name, tmp_path):
-    with pytest.raises(UserError, match=f"{name} is not available yet: choose one of DIGITS"):
-        get_unlearning_dataset(SupportedDatasets[name], 8)
-    with pytest.raises(UserError, match="not available yet"):
+MISSING = {
+    "IMAGENET_SMALL": "download IMAGENET_SMALL",
+    "PLANT_CLASSIFICATION": "put it there by hand",
+    "POKEMON_CLASSIFICATION": "download POKEMON_CLASSIFICATION",
+    "FOLDER": "name it with --dataset-path",
+}
+
+
+@pytest.mark.parametrize(("name", "way"), MISSING.items())
+def test_missing_trees_say_what_to_do(name, way, tmp_path):
+    with pytest.raises(UserError, match=rf"cannot read {name} \(there is no folder .*/nowhere\): it needs .*{way}"):
+        get_unlearning_dataset(SupportedDatasets[name], 8, 0, tmp_path / "nowhere", datasets_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["PLANT_CLASSIFICATION", "FOLDER"])
+def test_what_cannot_be_downloaded_is_said(name, tmp_path):
+    with pytest.raises(UserError, match=f"{name} cannot be downloaded: put .*<class>/ with image files"):
         download(SupportedDatasets[name], tmp_path)
 
 
