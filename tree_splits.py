@@ -123,9 +123,14 @@ def _name_them(dataset: SupportedDatasets, tree: Tree, skip: bool) -> None:
 
 
 def _enough_of_each(dataset: SupportedDatasets, tree: Tree, parts: dict[str, np.ndarray]) -> None:
-    """Raise `UserError` where a class that is in the tree has no training image left."""
+    """Raise `UserError` where a class has no images, or no training image is left of it."""
     counts = np.bincount(tree.labels, minlength=len(tree.classes))
     trained = np.bincount(tree.labels[parts["train"]], minlength=len(tree.classes))
+    if absent := np.flatnonzero(counts == 0).tolist():
+        raise UserError(
+            f"{dataset.value} in {tree.root} has no images of {len(absent)} of its {len(counts)} classes, such as "
+            f"{tree.classes[absent[0]]!r}: complete it, or name it as FOLDER to work with the classes that are there"
+        )
     if lacking := np.flatnonzero((counts > 0) & (trained == 0)).tolist():
         named = ", ".join(f"{tree.classes[label]!r} ({counts[label]})" for label in lacking[:5])
         raise UserError(
