@@ -89,8 +89,10 @@ class _Scan:
         places = [self.root, *(f"{self.root}/{parent}" for parent in Path(relative).parents if parent.name)]
         return tuple((facts.st_dev, facts.st_ino) for facts in map(os.stat, places))
 
-    def add(self, folder: str, files: list[tuple[str, int, int]], split: int, labels: np.ndarray) -> None:
-        """Take in the files of one folder with their labels [F]."""
+    def add(
+        self, folder: str, files: list[tuple[str, int, int]], split: int, labels: np.ndarray, group: str = ""
+    ) -> None:
+        """Take in the files of one folder with their labels [F]; splits are drawn by group and file name."""
         if not files:
             return
         names = [os.fsencode(f"{folder}/{name}") for name, _, _ in files]
@@ -100,7 +102,7 @@ class _Scan:
             "sizes": [size for _, size, _ in files],
             "times": [stamp for _, _, stamp in files],
         }
-        digests = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name, _, _ in files)
+        digests = (hashlib.blake2b(os.fsencode(f"{group}/{name}"), digest_size=8).digest() for name, _, _ in files)
         arrays: dict[str, np.ndarray] = {name: np.array(values, np.int64) for name, values in columns.items()}
         arrays |= {"labels": labels, "splits": np.full(len(files), split, np.uint8)}
         arrays["hashes"] = np.frombuffer(b"".join(digests), "<u8")
@@ -143,7 +145,8 @@ def _scan_folders(scan: _Scan) -> tuple[str, ...]:
         for folder, files in scan.walk(place):
             if not files:
                 continue
-            scan.add(folder, files, split, np.full(len(files), numbers.setdefault(name, len(numbers)), np.int32))
+            label = numbers.setdefault(name, len(numbers))
+            scan.add(folder, files, split, np.full(len(files), label, np.int32), name)
         if len(scan.names) == count and len(scan.problems) == known:
             scan.problems.append((place, NO_IMAGES))
     _no_twins(root, {name for _, _, name in places})
@@ -365,6 +368,7 @@ def check(tree: Tree, rows: np.ndarray, size: int, threads: int) -> Tree:
     known = {int(key): reason for key, reason in reasons.items()}
     seen = np.isin(keys, np.array(list(known), np.uint64))
     bad = {int(row): known[int(key)] for row, key in zip(rows[seen], keys[seen], strict=True)}
+    bad |= {row: CHANGED for row in bad if tree.changed(np.array([row]))}  # repaired, perhaps
     left, saved = rows[~seen & ~np.isin(keys, good)], time.monotonic()
     spans = [left[begin : begin + CHECK_SPAN] for begin in range(0, len(left), CHECK_SPAN)]
     for place, span in enumerate(progress(spans, f"checking images, {CHECK_SPAN} at a time"), 1):

@@ -4,6 +4,7 @@ Splits are drawn by hashes of file names, class by class: neither the order of t
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +58,15 @@ def by_hash(labels: np.ndarray, hashes: np.ndarray, share: float, seed: int) -> 
 
 
 def split_rows(dataset: SupportedDatasets, tree: Tree, data: DataConfig) -> dict[str, np.ndarray]:
-    """Rows of train, val and test.
+    """Rows of train, val and test, those that are known as bad left out: no other image moves but the next in line.
 
     Official splits are kept (a lone `val` is the test set), what is missing is drawn from the training images; a
     `pooled` dataset's are all drawn anew.
     """
     official = np.full(len(tree), UNSPLIT, np.uint8) if SPECS[dataset].pooled else tree.splits
-    train, val, test = (np.flatnonzero(official == code) for code in (TRAIN, VAL, TEST))
-    train = np.sort(np.concatenate([train, np.flatnonzero(official == UNSPLIT)]))
+    sound = ~np.isin(np.arange(len(tree)), list(tree.bad)) if tree.bad else np.ones(len(tree), bool)
+    train, val, test = (np.flatnonzero(sound & (official == code)) for code in (TRAIN, VAL, TEST))
+    train = np.sort(np.concatenate([train, np.flatnonzero(sound & (official == UNSPLIT))]))
     if len(test) == 0:
         test, val = val, val[:0]
 
@@ -92,17 +94,20 @@ def usable_splits(
     Raises:
         UserError: files give no image (unless they are to be skipped), or a class has too few images.
     """
-    for _ in range(2):
-        tree = open_tree_of(dataset, path, datasets_dir)
+    tree, reopened = open_tree_of(dataset, path, datasets_dir), False
+    while True:
         parts = split_rows(dataset, tree, data)
-        tree = check(tree, np.unique(np.concatenate(list(parts.values()))), size, threads)
-        if CHANGED not in tree.bad.values():
+        checked = check(tree, np.unique(np.concatenate(list(parts.values()))), size, threads)
+        if CHANGED in checked.bad.values() and not reopened:
+            tree.file.unlink(missing_ok=True)
+            tree, reopened = open_tree_of(dataset, path, datasets_dir), True
+            continue
+        fresh = checked.bad
+        tree = replace(tree, bad=tree.bad | fresh)
+        if not (fresh and data.skip_bad_images):
             break
-        tree.file.unlink(missing_ok=True)
     if tree.found:
         _name_them(dataset, tree, data.skip_bad_images)
-        bad = np.array(sorted(tree.bad), np.int64)
-        parts = {name: rows[~np.isin(rows, bad)] for name, rows in parts.items()}
     _enough_of_each(dataset, tree, parts)
     return tree, parts
 
