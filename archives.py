@@ -47,6 +47,8 @@ def unpack_all(root: Path) -> list[Path]:
             continue
         with filling(target) as part:
             _unpack(path, part)
+            if not any(part.iterdir()):
+                raise UserError(f"{path} holds no files: download it again")
             inner = part / target.name
             if [child.name for child in part.iterdir()] == [target.name] and inner.is_dir():  # X.zip holding X/
                 aside = inner.rename(part / ".inner")
