@@ -6,14 +6,15 @@ Only folder times are compared when a cached index is loaded (a file added, remo
 `changed` compares every file, and decoding compares the one it opens. No torch here.
 """
 
-import hashlib
 import os
 import re
 import stat
 import time
 import unicodedata
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +59,25 @@ class _Scan:
                 return
             self.folders[relative] = facts.st_mtime_ns
             with os.scandir(path) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
+                found = sorted(entries, key=attrgetter("name"))
         except OSError as error:
             self.problems.append((relative, f"{UNREADABLE} ({error.strerror})"))
             return
         files, below = [], []
         for entry in found:
-            name = f"{relative}/{entry.name}"
             try:
                 if entry.is_dir():
-                    below.append(name)
+                    below.append(f"{relative}/{entry.name}")
                     continue
                 about = entry.stat()
             except OSError as error:
-                self.problems.append((name, f"{UNREADABLE} ({error.strerror})"))
+                self.problems.append((f"{relative}/{entry.name}", f"{UNREADABLE} ({error.strerror})"))
                 continue
-            if not stat.S_ISREG(about.st_mode):
-                self.problems.append((name, SPECIAL))
-            elif about.st_size == 0:
-                self.problems.append((name, EMPTY))
-            else:
+            if stat.S_ISREG(about.st_mode) and about.st_size:
                 files.append((entry.name, about.st_size, about.st_mtime_ns))
+            else:
+                reason = EMPTY if stat.S_ISREG(about.st_mode) else SPECIAL
+                self.problems.append((f"{relative}/{entry.name}", reason))
         yield relative, files
         for name in below:
             if not name.rpartition("/")[2].startswith("."):
@@ -95,17 +94,15 @@ class _Scan:
         """Take in the files of one folder with their labels [F]; splits are drawn by group and file name."""
         if not files:
             return
-        names = [os.fsencode(f"{folder}/{name}") for name, _, _ in files]
-        self.names.append(b"".join(names))
-        columns = {
-            "lengths": [len(name) for name in names],
-            "sizes": [size for _, size, _ in files],
-            "times": [stamp for _, _, stamp in files],
-        }
-        digests = (hashlib.blake2b(os.fsencode(f"{group}/{name}"), digest_size=8).digest() for name, _, _ in files)
-        arrays: dict[str, np.ndarray] = {name: np.array(values, np.int64) for name, values in columns.items()}
-        arrays |= {"labels": labels, "splits": np.full(len(files), split, np.uint8)}
-        arrays["hashes"] = np.frombuffer(b"".join(digests), "<u8")
+        names = [name.encode(errors="surrogateescape") for name, _, _ in files]
+        prefix, start = os.fsencode(f"{folder}/"), zlib.crc32(os.fsencode(f"{group}/"))
+        self.names.append(prefix + prefix.join(names))
+        lengths = np.fromiter(map(len, names), np.int64, len(names)) + len(prefix)
+        arrays: dict[str, np.ndarray] = {"lengths": lengths, "labels": labels}
+        arrays["sizes"] = np.array([size for _, size, _ in files], np.int64)
+        arrays["times"] = np.array([stamp for _, _, stamp in files], np.int64)
+        arrays["splits"] = np.full(len(files), split, np.uint8)
+        arrays["hashes"] = np.array([zlib.crc32(name, start) for name in names], np.uint64)
         for name, values in arrays.items():
             self.parts.setdefault(name, []).append(values)
 

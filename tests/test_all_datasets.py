@@ -10,6 +10,7 @@ import torchvision.datasets.svhn as svhn
 from formats import write_cifar, write_mnist, write_svhn, write_tree
 
 from config import (
+    PROJECT_ROOT,
     DataConfig,
     EvalConfig,
     GCNConfig,
@@ -110,3 +111,18 @@ def test_whole_pipeline(name, model, roots, tmp_path, monkeypatch):
     assert record["methods"]["mimu"]["weights_changed"] == 100
     assert all(np.isfinite(record["methods"][method]["forget_loss"]) for method in ("mimu", "default"))
     assert (tmp_path / record["mask_path"]).exists()
+
+
+def test_example_of_the_readme(tmp_path, monkeypatch):
+    """The README's lines for a plain folder of images run as they stand."""
+    (code,) = [
+        block.split("```")[0]
+        for block in (PROJECT_ROOT / "README.md").read_text().split("```python\n")
+        if "SupportedDatasets.FOLDER" in block.split("```")[0]
+    ]
+    write_tree(tmp_path / "photos", ["bird", "cat", "dog"], 10)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert [record["forget_class"] for record in names["records"]] == [1]
+    assert len(code.strip().splitlines()) <= 10
