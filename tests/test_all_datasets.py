@@ -121,6 +121,7 @@ def test_example_of_the_readme(tmp_path, monkeypatch):
         if "SupportedDatasets.FOLDER" in block.split("```")[0]
     ]
     write_tree(tmp_path / "photos", ["bird", "cat", "dog"], 10)
+    (tmp_path / "pretrained").symlink_to(PROJECT_ROOT / "pretrained")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code, names)
