@@ -63,6 +63,32 @@ def writing(path: Path) -> Generator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def filling(folder: Path) -> Generator[Path]:
+    """Yield a temporary folder that becomes `folder`, whole, when the block ends without an error.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(folder, "part")
+        part.mkdir()
+        yield part
+        os.replace(part, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error.strerror}): make room, or choose another folder") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write bytes into a folder that is being filled."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with writing(path) as temporary:

@@ -19,7 +19,7 @@ class SupportedVisionModels(Choice):
 
 
 class SupportedDatasets(Choice):
-    """Image datasets; each has one spec in `utils_data.py`."""
+    """Image datasets; each has one spec in `readers.py`. FOLDER is any tree of class folders with images."""
 
     DIGITS = "DIGITS"
     FASHION_MNIST = "FASHION_MNIST"
@@ -30,6 +30,7 @@ class SupportedDatasets(Choice):
     IMAGENET_SMALL = "IMAGENET_SMALL"
     PLANT_CLASSIFICATION = "PLANT_CLASSIFICATION"
     POKEMON_CLASSIFICATION = "POKEMON_CLASSIFICATION"
+    FOLDER = "FOLDER"
 
 
 class SFTModes(Choice):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 from choices import (
     Activations,
@@ -30,6 +31,7 @@ from choices import (
     UserError,
 )
 
+T = TypeVar("T", int, str, int | str)
 PROJECT_ROOT = Path(__file__).resolve().parent
 
 
@@ -46,9 +48,9 @@ def _positive(config: object, *names: str, zero_ok: bool = False) -> None:
         _require(ok, f"{name} is {value}", f"give a number {'>=' if zero_ok else '>'} 0")
 
 
-def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
-    """One number or several, as a tuple."""
-    return (value,) if isinstance(value, int) else tuple(value)
+def as_tuple(value: T | Sequence[T]) -> tuple[T, ...]:
+    """One number (or name) or several, as a tuple."""
+    return (value,) if isinstance(value, int | str) else tuple(value)  # ty: ignore[invalid-explicit-return]
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,20 @@ class DataConfig:
     """Train on a stratified subset of this many images (None: all)."""
     max_test_samples: int | None = None
     """Report on a stratified subset of this many test images (None: all)."""
+    image_size: int | None = None
+    """Side that images of a folder tree are scaled to (None: that of the dataset's spec, 128)."""
+    num_workers: int | None = None
+    """Threads that decode images of a folder tree (None: two for each core, 0: none besides the caller's)."""
+    skip_bad_images: bool = False
+    """Leave out the files of a folder tree that give no image; they are named in the log and in every record."""
 
     def __post_init__(self) -> None:
         _require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}", "give a share between 0 and 1")
-        for name in ("max_train_samples", "max_test_samples"):
+        for name in ("max_train_samples", "max_test_samples", "image_size"):
             if getattr(self, name) is not None:
                 _positive(self, name)
+        if self.num_workers is not None:
+            _positive(self, "num_workers", zero_ok=True)
 
 
 @dataclass(frozen=True)
@@ -262,8 +272,8 @@ class PipelineConfig:
 
     model_architecture: SupportedVisionModels = SupportedVisionModels.HookedMLPClassifier
     vision_dataset: SupportedDatasets = SupportedDatasets.DIGITS
-    forget_class: tuple[int, ...] = (0,)
-    """The class to forget, or several at once."""
+    forget_class: tuple[int | str, ...] = (0,)
+    """The class to forget, or several at once, by number or by name; a run turns names into numbers."""
     mask_layer: tuple[int, ...] | None = (-2,)
     """Which linear layers of the classifier's head are masked; -2 is the second to last, None means all of them."""
     topK_list: tuple[int, ...] = (2000,)
@@ -305,9 +315,11 @@ class PipelineConfig:
             object.__setattr__(self, "mask_layer", as_tuple(self.mask_layer))
         classes = as_tuple(self.forget_class)
         object.__setattr__(self, "forget_class", classes)
+        for one in classes:
+            fits = isinstance(one, str) or (isinstance(one, int) and not isinstance(one, bool) and one >= 0)
+            _require(fits, f"forget_class is {one}", "give a number >= 0 or a name")
         once = bool(classes) and len(set(classes)) == len(classes)
         _require(once, f"forget_class is {list(classes)}", "name one class or several, each once")
-        _require(min(classes) >= 0, f"forget_class is {min(classes)}", "give a number >= 0")
         for name in ("topK_list", "kappa_list"):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
@@ -318,6 +330,12 @@ class PipelineConfig:
         kind, _, index = self.device.partition(":")
         known = kind in ("auto", "cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
         _require(known, f"device is {self.device!r}", "choose auto, cpu, cuda or cuda:N")
+
+    @property
+    def forget_labels(self) -> tuple[int, ...]:
+        """`forget_class` by number; a run has looked the names up before anything asks."""
+        assert all(isinstance(one, int) for one in self.forget_class)
+        return tuple(int(one) for one in self.forget_class)
 
 
 def load_config(paths: Sequence[Path]) -> PipelineConfig:
@@ -335,8 +353,10 @@ def load_config(paths: Sequence[Path]) -> PipelineConfig:
         try:
             values = OmegaConf.load(Path(path).expanduser())
             for name in ("mask_layer", "forget_class"):  # one of them may be written without brackets
-                if isinstance(values, DictConfig) and isinstance(values.get(name), int):
+                if isinstance(values, DictConfig) and isinstance(values.get(name), int | str):
                     values[name] = [values[name]]
+            if isinstance(values, DictConfig) and isinstance(values.get("vision_dataset"), str):
+                values["vision_dataset"] = values["vision_dataset"].upper()
             merged = OmegaConf.merge(merged, values)
         except FileNotFoundError:
             raise UserError(f"there is no config file {path}: see configs/ for the ones that ship") from None

@@ -43,7 +43,7 @@ def logit_drop(context: Context, point: Point) -> Generator[HookedModel]:
     """Never answer with a forgotten class: its logit is set to -inf, no weight is changed."""
     context.allowed = {}
     model = copy.deepcopy(context.model)
-    model.linears[-1] = DroppedLogits(model.target(-1), context.config.forget_class)
+    model.linears[-1] = DroppedLogits(model.target(-1), context.config.forget_labels)
     yield model.eval()
 
 

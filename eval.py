@@ -149,7 +149,7 @@ class Eval:
                 places = places[choose if isinstance(choose, Tensor) else choose(part.labels[places])]
             return part.batch(places)
 
-        shared = (config.mask_layer, config.forget_class, config.seed, self.context.device)
+        shared = (config.mask_layer, config.forget_labels, config.seed, self.context.device)
         return Evidence(model, outputs, split, *shared, images, **more)  # ty: ignore[invalid-argument-type]
 
     def reference(self, split: str) -> Evidence:

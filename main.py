@@ -9,7 +9,9 @@
     uv run main.py report --compare A B ...          which of two or more runs (or output folders) is better on what
     uv run main.py docs [--example RECORD.json]      docs/methods.md and docs/metrics.md, from the registries
     uv run main.py dashboard [--output-dir DIR]      training curves in trackio
+    uv run main.py datasets                          which datasets are here, and how to get the others
     uv run main.py download DATASET                  fetch a dataset (nothing else ever downloads)
+    uv run main.py prepare DATASET                   unpack the archives of IMAGENET_SMALL and the like
 
 Exit codes: 0 done, 1 a stage failed (or `kappa: auto` met its target nowhere), 2 wrong usage, configuration or data,
 130 interrupted.
@@ -29,7 +31,11 @@ from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatase
 from observe import be_quiet
 
 EXAMPLES = {"--config": "configs/default.yaml", "--out": "gcn.safetensors"}
-SHORT = {"--methods": "--eval.methods", "--metrics": "--eval.metrics"}
+SHORT = {
+    "--methods": "--eval.methods",
+    "--metrics": "--eval.metrics",
+    "--skip-bad-images": "--data.skip-bad-images",
+}
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
 
 
@@ -55,6 +61,19 @@ def _switch(flag: str, arguments: list[str]) -> tuple[bool, list[str]]:
     return flag in arguments, [word for word in arguments if word != flag]
 
 
+def _any_case(arguments: list[str]) -> list[str]:
+    """The arguments with the dataset's name in capitals."""
+    words = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if words[-1:] in (["--vision-dataset"], ["--vision_dataset"]):
+            word = word.upper()
+        elif equals and flag in ("--vision-dataset", "--vision_dataset"):
+            word = f"{flag}={value.upper()}"
+        words.append(word)
+    return words
+
+
 def _trackio_folder(output_dir: Path) -> Path:
     """Where trackio keeps its runs: TRACKIO_DIR if that is set, else below the output folder."""
     return Path(os.environ.setdefault("TRACKIO_DIR", str((output_dir / "observability").resolve())))
@@ -64,7 +83,7 @@ def _configured(arguments: list[str], command: str, about: str) -> PipelineConfi
     """The configuration that files and flags give."""
     paths, rest = _take("--config", arguments)
     paths = paths or [DEFAULT_CONFIG]
-    rest = [SHORT.get(word, word) for word in rest]
+    rest = _any_case([SHORT.get(word, word) for word in rest])
     about += f" --config FILE (repeatable; default {DEFAULT_CONFIG.name}) sets values, flags win."
     config = tyro.cli(
         PipelineConfig, args=rest, default=load_config(paths), prog=f"main.py {command}", description=about
@@ -172,11 +191,28 @@ def dashboard(output_dir: Path = Path()) -> None:
     trackio.show(project=TRACKIO_PROJECT)
 
 
-def download(dataset: Annotated[SupportedDatasets, tyro.conf.Positional], output_dir: Path = Path()) -> None:
-    """Fetch a dataset below datasets/."""
-    import utils_data
+def datasets(output_dir: Path = Path()) -> None:
+    """List the datasets: which are here, where, how many images, and the command that gets the missing ones."""
+    from downloads import listing
 
-    print(utils_data.download(dataset, output_dir.expanduser() / "datasets"))
+    print(listing(output_dir.expanduser() / "datasets"))
+
+
+Dataset = Annotated[SupportedDatasets, tyro.conf.Positional]
+
+
+def download(dataset: Dataset, output_dir: Path = Path(), dataset_path: Path | None = None) -> None:
+    """Fetch a dataset below datasets/, or to its place below ~/Datasets (or --dataset-path)."""
+    import downloads
+
+    print(downloads.download(dataset, output_dir.expanduser() / "datasets", dataset_path))
+
+
+def prepare(dataset: Dataset, output_dir: Path = Path(), dataset_path: Path | None = None) -> None:
+    """Unpack the archives of a dataset of image files beside themselves, and index it."""
+    import downloads
+
+    print(downloads.prepare(dataset, output_dir.expanduser() / "datasets", dataset_path))
 
 
 def _parsed(name: str, function: Callable[..., None]) -> Callable[[list[str]], int]:
@@ -195,7 +231,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _parsed("report", report),
     "docs": _parsed("docs", docs),
     "dashboard": _parsed("dashboard", dashboard),
+    "datasets": _parsed("datasets", datasets),
     "download": _parsed("download", download),
+    "prepare": _parsed("prepare", prepare),
 }
 
 

@@ -88,7 +88,7 @@ class Context:
 
     def request(self, kappa: int) -> Request:
         """Forget the run's classes with kappa weights."""
-        return Request(self.config.forget_class, kappa)
+        return Request(self.config.forget_labels, kappa)
 
     @property
     def requests(self) -> Checkpoint:
@@ -126,7 +126,7 @@ class Context:
         if self.unlearner is not None:
             with torch.no_grad():
                 return self.unlearner.theta(self.requests, self.request(topK))
-        return self.theta(topK)[list(self.config.forget_class)].amax(0)
+        return self.theta(topK)[list(self.config.forget_labels)].amax(0)
 
     def images(self, split: str, is_forget_set: bool) -> DataLoader:
         """The forget or the retain set of a split, in the evaluation's batch size."""
@@ -261,7 +261,7 @@ def chosen_methods(names: Sequence[str]) -> tuple[str, ...]:
 def mimu_score(context: Context, point: Point) -> Tensor:
     """What `mimu` ranks, largest switched off first. [*graph.shape]."""
     if context.strategy is not MaskStrategies.direct:
-        return feasibility_score(context.importance(point.topK), context.config.forget_class)
+        return feasibility_score(context.importance(point.topK), context.config.forget_labels)
     if context.unlearner is None:
         raise UserError("eval.mask_strategy is direct, but the GCN was trained for the ELBO: choose feasibility")
     with torch.no_grad():
@@ -272,7 +272,7 @@ def mimu_score(context: Context, point: Point) -> Tensor:
 def mimu(context: Context, point: Point) -> Mask:
     """Switch off the weights that the graph network finds the forgotten classes depend on."""
     if context.strategy is MaskStrategies.set_difference:
-        classes = context.config.forget_class
+        classes = context.config.forget_labels
         return set_difference_mask(context.importance(point.topK), classes, point.topK, context.graph)
     return top_mask(mimu_score(context, point), point.kappa, context.graph)
 
@@ -303,7 +303,7 @@ def taylor_mask(context: Context, point: Point) -> Mask:
 
     lambda is the one that keeps and forgets most on validation images.
     """
-    contributions = context.requests.statistics.contributions(context.config.forget_class)
+    contributions = context.requests.statistics.contributions(context.config.forget_labels)
     scores = (contributions.signed_taylor(weight) for weight in TAYLOR_LAMBDAS)
     candidates = [top_mask(score, point.kappa, context.graph) for score in scores]
     return max(candidates, key=lambda mask: context.score(mask, "val", False) - context.score(mask, "val", True))

@@ -94,7 +94,7 @@ class Pipeline(Stages):
         inputs |= {
             "gcn": sha256_file(gcn_path),
             "gcn_config": plain(config.gcn),
-            "forget_class": config.forget_class,
+            "forget_class": config.forget_labels,
             "top_k": topK,
             "kappa": kappa,
             "auto": chosen,
@@ -108,7 +108,7 @@ class Pipeline(Stages):
             "model": config.model_architecture.value,
             "dataset": config.vision_dataset.value,
             "objective": self.objective.value,
-            "forget_class": _one_or_list(config.forget_class),
+            "forget_class": _one_or_list(config.forget_labels),
             "mask_layer": _one_or_list(below_top),
             "num_graph_vertices": self.graph.num_vertices,
             "num_graph_edges": self.graph.num_edges,
@@ -136,7 +136,7 @@ class Pipeline(Stages):
         seconds = self.seconds | {"evaluation": time.perf_counter() - begun}
         run = {"device": str(self.device), "started": self.started, "seconds": seconds}
         places = {"mask_path": paths[measured["answer"]], "mask_paths": paths}
-        record |= {**places, "provenance": provenance() | run, **measured}
+        record |= {**places, "provenance": provenance() | run, **measured, "skipped_images": self.data.skipped_images}
         write_json(path, record)
         return record
 
@@ -166,7 +166,8 @@ class Pipeline(Stages):
 
     def run(self) -> list[dict]:
         """All stages, then the report; returns one record per (topK, kappa) point."""
-        classes = ", ".join(map(str, self.config.forget_class))
+        names = self.data.classes
+        classes = ", ".join(f"{label} ({names[label]})" for label in self.config.forget_labels)
         log(f"{self.label}, forget class {classes}, seed {self.config.seed}, {self.device}")
         records = self.eval()
         self._show_masks(records)

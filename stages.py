@@ -20,9 +20,10 @@ from model import HookedModel, save_classifier, vision_model_loader
 from observe import Tracker, log
 from trainer import GCNTrainer, VisionModelTrainer
 from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer
-from utils_data import UnlearningDataset, dataset_spec, get_unlearning_dataset
+from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
-CLASSIFIER_CODE = ("choices.py", "config.py", "utils_data.py", "model.py", "trainer.py", "stages.py")
+DATA_CODE = ("readers.py", "image_files.py", "image_tree.py", "tree_splits.py", "utils_data.py")
+CLASSIFIER_CODE = ("choices.py", "config.py", *DATA_CODE, "model.py", "trainer.py", "stages.py")
 GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
 GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py")
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
@@ -64,13 +65,14 @@ class Stages:
     """
 
     def __init__(self, config: PipelineConfig):
-        self.config = config
+        place, given = config.output_dir / "datasets", config.dataset_path
+        facts = dataset_facts(config.vision_dataset, config.forget_class, given, place, config.data)
+        self.config = config = replace(config, forget_class=facts.forget)
         self.device = _choose_device(config.device)
         reuse_freed_memory()
         self.seconds: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}
-        spec = dataset_spec(config.vision_dataset)
-        self.shape = (spec.num_classes, spec.channels, spec.size)
+        self.shape = (len(facts.classes), facts.channels, facts.size)
         with torch.device("meta"):
             fresh = vision_model_loader(config.model_architecture, *self.shape)
         self.graph, self.layers = fresh.weight_graph(config.mask_layer), fresh.layer_indices(config.mask_layer)

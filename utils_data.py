@@ -1,12 +1,12 @@
 """Image datasets by name, and their splits: train / val / test, and in each the forget and the retain set.
 
-Nothing here downloads unless `download` is called. Images stay uint8 in memory; loaders normalise batches.
+Nothing here downloads unless `download` is called. Images stay uint8 in memory, those of folder trees on disk until
+a batch asks for them; loaders normalise batches.
 """
 
-import gzip
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,196 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from artifacts import sha256_arrays
-from config import DataConfig, SupportedDatasets, UserError, as_tuple, derive_seed
+from choices import SupportedDatasets, UserError
+from config import DataConfig, as_tuple, derive_seed
+from downloads import download
+from image_files import CHANGED, decode_many
+from image_tree import Tree
+from readers import SPECS, Arrays, dataset_root, read_arrays, read_idx, resolve_classes, stratified
+from tree_splits import open_tree_of, usable_splits
 
-Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [S, C, H, W], labels int64 [S]
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SPLITS = ("train", "val", "test")
-
-
-# --- reading ----------------------------------------------------------------------------------------------
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Read an IDX file of unsigned bytes, plain or beside it as `.gz`.
-
-    Raises:
-        FileNotFoundError: neither file is there. ValueError: wrong magic number or length.
-    """
-    packed = path.with_name(path.name + ".gz")
-    data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path.name} does not begin like an IDX file of bytes")
-    shape = np.frombuffer(data, ">u4", count=data[3], offset=4).astype(np.int64)
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    if values.size != shape.prod():
-        raise ValueError(f"{path.name} holds {values.size} bytes of data, its header says {shape.prod()}")
-    return values.reshape(shape)
-
-
-def _read_mnist(root: Path, train: bool) -> Arrays:
-    part = "train" if train else "t10k"
-    images = read_idx(root / f"{part}-images-idx3-ubyte")
-    return images[:, None], read_idx(root / f"{part}-labels-idx1-ubyte").astype(np.int64)
-
-
-def _read_digits(root: Path, train: bool) -> Arrays:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = (digits.images[:, None] * (255 / 16)).round().astype(np.uint8)
-    labels = digits.target.astype(np.int64)
-    test, rest = stratified(labels, 0.2, derive_seed(0, "DIGITS", "test"))
-    chosen = rest if train else test
-    return images[chosen], labels[chosen]
-
-
-def _read_cifar10(root: Path, train: bool) -> Arrays:
-    from torchvision.datasets import CIFAR10
-
-    data = CIFAR10(str(root), train=train, download=False)
-    return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets, np.int64)
-
-
-def _read_cifar100(root: Path, train: bool) -> Arrays:
-    from torchvision.datasets import CIFAR100
-
-    data = CIFAR100(str(root), train=train, download=False)
-    return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets, np.int64)
-
-
-def _read_svhn(root: Path, train: bool) -> Arrays:
-    from torchvision.datasets import SVHN
-
-    data = SVHN(str(root), split="train" if train else "test", download=False)
-    return data.data, data.labels.astype(np.int64)
-
-
-def _fetch(name: str) -> Callable[[Path], None]:
-    """A function that lets torchvision download one of its datasets below a folder."""
-
-    def fetch(root: Path) -> None:
-        import torchvision.datasets
-
-        kind = getattr(torchvision.datasets, name)
-        for part in ({"split": "train"}, {"split": "test"}) if name == "SVHN" else ({},):
-            kind(str(root), download=True, **part)
-
-    return fetch
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """All that is known of one dataset. `read(root, train)` gives uint8 images [S, C, H, W] and labels [S]."""
-
-    num_classes: int
-    channels: int
-    size: int
-    folder: str
-    files: str
-    read: Callable[[Path, bool], Arrays] | None
-    fetch: Callable[[Path], None] | None = None
-
-
-_IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz"
-SPECS: dict[SupportedDatasets, DatasetSpec] = {
-    SupportedDatasets.DIGITS: DatasetSpec(10, 1, 8, "", "none (inside scikit-learn)", _read_digits),
-    SupportedDatasets.FASHION_MNIST: DatasetSpec(
-        10, 1, 28, "FashionMNIST/raw", _IDX, _read_mnist, _fetch("FashionMNIST")
-    ),
-    SupportedDatasets.MNIST: DatasetSpec(10, 1, 28, "MNIST/raw", _IDX, _read_mnist, _fetch("MNIST")),
-    SupportedDatasets.CIFAR10: DatasetSpec(10, 3, 32, "", "cifar-10-batches-py/", _read_cifar10, _fetch("CIFAR10")),
-    SupportedDatasets.CIFAR100: DatasetSpec(100, 3, 32, "", "cifar-100-python/", _read_cifar100, _fetch("CIFAR100")),
-    SupportedDatasets.SVHN: DatasetSpec(10, 3, 32, "", "{train,test}_32x32.mat", _read_svhn, _fetch("SVHN")),
-    SupportedDatasets.IMAGENET_SMALL: DatasetSpec(1000, 3, 128, "", "", None),
-    SupportedDatasets.PLANT_CLASSIFICATION: DatasetSpec(64, 3, 128, "", "", None),
-    SupportedDatasets.POKEMON_CLASSIFICATION: DatasetSpec(150, 3, 128, "", "", None),
-}
-
-
-def dataset_spec(dataset: SupportedDatasets) -> DatasetSpec:
-    """The spec of a dataset that can be read.
-
-    Raises:
-        UserError: its loading is not available yet.
-    """
-    spec = SPECS[dataset]
-    if spec.read is None:
-        able = ", ".join(name.value for name, other in SPECS.items() if other.read)
-        raise UserError(f"{dataset.value} is not available yet: choose one of {able}")
-    return spec
-
-
-def _default_root(dataset: SupportedDatasets, datasets_dir: Path) -> Path:
-    if dataset is SupportedDatasets.FASHION_MNIST and DEBIAN_FASHION_MNIST.is_dir():
-        return DEBIAN_FASHION_MNIST
-    return datasets_dir / SPECS[dataset].folder
-
-
-def _read(dataset: SupportedDatasets, root: Path, train: bool) -> Arrays:
-    """Read one official split and check it against the spec."""
-    spec = dataset_spec(dataset)
-    assert spec.read is not None
-    get = f"get it with `uv run main.py download {dataset.value}`"
-    if dataset is SupportedDatasets.FASHION_MNIST:
-        get += ", or on Debian `apt-get install dataset-fashion-mnist`"
-    try:
-        images, labels = spec.read(root, train)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AssertionError) as error:
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read {dataset.value} in {root} ({what}): it needs {spec.files}; {get}") from None
-    shape = (spec.channels, spec.size, spec.size)
-    if images.shape[1:] != shape or len(images) != len(labels):
-        found = f"{len(images)} images {images.shape[1:]} and {len(labels)} labels"
-        raise UserError(f"{dataset.value} in {root} holds {found}, needed are as many of each, {shape}: {get}")
-    if len(labels) == 0 or labels.min() < 0 or labels.max() >= spec.num_classes:
-        found = f"labels {labels.min()}..{labels.max()}" if len(labels) else "no images"
-        raise UserError(f"{dataset.value} in {root} holds {found}, needed are 0..{spec.num_classes - 1}: {get}")
-    return images, labels
-
-
-def download(dataset: SupportedDatasets, datasets_dir: Path) -> Path:
-    """Fetch a dataset below `datasets_dir`, whole or not at all; returns where it lies.
-
-    Raises:
-        UserError: it comes by another way, or the download failed.
-    """
-    spec = dataset_spec(dataset)
-    target = datasets_dir / spec.folder
-    if spec.fetch is None:
-        raise UserError(f"{dataset.value} needs no download ({spec.files}): run it as it is")
-    datasets_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=datasets_dir, prefix=".download-") as temporary:
-        try:
-            spec.fetch(Path(temporary))
-        except (OSError, RuntimeError) as error:
-            what = " ".join(str(error).split())
-            raise UserError(f"downloading {dataset.value} failed ({what}): put {spec.files} in {target}") from None
-        for made in Path(temporary).iterdir():
-            if not (datasets_dir / made.name).exists():
-                os.replace(made, datasets_dir / made.name)
-    _read(dataset, target, train=True)
-    return target
-
-
-# --- splits -----------------------------------------------------------------------------------------------
-
-
-def stratified(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split indices class by class into `share` of each class (at least one) and the rest, both sorted.
-
-    Args:
-        labels: int [S]. share: 0..1. seed: of the choice.
-
-    Returns:
-        (chosen [A], rest [S - A]).
-    """
-    generator = np.random.default_rng(seed)
-    chosen = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        chosen[members[: max(1, round(share * len(members)))]] = True
-    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+__all__ = ["SPLITS", "SupportedDatasets", "UnlearningDataset", "download", "get_unlearning_dataset", "read_idx"]
 
 
 def _cap(arrays: Arrays, most: int | None, seed: int) -> Arrays:
@@ -218,10 +38,69 @@ def _cap(arrays: Arrays, most: int | None, seed: int) -> Arrays:
 
 
 @dataclass(frozen=True)
-class Images(Dataset):
-    """Images [S, C, H, W] uint8 with labels [S]; items are normalised float32. Subsets share nothing mutable."""
+class LazyPixels:
+    """Images of a folder tree, decoded when they are indexed: stands in for a uint8 tensor [S, 3, size, size].
 
-    pixels: Tensor
+    Args:
+        tree: the index. rows: places in it, int64 [S]. threads: that decode at a time.
+    """
+
+    tree: Tree
+    rows: np.ndarray
+    size: int
+    threads: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """What is held in memory."""
+        return self.rows.nbytes
+
+    def take(self, keep: Tensor | list[int] | slice) -> "LazyPixels":
+        """The subset at indices, or where a mask holds; nothing is decoded."""
+        return replace(self, rows=self.rows[keep.numpy() if isinstance(keep, Tensor) else keep])
+
+    def __getitem__(self, indices: Tensor | list[int] | slice) -> Tensor:
+        """Pixels, uint8 [B, 3, size, size].
+
+        Raises:
+            UserError: a file was changed, or can no longer be decoded.
+        """
+        rows = self.take(indices).rows.tolist()
+        tree = self.tree
+        paths, stamps = [tree.path(row) for row in rows], [tree.stamp(row) for row in rows]
+        pixels, bad = decode_many(paths, stamps, self.size, self.threads)
+        if bad:
+            place, reason = min(bad.items())
+            raise UserError(
+                f"{paths[place]}: {reason}, {len(bad)} such files in one batch: run again to check them all"
+            )
+        return torch.from_numpy(pixels)
+
+    def key(self) -> np.ndarray:
+        """What the pixels depend on: names, sizes and times of the files, and the side they are scaled to.
+
+        Raises:
+            UserError: files changed since they were indexed; the index is dropped.
+        """
+        if changed := self.tree.changed(self.rows):
+            self.tree.file.unlink(missing_ok=True)
+            raise UserError(
+                f"{len(changed)} files like {changed[0]} in {self.tree.root} {CHANGED}: run again to index it"
+            )
+        return np.concatenate([self.tree.keys(self.rows), np.array([self.size], np.uint64)])
+
+
+@dataclass(frozen=True)
+class Images(Dataset):
+    """Images [S, C, H, W] uint8, in memory or not, with labels [S]; items are normalised float32.
+
+    Subsets share nothing mutable.
+    """
+
+    pixels: Tensor | LazyPixels
     labels: Tensor
     mean: Tensor
     std: Tensor
@@ -242,13 +121,31 @@ class Images(Dataset):
 
     def only(self, keep: Tensor) -> "Images":
         """The subset where `keep` [S] (bool, or indices) holds."""
-        return replace(self, pixels=self.pixels[keep], labels=self.labels[keep])
+        lazy = isinstance(self.pixels, LazyPixels)
+        return replace(self, pixels=self.pixels.take(keep) if lazy else self.pixels[keep], labels=self.labels[keep])
+
+    def key(self) -> np.ndarray:
+        """An array that differs as soon as an image does."""
+        return self.pixels.key() if isinstance(self.pixels, LazyPixels) else self.pixels.numpy()
+
+
+class _Ahead(DataLoader):
+    """A loader that prepares the next batch, in a thread, while the present one is worked on."""
+
+    def __iter__(self) -> Iterator:  # ty: ignore[incompatible-method-override]
+        batches = super().__iter__()
+        with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+            coming = pool.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = pool.submit(next, batches, None)
+                yield batch
 
 
 def make_loader(dataset: Dataset, batch_size: int, shuffle_seed: int | None = None) -> DataLoader:
     """A loader of whole batches (one indexing call each, last one may be short); shuffled if seeded."""
     generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-    return DataLoader(
+    lazy = isinstance(dataset, Images) and isinstance(dataset.pixels, LazyPixels)
+    return (_Ahead if lazy else DataLoader)(
         dataset,
         batch_size=batch_size,
         shuffle=generator is not None,
@@ -268,13 +165,16 @@ class UnlearningDataset:
         name: SupportedDatasets,
         splits: dict[str, Images],
         batch_size: int,
-        forget_class: int | Sequence[int],
+        forget_class: int | str | Sequence[int | str],
         seed: int,
     ):
         self.name, self.splits, self.batch_size = name, splits, batch_size
-        self.forget_class, self.seed = as_tuple(forget_class), seed
-        self.spec = SPECS[name]
-        last = self.spec.num_classes - 1
+        self.seed = seed
+        pixels = splits["train"].pixels
+        self.tree = pixels.tree if isinstance(pixels, LazyPixels) else None
+        self.classes = self.tree.classes if self.tree else SPECS[name].classes
+        self.forget_class = resolve_classes(as_tuple(forget_class), self.classes, SPECS[name].ids, name.value)
+        last = self.num_classes - 1
         for label in self.forget_class:
             if not 0 <= label <= last:
                 raise UserError(f"forget_class is {label}, but {name.value} has classes 0 to {last}: choose from them")
@@ -286,10 +186,17 @@ class UnlearningDataset:
         present = {split: set(images.labels.tolist()) for split, images in self.splits.items()}
         missing = sorted((present["test"] | present["val"] | set(self.forget_class)) - present["train"])
         if missing:
-            raise UserError(f"{self.name.value} has no training images of class {missing[0]}: use more images")
+            raise UserError(
+                f"{self.name.value} has no training images of class {self._named(missing[0])}: use more images"
+            )
         for split in ("val", "test"):
             if absent := sorted(set(self.forget_class) - present[split]):
-                raise UserError(f"{self.name.value} has no {split} images of class {absent[0]}: use more images")
+                raise UserError(
+                    f"{self.name.value} has no {split} images of class {self._named(absent[0])}: use more images"
+                )
+
+    def _named(self, label: int) -> str:
+        return f"{label} ({self.classes[label]})"
 
     def is_forgotten(self, labels: Tensor) -> Tensor:
         """Whether each label [S] is of a class to forget, bool [S]."""
@@ -298,7 +205,12 @@ class UnlearningDataset:
     @property
     def num_classes(self) -> int:
         """Classes of the dataset."""
-        return self.spec.num_classes
+        return len(self.classes)
+
+    @property
+    def skipped_images(self) -> list[dict[str, str]]:
+        """Path and reason of every file that was left out because it gives no image."""
+        return [{"path": path, "reason": reason} for path, reason in (self.tree.found if self.tree else ())]
 
     def retained(self, seed: int) -> "UnlearningDataset":
         """The same without the images of the classes to forget: what a model is retrained on, in another order."""
@@ -306,9 +218,9 @@ class UnlearningDataset:
         return _Retained(self.name, kept, self.batch_size, self.forget_class, seed)
 
     def fingerprint(self) -> str:
-        """SHA-256 of every image and label of every split."""
+        """SHA-256 of every image and label of every split (of a folder tree: names, sizes and times of its files)."""
         parts = [self.splits[split] for split in SPLITS]
-        return sha256_arrays(array.numpy() for part in parts for array in (part.pixels, part.labels))
+        return sha256_arrays(array for part in parts for array in (part.key(), part.labels.numpy()))
 
     def get_train_loader(self) -> DataLoader:
         """Training images, shuffled by the run's seed."""
@@ -356,10 +268,49 @@ def _statistics(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What can be said of a dataset without reading its images: class names in label order, and their shape."""
+
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    forget: tuple[int, ...]
+
+
+def dataset_facts(
+    dataset: SupportedDatasets,
+    forget_class: Sequence[int | str],
+    dataset_path: Path | None,
+    datasets_dir: Path,
+    data: DataConfig,
+) -> DatasetFacts:
+    """Classes, shape, and the classes to forget by number; a folder tree is indexed for it.
+
+    Raises:
+        UserError: there is no such tree or no such class.
+    """
+    spec = SPECS[dataset]
+    tree = open_tree_of(dataset, dataset_path, datasets_dir) if spec.layout else None
+    classes, size = tree.classes if tree else spec.classes, (data.image_size if tree else None) or spec.size
+    return DatasetFacts(classes, spec.channels, size, resolve_classes(forget_class, classes, spec.ids, dataset.value))
+
+
+def _tree_splits(dataset: SupportedDatasets, path: Path | None, store: Path, data: DataConfig) -> dict[str, Images]:
+    """The three splits of a folder tree."""
+    spec = SPECS[dataset]
+    size = data.image_size or spec.size
+    threads = 2 * len(os.sched_getaffinity(0)) if data.num_workers is None else data.num_workers
+    tree, parts = usable_splits(dataset, path, store, data, size, threads)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    labels = {name: torch.from_numpy(tree.labels[rows].astype(np.int64)) for name, rows in parts.items()}
+    return {name: Images(LazyPixels(tree, parts[name], size, threads), labels[name], mean, std) for name in SPLITS}
+
+
 def get_unlearning_dataset(
     dataset: SupportedDatasets,
     batch_size: int,
-    forget_class: int | Sequence[int] = 0,
+    forget_class: int | str | Sequence[int | str] = 0,
     dataset_path: Path | None = None,
     *,
     datasets_dir: Path = Path("datasets"),
@@ -369,6 +320,7 @@ def get_unlearning_dataset(
     """Read a dataset and split it.
 
     Args:
+        forget_class: class or classes, by number or name.
         dataset_path: the folder with its files; by default its place below `datasets_dir`, and for
             FASHION_MNIST the Debian package `dataset-fashion-mnist` where that is installed.
         data: subset sizes and validation share. seed: of the order of the training loader.
@@ -377,15 +329,22 @@ def get_unlearning_dataset(
         UserError: files are missing or damaged, or the forget class does not exist.
     """
     data = data or DataConfig()
-    root = dataset_path or _default_root(dataset, datasets_dir)
+    if SPECS[dataset].layout:
+        splits = _tree_splits(dataset, dataset_path, datasets_dir, data)
+    else:
+        splits = _array_splits(dataset, dataset_root(dataset, dataset_path, datasets_dir), data)
+    return UnlearningDataset(dataset, splits, batch_size, forget_class, seed)
+
+
+def _array_splits(dataset: SupportedDatasets, root: Path, data: DataConfig) -> dict[str, Images]:
+    """The three splits of a dataset that fits into memory."""
     split_seed = derive_seed(data.split_seed, dataset.value, "val")
-    pixels, labels = _cap(_read(dataset, root, train=True), data.max_train_samples, split_seed)
-    test = _cap(_read(dataset, root, train=False), data.max_test_samples, split_seed)
+    pixels, labels = _cap(read_arrays(dataset, root, train=True), data.max_train_samples, split_seed)
+    test = _cap(read_arrays(dataset, root, train=False), data.max_test_samples, split_seed)
     val, train = stratified(labels, data.val_fraction, split_seed)
     parts = {"train": (pixels[train], labels[train]), "val": (pixels[val], labels[val]), "test": test}
     mean, std = _statistics(parts["train"][0])
-    splits = {
+    return {
         name: Images(torch.from_numpy(np.array(x)), torch.from_numpy(np.array(y)), mean, std)
         for name, (x, y) in parts.items()
     }
-    return UnlearningDataset(dataset, splits, batch_size, forget_class, seed)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Room -> layer, in the order of the plan. A room imports only from rows strictly above its own.
 LAYERS = {
     "imagenet_classes": 0,
+    "class_names": 0,
     "choices": 0,
     "config": 0,
     "observe": 0,
@@ -28,6 +29,12 @@ LAYERS = {
     "intervals": 1,
     "graph": 1,
     "masks": 1,
+    "readers": 1,
+    "image_files": 1,
+    "image_tree": 1,
+    "archives": 1,
+    "tree_splits": 1,
+    "downloads": 1,
     "utils_data": 1,
     "model": 1,
     "gcn": 1,

@@ -353,13 +353,14 @@ def sentence(err: str) -> str:
 
 
 SENTENCES = {
-    "unknown command": ("nonsense", "choose from run, train-gcn, report, dashboard, download"),
+    "unknown command": ("nonsense", "choose from run, train-gcn, report, dashboard, datasets, download, prepare"),
     "config without file": ("run --config", "--config names no file"),
     "forget class": ("--forget-class 10", "DIGITS has classes 0 to 9"),
     "kappa": ("--kappa-list 8193", "choose from 1 to 8192"),
     "topK": ("--topK-list 8193", "choose from 1 to 8192"),
     "mask layer": ("--mask-layer 7", "choose from -3 to 2"),
-    "dataset not available": ("--vision-dataset IMAGENET_SMALL", "not available yet: choose one of DIGITS"),
+    "forget name": ("--forget-class thre", "no class of DIGITS: did you mean 'three'?"),
+    "tree missing": ("--vision-dataset FOLDER --dataset-path {material}/none", "there is no folder"),
     "dataset missing": ("--vision-dataset CIFAR10", "uv run main.py download CIFAR10"),
     "dataset cut": ("--vision-dataset FASHION_MNIST --dataset-path {material}/cut", "holds 15650 bytes"),
     "dataset cut gz": ("--vision-dataset FASHION_MNIST --dataset-path {material}/cut_gz", "cannot read FASHION_MNIST"),
@@ -437,7 +438,8 @@ def test_other_commands_say_what_to_do(tmp_path, monkeypatch, capsys):
     assert "make some with `uv run main.py`" in sentence(refused(capsys, tmp_path, "report", *place))
     assert "make some with `uv run main.py`" in sentence(refused(capsys, tmp_path, "dashboard", *place))
     assert "needs no download" in sentence(refused(capsys, tmp_path, "download", "DIGITS", *place))
-    assert "not available yet" in sentence(refused(capsys, tmp_path, "download", "IMAGENET_SMALL", *place))
+    assert "cannot be downloaded" in sentence(refused(capsys, tmp_path, "download", "PLANT_CLASSIFICATION", *place))
+    assert "needs no preparing" in sentence(refused(capsys, tmp_path, "prepare", "MNIST", *place))
     assert "'DIGITS'" in refused(capsys, tmp_path, "download", "NOPE", *place)
 
 

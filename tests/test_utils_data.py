@@ -1,50 +1,14 @@
 """Datasets: true formats are read, wrong ones refused in a sentence, splits are splits."""
 
-import gzip
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from scipy.io import savemat
+from formats import write_cifar, write_mnist, write_svhn
 
 from config import DataConfig, SupportedDatasets, UserError
 from utils_data import SPLITS, download, get_unlearning_dataset, read_idx, stratified
-
-RANDOM = np.random.default_rng(0)
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
-
-
-def images(count: int, *shape: int) -> np.ndarray:
-    return RANDOM.integers(0, 256, (count, *shape), dtype=np.uint8)
-
-
-def write_mnist(root, labels: np.ndarray, pack: bool = False) -> dict:
-    written = {}
-    for part in ("train", "t10k"):
-        written[part] = images(len(labels), 28, 28)
-        for name, array in (("images-idx3", written[part]), ("labels-idx1", labels)):
-            data, path = idx_bytes(array), root / f"{part}-{name}-ubyte"
-            if pack:
-                path.with_name(path.name + ".gz").write_bytes(gzip.compress(data))
-            else:
-                path.write_bytes(data)
-    return written
-
-
-def write_cifar(root, folder: str, names: dict[str, int], key: str, classes: int) -> None:
-    """Files of pickled dicts, as the originals: rows of 3,072 bytes, red plane first."""
-    (root / folder).mkdir()
-    for name, count in names.items():
-        entry = {"data": images(count, 3072), key: [i % classes for i in range(count)]}
-        (root / folder / name).write_bytes(pickle.dumps(entry))
-    meta = {"batches.meta": "label_names", "meta": "fine_label_names"}
-    for name, entry in meta.items():
-        (root / folder / name).write_bytes(pickle.dumps({entry: [str(i) for i in range(classes)]}))
-
 
 LABELS = np.arange(60) % 10
 
@@ -96,10 +60,7 @@ def test_svhn(tmp_path, monkeypatch):
     import torchvision.datasets.svhn as svhn
 
     monkeypatch.setattr(svhn, "check_integrity", lambda *_: True)
-    pixels = images(40, 32, 32, 3)
-    for part in ("train", "test"):  # the file stores height, width, channel, sample; and digit 0 as 10
-        labels = np.where(np.arange(40) % 10 == 0, 10, np.arange(40) % 10)[:, None]
-        savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels.transpose(1, 2, 3, 0), "y": labels})
+    pixels = write_svhn(tmp_path, 40)
     data = get_unlearning_dataset(SupportedDatasets.SVHN, 8, 0, tmp_path)
     assert data.splits["test"].labels.tolist() == [i % 10 for i in range(40)]
     assert (data.splits["test"].pixels.numpy() == pixels.transpose(0, 3, 1, 2)).all()
@@ -185,11 +146,23 @@ def test_missing_files_labels_out_of_range_and_unknown_classes(tmp_path):
         get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["IMAGENET_SMALL", "PLANT_CLASSIFICATION", "POKEMON_CLASSIFICATION"])
-def test_later_datasets_say_so(name, tmp_path):
-    with pytest.raises(UserError, match=f"{name} is not available yet: choose one of DIGITS"):
-        get_unlearning_dataset(SupportedDatasets[name], 8)
-    with pytest.raises(UserError, match="not available yet"):
+MISSING = {
+    "IMAGENET_SMALL": "download IMAGENET_SMALL",
+    "PLANT_CLASSIFICATION": "put it there by hand",
+    "POKEMON_CLASSIFICATION": "download POKEMON_CLASSIFICATION",
+    "FOLDER": "name it with --dataset-path",
+}
+
+
+@pytest.mark.parametrize(("name", "way"), MISSING.items())
+def test_missing_trees_say_what_to_do(name, way, tmp_path):
+    with pytest.raises(UserError, match=rf"cannot read {name} \(there is no folder .*/nowhere\): it needs .*{way}"):
+        get_unlearning_dataset(SupportedDatasets[name], 8, 0, tmp_path / "nowhere", datasets_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["PLANT_CLASSIFICATION", "FOLDER"])
+def test_what_cannot_be_downloaded_is_said(name, tmp_path):
+    with pytest.raises(UserError, match=f"{name} cannot be downloaded: put .*<class>/ with image files"):
         download(SupportedDatasets[name], tmp_path)
 
 

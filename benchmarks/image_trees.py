@@ -1,0 +1,178 @@
+"""Folder trees of JPEGs against torchvision's ImageFolder and DataLoader, on the same generated files, in one run.
+
+    uv run benchmarks/image_trees.py                      20,000 JPEGs of 500x375 (about 1 GB in the folder --root)
+    uv run benchmarks/image_trees.py --million 1280000    the index alone, of so many small files (5 GB)
+
+Speed: medians of alternating repeats, images/s of whole loaders (decoding to 128x128 and normalising, 2 worker
+processes there, 4 threads here), and seconds from nothing to a dataset that knows its paths and labels. `busy`: the
+share of the two cores' time left free by other processes that our loader used.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from common import alternating, keep, parser, peak_memory, ratio
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from image_tree import open_tree
+from utils_data import Images, LazyPixels, make_loader
+
+CLASSES, BATCH, SIZE = 100, 256, 128
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+def make_tree(root: Path, count: int, size: tuple[int, int]) -> Path:
+    """`count` JPEGs with the edges and noise of photos, in class folders; 64 different contents."""
+    target = root / f"jpegs-{count}-{size[0]}x{size[1]}"
+    if target.exists():
+        return target
+    random = np.random.default_rng(0)
+    contents = []
+    for _ in range(64):
+        rough = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
+        noisy = np.asarray(rough).astype(int) + random.integers(-20, 21, (size[1], size[0], 3))
+        path = root / "one.jpg"
+        root.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=85)
+        contents.append(path.read_bytes())
+    part = target.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    classes = min(1000, max(CLASSES, count // 1000))
+    for label in range(classes):
+        (part / f"class_{label:04}").mkdir(parents=True)
+    for number in range(count):
+        place = part / f"class_{number % classes:04}" / f"image_{number:08}_of_the_tree.JPEG"
+        place.write_bytes(contents[number % 64])
+    return part.rename(target)
+
+
+def busy(function: Callable[[], None]) -> float:
+    """Of the processor time that others left free, the share that this process used (1: nothing was left idle)."""
+
+    def spent() -> tuple[float, float]:
+        fields = Path("/proc/stat").read_text().split("\n")[0].split()
+        return sum(os.times()[:4]), sum(map(int, fields[4:6])) / os.sysconf("SC_CLK_TCK")
+
+    used, idle = spent()
+    function()
+    used, idle = (after - before for after, before in zip(spent(), (used, idle), strict=True))
+    return used / (used + idle)
+
+
+def loading(root: Path, store: Path, batches: int, repeats: int) -> dict:
+    """Images per second of both loaders, and how busy ours keeps two cores."""
+    torch.set_num_threads(1)
+    steps = [v2.PILToTensor(), v2.Resize(SIZE), v2.CenterCrop(SIZE), v2.ToDtype(torch.float32)]
+    folder = ImageFolder(str(root), v2.Compose([*steps, v2.Normalize(MEAN, STD)]))
+    theirs = DataLoader(folder, BATCH, shuffle=True, num_workers=2)
+    tree = open_tree(root, "folders", store)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    pixels = LazyPixels(tree, np.arange(len(tree)), SIZE, 4)
+    ours = make_loader(Images(pixels, torch.from_numpy(tree.labels.astype(np.int64)), mean, std), BATCH, 0)
+
+    def drain(loader: DataLoader) -> None:
+        for _ in islice(iter(loader), batches):
+            pass
+
+    slow, fast = alternating([lambda: drain(theirs), lambda: drain(ours)], repeats)
+    images = BATCH * batches
+    return {
+        "images_per_second": images / median(fast),
+        "torchvision_images_per_second": images / median(slow),
+        "ratio": ratio(slow, fast),
+        "busy": busy(lambda: drain(ours)),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def starting(root: Path, store: Path, repeats: int) -> dict:
+    """Seconds to know all paths and labels: ImageFolder, the cold index, the cached one."""
+
+    def cold() -> None:
+        shutil.rmtree(store, ignore_errors=True)
+        open_tree(root, "folders", store)
+
+    theirs, anew, cached = [], [], []
+    for _ in range(repeats):
+        for function, times in ((lambda: ImageFolder(str(root)), theirs), (cold, anew)):
+            begun = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begun)
+        open_tree(root, "folders", store)
+        begun = time.perf_counter()
+        open_tree(root, "folders", store)
+        cached.append(time.perf_counter() - begun)
+    return {
+        "image_folder_seconds": median(theirs),
+        "cold_seconds": median(anew),
+        "cached_seconds": median(cached),
+        "start_ratio": ratio(theirs, cached),
+    }
+
+
+MEMORY = """
+import sys, time
+from pathlib import Path
+from image_tree import open_tree
+begun = time.perf_counter()
+tree = open_tree(Path(sys.argv[1]), "folders", Path(sys.argv[2]))
+seconds, processor = time.perf_counter() - begun, time.process_time()
+peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+print(seconds, processor, len(tree), int(peak) / 1024)
+"""
+
+
+def million(root: Path, store: Path) -> dict:
+    """Seconds and peak memory [MiB, imports included] of fresh processes that index a tree and that reopen it."""
+    shutil.rmtree(store, ignore_errors=True)
+    figures: dict[str, float] = {}
+    for name in ("cold", "cached"):
+        command = [sys.executable, "-c", MEMORY, str(root), str(store)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "."})
+        seconds, processor, files, mib = map(float, said.stdout.split())
+        figures |= {
+            f"{name}_seconds": seconds,
+            f"{name}_processor_seconds": processor,
+            f"{name}_peak_mib": mib,
+            "files": files,
+        }
+    return figures
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--root", type=Path, default=Path("/tmp/mimu-trees"))
+    made.add_argument("--count", type=int, default=20_000)
+    made.add_argument("--million", type=int, help="index a tree of so many files instead")
+    made.add_argument("--batches", type=int, default=8)
+    made.add_argument("--repeats", type=int, default=3)
+    given: argparse.Namespace = made.parse_args()
+    store = given.root / "store"
+    if given.million:
+        figures = million(make_tree(given.root, given.million, (32, 24)), store)
+    else:
+        root = make_tree(given.root, given.count, (500, 375))
+        figures = starting(root, store, given.repeats) | loading(root, store, given.batches, given.repeats)
+        figures["peak_bytes"] = peak_memory()
+    for name, value in figures.items():
+        print(f"{name:32} {value:12.3f}")
+    keep(given.json, figures)
+
+
+if __name__ == "__main__":
+    main()

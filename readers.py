@@ -1,0 +1,294 @@
+"""What is known of each dataset (one spec each), and how the files of those that fit into memory are read."""
+
+import difflib
+import gzip
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from choices import SupportedDatasets, UserError
+from class_names import CIFAR10_NAMES, CIFAR100_NAMES, DIGIT_NAMES, FASHION_NAMES
+from config import derive_seed
+from imagenet_classes import IMAGENET2012_CLASSES
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [S, C, H, W], labels int64 [S]
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+# --- formats ----------------------------------------------------------------------------------------------
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read an IDX file of unsigned bytes, plain or beside it as `.gz`.
+
+    Raises:
+        FileNotFoundError: neither file is there. ValueError: wrong magic number or length.
+    """
+    packed = path.with_name(path.name + ".gz")
+    data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path.name} does not begin like an IDX file of bytes")
+    shape = np.frombuffer(data, ">u4", count=data[3], offset=4).astype(np.int64)
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if values.size != shape.prod():
+        raise ValueError(f"{path.name} holds {values.size} bytes of data, its header says {shape.prod()}")
+    return values.reshape(shape)
+
+
+def _read_mnist(root: Path, train: bool) -> Arrays:
+    part = "train" if train else "t10k"
+    images = read_idx(root / f"{part}-images-idx3-ubyte")
+    return images[:, None], read_idx(root / f"{part}-labels-idx1-ubyte").astype(np.int64)
+
+
+def _read_digits(root: Path, train: bool) -> Arrays:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images[:, None] * (255 / 16)).round().astype(np.uint8)
+    labels = digits.target.astype(np.int64)
+    test, rest = stratified(labels, 0.2, derive_seed(0, "DIGITS", "test"))
+    chosen = rest if train else test
+    return images[chosen], labels[chosen]
+
+
+def _read_cifar10(root: Path, train: bool) -> Arrays:
+    from torchvision.datasets import CIFAR10
+
+    data = CIFAR10(str(root), train=train, download=False)
+    return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets, np.int64)
+
+
+def _read_cifar100(root: Path, train: bool) -> Arrays:
+    from torchvision.datasets import CIFAR100
+
+    data = CIFAR100(str(root), train=train, download=False)
+    return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets, np.int64)
+
+
+def _read_svhn(root: Path, train: bool) -> Arrays:
+    from torchvision.datasets import SVHN
+
+    data = SVHN(str(root), split="train" if train else "test", download=False)
+    return data.data, data.labels.astype(np.int64)
+
+
+# --- specs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """All that is known of one dataset.
+
+    Either `read(root, train)` gives uint8 images [S, C, H, W] and labels [S] of an official split, or `layout` says how
+    a tree of image files is laid out (see `image_tree`), which is decoded batch by batch.
+    """
+
+    channels: int
+    size: int
+    """Side of the square images [C, size, size]; a tree's are scaled to it."""
+    folder: str
+    """Default place: below datasets/, or with a leading ~ anywhere."""
+    files: str
+    """The files that are needed there."""
+    licence: str
+    source: str
+    """Where it comes from, for those who fetch it by hand."""
+    read: Callable[[Path, bool], Arrays] | None = None
+    layout: str = ""
+    classes: tuple[str, ...] = ()
+    """Class names in label order; empty: those of the tree's folders, sorted."""
+    ids: tuple[str, ...] = ()
+    """Other names by which a class may be called."""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    """Normalisation, levels 0..255 per channel; empty: measured on the training images."""
+    torchvision: str = ""
+    """Class of torchvision that downloads it."""
+    hub: str = ""
+    """Dataset of the Hugging Face hub that holds it."""
+    pooled: bool = False
+    """Draw the splits anew from all images, whatever splits the files lie in."""
+    expected_classes: int | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes; 0 if only the tree knows."""
+        return len(self.classes)
+
+
+_IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz"
+_TREE = "{train,test}/<class>/ with image files"
+_tree = partial(DatasetSpec, 3, 128, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))  # of ImageNet
+_FETCHED = {
+    SupportedDatasets.FASHION_MNIST: DatasetSpec(
+        *(1, 28, "FashionMNIST/raw", _IDX, "MIT", "https://github.com/zalandoresearch/fashion-mnist"),
+        *(_read_mnist, "", FASHION_NAMES),
+        torchvision="FashionMNIST",
+    ),
+    SupportedDatasets.MNIST: DatasetSpec(
+        *(1, 28, "MNIST/raw", _IDX, "CC BY-SA 3.0", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
+        *(_read_mnist, "", DIGIT_NAMES),
+        torchvision="MNIST",
+    ),
+    SupportedDatasets.CIFAR10: DatasetSpec(
+        *(3, 32, "", "cifar-10-batches-py/", "none stated", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+        *(_read_cifar10, "", CIFAR10_NAMES),
+        torchvision="CIFAR10",
+    ),
+    SupportedDatasets.CIFAR100: DatasetSpec(
+        *(3, 32, "", "cifar-100-python/", "none stated", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+        *(_read_cifar100, "", CIFAR100_NAMES),
+        torchvision="CIFAR100",
+    ),
+    SupportedDatasets.SVHN: DatasetSpec(
+        *(3, 32, "", "{train,test}_32x32.mat", "non-commercial use", "http://ufldl.stanford.edu/housenumbers/"),
+        *(_read_svhn, "", DIGIT_NAMES),
+        torchvision="SVHN",
+    ),
+}
+SPECS: dict[SupportedDatasets, DatasetSpec] = {
+    SupportedDatasets.DIGITS: DatasetSpec(
+        *(1, 8, "", "none (inside scikit-learn)", "CC BY 4.0 (UCI)", "sklearn.datasets.load_digits"),
+        *(_read_digits, "", DIGIT_NAMES),
+    ),
+    **_FETCHED,
+    SupportedDatasets.IMAGENET_SMALL: _tree(
+        folder="~/Datasets/ImageNet-small",
+        files="{train,val}*/ with n01440764/*.JPEG or *_n01440764.JPEG, or the same as *.tar.gz",
+        licence="non-commercial research, terms of image-net.org",
+        source="https://huggingface.co/datasets/ILSVRC/imagenet-1k (accept the terms, set HF_TOKEN in .env)",
+        layout="wnids",
+        classes=tuple(IMAGENET2012_CLASSES.values()),
+        ids=tuple(IMAGENET2012_CLASSES),
+        hub="ILSVRC/imagenet-1k",
+    ),
+    SupportedDatasets.PLANT_CLASSIFICATION: _tree(
+        folder="~/Datasets/Plant-classification",
+        files=_TREE,
+        licence="as its source says",
+        source="the dataset's own page",
+        layout="folders",
+        expected_classes=64,
+    ),
+    SupportedDatasets.POKEMON_CLASSIFICATION: _tree(
+        folder="~/Datasets/Pokemon-classification",
+        files="{train,valid,test}/<class>/ with image files, or the same as .zip or .parquet",
+        licence="as its source says",
+        source="https://huggingface.co/datasets/keremberke/pokemon-classification",
+        layout="folders",
+        hub="keremberke/pokemon-classification",
+        pooled=True,
+    ),
+    SupportedDatasets.FOLDER: _tree(
+        folder="images",
+        files="<class>/ or {train,test}/<class>/ with image files",
+        licence="yours",
+        source="yours: name it with --dataset-path",
+        layout="folders",
+    ),
+}
+
+
+def dataset_root(dataset: SupportedDatasets, dataset_path: Path | None, datasets_dir: Path) -> Path:
+    """Where a dataset lies: the given folder, or its usual place."""
+    folder = SPECS[dataset].folder
+    if dataset_path is not None:
+        return dataset_path.expanduser()
+    if dataset is SupportedDatasets.FASHION_MNIST and DEBIAN_FASHION_MNIST.is_dir():
+        return DEBIAN_FASHION_MNIST
+    return Path(folder).expanduser() if folder.startswith("~") else datasets_dir / folder
+
+
+def how_to_get(dataset: SupportedDatasets) -> str:
+    """The command that gets a dataset, or where it is."""
+    spec = SPECS[dataset]
+    if not spec.torchvision and not spec.hub:
+        return "nothing to get" if spec.read else f"put it there by hand: {spec.source}"
+    get = f"get it with `uv run main.py download {dataset.value}`"
+    return f"{get}, or on Debian `apt-get install dataset-fashion-mnist`" if dataset == "FASHION_MNIST" else get
+
+
+def read_arrays(dataset: SupportedDatasets, root: Path, train: bool) -> Arrays:
+    """Read one official split and check it against the spec.
+
+    Raises:
+        UserError: files are missing or damaged, or hold something else.
+    """
+    spec, get = SPECS[dataset], how_to_get(dataset)
+    assert spec.read is not None
+    try:
+        images, labels = spec.read(root, train)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AssertionError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read {dataset.value} in {root} ({what}): it needs {spec.files}; {get}") from None
+    shape = (spec.channels, spec.size, spec.size)
+    if images.shape[1:] != shape or len(images) != len(labels):
+        found = f"{len(images)} images {images.shape[1:]} and {len(labels)} labels"
+        raise UserError(f"{dataset.value} in {root} holds {found}, needed are as many of each, {shape}: {get}")
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= spec.num_classes:
+        found = f"labels {labels.min()}..{labels.max()}" if len(labels) else "no images"
+        raise UserError(f"{dataset.value} in {root} holds {found}, needed are 0..{spec.num_classes - 1}: {get}")
+    return images, labels
+
+
+# --- classes and samples ----------------------------------------------------------------------------------
+
+
+def _plainly(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def resolve_classes(
+    given: Sequence[int | str], classes: Sequence[str], ids: Sequence[str] = (), where: str = "the dataset"
+) -> tuple[int, ...]:
+    """Labels of classes that are given by number, name or id; case, spaces, `_` and `-` do not matter in a name.
+
+    An int is a label; a text of digits is a class of that name or else a label.
+
+    Raises:
+        UserError: there is no such class (with the closest names), a name fits several, or a class comes twice.
+    """
+    named: dict[str, list[int]] = {}
+    for names in (classes, ids):
+        for label, name in enumerate(names):
+            named.setdefault(_plainly(name), []).append(label)
+    labels = []
+    for one in given:
+        word = _plainly(str(one))
+        if isinstance(one, int) or (word.isdecimal() and word not in named):
+            labels.append(int(one))
+            continue
+        found = named.get(word, [])
+        if len(found) > 1:
+            which = ", ".join(f"{label} ({ids[label]})" if ids else str(label) for label in found)
+            raise UserError(f"forget_class {one!r} fits several classes of {where}, {which}: give one of these instead")
+        if not found:
+            close = [classes[named[key][0]] for key in difflib.get_close_matches(word, named, 3)]
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"e.g. {classes[0]!r}"
+            raise UserError(f"forget_class is {one!r}, which is no class of {where}: {hint}")
+        labels += found
+    if len(set(labels)) < len(labels):
+        raise UserError(f"forget_class is {list(given)}, which names a class twice: name each once")
+    return tuple(labels)
+
+
+def stratified(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split indices class by class into `share` of each class (at least one) and the rest, both sorted.
+
+    Args:
+        labels: int [S]. share: 0..1. seed: of the choice.
+
+    Returns:
+        (chosen [A], rest [S - A]).
+    """
+    generator = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        chosen[members[: max(1, round(share * len(members)))]] = True
+    return np.flatnonzero(chosen), np.flatnonzero(~chosen)

@@ -1,0 +1,396 @@
+"""Folder trees of images: layouts, damage, splits, stale indexes, names of classes."""
+
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from formats import photo, write_tree
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import image_tree
+from config import DataConfig, SupportedDatasets, UserError
+from image_files import BadImageError, decode
+from image_tree import TEST, TRAIN, open_tree
+from imagenet_classes import IMAGENET2012_CLASSES
+from readers import SPECS, resolve_classes
+from tree_splits import by_hash
+from utils_data import SPLITS, get_unlearning_dataset
+
+FOLDER = SupportedDatasets.FOLDER
+WNIDS = list(IMAGENET2012_CLASSES)
+
+
+def load(root, store, dataset=FOLDER, forget=0, **options):
+    data = DataConfig(image_size=16, num_workers=2, **options)
+    return get_unlearning_dataset(dataset, 8, forget, root, datasets_dir=store, data=data)
+
+
+def names(data, split):
+    pixels = data.splits[split].pixels
+    return {pixels.tree.name(row) for row in pixels.rows.tolist()}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three classes of ten images; one class has a folder within."""
+    root = tmp_path / "photos"
+    write_tree(root, ["cat", "dog", "emu/young"], 10)
+    return root
+
+
+def old(root):
+    """Set the times of all folders back, as those of a tree that was made a while ago."""
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
+        os.utime(folder, ns=(10**18, 10**18))
+
+
+# --- index and decoding -----------------------------------------------------------------------------------
+
+
+def test_index_is_that_of_torchvision(tree, tmp_path):
+    theirs, ours = ImageFolder(str(tree)), open_tree(tree, "folders", tmp_path)
+    assert list(ours.classes) == theirs.classes
+    found = {(ours.path(row), int(label)) for row, label in enumerate(ours.labels)}
+    assert found == {(path, label) for path, label in theirs.samples}
+
+
+def test_decoded_is_the_centre_square(tmp_path):
+    left_to_right = np.zeros((20, 60, 3), np.uint8)
+    left_to_right[:, 20:40] = 200
+    Image.fromarray(left_to_right).save(tmp_path / "a.png")
+    assert (decode(str(tmp_path / "a.png"), 10)[:, :, 1:-1] == 200).all()  # filters reach over the edge
+    photo(900, 700, 90).save(tmp_path / "b.jpg")
+    pixels = decode(str(tmp_path / "b.jpg"), 128)
+    assert pixels.shape == (3, 128, 128)
+    assert np.abs(pixels.astype(int) - 90).max() <= 1
+
+
+def test_draft_is_close_to_a_full_decode(tmp_path):
+    path = tmp_path / "a.jpg"
+    image = photo(512, 512)
+    image.save(path, quality=95)
+    whole = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
+    assert np.abs(decode(str(path), 64) - whole).mean() < 3
+
+
+ODD = {
+    "cmyk.jpg": lambda path: photo(value=100).convert("CMYK").save(path),
+    "palette.png": lambda path: photo(value=100).convert("P", palette=Image.Palette.ADAPTIVE).save(path),
+    "clear.png": lambda path: photo(value=100).convert("P").save(path, transparency=b"\x00\x80"),
+    "grey_alpha.png": lambda path: photo(value=100).convert("LA").save(path),
+    "rgba.png": lambda path: photo(value=100).convert("RGBA").save(path),
+    "bits16.png": lambda path: Image.fromarray(np.full((30, 40), 100 * 256 + 7, np.uint16)).save(path),
+    "bits16.tif": lambda path: Image.fromarray(np.full((30, 40), 100 * 256 + 7, np.uint16)).save(path),
+    "one_bit.png": lambda path: photo(value=100).convert("1", dither=Image.Dither.NONE).save(path),
+    "animated.gif": lambda path: photo(value=100).save(path, save_all=True, append_images=[photo(value=9)]),
+    "png_named.jpg": lambda path: photo(value=100).save(path, "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_decodable_oddities_are_converted(name, tmp_path):
+    ODD[name](tmp_path / name)
+    expected = 0 if name == "one_bit.png" else 100
+    pixels = decode(str(tmp_path / name), 16)
+    assert (pixels.shape, pixels.dtype) == ((3, 16, 16), np.uint8)
+    assert np.abs(pixels.astype(int) - expected).max() <= 9  # palettes are coarse
+
+
+def damage(root) -> dict[str, str]:
+    """Every kind of damage, once each; returns {path below the root: start of the reason}."""
+    cat, jpeg = root / "cat", (root / "cat" / "0.jpg").read_bytes()
+    (cat / "cut.jpg").write_bytes(jpeg[:-40])
+    (cat / "zero.jpg").write_bytes(b"")
+    (cat / "magic.jpg").write_bytes(b"\x00\x01" + jpeg[2:])
+    (cat / "notes.txt").write_text("not an image")
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(cat / "floats.tif")
+    (cat / "gone.jpg").symlink_to(cat / "nothing.jpg")
+    (cat / "self").symlink_to(cat / "self")
+    (root / "dog" / "loop").symlink_to(root / "dog")
+    (root / "dog" / "up").symlink_to(root)
+    os.mkfifo(cat / "pipe.jpg")
+    (root / "gnu").mkdir()
+    return {
+        "cat/cut.jpg": "damaged image",
+        "cat/zero.jpg": "empty file",
+        "cat/magic.jpg": "not an image",
+        "cat/notes.txt": "not an image",
+        "cat/floats.tif": "floating-point pixels",
+        "cat/gone.jpg": "unreadable (No such file",
+        "cat/self": "unreadable (Too many levels",
+        "dog/loop": "symlink loop",
+        "dog/up": "symlink loop",
+        "cat/pipe.jpg": "not a regular file",
+        "gnu": "empty class folder",
+    }
+
+
+@pytest.mark.timeout(60)
+def test_damage_is_named_and_skipped_only_when_asked(tree, tmp_path, capsys):
+    wanted = damage(tree)
+    with pytest.raises(
+        UserError, match=r"11 paths that give no image \(1 damaged image, 1 empty class folder, 1 empty"
+    ):
+        load(tree, tmp_path)
+    said = capsys.readouterr().err
+    assert all(f"no image: {path} ({reason}" in said for path, reason in wanted.items())
+    data = load(tree, tmp_path, skip_bad_images=True)
+    found = {one["path"]: one["reason"] for one in data.skipped_images}
+    assert found.keys() == wanted.keys()
+    assert all(found[path].startswith(reason) for path, reason in wanted.items())
+    used = set().union(*(names(data, split) for split in SPLITS))
+    good = {f"{folder}/{i}.jpg" for folder in ("cat", "dog", "emu/young") for i in range(10)}
+    assert used == good
+    assert data.classes == ("cat", "dog", "emu")
+
+
+def test_skipping_moves_no_other_image(tree, tmp_path):
+    """A bad image's place passes to the next in line of its class, and to none other."""
+    before = load(tree, tmp_path)
+    victim = min(names(before, "val"))
+    (tree / victim).write_bytes(b"no image at all")
+    after = load(tree, tmp_path, skip_bad_images=True)
+    assert [one["path"] for one in after.skipped_images] == [victim]
+    (heir,) = names(after, "val") - names(before, "val")
+    assert heir.split("/")[0] == victim.split("/")[0]
+    assert names(after, "val") == names(before, "val") - {victim} | {heir}
+    assert names(after, "train") == names(before, "train") - {heir}
+    assert names(after, "test") == names(before, "test")
+
+
+def test_names_that_differ_by_case_alone_are_refused(tree, tmp_path):
+    write_tree(tree, ["Cat"], 3)
+    with pytest.raises(UserError, match="'Cat' and 'cat', one name but for its case"):
+        load(tree, tmp_path)
+
+
+def test_loose_files_beside_class_folders_are_named(tmp_path):
+    root = tmp_path / "photos"
+    write_tree(root, ["train/cat", "train/dog", "test/cat", "test/dog"], 5)
+    photo().save(root / "train" / "lost.jpg")
+    (root / "train" / "labels.cache").write_bytes(b"a pickle, perhaps")
+    with pytest.raises(UserError, match=r"1 paths that give no image .1 in no class folder; e.g. train/lost.jpg"):
+        load(root, tmp_path)
+
+
+# --- stale indexes ----------------------------------------------------------------------------------------
+
+
+def test_cached_index_is_used_and_noticed_when_stale(tree, tmp_path, monkeypatch):
+    old(tree)
+    scans, scan = [], image_tree.scan_tree
+    monkeypatch.setattr(image_tree, "scan_tree", lambda *a: scans.append(a) or scan(*a))
+    first, second = open_tree(tree, "folders", tmp_path), open_tree(tree, "folders", tmp_path)
+    assert len(scans) == 1
+    assert second.found == first.found
+    for name in image_tree.ARRAYS:
+        assert (getattr(first, name) == getattr(second, name)).all()
+    write_tree(tree, ["cat"], 11)
+    assert len(open_tree(tree, "folders", tmp_path)) == 31
+    (tree / "emu/young/3.jpg").unlink()
+    assert len(open_tree(tree, "folders", tmp_path)) == 30
+    assert len(scans) == 3
+
+
+def test_file_changed_in_place_is_noticed(tree, tmp_path):
+    old(tree)
+    data = load(tree, tmp_path)
+    before = data.fingerprint()
+    assert load(tree, tmp_path).fingerprint() == before
+    path = tree / "cat/0.jpg"
+    with path.open("r+b") as file:  # the folder's time stays
+        file.write(path.read_bytes() + b"\0")
+    split = next(split for split in SPLITS if "cat/0.jpg" in names(data, split))
+    with pytest.raises(UserError, match="changed since it was indexed"):
+        data.splits[split].batch(slice(None))
+    with pytest.raises(UserError, match=r"1 files like cat/0.jpg .* changed since it was indexed: run again"):
+        data.fingerprint()
+    assert load(tree, tmp_path).fingerprint() != before
+
+
+def test_changed_file_is_checked_again(tree, tmp_path):
+    old(tree)
+    load(tree, tmp_path)
+    with (tree / "cat/0.jpg").open("r+b") as file:
+        file.truncate((tree / "cat/0.jpg").stat().st_size - 40)
+    with pytest.raises(UserError, match="run again to index it"):
+        load(tree, tmp_path).fingerprint()
+    with pytest.raises(UserError, match=r"\(1 damaged image; e.g. cat/0.jpg\)"):
+        load(tree, tmp_path)
+    photo().save(tree / "cat/0.jpg")
+    load(tree, tmp_path)
+
+
+def test_damaged_index_is_made_again(tree, tmp_path):
+    index = open_tree(tree, "folders", tmp_path)
+    index.file.write_bytes(index.file.read_bytes()[:100])
+    assert len(open_tree(tree, "folders", tmp_path)) == 30
+
+
+# --- splits -----------------------------------------------------------------------------------------------
+
+
+def test_splits_part_every_image_and_stay_where_they_are(tree, tmp_path):
+    data = load(tree, tmp_path)
+    parts = [names(data, split) for split in SPLITS]
+    assert sum(map(len, parts)) == 30 == len(set().union(*parts))
+    assert [len(part) for part in parts] == [21, 3, 6]
+    files = list(tree.rglob("*.jpg"))
+    random.Random(3).shuffle(files)
+    other = tmp_path / "elsewhere"
+    for path in files:  # another machine: other folder, other order, other times
+        target = other / path.relative_to(tree)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    assert [names(load(other, tmp_path), split) for split in SPLITS] == parts
+    assert names(load(tree, tmp_path, split_seed=1), "test") == parts[2]
+    assert names(load(tree, tmp_path, split_seed=1), "val") != parts[1]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_forget_and_retain_are_everything(tree, tmp_path, split):
+    data = load(tree, tmp_path, forget="dog")
+    forget, retain = data.get_forget_set(split), data.get_retain_set(split)
+    sets = [{bytes(image.numpy()) for images, _ in part for image in images} for part in (forget, retain)]
+    assert not sets[0] & sets[1]
+    assert len(sets[0] | sets[1]) == len(data.splits[split])
+    assert {int(y) for _, labels in forget for y in labels} == {1}
+
+
+def test_by_hash_takes_its_share_of_each_class():
+    labels = np.repeat([0, 1, 2], [100, 10, 1])
+    hashes = np.random.default_rng(0).integers(0, 2**63, 111).astype(np.uint64)
+    chosen, rest = by_hash(labels, hashes, 0.2, 5)
+    assert np.bincount(labels[chosen]).tolist() == [20, 2, 1]
+    assert sorted([*chosen, *rest]) == list(range(111))
+    order = np.random.default_rng(1).permutation(111)
+    assert set(hashes[order][by_hash(labels[order], hashes[order], 0.2, 5)[0]]) == set(hashes[chosen])
+
+
+def test_a_class_with_too_few_images_is_named(tree, tmp_path):
+    write_tree(tree, ["gnu"], 2)
+    with pytest.raises(UserError, match=r"too few images .* of 1 classes, 'gnu' \(2\)"):
+        load(tree, tmp_path)
+
+
+def test_official_splits_are_kept_and_test_classes_must_be_trained(tmp_path):
+    root = tmp_path / "photos"
+    write_tree(root, [f"{split}/{name}" for split in ("train", "valid", "test") for name in ("cat", "dog")], 4)
+    data = load(root, tmp_path)
+    for split, folder in (("train", "train"), ("val", "valid"), ("test", "test")):
+        assert names(data, split) == {f"{folder}/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(4)}
+    write_tree(root, ["test/emu"], 4)
+    with pytest.raises(UserError, match="'emu'"):
+        load(root, tmp_path)
+
+
+def test_pokemon_splits_are_drawn_anew(tmp_path):
+    root = tmp_path / "pokemon"
+    write_tree(root, ["train/Abra", "valid/Mew", "test/Zubat"], 10)
+    data = load(root, tmp_path, SupportedDatasets.POKEMON_CLASSIFICATION, "mew")
+    assert data.classes == ("Abra", "Mew", "Zubat")
+    for split, count in zip(SPLITS, (7, 1, 2), strict=True):
+        assert torch.bincount(data.splits[split].labels).tolist() == [count] * 3
+
+
+def test_plant_says_how_many_classes_it_found(tmp_path, capsys):
+    write_tree(
+        tmp_path / "plant", [f"{split}/{name}" for split in ("train", "test", "train_again") for name in "ab"], 4
+    )
+    data = load(tmp_path / "plant", tmp_path, SupportedDatasets.PLANT_CLASSIFICATION)
+    said = capsys.readouterr().err
+    assert "64 classes were expected" in said
+    assert "left out: train_again" in said
+    assert sum(len(data.splits[split]) for split in SPLITS) == 16
+
+
+# --- ImageNet ---------------------------------------------------------------------------------------------
+
+A, B = WNIDS[0], WNIDS[998]
+LAYOUTS = {
+    "shards": {
+        **{f"train_images_{i}/{w}_{i}_{w}.JPEG": (w, TRAIN) for i in range(2) for w in (A, B)},
+        **{f"val_images/ILSVRC2012_val_0000000{i}_{w}.JPEG": (w, TEST) for i, w in enumerate((A, B))},
+    },
+    "image folder": {f"{s}/{w}/{w}_7.JPEG": (w, c) for w in (A, B) for s, c in (("train", TRAIN), ("val", TEST))},
+    "class folders": {f"{w}/{w}_{i}.JPEG": (w, image_tree.UNSPLIT) for w in (A, B) for i in range(3)},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_imagenet_layouts(layout, tmp_path):
+    for path in LAYOUTS[layout]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        photo().save(tmp_path / path)
+    (tmp_path / "test_images").mkdir()
+    photo().save(tmp_path / "test_images" / "ILSVRC2012_test_00000001.JPEG")
+    tree = open_tree(tmp_path, "wnids", tmp_path / "store")
+    found = {tree.name(r): (WNIDS[tree.labels[r]], int(tree.splits[r])) for r in range(len(tree))}
+    assert found == LAYOUTS[layout]
+    assert set(tree.labels.tolist()) == {0, 998}
+    assert tree.found == []
+
+
+def test_imagenet_files_outside_the_thousand_are_named(tmp_path):
+    write_tree(tmp_path / "i", [f"train/{A}", "train/n99999999", "train/misc"], 1)
+    tree = open_tree(tmp_path / "i", "wnids", tmp_path)
+    assert tree.found == [
+        ("train/misc/0.jpg", "no WordNet id in its path"),
+        ("train/n99999999/0.jpg", "class outside the 1,000 of ImageNet"),
+    ]
+    with pytest.raises(UserError, match="2 paths that give no image"):
+        load(tmp_path / "i", tmp_path, SupportedDatasets.IMAGENET_SMALL)
+    with pytest.raises(UserError, match="no images of 999 of its 1000 classes, such as 'goldfish'"):
+        load(tmp_path / "i", tmp_path, SupportedDatasets.IMAGENET_SMALL, skip_bad_images=True)
+
+
+# --- names ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "dataset", "labels"),
+    [
+        (["trouser"], "FASHION_MNIST", (1,)),
+        (["T-SHIRT/top", 3], "FASHION_MNIST", (0, 3)),
+        (["lawn mower", "0"], "CIFAR100", (41, 0)),
+        (["n01440764", "toilet tissue"], "IMAGENET_SMALL", (0, 999)),
+        ([12], "MNIST", (12,)),
+    ],
+)
+def test_classes_by_name(given, dataset, labels):
+    spec = SPECS[SupportedDatasets[dataset]]
+    assert resolve_classes(given, spec.classes, spec.ids) == labels
+
+
+@pytest.mark.parametrize(
+    ("given", "dataset", "message"),
+    [
+        (["trousers"], "FASHION_MNIST", "did you mean 'trouser'"),
+        (["n01440765"], "IMAGENET_SMALL", "did you mean 'tench'"),
+        (["qqqq"], "MNIST", "e.g. 'zero'"),
+        (["one", 1], "MNIST", "names a class twice"),
+    ],
+)
+def test_unknown_names(given, dataset, message):
+    spec = SPECS[SupportedDatasets[dataset]]
+    with pytest.raises(UserError, match=message):
+        resolve_classes(given, spec.classes, spec.ids, "X")
+
+
+def test_a_name_that_fits_twice_is_refused():
+    with pytest.raises(UserError, match=r"'a b' fits several classes of X, 0 \(n1\), 2 \(n3\): give one of these"):
+        resolve_classes(["a b"], ("a b", "c", "A_B"), ("n1", "n2", "n3"), "X")
+
+
+def test_folders_named_by_numbers_are_in_their_order(tmp_path):
+    write_tree(tmp_path / "n", map(str, range(12)), 1)
+    assert open_tree(tmp_path / "n", "folders", tmp_path).classes == tuple(map(str, range(12)))
+
+
+def test_unreadable_reason(tmp_path):
+    with pytest.raises(BadImageError, match=r"unreadable \(Is a directory"):
+        decode(str(tmp_path), 8)
