@@ -175,7 +175,7 @@ def boundary_labels(context: Context, images: Tensor, labels: Tensor) -> Tensor:
         (slope,) = torch.autograd.grad(functional.cross_entropy(context.model(moved), labels, reduction="sum"), moved)
         with torch.no_grad():
             logits = context.model(images + step * slope.sign())
-    logits[:, list(context.config.forget_class)] = -math.inf
+    logits[:, list(context.config.forget_labels)] = -math.inf
     return logits.argmax(1)
 
 

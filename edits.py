@@ -51,7 +51,7 @@ def logit_drop(context: Context, point: Point) -> Generator[HookedModel]:
 def head_row_zero(context: Context, point: Point) -> Generator[HookedModel]:
     """Set the forgotten classes' rows of the last layer to 0: their logits are 0, which can still be the largest."""
     model, name = copy.deepcopy(context.model), _linear_names(context.model)[-1]
-    weight, rows = model.target(-1).weight, list(context.config.forget_class)
+    weight, rows = model.target(-1).weight, list(context.config.forget_labels)
     chosen = torch.zeros_like(weight, dtype=torch.bool)
     chosen[rows] = True
     context.allowed = {name: chosen}
@@ -103,7 +103,7 @@ def fisher_of(context: Context, side: bool | None, per_sample: bool) -> Fisher:
         most = FISHER_SAMPLES if linear else SINGLE_SAMPLES
         return sample_fisher(model, training_images(context, side, most), device)
 
-    return context.once(("fisher", context.config.forget_class, side, per_sample), make)
+    return context.once(("fisher", context.config.forget_labels, side, per_sample), make)
 
 
 def dampened(
@@ -233,7 +233,7 @@ def svd_projection(context: Context, point: Point, alpha_forget: float, alpha_re
         inputs = (layer_inputs(context.model, images, context.device) for images in sides)
         return [(Spectrum.of(forget), Spectrum.of(retain)) for forget, retain in zip(*inputs, strict=True)]
 
-    spectra = context.once(("spectra", context.config.forget_class), make)
+    spectra = context.once(("spectra", context.config.forget_labels), make)
     edits = range(len(spectra))
     yield _with_inputs_edited(context, lambda place: svd_edit(*spectra[place], alpha_forget, alpha_retain), edits)
 
@@ -279,7 +279,7 @@ def damp(context: Context, point: Point, strength: float, layers: int) -> Genera
         means = (torch.stack([h[images.labels == label].mean(0) for label in present]) for h in inputs)
         return [residual_directions(prototypes, chosen.to(prototypes.device)) for prototypes in means]
 
-    found = context.once(("residual directions", context.config.forget_class), make)
+    found = context.once(("residual directions", context.config.forget_labels), make)
     places = range(max(0, len(found) - layers), len(found))
     yield _with_inputs_edited(context, lambda place: damp_edit(found[place], strength), places)
 

@@ -234,7 +234,8 @@ def test_latex_by_hand():
 
 
 def test_grid_has_a_row_for_each_family_and_says_what_is_missing(records):
-    other = [record(5, 100, (5, 79), (3, 78), run="other") | {"model": "HookedResnet", "dataset": "MNIST"}]
+    other: list[dict[str, Any]] = [record(5, 100, (5, 79), (3, 78), run="other")]
+    other[0] |= {"model": "HookedResnet", "dataset": "MNIST"}
     del other[0]["labels"]["novel"], other[0]["methods"]["novel"], other[0]["validation"]["novel"]
     groups = families([records, other])
     rows = grid(groups, "forget_score")
