@@ -83,13 +83,20 @@ class TrainConfig:
     """bfloat16 autocast: for GPUs and CPUs with bfloat16 units (on others it is slower), no use for the MLP."""
     channels_last: bool = False
     use_ddp: bool = False
-    """Train in several processes (not available yet)."""
+    """Train in several processes, each with its share of every batch (docs/scaling.md)."""
     num_workers: int = 1
-    """Processes of `use_ddp`."""
+    """Processes that `use_ddp` starts on this machine (under torchrun, which starts them itself, ignored)."""
+    ddp_timeout: float = 300.0
+    """Seconds that one exchange between those processes may take before it counts as failed."""
+    ddp_restarts: int = 3
+    """How often they are all started again, from the last saved state, after one of them was killed."""
+    save_seconds: float = 10.0
+    """Save the state that `resume` goes on from after an epoch if the last one is at least this old."""
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "lr", "num_workers")
-        _positive(self, "weight_decay", zero_ok=True)
+        _positive(self, "ddp_timeout")
+        _positive(self, "weight_decay", "ddp_restarts", "save_seconds", zero_ok=True)
         if self.num_workers != 1 and not self.use_ddp:
             warnings.warn("train.num_workers is ignored without train.use_ddp", stacklevel=2)
 
@@ -284,6 +291,8 @@ class PipelineConfig:
     """Use these graphs instead of making them."""
     gcn_path: Path | None = None
     """Use this GCN, for every topK, instead of training one."""
+    resume: bool = False
+    """Go on within the classifier's training where an interrupted run saved its state."""
     tracker: Trackers = Trackers.none
     """trackio shows training curves live; from Python, set TRACKIO_DIR before its first import."""
     data: DataConfig = field(default_factory=DataConfig)

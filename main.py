@@ -15,6 +15,7 @@ Exit codes: 0 done, 1 a stage failed (or `kappa: auto` met its target nowhere), 
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,11 @@ def _configured(arguments: list[str], command: str, about: str) -> PipelineConfi
         PipelineConfig, args=rest, default=load_config(paths), prog=f"main.py {command}", description=about
     )
     _trackio_folder(config.output_dir)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if not config.train.use_ddp:
+            raise UserError("torchrun started this, but train.use_ddp is off: add --train.use-ddp, or use no torchrun")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            config = replace(config, resume=True)
     return config
 
 
@@ -67,9 +73,19 @@ def run(arguments: list[str]) -> int:
     """Run the pipeline and print its table, its answer and where everything lies; returns the exit code."""
     config = _configured(arguments, "run", "Run the pipeline.")
     from pipeline import Pipeline
+
+    pipeline = Pipeline(config)
+    if pipeline.take_part():
+        return 0
+    records = pipeline.run()
+    pipeline.dismiss()
+    return _show(config, records)
+
+
+def _show(config: PipelineConfig, records: list[dict]) -> int:
+    """Print a run's table, answer and places; returns the exit code."""
     from reporter import Reporter, as_text, headline, table
 
-    records = Pipeline(config).run()
     reporter = Reporter(config.output_dir)
     print(as_text(table(records)))
     if {records[0]["answer"], "default"} <= set(records[0]["labels"]):
@@ -92,8 +108,11 @@ def train_gcn(arguments: list[str]) -> int:
     from artifacts import copy_file
     from stages import Stages
 
-    copy_file(Stages(config).run_gcn_training(config.topK_list[0]), target)
-    print(target)
+    stages = Stages(config)
+    if not stages.take_part():
+        copy_file(stages.run_gcn_training(config.topK_list[0]), target)
+        stages.dismiss()
+        print(target)
     return 0
 
 

@@ -273,7 +273,6 @@ class UnlearningDataset:
     ):
         self.name, self.splits, self.batch_size = name, splits, batch_size
         self.forget_class, self.seed = as_tuple(forget_class), seed
-        self.spec = SPECS[name]
         last = self.spec.num_classes - 1
         for label in self.forget_class:
             if not 0 <= label <= last:
@@ -294,6 +293,11 @@ class UnlearningDataset:
     def is_forgotten(self, labels: Tensor) -> Tensor:
         """Whether each label [S] is of a class to forget, bool [S]."""
         return torch.isin(labels, torch.tensor(self.forget_class))
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """What is known of the dataset; looked up, because its functions cannot be sent to another process."""
+        return SPECS[self.name]
 
     @property
     def num_classes(self) -> int:

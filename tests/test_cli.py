@@ -305,7 +305,6 @@ SENTENCES = {
     "output below a file": ("--output-dir {material}/garbage.safetensors/out", "Not a directory"),
     "device missing": ("--device cuda:7", "CUDA devices are here"),
     "method": ("--eval.methods mimu nonsense", "choose from all, mimu, mimu_refined, taylor_mask,"),
-    "ddp": ("--train.use-ddp", "not available yet"),
     "yaml missing": ("--config {material}/none.yaml", "there is no config file"),
     "yaml folder": ("--config {material}", "directory"),
     "yaml key": ("--config {material}/key.yaml", "'nonsense' not in 'PipelineConfig'"),
