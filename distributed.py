@@ -5,6 +5,7 @@ The plain and the parallel training are one loop: a `Group` of one process does 
 """
 
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from config import UserError
 from observe import log
 
 PRELOAD = ["numpy", "torch", "torch._dynamo", "torch.nn.parallel", "torch.distributed", "torch.utils.data"]
-GRACE = 10.0  # seconds that a worker with a lost peer waits, so that the peer's own failure is the one that is reported
+GRACE = 5.0  # seconds that a worker with a lost peer waits, so that the peer's own failure is the one that is reported
 JOIN_SECONDS = 60  # for all processes to find each other
 
 
@@ -212,14 +214,15 @@ def _lost_a_peer(error: BaseException) -> bool:
 
 
 @record
-def _worker(function: Callable[..., dict], device: torch.device, threads: int, seconds: float, *given: Any) -> dict:
+def _worker(
+    function: Callable[..., dict], launcher: Connection, device: torch.device, threads: int, seconds: float, *given: Any
+) -> dict:
     """What each started process runs: join, work, leave."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole terminal: go without a traceback
     torch.set_num_threads(threads)
-    parent = os.getppid()
     try:
         own = local_device(device)
-        return function(meet(own, seconds).group, own, lambda: _leave_without(parent), *given)
+        return function(meet(own, seconds).group, own, lambda: _leave_without(launcher), *given)
     except RuntimeError as error:
         if _lost_a_peer(error):
             time.sleep(GRACE)
@@ -228,10 +231,10 @@ def _worker(function: Callable[..., dict], device: torch.device, threads: int, s
         part()
 
 
-def _leave_without(parent: int) -> None:
-    """End this process if the one that started it is gone (the fork server ends with the launcher)."""
-    if os.getppid() != parent:
-        raise SystemExit(1)
+def _leave_without(launcher: Connection) -> None:
+    """End this process if the one that started it is gone: its end of the pipe is closed then."""
+    if launcher.poll():
+        os._exit(1)
 
 
 @contextmanager
@@ -246,9 +249,24 @@ def _handlers_kept() -> Generator[None]:
                 signal.signal(number, handler)
 
 
-def _launch_once(worker: tuple, workers: int) -> dict:
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without elastic's own lines: a failure is told once, in one line."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _launch_once(function: Callable[..., dict], worker: tuple, workers: int) -> dict:
     """Start the processes, wait for them, return rank 0's result."""
-    with tempfile.TemporaryDirectory(prefix="mimu-ddp-") as logs:
+    theirs, ours = multiprocessing.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="mimu-ddp-") as logs, theirs, ours, _handlers_kept(), _quiet():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -265,7 +283,7 @@ def _launch_once(worker: tuple, workers: int) -> dict:
             signals_to_handle="SIGTERM,SIGINT,SIGHUP",
         )
         multiprocessing.set_forkserver_preload(PRELOAD)
-        return elastic_launch(config, _worker)(*worker)[0]
+        return elastic_launch(config, _worker)(function, theirs, *worker)[0]
 
 
 def launch(
@@ -298,8 +316,7 @@ def launch(
     threads = threads or max(1, torch.get_num_threads() // workers)
     for tries_left in range(restarts, -1, -1):
         try:
-            with _handlers_kept():
-                return _launch_once((function, device, threads, seconds, *given), workers)
+            return _launch_once(function, (device, threads, seconds, *given), workers)
         except SignalException as error:
             if error.sigval is signal.SIGINT:
                 raise KeyboardInterrupt from None
