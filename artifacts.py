@@ -5,6 +5,7 @@ last: a folder that exists is complete, and one whose files no longer match its 
 No torch here, so that reports are rebuilt from JSON in a second.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -265,6 +266,35 @@ def _clear_leftovers(path: Path, kind: str) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """Hold `path` for the length of the block; other processes (on NFS 4 other machines too) wait. Leaves no file.
+
+    Raises:
+        UserError: the place cannot be written, or its file system has no locks.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = path.open("a")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log(f"waiting for another process: it makes {path.name.removeprefix('.').removesuffix('.lock')}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held it has removed it since: then this is a lock on nothing, and a new one is needed.
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break
+            file.close()
+    except OSError as error:
+        raise UserError(f"cannot lock {path} ({error.strerror}): choose another folder with --output-dir") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
 def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Callable[[Path], dict]) -> Stage:
     """Return the stage made from `inputs`, running `make` only if it is not there, whole, already.
 
@@ -282,9 +312,18 @@ def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Ca
     if done := _finished(path, key):
         log(f"{label}: unchanged, using {path}")
         return done
+    with locked(path.with_name(f".{path.name}.lock")):  # jobs that need the same stage make it once
+        if done := _finished(path, key):
+            log(f"{label}: made by another process, using {path}")
+            return done
+        return _build(path, key, inputs, make)
+
+
+def _build(path: Path, key: str, inputs: Mapping[str, object], make: Callable[[Path], dict]) -> Stage:
+    """Make a stage in a folder beside `path` and rename it."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(path, "part")
         part.mkdir()
     except OSError as error:

@@ -329,8 +329,8 @@ class PipelineConfig:
         _require(known, f"device is {self.device!r}", "choose auto, cpu, cuda or cuda:N")
 
 
-def load_config(paths: Sequence[Path]) -> PipelineConfig:
-    """Merge YAML files, in order, over the defaults.
+def load_config(paths: Sequence[Path], aside: Sequence[str] = ()) -> PipelineConfig:
+    """Merge YAML files, in order, over the defaults; keys named in `aside` are someone else's.
 
     Raises:
         UserError: a file is missing or not YAML, or a key or value does not fit the schema.
@@ -343,6 +343,9 @@ def load_config(paths: Sequence[Path]) -> PipelineConfig:
     for path in paths:
         try:
             values = OmegaConf.load(Path(path).expanduser())
+            for name in aside:
+                if isinstance(values, DictConfig):
+                    values.pop(name, None)
             for name in ("mask_layer", "forget_class"):  # one of them may be written without brackets
                 if isinstance(values, DictConfig) and isinstance(values.get(name), int):
                     values[name] = [values[name]]

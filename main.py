@@ -3,6 +3,7 @@
     uv run main.py                                   the default run: DIGITS, forget class 0
     uv run main.py run --config configs/X.yaml ...   a run; --config repeats, flags win over files
     uv run main.py run --methods all --metrics all   every rival and every metric (docs/methods.md, docs/metrics.md)
+    uv run main.py sweep --config configs/X.yaml     many runs, lists over any field (local processes, Slurm, Ray)
     uv run main.py train-gcn --out FILE ...          train the GCN of a configuration into one file, for --gcn-path
     uv run main.py report [--output-dir DIR]         tables and figures again, from the JSON records alone
     uv run main.py dashboard [--output-dir DIR]      training curves in trackio
@@ -116,6 +117,21 @@ def train_gcn(arguments: list[str]) -> int:
     return 0
 
 
+def sweep(arguments: list[str]) -> int:
+    """Carry out the jobs of a configuration file's section `sweep` and print their table; 1 if any failed."""
+    paths, rest = _take("--config", arguments)
+    if not paths or rest:
+        what = rest[0] if rest else "no --config FILE"
+        raise UserError(f"sweep found {what}: it takes --config FILE alone, see configs/sweep_example.yaml")
+    from sweep import load_sweep, run_sweep, table
+
+    settings, base = load_sweep(paths)
+    _trackio_folder(base.output_dir)
+    ended = run_sweep(settings, base)
+    print(table(ended))
+    return 1 if any(outcome["status"] == "failed" for _, outcome in ended) else 0
+
+
 def report(output_dir: Path = Path(), reporter: ReporterConfig = ReporterConfig()) -> None:  # noqa: B008
     """Rebuild every table and figure from the JSON records below a folder."""
     from reporter import Reporter
@@ -155,6 +171,7 @@ def _parsed(name: str, function: Callable[..., None]) -> Callable[[list[str]], i
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
+    "sweep": sweep,
     "train-gcn": train_gcn,
     "report": _parsed("report", report),
     "dashboard": _parsed("dashboard", dashboard),

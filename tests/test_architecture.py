@@ -47,7 +47,8 @@ LAYERS = {
     "budget": 4,
     "reporter": 4,
     "pipeline": 5,
-    "main": 6,
+    "sweep": 6,
+    "main": 7,
 }
 ROWS = list(LAYERS)
 
