@@ -131,7 +131,8 @@ def load_sweep(paths: Sequence[Path]) -> tuple[SweepConfig, PipelineConfig]:
     known = {item.name for item in fields(SweepConfig)}
     if unknown := sorted(str(name) for name in set(section) - known):
         raise UserError(f"sweep has no field {unknown[0]}: choose from {', '.join(sorted(known))}")
-    return SweepConfig(**{"over": {}} | {str(name): value for name, value in section.items()}), base
+    values: dict[str, Any] = {"over": {}} | {str(name): value for name, value in section.items()}
+    return SweepConfig(**values), base
 
 
 def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
