@@ -5,6 +5,7 @@ last: a folder that exists is complete, and one whose files no longer match its 
 No torch here, so that reports are rebuilt from JSON in a second.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -29,12 +30,6 @@ from observe import log
 SCHEMA = "mimu/1"
 MANIFEST = "manifest.json"
 HISTORY = "history.json"
-RECORDS = Path("eval/metrics_and_plots/json")
-NEEDED = (
-    *("id", "run", "model", "dataset", "forget_class", "seed", "top_k", "kappa", "mask_layer", "num_graph_vertices"),
-    *("objective", "answer", "auto", "config", "classifier_path", "gcn_path"),
-    *("methods", "validation", "metrics", "labels", "axes", "weight_histogram", "class_probability"),
-)  # of a record that can be reported
 PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors")
 
 
@@ -296,6 +291,35 @@ def _clear_leftovers(path: Path, kind: str) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """Hold `path` for the length of the block; other processes (on NFS 4 other machines too) wait. Leaves no file.
+
+    Raises:
+        UserError: the place cannot be written, or its file system has no locks.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = path.open("a")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log(f"waiting for another process: it makes {path.name.removeprefix('.').removesuffix('.lock')}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held it has removed it since: then this is a lock on nothing, and a new one is needed.
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break
+            file.close()
+    except OSError as error:
+        raise UserError(f"cannot lock {path} ({error.strerror}): choose another folder with --output-dir") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
 def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Callable[[Path], dict]) -> Stage:
     """Return the stage made from `inputs`, running `make` only if it is not there, whole, already.
 
@@ -313,9 +337,18 @@ def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Ca
     if done := _finished(path, key):
         log(f"{label}: unchanged, using {path}")
         return done
+    with locked(path.with_name(f".{path.name}.lock")):  # jobs that need the same stage make it once
+        if done := _finished(path, key):
+            log(f"{label}: made by another process, using {path}")
+            return done
+        return _build(path, key, inputs, make)
+
+
+def _build(path: Path, key: str, inputs: Mapping[str, object], make: Callable[[Path], dict]) -> Stage:
+    """Make a stage in a folder beside `path` and rename it."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(path, "part")
         part.mkdir()
     except OSError as error:
@@ -337,52 +370,3 @@ def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Ca
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Stage(path, key, facts, seconds)
-
-
-# --- records ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number in long form: which record, which method, which metric, on which split."""
-
-    record: dict
-    method: str
-    split: str
-    metric: str
-    value: float
-
-
-def record_path(output_dir: Path, record: Mapping[str, object]) -> Path:
-    """Where a record lies: `<model>_<dataset>_top-{K}_kappa_{kappa}/<id>.json`."""
-    point = f"{record['model']}_{record['dataset']}_top-{record['top_k']}_kappa_{record['kappa']}"
-    return output_dir / RECORDS / point / f"{record['id']}.json"
-
-
-def read_records(output_dir: Path) -> list[dict]:
-    """All records below `output_dir`, in path order; a broken or foreign file is named and left out."""
-    records = []
-    for path in sorted((output_dir / RECORDS).glob("*/*.json")):
-        try:
-            record = read_json(path)
-            if record.get("schema") != SCHEMA or record_path(output_dir, record) != path:
-                raise UserError(f"{path} is no {SCHEMA} record of this place")
-            if missing := [name for name in NEEDED if name not in record]:
-                raise UserError(f"{path} has no {', '.join(missing)}: delete it and run again")
-            if record["answer"] in record["labels"] and not set(record["labels"]) <= set(record["validation"]):
-                raise UserError(f"{path} names methods that it has no figures of: delete it and run again")
-            records.append(record)
-        except (UserError, KeyError, TypeError, AttributeError) as error:
-            log(f"left out: {error}")
-    return records
-
-
-def read_rows(records: Iterable[dict]) -> list[Row]:
-    """Records in long form, test figures (`methods`) and validation figures (`validation`)."""
-    return [
-        Row(record, method, split, metric, value)
-        for record in records
-        for split, part in (("test", "methods"), ("validation", "validation"))
-        for method, values in record[part].items()
-        for metric, value in values.items()
-    ]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts import read_records
 from config import UserError
 from intervals import Estimate as Interval
 from intervals import difference
+from records import read_records
 from tables import ARROWS, Best, Estimate, Run, best_points, over_runs, runs_of, shown
 
 Cell = tuple[str, str, str, int]  # model, dataset, classes, seed

@@ -93,13 +93,20 @@ class TrainConfig:
     """bfloat16 autocast: for GPUs and CPUs with bfloat16 units (on others it is slower), no use for the MLP."""
     channels_last: bool = False
     use_ddp: bool = False
-    """Train in several processes (not available yet)."""
+    """Train in several processes, each with its share of every batch (docs/scaling.md)."""
     num_workers: int = 1
-    """Processes of `use_ddp`."""
+    """Processes that `use_ddp` starts on this machine (under torchrun, which starts them itself, ignored)."""
+    ddp_timeout: float = 300.0
+    """Seconds that one exchange between those processes may take before it counts as failed."""
+    ddp_restarts: int = 3
+    """How often they are all started again, from the last saved state, after one of them was killed."""
+    save_seconds: float = 10.0
+    """Save the state that `resume` goes on from after an epoch if the last one is at least this old."""
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "lr", "num_workers")
-        _positive(self, "weight_decay", zero_ok=True)
+        _positive(self, "ddp_timeout")
+        _positive(self, "weight_decay", "ddp_restarts", "save_seconds", zero_ok=True)
         if self.num_workers != 1 and not self.use_ddp:
             warnings.warn("train.num_workers is ignored without train.use_ddp", stacklevel=2)
 
@@ -294,6 +301,8 @@ class PipelineConfig:
     """Use these graphs instead of making them."""
     gcn_path: Path | None = None
     """Use this GCN, for every topK, instead of training one."""
+    resume: bool = False
+    """Go on within the classifier's training where an interrupted run saved its state."""
     tracker: Trackers = Trackers.none
     """trackio shows training curves live; from Python, set TRACKIO_DIR before its first import."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -336,40 +345,6 @@ class PipelineConfig:
         """`forget_class` by number; a run has looked the names up before anything asks."""
         assert all(isinstance(one, int) for one in self.forget_class)
         return tuple(int(one) for one in self.forget_class)
-
-
-def load_config(paths: Sequence[Path]) -> PipelineConfig:
-    """Merge YAML files, in order, over the defaults.
-
-    Raises:
-        UserError: a file is missing or not YAML, or a key or value does not fit the schema.
-    """
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    merged = OmegaConf.structured(PipelineConfig)
-    for path in paths:
-        try:
-            values = OmegaConf.load(Path(path).expanduser())
-            for name in ("mask_layer", "forget_class"):  # one of them may be written without brackets
-                if isinstance(values, DictConfig) and isinstance(values.get(name), int | str):
-                    values[name] = [values[name]]
-            if isinstance(values, DictConfig) and isinstance(values.get("vision_dataset"), str):
-                values["vision_dataset"] = values["vision_dataset"].upper()
-            merged = OmegaConf.merge(merged, values)
-        except FileNotFoundError:
-            raise UserError(f"there is no config file {path}: see configs/ for the ones that ship") from None
-        except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
-            what = " ".join(str(error).split())
-            raise UserError(f"{path}: {what}; correct that line (uv run main.py --help lists the fields)") from None
-    try:
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
-        names = ", ".join(str(p) for p in paths)
-        raise UserError(f"{names}: {' '.join(str(error).split())}") from None
-    assert isinstance(config, PipelineConfig)
-    return config
 
 
 def plain(config: object) -> dict:

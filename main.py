@@ -4,6 +4,7 @@
     uv run main.py run --config configs/X.yaml ...   a run; --config repeats, flags win over files
     uv run main.py run --quiet --json ...            not a word on stderr; stdout is one JSON object
     uv run main.py run --methods all --metrics all   every rival and every metric (docs/methods.md, docs/metrics.md)
+    uv run main.py sweep --config configs/X.yaml     many runs, lists over any field (local processes, Slurm, Ray)
     uv run main.py train-gcn --out FILE ...          train the GCN of a configuration into one file, for --gcn-path
     uv run main.py report [--output-dir DIR]         tables, figures and page again, from the JSON records alone
     uv run main.py report --compare A B ...          which of two or more runs (or output folders) is better on what
@@ -21,13 +22,15 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from dotenv import load_dotenv
 
-from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError, load_config
+from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError
+from config_files import load_config
 from observe import be_quiet
 
 EXAMPLES = {"--config": "configs/default.yaml", "--out": "gcn.safetensors"}
@@ -89,12 +92,17 @@ def _configured(arguments: list[str], command: str, about: str) -> PipelineConfi
         PipelineConfig, args=rest, default=load_config(paths), prog=f"main.py {command}", description=about
     )
     _trackio_folder(config.output_dir)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if not config.train.use_ddp:
+            raise UserError("torchrun started this, but train.use_ddp is off: add --train.use-ddp, or use no torchrun")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            config = replace(config, resume=True)
     return config
 
 
 def _as_json(records: list[dict], code: int, places: dict[str, str]) -> str:
     """What a run says, for programs: the table as objects, the answer, remarks, every record's id and place."""
-    from artifacts import record_path
+    from records import record_path
     from tables import as_json, headline, remarks
 
     answered = {records[0]["answer"], "default"} <= set(records[0]["labels"])
@@ -111,10 +119,20 @@ def run(arguments: list[str]) -> int:
     config = _configured(arguments, "run", "Run the pipeline." + flags)
     be_quiet(quiet)
     from pipeline import Pipeline
+
+    pipeline = Pipeline(config)
+    if pipeline.take_part():
+        return 0
+    records = pipeline.run()
+    pipeline.dismiss()
+    return _show(config, records, for_programs)
+
+
+def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> int:
+    """Print a run's table, answer and places; returns the exit code."""
     from reporter import Reporter
     from tables import as_text, headline, remarks, table
 
-    records = Pipeline(config).run()
     reporter = Reporter(config.output_dir)
     code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
     plots = reporter.plots / reporter.run_name(records[0])
@@ -145,9 +163,27 @@ def train_gcn(arguments: list[str]) -> int:
     from artifacts import copy_file
     from stages import Stages
 
-    copy_file(Stages(config).run_gcn_training(config.topK_list[0]), target)
-    print(target)
+    stages = Stages(config)
+    if not stages.take_part():
+        copy_file(stages.run_gcn_training(config.topK_list[0]), target)
+        stages.dismiss()
+        print(target)
     return 0
+
+
+def sweep(arguments: list[str]) -> int:
+    """Carry out the jobs of a configuration file's section `sweep` and print their table; 1 if any failed."""
+    paths, rest = _take("--config", arguments)
+    if not paths or rest:
+        what = rest[0] if rest else "no --config FILE"
+        raise UserError(f"sweep found {what}: it takes --config FILE alone, see configs/sweep_example.yaml")
+    from sweep import load_sweep, run_sweep, table
+
+    settings, base = load_sweep(paths)
+    _trackio_folder(base.output_dir)
+    ended = run_sweep(settings, base)
+    print(table(ended))
+    return 1 if any(outcome["status"] == "failed" for _, outcome in ended) else 0
 
 
 def report(
@@ -227,6 +263,7 @@ def _parsed(name: str, function: Callable[..., None]) -> Callable[[list[str]], i
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
+    "sweep": sweep,
     "train-gcn": train_gcn,
     "report": _parsed("report", report),
     "docs": _parsed("docs", docs),

@@ -12,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from artifacts import write_text
-from config import PROJECT_ROOT, load_config, plain
+from config import PROJECT_ROOT, plain
+from config_files import load_config
 from panels import Panel, figures_of, forgotten_taken_for
 from tables import (
     Run,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from artifacts import SCHEMA, code_key, key_of, now, provenance, read_json, record_path, sha256_file, write_json
+from artifacts import SCHEMA, code_key, key_of, now, provenance, read_json, sha256_file, write_json
 from budget import Search, search
 from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
 from eval import Eval
@@ -17,6 +17,7 @@ from masks import Mask
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
 from observe import log, progress
+from records import record_path
 from reporter import Reporter
 from stages import GCN_CODE, Stages
 from utils_data import UnlearningDataset
@@ -42,6 +43,7 @@ RECORD_CODE = (
     "eval.py",
     "budget.py",
     "artifacts.py",
+    "records.py",
     "pipeline.py",
 )
 POINT_INPUTS = ("top_k", "kappa", "gcn", "auto")  # what may differ within one run

@@ -8,13 +8,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from artifacts import HISTORY, MANIFEST, code_key, key_of, read_json, read_records, sha256_file, write_json, write_text
+from artifacts import HISTORY, MANIFEST, code_key, key_of, read_json, sha256_file, write_json, write_text
 from compare import compared, find_side, in_words
 from config import ReporterConfig, UserError, plain
 from figures import save
 from observe import log, progress
 from page import write_page
 from panels import Panel, figures_of, training
+from records import read_records
 from tables import (
     Run,
     as_csv,
@@ -30,7 +31,7 @@ from tables import (
     without_records,
 )
 
-CODE = ("reporter.py", "tables.py", "panels.py", "figures.py", "artifacts.py")
+CODE = ("reporter.py", "tables.py", "panels.py", "figures.py", "artifacts.py", "records.py")
 PAGE = Path("reports/index.html")
 
 

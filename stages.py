@@ -11,19 +11,22 @@ from pathlib import Path
 
 import torch
 
-from artifacts import Stage, build_stage, code_key, provenance, sha256_file, sha256_folder
-from config import Objectives, PipelineConfig, UserError, derive_seed, plain
+from artifacts import Stage, build_stage, code_key, key_of, provenance, sha256_file, sha256_folder, versions
+from config import Objectives, PipelineConfig, Trackers, TrainConfig, UserError, derive_seed, plain
 from data import FEATURES, GraphDataset, GraphGenerator
+from distributed import Meeting, by_torchrun, local_device, part, torchrun_meeting
 from gcn import MaskingGCN, reuse_freed_memory
 from masks import check_budget
 from model import HookedModel, save_classifier, vision_model_loader
 from observe import Tracker, log
+from resume import StateFile, recipe
 from trainer import GCNTrainer, VisionModelTrainer
 from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
 DATA_CODE = ("readers.py", "image_files.py", "image_tree.py", "tree_splits.py", "utils_data.py")
-CLASSIFIER_CODE = ("choices.py", "config.py", *DATA_CODE, "model.py", "trainer.py", "stages.py")
+TRAINING_CODE = ("distributed.py", "resume.py", "classifier.py", "trainer.py", "stages.py")
+CLASSIFIER_CODE = ("choices.py", "config.py", *DATA_CODE, "model.py", *TRAINING_CODE)
 GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
 GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py")
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
@@ -69,6 +72,8 @@ class Stages:
         facts = dataset_facts(config.vision_dataset, config.forget_class, given, place, config.data)
         self.config = config = replace(config, forget_class=facts.forget)
         self.device = _choose_device(config.device)
+        if config.train.use_ddp and by_torchrun():
+            self.device = local_device(self.device)
         reuse_freed_memory()
         self.seconds: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}
@@ -133,23 +138,82 @@ class Stages:
             self.seconds[name] = self._stages[name].seconds
         return self._stages[name].path
 
+    # --- several machines ---
+
+    @property
+    def meeting(self) -> Meeting | None:
+        """The other processes, if torchrun started this one among them."""
+        train = self.config.train
+        return torchrun_meeting(self.device, train.ddp_timeout) if train.use_ddp and by_torchrun() else None
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """How the classifier is trained; torchrun's number of processes counts, where it started this one."""
+        train, meeting = self.config.train, self.meeting
+        return replace(train, num_workers=meeting.group.world) if meeting else train
+
+    def take_part(self) -> bool:
+        """In all processes of torchrun's but the first: train with it what it announces, and write nothing.
+
+        Returns:
+            False, at once, in the first process and where there is just one.
+        """
+        meeting = self.meeting
+        if meeting is None or meeting.group.leads:
+            return False
+        while (job := meeting.next_job()) is not None:
+            self._trainer(job, Tracker(Trackers.none, "", {})).fit(meeting.group, Path())
+        part()
+        return True
+
+    def dismiss(self) -> None:
+        """In the first process, at the end: let the others go."""
+        if meeting := self.meeting:
+            meeting.announce(None)
+            part()
+
     # --- stages ---
 
     def run_vision_model_training(self) -> Path:
         """Train the classifier (or take the given one); returns its checkpoint."""
         if self.config.trained_vision_model_path:
             return self.config.trained_vision_model_path
-        inputs = self.common | {"train": plain(self.config.train), "code": code_key(*CLASSIFIER_CODE)}
+        return self._train("classifier", self.label, self.config.seed, {})
+
+    def _train(self, name: str, label: str, seed: int, without: dict) -> Path:
+        """A stage that trains a classifier; `without` says which classes it never sees, if any."""
+        train, meeting = self.train_config, self.meeting
+        inputs = self.common | {"train": recipe(train), "code": code_key(*CLASSIFIER_CODE)} | without
+        key = key_of({"versions": versions(), **inputs})
+        path = self.config.output_dir.resolve() / "checkpoints/resume" / f"{label}-{key[:12]}.safetensors"
+        state = StateFile(path, key, self.config.resume)
 
         def make(folder: Path) -> dict:
-            torch.manual_seed(derive_seed(self.config.seed, "classifier"))
-            model = vision_model_loader(self.config.model_architecture, *self.shape).to(self.device)
-            tracker = self._tracker("classifier")
-            facts = VisionModelTrainer(model, self.data, self.config.train, self.device, tracker).train(folder)
-            save_classifier(model, folder / CLASSIFIER_FILE, self.config.model_architecture, self.shape, facts)
+            job = {"seed": seed, "retained": bool(without), "train": plain(train)}
+            job["state"] = [str(path), key, state.resume and path.exists()]
+            if meeting:
+                meeting.announce(job)
+            trainer = self._trainer(job, self._tracker(name))
+            facts, kind = trainer.train(folder), self.config.model_architecture
+            save_classifier(trainer.model, folder / CLASSIFIER_FILE, kind, self.shape, facts)
             return facts
 
-        return self._stage("classifier", "checkpoints/classifier", self.label, inputs, make) / CLASSIFIER_FILE
+        folder = f"checkpoints/{name.partition('-')[0]}"
+        made = self._stage(name, folder, label, inputs, make)
+        state.clear()
+        return made / CLASSIFIER_FILE
+
+    def _trainer(self, job: dict, tracker: Tracker) -> VisionModelTrainer:
+        """A fresh classifier and what it is to be trained on; `job` is plain, and the same for every process."""
+        train, seed, (path, key, resume) = TrainConfig(**job["train"]), job["seed"], job["state"]
+        data = self.data
+        if (train.batch_size, seed) != (data.batch_size, data.seed):
+            data = UnlearningDataset(data.name, data.splits, train.batch_size, data.forget_class, seed)
+        if job["retained"]:
+            data = data.retained(seed)
+        torch.manual_seed(derive_seed(seed, "classifier"))
+        model = vision_model_loader(self.config.model_architecture, *self.shape).to(self.device)
+        return VisionModelTrainer(model, data, train, self.device, tracker, StateFile(Path(path), key, resume))
 
     def retrained(self, index: int = 0) -> HookedModel:
         """The classifier's own recipe on the images of all other classes, eval mode; each number is a training seed.
@@ -157,21 +221,9 @@ class Stages:
         Number 0 starts from the classifier's own initial weights.
         """
         data, seed = self.data, self.config.seed if index == 0 else derive_seed(self.config.seed, "retrained", index)
-        inputs = self.common | {"train": plain(self.config.train), "code": code_key(*CLASSIFIER_CODE)}
-        inputs |= {"without": sorted(data.forget_class), "index": index}
-
-        def make(folder: Path) -> dict:
-            torch.manual_seed(derive_seed(seed, "classifier"))
-            model = vision_model_loader(self.config.model_architecture, *self.shape).to(self.device)
-            tracker = self._tracker(f"retrained-{index}")
-            facts = VisionModelTrainer(model, data.retained(seed), self.config.train, self.device, tracker).train(
-                folder
-            )
-            save_classifier(model, folder / CLASSIFIER_FILE, self.config.model_architecture, self.shape, facts)
-            return facts
-
         label = f"{self.label}_without-{'-'.join(map(str, data.forget_class))}_{index}"
-        path = self._stage(f"retrained-{index}", "checkpoints/retrained", label, inputs, make) / CLASSIFIER_FILE
+        without = {"without": sorted(data.forget_class), "index": index}
+        path = self._train(f"retrained-{index}", label, seed, without)
         return vision_model_loader(self.config.model_architecture, *self.shape, path).to(self.device).eval()
 
     def untrained(self) -> HookedModel:

@@ -6,12 +6,18 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 from artifacts import HISTORY, write_json
-from config import GCNConfig, GCNPriorDistribution, SFTConfig, SFTModes, TrainConfig, UserError, derive_seed
+from classifier import VisionModelTrainer, gradient_norm, mean_loss_and_score
+from config import (
+    GCNConfig,
+    GCNPriorDistribution,
+    SFTConfig,
+    SFTModes,
+    derive_seed,
+)
 from data import GraphDataset, Vectors
 from gcn import MaskingGCN
 from graph import WeightGraph
@@ -20,91 +26,20 @@ from model import HookedModel, MaskLayer, inspecting
 from observe import Tracker, log, progress
 from utils_data import UnlearningDataset
 
+__all__ = [
+    "GCNTrainer",
+    "SFTTrainer",
+    "VisionModelTrainer",
+    "categorical_kl",
+    "gradient_norm",
+    "log_prior",
+    "mean_loss_and_score",
+]
+
 PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
 
 NODES_PER_PASS = 2**14  # nodes whose activations (2 MB at width 32) stay in cache: twice as fast on a CPU
-SECONDS_BETWEEN_LINES = 2.0  # short epochs do not flood a log
 DEAD_SHARE = 0.99  # of log C: a classifier whose loss is that of a guess
-
-
-def mean_loss_and_score(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and accuracy (percent) over a whole loader, eval mode."""
-    total = correct = count = 0.0
-    with inspecting(model), torch.inference_mode():
-        for images, labels in loader:
-            logits, labels = model(images.to(device)).float(), labels.to(device)
-            total += float(functional.cross_entropy(logits, labels, reduction="sum"))
-            correct += float((logits.argmax(1) == labels).sum())
-            count += len(labels)
-    return total / count, 100 * correct / count
-
-
-def _gradient_norm(model: nn.Module) -> float:
-    """L2 norm of all gradients together."""
-    return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-
-
-class VisionModelTrainer:
-    """Trains a classifier with AdamW.
-
-    Args:
-        model: fresh classifier; trained in place. data: its dataset. tracker: receives the curves.
-    """
-
-    def __init__(
-        self, model: HookedModel, data: UnlearningDataset, config: TrainConfig, device: torch.device, tracker: Tracker
-    ):
-        self.model, self.data, self.config, self.device, self.tracker = model, data, config, device, tracker
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-
-    def train(self, folder: Path) -> dict:
-        """Train; write the curves to `folder`/history.json; return the last epoch's figures.
-
-        Raises:
-            UserError: `use_ddp`, which is not available yet.
-        """
-        if self.config.use_ddp:
-            return self.train_ddp(folder)
-        loader, figures, step, said = self.data.get_train_loader(), {}, 0, -math.inf
-        with self.tracker:
-            for epoch in range(1, self.config.epochs + 1):
-                begun, seen = time.perf_counter(), 0
-                for images, labels in progress(loader, f"classifier, epoch {epoch}/{self.config.epochs}"):
-                    loss, norm = self._step(images, labels)
-                    step, seen = step + 1, seen + len(labels)
-                    self.tracker.log(step, loss=loss, grad_norm=norm)
-                rate = seen / (time.perf_counter() - begun)
-                val_loss, val_score = mean_loss_and_score(self.model, self.data.get_val_loader(), self.device)
-                figures = {"epoch": epoch, "val_loss": val_loss, "val_score": val_score}
-                self.tracker.log(step, **figures, images_per_second=rate)
-                if epoch == self.config.epochs or time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                    said = time.monotonic()
-                    place = f"epoch {epoch}/{self.config.epochs}"
-                    log(f"classifier: {place}, validation {val_score:.1f} %, {rate:.0f} images/s")
-        write_json(folder / HISTORY, self.tracker.history)
-        return figures
-
-    def train_ddp(self, folder: Path) -> dict:
-        """Training in several processes: refuses, in one line, until it is built."""
-        raise UserError("train.use_ddp is not available yet: leave it out to train in one process")
-
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """One optimiser step on [B, C, H, W] and [B]; returns loss and gradient norm."""
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            loss = functional.cross_entropy(self.model(images), labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = _gradient_norm(self.model)
-        if not math.isfinite(float(loss.detach())):
-            raise UserError("the classifier's loss is no longer finite: lower train.lr")
-        self.optimizer.step()
-        return float(loss.detach()), norm
 
 
 def log_prior(kind: GCNPriorDistribution, graph: WeightGraph, weight: Tensor, vectors: Vectors) -> Tensor:
@@ -220,7 +155,7 @@ class GCNTrainer:
                 temperature, begun = self.temperature(step), time.perf_counter()
                 self.optimizer.zero_grad(set_to_none=True)
                 terms = self._accumulate(indices, temperature)
-                norm = _gradient_norm(self.gcn)
+                norm = gradient_norm(self.gcn)
                 self.optimizer.step()
                 rate = len(indices) / (time.perf_counter() - begun)
                 facts = {"grad_norm": norm, "temperature": temperature, "samples_per_second": rate}

@@ -24,8 +24,10 @@ LAYERS = {
     "class_names": 0,
     "choices": 0,
     "config": 0,
+    "config_files": 0,
     "observe": 0,
     "artifacts": 0,
+    "records": 0,
     "intervals": 1,
     "graph": 1,
     "masks": 1,
@@ -38,8 +40,11 @@ LAYERS = {
     "utils_data": 1,
     "model": 1,
     "gcn": 1,
+    "distributed": 1,
+    "resume": 1,
     "data": 2,
     "features": 2,
+    "classifier": 2,
     "trainer": 2,
     "fisher": 2,
     "finetuning": 2,
@@ -66,7 +71,8 @@ LAYERS = {
     "reporter": 4,
     "pipeline": 5,
     "reference": 5,
-    "main": 6,
+    "sweep": 6,
+    "main": 7,
 }
 ROWS = list(LAYERS)
 
@@ -85,7 +91,7 @@ ONLY = {
         *("torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch_geometric.seed_everything"),
         *("numpy.random.seed", "random.seed"),
     ): "stages",
-    ("torch.distributed",): "trainer",
+    ("torch.distributed",): "distributed",
     ("matplotlib",): "figures",
 }
 # Calls that write a file; `open` and the methods of a path are told apart in `calls_that_write`.
@@ -368,7 +374,7 @@ BAD = [
     (keeps_to_its_own_things, "trainer", "import torch\ntorch.manual_seed(0)"),
     (keeps_to_its_own_things, "trainer", "from torch import manual_seed"),
     (keeps_to_its_own_things, "data", "import numpy as np\ndef f():\n    np.random.seed(0)"),
-    (keeps_to_its_own_things, "pipeline", "import torch.distributed as dist"),
+    (keeps_to_its_own_things, "trainer", "import torch.distributed as dist"),
     (keeps_to_its_own_things, "pipeline", "from torch import distributed"),
     (keeps_to_its_own_things, "artifacts", "import torch\ntorch.distributed.get_rank()"),
     (keeps_to_its_own_things, "eval", "def f():\n    import matplotlib.pyplot as plt"),

@@ -18,7 +18,8 @@ from artifacts import (
     write_text,
     writing,
 )
-from config import GCNConfig, PipelineConfig, UserError, derive_seed, load_config, plain
+from config import GCNConfig, PipelineConfig, UserError, derive_seed, plain
+from config_files import load_config
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -353,7 +353,10 @@ def sentence(err: str) -> str:
 
 
 SENTENCES = {
-    "unknown command": ("nonsense", "choose from run, train-gcn, report, dashboard, datasets, download, prepare"),
+    "unknown command": (
+        "nonsense",
+        "choose from run, sweep, train-gcn, report, docs, dashboard, datasets, download, prepare",
+    ),
     "config without file": ("run --config", "--config names no file"),
     "forget class": ("--forget-class 10", "DIGITS has classes 0 to 9"),
     "kappa": ("--kappa-list 8193", "choose from 1 to 8192"),
@@ -375,7 +378,6 @@ SENTENCES = {
     "output below a file": ("--output-dir {material}/garbage.safetensors/out", "Not a directory"),
     "device missing": ("--device cuda:7", "CUDA devices are here"),
     "method": ("--eval.methods mimu nonsense", "choose from all, mimu, mimu_refined, taylor_mask,"),
-    "ddp": ("--train.use-ddp", "not available yet"),
     "yaml missing": ("--config {material}/none.yaml", "there is no config file"),
     "yaml folder": ("--config {material}", "directory"),
     "yaml key": ("--config {material}/key.yaml", "'nonsense' not in 'PipelineConfig'"),

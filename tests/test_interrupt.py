@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import main
-from config import PipelineConfig, load_config
+from config import PipelineConfig
+from config_files import load_config
 from pipeline import Pipeline
 from tests.common import LOG_LINE, TINY
 
@@ -28,7 +29,7 @@ import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 import sklearn.datasets, torch
-from config import load_config
+from config_files import (load_config)
 from data import GraphGenerator
 from eval import Eval
 from pipeline import Pipeline

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from config import PipelineConfig, TrainConfig, load_config, plain
+from config import PipelineConfig, TrainConfig, plain
+from config_files import load_config
 from page import DEFAULT_CONFIG, as_page, command, rounded, sentence
 from tables import families, runs_of
 from tests.test_reporter import record

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from artifacts import SCHEMA, read_records, record_path, write_json
+from artifacts import SCHEMA, write_json
 from compare import compared, find_side, in_words, side
 from config import ReporterConfig, UserError
 from figures import COLUMN, draw
@@ -25,6 +25,7 @@ from panels import (
     per_class,
     training,
 )
+from records import read_records, record_path
 from reporter import Reporter
 from tables import (
     Estimate,

@@ -8,16 +8,8 @@ import torch
 from torch import nn
 
 from artifacts import appending_array
-from config import (
-    GCNConfig,
-    GraphConfig,
-    PipelineConfig,
-    RefineConfig,
-    SupportedDatasets,
-    TrainConfig,
-    UserError,
-    load_config,
-)
+from config import GCNConfig, GraphConfig, PipelineConfig, RefineConfig, SupportedDatasets, TrainConfig, UserError
+from config_files import load_config
 from data import GraphDataset, GraphGenerator
 from gcn import MaskingGCN
 from graph import WeightGraph, layer_graph

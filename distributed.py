@@ -1,0 +1,357 @@
+"""Training in several processes: starting them, joining torchrun's, and what they do together.
+
+Existing engines only: torch elastic starts and watches the processes, gloo (CPU) or nccl (GPU) joins them.
+The plain and the parallel training are one loop: a `Group` of one process does nothing in every operation.
+"""
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler
+
+from config import UserError
+from observe import log
+
+PRELOAD = ["numpy", "torch", "torch._dynamo", "torch.nn.parallel", "torch.distributed", "torch.utils.data"]
+GRACE = 5.0  # seconds that a worker with a lost peer waits, so that the peer's own failure is the one that is reported
+JOIN_SECONDS = 60  # for all processes to find each other
+
+
+class Slices(Sampler):
+    """Every `world`-th index of each global batch, from `rank` on; exact, where DistributedSampler repeats images.
+
+    A batch smaller than `world` leaves some ranks without an image. With `keep_empty` they get one all the same, to
+    which the caller gives no weight: every rank must take every step.
+    """
+
+    def __init__(self, batches: Any, rank: int, world: int, keep_empty: bool):
+        self.batches, self.rank, self.world, self.keep_empty = batches, rank, world, keep_empty
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            own = batch[self.rank :: self.world]
+            if own or self.keep_empty:
+                yield own or batch[:1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of one training, and this one's place among them; alone, nothing is exchanged."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that tracks, prints and writes."""
+        return self.rank == 0
+
+    def shard(self, loader: DataLoader, keep_empty: bool = True) -> DataLoader:
+        """A loader of this process's slices of the same global batches, in the same order."""
+        if self.world == 1:
+            return loader
+        slices = Slices(loader.batch_sampler, self.rank, self.world, keep_empty)
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=slices,
+            generator=loader.generator,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+        )
+
+    def share(self, size: int) -> int:
+        """How many images of a global batch of `size` are this process's."""
+        return len(range(self.rank, size, self.world))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over all processes; they start from rank 0's weights."""
+        if self.world == 1:
+            return model
+        with warnings.catch_warnings():  # the newer name of this argument is unknown to older versions
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Let all processes have the mean of their running statistics (BatchNorm's)."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.sum(buffer.detach().clone()) / self.world)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.sum(torch.zeros(1, device="cuda" if self.world > 1 and dist.get_backend() == "nccl" else "cpu"))
+
+
+ALONE = Group()
+
+
+# --- joining ----------------------------------------------------------------------------------------------
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun started this process, so that none must be started from here."""
+    return dist.is_torchelastic_launched()
+
+
+@dataclass
+class Meeting:
+    """This process's group, and the store through which rank 0 says what is next."""
+
+    group: Group
+    store: dist.Store
+    jobs: int = 0
+
+    def announce(self, job: dict | None) -> None:
+        """Rank 0: tell all others what to take part in next (None: nothing more)."""
+        self.store.set(f"job-{self.jobs}", json.dumps(job))
+        self.jobs += 1
+
+    def next_job(self) -> dict | None:
+        """All others: wait, as long as it takes, for what rank 0 announces."""
+        while True:
+            try:
+                self.store.wait([f"job-{self.jobs}"], timedelta(seconds=JOIN_SECONDS))
+            except dist.DistNetworkError:
+                raise
+            except dist.DistStoreError:  # nothing yet
+                continue
+            self.jobs += 1
+            return json.loads(self.store.get(f"job-{self.jobs - 1}"))
+
+
+def meet(device: torch.device, seconds: float) -> Meeting:
+    """Meet the other processes at the address in the environment.
+
+    Args:
+        seconds: how long one exchange between them may take before it counts as failed.
+
+    Raises:
+        UserError: they are not found in time, or the network interface is not there.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+        store.set_timeout(timedelta(seconds=JOIN_SECONDS))
+        limit = timedelta(seconds=seconds)
+        own = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=limit)
+        group = Group(rank, world)
+        group.barrier()  # connect now, not in the first step
+    except (RuntimeError, ValueError) as error:  # torch.distributed's own errors are RuntimeErrors
+        what = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the processes of train.use_ddp do not find each other ({what}): check the master's address and port, and "
+            "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME if they are set"
+        ) from None
+    return Meeting(group, store)
+
+
+@lru_cache
+def torchrun_meeting(device: torch.device, seconds: float) -> Meeting:
+    """`meet`, once for the life of a process that torchrun started."""
+    return meet(device, seconds)
+
+
+def part() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This process's own device: the GPU of its place on the machine.
+
+    Raises:
+        UserError: there are fewer GPUs than processes.
+    """
+    if device.type != "cuda":
+        return device
+    place = dist.get_node_local_rank(0)
+    if place >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPUs are here for {place + 1} or more processes"
+        raise UserError(f"{found}: lower train.num_workers (or torchrun's --nproc-per-node)")
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
+
+
+# --- starting ---------------------------------------------------------------------------------------------
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+@record
+def _worker(
+    function: Callable[..., dict], launcher: Connection, device: torch.device, threads: int, seconds: float, *given: Any
+) -> dict:
+    """What each started process runs: join, work, leave."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole terminal: go without a traceback
+    torch.set_num_threads(threads)
+    try:
+        own = local_device(device)
+        return function(meet(own, seconds).group, own, lambda: _leave_without(launcher), *given)
+    except RuntimeError as error:
+        if _lost_a_peer(error):
+            time.sleep(GRACE)
+        raise
+    finally:
+        part()
+
+
+def _leave_without(launcher: Connection) -> None:
+    """End this process if the one that started it is gone: its end of the pipe is closed then."""
+    if launcher.poll():
+        os._exit(1)
+
+
+@contextmanager
+def _handlers_kept() -> Generator[None]:
+    """Elastic's signal handlers end with the block."""
+    try:
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without elastic's own lines: a failure is told once, in one line."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _launch_once(function: Callable[..., dict], worker: tuple, workers: int) -> dict:
+    """Start the processes, wait for them, return rank 0's result."""
+    theirs, ours = multiprocessing.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="mimu-ddp-") as logs, theirs, ours, _handlers_kept(), _quiet():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=workers,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            rdzv_configs={"timeout": JOIN_SECONDS},
+            local_addr="localhost",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="forkserver",
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP",
+        )
+        multiprocessing.set_forkserver_preload(PRELOAD)
+        return elastic_launch(config, _worker)(function, theirs, *worker)[0]
+
+
+def launch(
+    function: Callable[..., dict],
+    given: tuple,
+    *,
+    workers: int,
+    device: torch.device,
+    seconds: float,
+    restarts: int,
+    threads: int | None = None,
+) -> dict:
+    """Run `function(group, device, alive, *given)` in `workers` new processes of this machine.
+
+    Processes that were killed are started again, all of them, up to `restarts` times: `function` goes on from what it
+    wrote. An exception in one of them is not tried again.
+
+    Args:
+        function: of a module, not of a class or a function. `alive()` ends an orphan; call it now and then.
+        seconds: how long one exchange may take before it counts as failed.
+        threads: of each process; by default this process's, shared out.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        UserError: as a worker raised it. RuntimeError: any other failure, in one line.
+        KeyboardInterrupt, SystemExit: this process got SIGINT or SIGTERM; no worker is left.
+    """
+    threads = threads or max(1, torch.get_num_threads() // workers)
+    for tries_left in range(restarts, -1, -1):
+        try:
+            return _launch_once(function, (device, threads, seconds, *given), workers)
+        except SignalException as error:
+            if error.sigval is signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + error.sigval) from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode == -signal.SIGINT:
+                raise KeyboardInterrupt from None
+            died = failure.exitcode < 0
+            if not died or not tries_left:
+                raise _one_line(rank, failure) from None
+            log(f"worker {rank} of {workers} died ({failure.signal_name()}): all start again from the last state")
+    raise AssertionError
+
+
+def _one_line(rank: int, failure: ProcessFailure) -> Exception:
+    """A worker's failure as an exception of this process."""
+    told: Any = failure.message  # text, or a mapping that holds it
+    text = " ".join(str(told["message"] if isinstance(told, dict) else told).split())
+    kind, _, rest = text.partition(": ")
+    return UserError(rest) if kind == UserError.__name__ else RuntimeError(f"worker {rank} failed: {text}")
+
+
+def check_shared_memory(sets: Any) -> None:
+    """See that the images of some sets fit into shared memory, through which workers read them without a copy.
+
+    Raises:
+        UserError: they do not; writing there would end this process with a bus error.
+    """
+    tensors = [value for part in sets for value in vars(part).values() if isinstance(value, Tensor)]
+    needed = sum(tensor.nbytes for tensor in tensors if not tensor.is_shared())
+    place = os.statvfs("/dev/shm")
+    free = place.f_bavail * place.f_frsize
+    if needed > free:
+        raise UserError(
+            f"the images take {math.ceil(needed / 2**20)} MB of shared memory, /dev/shm has {free // 2**20} MB free: "
+            "enlarge it (docker run --shm-size), or train without train.use_ddp"
+        )

@@ -1,0 +1,384 @@
+"""Training in several processes: equal to one, restarted after a kill, clear about failures, without orphans."""
+
+import copy
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import distributed
+import main
+from classifier import VisionModelTrainer
+from config import SupportedDatasets, Trackers, TrainConfig, UserError
+from config_files import load_config
+from distributed import ALONE, Group, Slices, check_shared_memory, launch, meet
+from model import HookedMLPClassifier, HookedResnet
+from observe import Tracker
+from resume import StateFile, recipe
+from stages import Stages
+from tests.common import LOG_LINE, TINY
+from utils_data import Images, UnlearningDataset, get_unlearning_dataset
+
+ROOT = Path(main.__file__).parent
+CPU = torch.device("cpu")
+EPOCHS = 3
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def digits(batch_size: int, train: Callable[[Images], Images] = lambda images: images) -> UnlearningDataset:
+    """DIGITS, its 1,295 training images passed through `train`."""
+    data = get_unlearning_dataset(SupportedDatasets.DIGITS, batch_size)
+    splits = data.splits | {"train": train(data.splits["train"])}
+    return UnlearningDataset(data.name, splits, batch_size, 0, 0)
+
+
+def trainer(data: UnlearningDataset, state: StateFile | None = None, kind: type = HookedMLPClassifier, **train):
+    torch.manual_seed(0)
+    config = TrainConfig(epochs=EPOCHS, batch_size=data.batch_size, save_seconds=0, **train)
+    return VisionModelTrainer(kind(10, 1, 8), data, config, CPU, Tracker(Trackers.none, "", {}), state)
+
+
+def difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return max(float((x.double() - y.double()).detach().abs().max()) for x, y in pairs)
+
+
+@dataclass(frozen=True)
+class Counted(Images):
+    """Images that write down how many of them each process reads."""
+
+    folder: Path = Path()
+
+    def batch(self, indices):
+        with (self.folder / f"read-{os.getpid()}").open("a") as file:
+            file.write(f"{len(indices)}\n")
+        return super().batch(indices)
+
+
+def images_read(folder: Path) -> list[int]:
+    """How many images each process read, in the order in which they ended."""
+    paths = sorted(folder.glob("read-*"), key=lambda path: path.stat().st_mtime_ns)
+    return [sum(map(int, path.read_text().split())) for path in paths]
+
+
+# --- equal ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "workers"), [(41, 2), (647, 2), (41, 3)], ids=["uneven", "empty share", "three"])
+def test_equal_to_one_process(size, workers, tmp_path):
+    """1,295 images leave a last batch of 24 or (647) of 1, of which one process gets none."""
+    assert 1295 % size == {41: 24, 647: 1}[size]
+    data = digits(size)
+    one, several = trainer(data), trainer(data, use_ddp=True, num_workers=workers)
+    before = copy.deepcopy(several.model)
+    expected, found = one.train(tmp_path), several.train(tmp_path)
+    assert difference(one.model, several.model) <= 1e-6
+    assert difference(before, several.model) > 1e-3
+    assert found == {**expected, "val_loss": pytest.approx(expected["val_loss"], rel=1e-6)}
+    for a, b in zip(one.tracker.history, several.tracker.history, strict=True):
+        assert b.pop("images_per_second", 1) > 0
+        a.pop("images_per_second", None)
+        assert b == pytest.approx(a, rel=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
+
+
+def test_batchnorm_in_several_processes(tmp_path):
+    """Statistics are of a share, so that weights differ; averaged, they are all processes' own, and training learns."""
+    data = digits(16, lambda images: images.only(torch.arange(33)))  # the last batch is one image
+    made = trainer(data, kind=HookedResnet, use_ddp=True, num_workers=2)
+    figures = made.train(tmp_path)
+    losses = [entry["loss"] for entry in made.tracker.history if "loss" in entry]
+    assert len(losses) == 9
+    assert losses[-2] < 0.7 * losses[0]
+    assert math.isfinite(figures["val_loss"])
+    means = [value for name, value in made.model.state_dict().items() if name.endswith("running_mean")]
+    assert all(float(mean.abs().max()) > 0 for mean in means)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_slices_share_out_every_batch(world):
+    """Every index exactly once, in as many batches for every rank; an empty share is one image, or is left out."""
+    batches = [[7, 1, 5, 2], [0, 3, 4, 6], [8]]
+    shares = [list(Slices(batches, rank, world, keep_empty=True)) for rank in range(world)]
+    assert {len(share) for share in shares} == {3}
+    counts = [[Group(rank, world).share(len(batch)) for batch in batches] for rank in range(world)]
+    kept = [[i for part, n in zip(shares[r], counts[r], strict=True) for i in part[:n]] for r in range(world)]
+    assert sorted(i for part in kept for i in part) == list(range(9))
+    exact = [[i for part in Slices(batches, rank, world, keep_empty=False) for i in part] for rank in range(world)]
+    assert exact == kept
+
+
+def test_pipeline_is_shared_out_not_repeated(tmp_path):
+    """Each process makes its own images alone: together as many as one process, not twice as many."""
+    read = tmp_path / "read"
+    read.mkdir()
+    trainer(digits(41, lambda images: Counted(**vars(images), folder=read)), use_ddp=True, num_workers=2).train(
+        tmp_path
+    )
+    counts = [sum(map(int, path.read_text().split())) for path in read.iterdir()]
+    assert len(counts) == 2
+    assert sum(counts) == EPOCHS * 1295
+
+
+def test_key_of_a_stage():
+    """Several processes sum in another order, so that their number counts; how a training is kept does not."""
+    plain, two = TrainConfig(), TrainConfig(use_ddp=True, num_workers=2)
+    keys = [recipe(config) for config in (plain, two, replace(two, num_workers=3), replace(two, num_workers=1))]
+    assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
+    assert recipe(replace(two, save_seconds=0, ddp_restarts=9, ddp_timeout=1)) == keys[1]
+    assert recipe(replace(plain, lr=0.5)) != keys[0]
+
+
+# --- robust -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fatal(Counted):
+    """Images whose 40th batch in a process (mid-epoch 2) does something, as often as there are tickets."""
+
+    then: str = ""
+
+    def batch(self, indices):
+        calls[0] += 1
+        if calls[0] == 40:
+            for ticket in self.folder.glob("ticket-*"):
+                ticket.rename(self.folder / f"used-{ticket.name}")
+                if self.then == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("this image\nis broken")
+        return super().batch(indices)
+
+
+calls = [0]
+
+
+def fatal(folder: Path, then: str, tickets: int) -> UnlearningDataset:
+    for number in range(tickets):
+        (folder / f"ticket-{number}").touch()
+    return digits(41, lambda images: Fatal(**vars(images), folder=folder, then=then))
+
+
+def test_killed_worker_starts_again(tmp_path, capfd):
+    """From the state after epoch 1, with the result of a training that nobody stops."""
+    several = trainer(fatal(tmp_path, "kill", 1), use_ddp=True, num_workers=2)
+    whole = trainer(digits(41), use_ddp=True, num_workers=2)
+    assert several.train(tmp_path) == whole.train(tmp_path)
+    assert difference(several.model, whole.model) == 0
+    assert [entry.get("loss") for entry in several.tracker.history] == [
+        entry.get("loss") for entry in whole.tracker.history
+    ]
+    assert (tmp_path / "used-ticket-0").exists()
+    err = capfd.readouterr().err
+    assert re.search(r"worker \d of 2 died \(SIGKILL\): all start again from the last state", err)
+    assert "Traceback" not in err
+    assert sum(images_read(tmp_path)[2:]) == 2 * 1295, "epochs 2 and 3, not the first again"
+
+
+def test_worker_that_dies_again_and_again(tmp_path, capfd):
+    """`ddp_restarts` is how often they start again."""
+    with pytest.raises(RuntimeError, match=r"^worker \d failed: Signal 9 \(SIGKILL\) received by PID \d+$"):
+        trainer(fatal(tmp_path, "kill", 5), use_ddp=True, num_workers=2, ddp_restarts=1).train(tmp_path)
+    assert capfd.readouterr().err.count("all start again") == 1
+
+
+def test_exception_of_a_worker_is_one_line(tmp_path, capfd):
+    """And is not tried again: it would come again."""
+    with pytest.raises(RuntimeError, match=r"^worker \d failed: ValueError: this image is broken$"):
+        trainer(fatal(tmp_path, "raise", 1), use_ddp=True, num_workers=2).train(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+def test_user_error_of_a_worker_stays_one(tmp_path):
+    with pytest.raises(UserError, match=r"^the classifier's loss is no longer finite: lower train\.lr$"):
+        trainer(digits(41), use_ddp=True, num_workers=2, lr=1e30).train(tmp_path)
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def place(monkeypatch, rank: int, world: int, address: str, port: int) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": address, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 2)
+
+
+@pytest.mark.parametrize("case", ["interface", "busy port", "no master", "nobody comes"])
+def test_processes_that_do_not_meet(case, monkeypatch):
+    """One clear sentence, within seconds."""
+    with socket.create_server(("localhost", 0)) as busy:
+        if case == "interface":
+            monkeypatch.setenv("GLOO_SOCKET_IFNAME", "absent0")
+        port = busy.getsockname()[1] if case == "busy port" else free_port()
+        place(monkeypatch, *{"no master": (1, 2), "nobody comes": (0, 2)}.get(case, (0, 1)), "localhost", port)
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"do not find each other \(.+\): check the master's address and port"):
+            meet(CPU, 2)
+    distributed.part()
+    assert time.monotonic() - begun < 20
+
+
+def test_meeting_alone(monkeypatch):
+    """The same place, with nothing in the way, is a group of one."""
+    place(monkeypatch, 0, 1, "localhost", free_port())
+    try:
+        assert meet(CPU, 2).group == ALONE
+    finally:
+        distributed.part()
+
+
+def stall(group: Group, device: torch.device, alive: Callable[[], None]) -> dict:
+    """Rank 1 does not come to the exchange."""
+    if group.leads:
+        group.barrier()
+    else:
+        time.sleep(60)
+    return {}
+
+
+def test_stuck_worker_ends_in_an_error(monkeypatch):
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^worker 0 failed: .*[Tt]im"):
+        launch(stall, (), workers=2, device=CPU, seconds=3, restarts=3)
+    assert time.monotonic() - begun < 40
+
+
+def test_images_must_fit_shared_memory(monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 9, 9, 9, 9, 9, 9, 0, 255)))
+    with pytest.raises(UserError, match="take 1 MB of shared memory, /dev/shm has 0 MB free: enlarge it"):
+        check_shared_memory(digits(41).splits.values())
+
+
+def test_handlers_stay_as_they_were(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert launch(nothing, (), workers=1, device=CPU, seconds=30, restarts=0) == {"rank": 0, "threads": 1}
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def nothing(group: Group, device: torch.device, alive: Callable[[], None]) -> dict:
+    return {"rank": group.rank, "threads": torch.get_num_threads()}
+
+
+# --- whole programs ---------------------------------------------------------------------------------------
+
+
+def relatives(mark: str) -> list[int]:
+    """Processes with `mark` in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def start(folder: Path, *words: object, **environment: str) -> subprocess.Popen:
+    """A command of this project in a process group of its own; its output goes to `folder`/log."""
+    (folder / "tiny.yaml").write_text(TINY)
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MIMU_MARK": str(folder), **environment}
+    with (folder / "log").open("a") as file:
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | own,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+
+def wait_for(text: str, folder: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while text not in (folder / "log").read_text():
+        assert process.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < end, (folder / "log").read_text()
+        time.sleep(0.1)
+
+
+def gone(mark: str, seconds: float = 15) -> bool:
+    end = time.monotonic() + seconds
+    while relatives(mark) and time.monotonic() < end:
+        time.sleep(0.1)
+    return relatives(mark) == []
+
+
+STOPS = {"Ctrl-C": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143), "kill -9": (signal.SIGKILL, -9)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
+def test_no_orphan_and_no_torn_file(stop, tmp_path):
+    """Ctrl-C reaches every process of the terminal, the others the first one alone."""
+    number, code = STOPS[stop]
+    words = ["main.py", "run", "--config", tmp_path / "tiny.yaml", "--output-dir", tmp_path / "out"]
+    words += ["--train.use-ddp", "--train.num-workers", 2, "--train.epochs", 10**6, "--train.save-seconds", 0]
+    process = start(tmp_path, *words)
+    try:
+        wait_for("classifier: epoch", tmp_path, process)
+        assert len(relatives(str(tmp_path))) >= 4
+        (os.killpg if stop == "Ctrl-C" else os.kill)(process.pid, number)
+        assert process.wait(40) == code
+        assert gone(str(tmp_path)), (tmp_path / "log").read_text()
+    finally:
+        for pid in relatives(str(tmp_path)):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    text = (tmp_path / "log").read_text()
+    assert "Traceback" not in text
+    if stop == "Ctrl-C":
+        assert text.splitlines()[-1].startswith("interrupted: ")
+    assert stop == "kill -9" or not list(tmp_path.rglob("*.part"))
+    (state,) = (tmp_path / "out/checkpoints/resume").glob("*.safetensors")
+    assert "linears.0.weight" in {name.removeprefix("model.") for name in load_file(state)}
+
+
+@pytest.mark.slow
+def test_two_nodes_by_torchrun(tmp_path):
+    """Two agents, as on two machines: one result, that of one process; the second node writes nothing."""
+    endpoint = f"localhost:{free_port()}"
+    run = ["main.py", "run", "--config", tmp_path / "tiny.yaml", "--output-dir", tmp_path / "out", "--train.use-ddp"]
+    run += ["--eval.methods", "retrain", "default", "--eval.references", "1"]
+    agent = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d"]
+    agent += ["--rdzv-endpoint", endpoint, "--rdzv-id", "test", "--local-addr", "localhost"]
+    nodes = [start(tmp_path, *agent, *run) for _ in range(2)]
+    try:
+        codes = [node.wait(150) for node in nodes]
+    finally:
+        for pid in relatives(str(tmp_path)):
+            os.kill(pid, signal.SIGKILL)
+    text = (tmp_path / "log").read_text()
+    assert codes == [0, 0], text
+    assert text.count("JSON   ") == 1
+    config = load_config([tmp_path / "tiny.yaml"])
+    alone = Stages(replace(config, output_dir=tmp_path / "one"))
+    alone.run_vision_model_training()
+    alone.retrained()
+    for kind in ("classifier", "retrained"):
+        (path,) = (tmp_path / "out/checkpoints" / kind).glob("*/classifier.safetensors")
+        (other,) = (tmp_path / "one/checkpoints" / kind).glob("*/classifier.safetensors")
+        a, b = load_file(path), load_file(other)
+        assert max(float((a[name] - b[name]).abs().max()) for name in b) <= 1e-6
+
+
+def test_torchrun_without_ddp_is_refused(tmp_path, monkeypatch, capsys):
+    """Else every process would do the whole run, in one folder."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert main.main(["run", "--output-dir", str(tmp_path)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not LOG_LINE.match(line)]
+    assert "train.use_ddp is off: add --train.use-ddp" in line
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,207 @@
+"""Sweeps: jobs from lists, shared stages made once, failures recorded, only what is missing run again."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+import main
+import sweep as room
+from artifacts import locked
+from config import PipelineConfig, UserError
+from pipeline import Pipeline
+from records import read_records
+from sweep import EXECUTORS, SweepConfig, expand, load_sweep, progress_line, run_sweep
+from tests.common import TINY
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OVER = "over: {kappa_list: [[100], [9000], [400]]}"
+
+
+def written(folder: Path, section: str, more: str = "") -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(f"{TINY.replace('kappa_list: [100, 400]', '')}\noutput_dir: {folder / 'out'}\n{more}\n{section}\n")
+    return path
+
+
+def fresh(monkeypatch) -> None:
+    """Jobs in threads of this process's settings must not meet a fork server of another test."""
+    monkeypatch.chdir(room.PROJECT_ROOT)
+
+
+def measured(record: dict) -> dict:
+    """What a record says of its methods, without what a clock says."""
+    figures = {
+        part: {method: {k: v for k, v in values.items() if k != "seconds"} for method, values in record[part].items()}
+        for part in ("methods", "validation")
+    }
+    return {"kappa": record["kappa"], **figures}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, one_thread) -> list[dict]:
+    """What plain runs measure at the two points that exist."""
+    folder = tmp_path_factory.mktemp("plain")
+    _, base = load_sweep([written(folder, f"sweep: {{{OVER}}}")])
+    return [measured(r) for r in Pipeline(replace(base, kappa_list=(100, 400))).eval()]
+
+
+def check(executor: str, folder: Path, expected: list[dict], capsys, more: str = "") -> None:
+    """Three jobs, one of which cannot be: table, exit code, records, one copy of each stage; then again."""
+    path = written(folder, f"sweep: {{{OVER}, executor: {executor}, workers: 2{more}}}")
+    assert main.main(["sweep", "--config", str(path)]) == 1
+    out, err = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    assert [row[:2] for row in rows[2:]] == [["[100]", "done"], ["[9000]", "failed"], ["[400]", "done"]]
+    assert "choose from 1 to 8192" in rows[3][-1]
+    assert "sweep: 2 done, 0 running, 1 failed, 0 left" in err
+    found = sorted((measured(record) for record in read_records(folder / "out")), key=lambda record: record["kappa"])
+    assert found == expected
+    manifests = list((folder / "out").rglob("manifest.json"))
+    assert len(manifests) == 3, "classifier, graphs and GCN, each made once"
+    assert not [p for p in (folder / "out").rglob(".*") if p.suffix in (".lock", ".part", ".tmp")]
+    before = {p: p.stat().st_mtime_ns for p in [*manifests, *(folder / "out/eval/metrics_and_plots").rglob("*.json")]}
+    jobs = {p: p.stat().st_mtime_ns for p in (folder / "out/eval/sweeps").glob("*.json")}
+    time.sleep(0.05)
+    settings, base = load_sweep([path])
+    again = run_sweep(replace(settings, executor="local", workers=1), base)
+    assert [outcome["status"] for _, outcome in again] == ["done", "failed", "done"]
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    changed = [p for p in jobs if p.stat().st_mtime_ns != jobs[p]]
+    assert [json.loads(p.read_text())["status"] for p in changed] == ["failed"], "only what failed ran again"
+
+
+def test_local(tmp_path, expected, capsys):
+    check("local", tmp_path, expected, capsys)
+
+
+def test_slurm(tmp_path, expected, capsys, monkeypatch):
+    """By submitit's own executor for one machine."""
+    pytest.importorskip("submitit")
+    fresh(monkeypatch)
+    check("slurm", tmp_path, expected, capsys, ", slurm: {cluster: local, timeout_min: 5}")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ray(tmp_path, expected, capsys, monkeypatch):
+    """A real Ray on this machine."""
+    pytest.importorskip("ray")
+    fresh(monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", str(room.PROJECT_ROOT))
+    check("ray", tmp_path, expected, capsys)
+
+
+# --- jobs -------------------------------------------------------------------------------------------------
+
+
+def test_all_combinations_once(tmp_path):
+    over = {"seed": [0, 1], "forget_class": [3, [0, 1]], "train.lr": [0.1, 0.1], "gcn.objective": ["elbo"]}
+    jobs = expand(SweepConfig(over), PipelineConfig(output_dir=tmp_path))
+    found = [(job.config.seed, job.config.forget_class, job.config.train.lr, job.config.gcn.objective) for job in jobs]
+    assert found == [(s, c, 0.1, "elbo") for s in (0, 1) for c in ((3,), (0, 1))]
+    assert len({job.path for job in jobs}) == 4
+    base = PipelineConfig()
+    assert jobs[0].config.train == replace(base.train, lr=0.1), "what is not named stays"
+
+
+def test_keys_do_not_depend_on_where_or_how_to_resume(tmp_path):
+    a, b = (expand(SweepConfig({"seed": [4]}), PipelineConfig(output_dir=tmp_path / n, resume=n == "b")) for n in "ab")
+    assert a[0].key == b[0].key
+    assert a[0].key != expand(SweepConfig({"seed": [5]}), PipelineConfig())[0].key
+
+
+BAD = {
+    "no section": ("", "no file has a section `sweep`"),
+    "nothing": ("sweep:", "names no field"),
+    "unknown key": ("sweep: {over: {seed: [0]}, worker: 3}", "no field worker: choose from executor, over,"),
+    "unknown field": ("sweep: {over: {nonsense: [0]}}", "Key 'nonsense' not in"),
+    "nested": ("sweep: {over: {train.nonsense: [0]}}", "Key 'nonsense' not in"),
+    "section": ("sweep: {over: {train: [{lr: 1}]}}", "is a section: name one of its fields"),
+    "no list": ("sweep: {over: {seed: 3}}", "write it as [value, value]"),
+    "value": ("sweep: {over: {train.epochs: [0]}}", "give a number > 0"),
+    "type": ("sweep: {over: {seed: [many]}}", "seed"),
+    "executor": ("sweep: {over: {seed: [0]}, executor: cloud}", "choose from local, slurm, ray"),
+    "workers": ("sweep: {over: {seed: [0]}, workers: 0}", "give a number >= 1"),
+}
+
+
+@pytest.mark.parametrize(("section", "message"), BAD.values(), ids=BAD)
+def test_refused_in_one_sentence(section, message, tmp_path, capsys):
+    path = written(tmp_path, section)
+    assert main.main(["sweep", "--config", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["sweep"], ["sweep", "--config", "x.yaml", "--seed", "1"]])
+def test_takes_config_files_alone(words, capsys):
+    assert main.main(words) == 2
+    assert "it takes --config FILE alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["submitit", "ray"])
+def test_absent_engine_is_one_sentence(name, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, name, None)
+    executor = {"submitit": "slurm", "ray": "ray"}[name]
+    with pytest.raises(UserError, match=f"needs {name}, which is not here: uv sync --extra {executor}"):
+        list(EXECUTORS[executor]([], SweepConfig({"seed": [0]}, executor)))
+
+
+def test_progress():
+    """By hand: 6 of 10 ended in 30 s, so 4 take 20 s more."""
+    assert progress_line(5, 1, 4, 3, 30.0) == "sweep: 5 done, 3 running, 1 failed, 1 left, about 20 s to go"
+    assert progress_line(0, 0, 2, 4, 1.0) == "sweep: 0 done, 2 running, 0 failed, 0 left"
+
+
+# --- a process that is killed, a lock ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Deadly(room.Job):
+    """A job whose process is killed when it asks where to leave its outcome, but not in the test's own process."""
+
+    parent: int = 0
+
+    @property
+    def path(self) -> Path:
+        if os.getpid() != self.parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().path
+
+
+def test_killed_job_does_not_take_the_others_along(tmp_path, expected):
+    settings, base = load_sweep([written(tmp_path, "sweep: {over: {kappa_list: [[100], [400]]}}")])
+    good, bad = expand(settings, base)
+    deadly = Deadly(**vars(bad), parent=os.getpid())
+    outcomes = {job.key: outcome for job, outcome in room.local([deadly, good], settings)}
+    assert outcomes[good.key]["status"] == "done"
+    assert outcomes[bad.key]["error"] == "its process died (killed, or out of memory)"
+    assert json.loads(bad.path.read_text())["status"] == "failed"
+
+
+def test_lock_lets_one_in_at_a_time(tmp_path):
+    """Twenty threads that read, wait and write lose no count; a lock file that is left behind is no obstacle."""
+    (tmp_path / "number").write_text("0")
+    (tmp_path / "x.lock").touch()
+
+    def count() -> None:
+        with locked(tmp_path / "x.lock"):
+            number = int((tmp_path / "number").read_text())
+            time.sleep(0.002)
+            (tmp_path / "number").write_text(str(number + 1))
+
+    threads = [threading.Thread(target=count) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "number").read_text() == "20"
+    assert not (tmp_path / "x.lock").exists()
