@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,7 +71,9 @@ def launches() -> list[float]:
     return taken
 
 
-def rate(kind: type[HookedModel], images: int, epochs: int, batch_size: int, workers: int) -> float:
+def rate(
+    kind: Callable[[int, int, int], HookedModel], images: int, epochs: int, batch_size: int, workers: int
+) -> float:
     """Images/s of a training, the first epoch (warm-up) left out."""
     data = random_data(images, batch_size)
     train = TrainConfig(epochs=epochs, batch_size=batch_size, use_ddp=workers > 1, num_workers=max(1, workers))
@@ -89,13 +91,14 @@ def throughput() -> dict:
     are therefore held against the better of the two, not only against the same number of threads.
     """
     found = {}
-    for name, *arguments in (("MLP", HookedMLPClassifier, 20000, 5, 512), ("ResNet-18", HookedResnet, 256, 2, 64)):
+    cases = (("MLP", HookedMLPClassifier, (20000, 5, 512)), ("ResNet-18", HookedResnet, (256, 2, 64)))
+    for name, kind, sizes in cases:
         rows = []
         for _ in range(REPEATS):
             row = {}
             for label, threads, workers in (("1 x 1", 1, 1), ("1 x 2", 2, 1), ("2 x 1", 2, 2)):
                 torch.set_num_threads(threads)
-                row[label] = rate(*arguments, workers)
+                row[label] = rate(kind, *sizes, workers)
             rows.append(row)
         found[name] = rows
     return found
