@@ -91,8 +91,8 @@ def throughput() -> dict:
     are therefore held against the better of the two, not only against the same number of threads.
     """
     found = {}
-    plans = {"MLP": (HookedMLPClassifier, (20000, 5, 512)), "ResNet-18": (HookedResnet, (256, 2, 64))}
-    for name, (kind, sizes) in plans.items():
+    cases = (("MLP", HookedMLPClassifier, (20000, 5, 512)), ("ResNet-18", HookedResnet, (256, 2, 64)))
+    for name, kind, sizes in cases:
         rows = []
         for _ in range(REPEATS):
             row = {}
