@@ -184,7 +184,7 @@ def boundary_labels(context: Context, images: Tensor, labels: Tensor) -> Tensor:
     "boundary shrink",
     axes=("seed",),
     source="2303.11570",
-    grid=[{"lr": lr} for lr in (3e-4, 1e-4, 1e-3, 3e-5)],
+    grid=[{"lr": lr} for lr in (3e-4, 2e-4, 5e-4, 1e-3)],
 )
 def boundary_shrink(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
     """Minimise CE on D_f alone, each image labelled with the nearest retained class, found by one adversarial step."""

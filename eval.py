@@ -7,8 +7,7 @@ masked model is then judged by `head(h, W)` alone. A model whose earlier layers 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TypeVar
 
@@ -20,10 +19,10 @@ import baselines  # noqa: F401 - registers its methods
 import edits  # noqa: F401 - registers its methods
 import probes  # noqa: F401 - registers its metrics
 from comparisons import avg_gap  # registers the metrics against the retrained models too
-from config import KappaModes, derive_seed
+from config import KappaModes
+from counts import intervals_of
 from finetuning import Diverged
 from integrity import changed_outside, state_hash
-from intervals import bootstrap_mean, wilson
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, Settings, mask_of
 from metrics import Choose, Evidence, Outputs, OutputsOf, chosen_metrics
@@ -36,13 +35,6 @@ JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a recor
 HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
 Judged = TypeVar("Judged")
-SHARES: dict[str, Callable[[Evidence], Tensor]] = {
-    "forget_score": lambda e: e.forget.right,
-    "retain_score": lambda e: e.retain.right,
-    "UA": lambda e: ~e.train_forget.right,
-    "RA": lambda e: e.train_retain.right,
-}
-"""Metrics that are shares of images, in percent, and which images count. bool [S]."""
 VERDICTS_NEED = ("forget_score", "retain_score")  # whatever metrics were chosen
 
 
@@ -267,7 +259,7 @@ class Eval:
             asked = {name: entry for name, entry in self.metrics.items() if split == "test" or entry.group != "deep"}
             judged[split] = {name: e.figure(entry.compute) for name, entry in asked.items()} | extra
             if split == "test":
-                self.about[key]["intervals"] = _intervals(e, dict.fromkeys((*VERDICTS_NEED, *asked)))
+                self.about[key]["intervals"] = intervals_of(e, dict.fromkeys((*VERDICTS_NEED, *asked)))
         self.about[key] |= tables_of(outputs("test", True), outputs("test", False))
         return judged
 
@@ -378,19 +370,6 @@ class Eval:
                 for title in ("settings", "tuning", "integrity", "intervals", *TABLES)
             },
         }, masks
-
-
-def _intervals(e: Evidence, names: Iterable[str]) -> dict[str, dict]:
-    """95 % intervals over the images of one run: Wilson for shares, percent; bootstrap for the mean probability."""
-    found = {}
-    for name in names:
-        if name in SHARES:
-            right = SHARES[name](e)
-            found[name] = asdict(wilson(int(right.sum()), len(right)).times(100))
-        elif name == "forget_probability":
-            seed = derive_seed(e.seed, "bootstrap")
-            found[name] = asdict(bootstrap_mean(e.forget.confidence.cpu().numpy(), seed))
-    return found
 
 
 def _spans(tensors: TensorDataset, size: int = 4096) -> list[slice]:

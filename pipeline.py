@@ -33,6 +33,7 @@ RECORD_CODE = (
     "metrics.py",
     "comparisons.py",
     "attacks.py",
+    "counts.py",
     "probes.py",
     "integrity.py",
     "views.py",

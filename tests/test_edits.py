@@ -54,7 +54,8 @@ def resnet() -> Context:
 
 def naive_fisher(model: HookedModel, images: Images, batch_size: int) -> dict[str, Tensor]:
     """One backward pass per batch."""
-    total, batches = {name: 0.0 for name, _ in model.named_parameters()}, range(0, len(images), batch_size)
+    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in model.named_parameters()}
+    batches = range(0, len(images), batch_size)
     for begin in batches:
         pixels, labels = images.batch(slice(begin, begin + batch_size))
         model.zero_grad()

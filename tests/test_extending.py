@@ -12,7 +12,7 @@ from config import EvalConfig
 from methods import METHODS, Context, Point, method
 from metrics import METRICS, Evidence, metric
 from pipeline import Pipeline
-from tests.test_page import DATA
+from tests.test_page import data_of
 from tests.test_pipeline import tiny
 
 
@@ -49,7 +49,7 @@ def test_they_are_in_json_tables_figures_and_page(unheard_of, tmp_path):
     page = (tmp_path / "reports/index.html").read_text()
     assert "How many images there are of the forgotten classes, halved." in page
     assert re.search(r"<td>a stranger</td>", page)
-    (data,) = json.loads(DATA.search(page)[1])
+    (data,) = data_of(page)
     titles = {panel["title"]: panel for panel in data["figures"]["other_metrics_over_kappa"]}
     lines = {one["label"]: one["y"] for one in titles["oddity [furlongs], lower is better"]["series"]}
     assert lines == {"MIMU (ours), topK 300": [18, 18], "a stranger": [18, 18], "untouched": [18]}

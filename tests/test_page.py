@@ -37,6 +37,12 @@ def page(records: list[dict]) -> str:
     return as_page(families(runs_of(records)), {})
 
 
+def data_of(html: str) -> list[dict]:
+    """What the page's script is given."""
+    (text,) = DATA.findall(html)
+    return json.loads(text)
+
+
 @pytest.fixture(scope="module")
 def html() -> str:
     """Two seeds and another class, three kappas each."""
@@ -84,7 +90,7 @@ def test_text_from_records_stays_text():
     one["labels"]["mimu"] = "</script><b id=evil>"
     text = page([one])
     assert "<b id=evil>" not in text
-    assert json.loads(DATA.search(text)[1])[0]["labels"]["mimu"] == "</script><b id=evil>"
+    assert data_of(text)[0]["labels"]["mimu"] == "</script><b id=evil>"
 
 
 def test_numbers_are_cut_to_four_digits():
@@ -164,7 +170,7 @@ def test_page_in_a_browser(browser, html, tmp_path, dark, width):
     assert seen["visible"] == ["run-a"]
     assert {"trade_off", "unheard_of_over_kappa", "mask_map", "accuracy_by_class"} <= set(seen["figures"])
     assert [text.split(" (")[0] for text in seen["slider"]] == ["At kappa 100", "At kappa 200", "At kappa 400"]
-    assert [re.search(r"recognised ([\d.]+) %", text)[1] for text in seen["slider"]] == ["60.0", "12.0", "3.0"]
+    assert [re.findall(r"recognised ([\d.]+) %", text)[0] for text in seen["slider"]] == ["60.0", "12.0", "3.0"]
     assert seen["images"][0] == "test image of class 1, before taken for 1, after for 2"
     assert (seen["up"], seen["down"], seen["sorted"]) == (["60", "78", "80"], ["80", "78", "60"], "descending")
     assert seen["picked"] == ["class 2"]

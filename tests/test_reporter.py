@@ -234,8 +234,11 @@ def test_latex_by_hand():
 
 
 def test_grid_has_a_row_for_each_family_and_says_what_is_missing(records):
-    other = [record(5, 100, (5, 79), (3, 78), run="other") | {"model": "HookedResnet", "dataset": "MNIST"}]
-    del other[0]["labels"]["novel"], other[0]["methods"]["novel"], other[0]["validation"]["novel"]
+    one = record(5, 100, (5, 79), (3, 78), run="other")
+    one["model"], one["dataset"] = "HookedResnet", "MNIST"
+    for part in ("labels", "methods", "validation"):
+        del one[part]["novel"]
+    other = [one]
     groups = families([records, other])
     rows = grid(groups, "forget_score")
     assert rows[0] == ["model", "dataset", "runs", "MIMU", "untouched", "a novel method"]
