@@ -353,7 +353,7 @@ def sentence(err: str) -> str:
 
 
 SENTENCES = {
-    "unknown command": ("nonsense", "choose from run, train-gcn, report, dashboard, download"),
+    "unknown command": ("nonsense", "choose from run, train-gcn, report, docs, dashboard, download"),
     "config without file": ("run --config", "--config names no file"),
     "forget class": ("--forget-class 10", "DIGITS has classes 0 to 9"),
     "kappa": ("--kappa-list 8193", "choose from 1 to 8192"),
