@@ -5,7 +5,7 @@ Every figure is one line of `FIGURES` (or of `TERMS`, for training curves); metr
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from tables import Estimate, Run, best_points, choose, chosen_in, classes_of, estimate, metrics_of, over_runs
@@ -13,11 +13,8 @@ from tables import Estimate, Run, best_points, choose, chosen_in, classes_of, es
 MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
 MOST_POINTS = 400  # of a training curve
 WIDE = 1e3  # largest / smallest figure from which an axis is logarithmic
-BETTER = {
-    "higher": "higher is better",
-    "lower": "lower is better",
-    "retrain": "best as retrained",
-}
+BETTER = {"higher": "higher is better", "lower": "lower is better", "retrain": "best as retrained"}
+RANGES = {"%": (0.0, 100.0), "probability": (0.0, 1.0)}  # a band is drawn no further, though a t interval knows no end
 
 
 @dataclass(frozen=True)
@@ -116,11 +113,20 @@ def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
             series += _lines(runs, method, metric, axis)
         elif figure := estimate(points, metric):
             series.append(_with_limits(points[0].label, [(0.0, figure)], "level", style_of(first, method)))
+    series = [_within(one, *RANGES.get(about["unit"], (-math.inf, math.inf))) for one in series]
     values = [value for one in series for value in one.y]
     spread = bool(values) and min(values) > 0 and max(values) / min(values) > WIDE and about["unit"] != "probability"
     what = {"kappa": "kappa (weights switched off)", "topK": "topK (weights held to be important)"}[axis]
     alt = f"{metric.replace('_', ' ')} of {len(found)} methods over {axis}, {_extent(series)}."
     return Panel(_name(about, metric), what, about["unit"], series, alt, y_log=spread)
+
+
+def _within(series: Series, least: float, most: float) -> Series:
+    """The same with its band cut at the ends of what its unit allows."""
+    if series.low is None or series.high is None:
+        return series
+    low, high = ([min(max(value, least), most) for value in side] for side in (series.low, series.high))
+    return replace(series, low=low, high=high)
 
 
 def _extent(series: Sequence[Series]) -> str:

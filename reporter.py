@@ -151,7 +151,7 @@ class Reporter:
     def family_name(runs: list[Run]) -> str:
         """Name of a family's folder."""
         first = runs[0][0]
-        return f"{first['model']}_{first['dataset']}_{len(runs)}-runs_{family_key(first)}"
+        return f"{first['model']}_{first['dataset']}_over-runs_{family_key(first)}"
 
     def _histories(self, records: Run) -> dict[str, Path]:
         """Training curves that lie beside the classifier and each topK's GCN: name -> file."""

@@ -19,6 +19,7 @@ from intervals import t_interval
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
 APART = ("seed", "forget_class", "topK_list", "kappa_list", "reporter", "tracker", "device", "output_dir")
+DUST = 1e-12  # what rounding leaves of equal figures
 Run = list[dict]
 
 
@@ -180,7 +181,7 @@ def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
         differences = [a - b for a, b in zip(losses[name], losses[first], strict=True)]
         if len(differences) > 1:
             low = over_runs(differences).low
-            return low is not None and low <= 0
+            return low is not None and low <= DUST
         mine, best = found[name][0].interval(metric), found[first][0].interval(metric)
         return bool(mine and best and mine["low"] <= best["high"] and best["low"] <= mine["high"])
 
@@ -196,7 +197,7 @@ def shown(figure: Estimate | None) -> str:
         return "-"
     if figure.low is None or figure.high is None:
         return f"{figure.value:.4g}"
-    low, high = figure.value - figure.low, figure.high - figure.value
+    low, high = (0.0 if side < DUST else side for side in (figure.value - figure.low, figure.high - figure.value))
     if math.isclose(low, high, rel_tol=1e-6, abs_tol=1e-12):
         return f"{figure.value:.4g} ± {high:.2g}"
     return f"{figure.value:.4g} [{figure.low:.3g}, {figure.high:.3g}]"

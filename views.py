@@ -9,13 +9,13 @@ import io
 import torch
 from torch import Tensor
 
+from counts import class_tables
 from masks import Mask
 from metrics import Outputs
 from utils_data import UnlearningDataset
 
 SAMPLES = 8
 WIDEST = 48  # pixels of a thumbnail's longer side
-MOST_CLASSES = 100  # of a class x class table
 TABLES = ("class_probability", "confusion", "class_score", "taken_for", "said_of_samples")
 MAP_SIDE = 32  # cells, at most, of a mask's map in each direction
 
@@ -49,7 +49,7 @@ def said_of_samples(forget: Outputs) -> list[list[float]]:
     return [[int(label), round(float(p), 4)] for p, label in zip(best.values, best.indices, strict=True)]
 
 
-def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
+def many_classes(forget: Outputs, retain: Outputs) -> dict[str, list]:
     """For classifiers with too many classes for a table of all pairs: accuracy of each class in percent [C] (None: no
     image of it), and how many forgotten images are taken for each class [C].
     """
@@ -61,17 +61,9 @@ def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
 
 
 def tables_of(forget: Outputs, retain: Outputs) -> dict[str, list]:
-    """Where images go, as far as there are not too many classes for it: those of TABLES that a record has.
-
-    Mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes, else `class_tables`.
-    """
-    count = forget.logits.shape[1]
-    tables = {"class_probability": forget.log_p.exp().mean(0).tolist(), "said_of_samples": said_of_samples(forget)}
-    if count > MOST_CLASSES:
-        return tables | class_tables(forget, retain)
-    true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.logits, retain.logits]).argmax(1)
-    cells = torch.bincount(true * count + said, minlength=count * count)
-    return tables | {"confusion": cells.view(count, count).tolist()}
+    """Where images go: those of TABLES that a record has; with too many classes for all pairs, `many_classes`."""
+    tables = class_tables(forget, retain) | {"said_of_samples": said_of_samples(forget)}
+    return tables if "confusion" in tables else tables | many_classes(forget, retain)
 
 
 def _binned(counts: Tensor) -> Tensor:

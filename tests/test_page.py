@@ -45,6 +45,12 @@ def page(records: list[dict]) -> str:
     return as_page(families(runs_of(records)), {})
 
 
+def data_of(html: str) -> list[dict]:
+    """What the page's script is given."""
+    (text,) = DATA.findall(html)
+    return json.loads(text)
+
+
 @pytest.fixture(scope="module")
 def html() -> str:
     """Two seeds and another class, three kappas each."""

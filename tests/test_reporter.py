@@ -254,6 +254,7 @@ def test_shown_by_hand():
     cases = {Estimate(12, None, None, 1): "12", Estimate(12, 9, 15, 3): "12 ± 3", Estimate(0, 0, 7.1, 50): "0 [0, 7.1]"}
     assert [shown(figure) for figure in cases] == list(cases.values())
     assert shown(None) == "-"
+    assert shown(over_runs([0.1 + 0.2, 0.3])) == "0.3 ± 0"
 
 
 # --- figures ----------------------------------------------------------------------------------------------
@@ -288,6 +289,9 @@ def test_bands_span_the_runs():
     expected = [over_runs([10, 12, 14]), over_runs([50, 60, 40])]
     assert (line.x, line.y) == ([100, 200], [12, 50])
     assert list(zip(line.low, line.high, strict=True)) == [(one.low, one.high) for one in expected]
+    wild = runs_of(record(5, 100, (5, 79), (s, 78), seed=i, run=f"{i}") for i, s in enumerate((0, 90)))
+    line = next(one for one in over(wild, "forget_score", "kappa").series if one.label.startswith("MIMU"))
+    assert (line.y, line.low, line.high) == ([45], [0], [100])  # percent end there
 
 
 def test_trade_off_has_front_and_star(records):
