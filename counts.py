@@ -1,14 +1,16 @@
-"""How sure the scores of one run are, given its finite sets of images."""
+"""What a record says of a model beyond single numbers: where images go, and how sure its scores are."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
 from config import derive_seed
 from intervals import bootstrap_mean, wilson
-from metrics import Evidence
+from metrics import Evidence, Outputs
 
+MOST_CLASSES = 100  # of a class x class table in a record
 SHARES: dict[str, Callable[[Evidence], Tensor]] = {
     "forget_score": lambda e: e.forget.right,
     "retain_score": lambda e: e.retain.right,
@@ -16,6 +18,17 @@ SHARES: dict[str, Callable[[Evidence], Tensor]] = {
     "RA": lambda e: e.train_retain.right,
 }
 """Metrics that are shares of images, in percent, and which images count. bool [S]."""
+
+
+def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
+    """Where images go: mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes."""
+    count = forget.logits.shape[1]
+    tables = {"class_probability": forget.log_p.exp().mean(0).tolist()}
+    if count <= MOST_CLASSES:
+        true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.logits, retain.logits]).argmax(1)
+        cells = torch.bincount(true * count + said, minlength=count * count)
+        tables["confusion"] = cells.view(count, count).tolist()
+    return tables
 
 
 def intervals_of(e: Evidence, names: Iterable[str]) -> dict[str, dict]:
