@@ -82,9 +82,11 @@ def test_sections_by_hand(tmp_path):
     )
     assert "example" not in method_section(METHODS["sft"], example)
     assert metric_section(METRICS["forget_score"], example) == (
-        "## `forget_score` [%]\n\nAccuracy on T's images of the forgotten classes (FA-test).\n\n"
+        "## `forget_score` [%]\n\n"
+        "Accuracy on T's images of the forgotten classes (FA-test), the share with argmax_c p_c = y.\n\n"
         "- better: down; target: as retrained, 0\n"
         "- group: core (outputs on T)\n"
+        "- source: accuracy\n"
         "- example: untouched 90\n"
     )
     assert source("control: the trivial answer, 12.5 %") == "control: the trivial answer, 12.5 %"
