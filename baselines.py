@@ -3,7 +3,8 @@
 Each is a decorated function as in `methods.py`, with its source and the settings that it is tuned over. All have the
 same budget, EPOCHS epochs: an epoch is one pass over D_f, with RETAINED images of D_r, drawn anew, for each of its
 images; methods that use one of the two sets alone see no more images (last layer anew: passes over all of D_r, as
-cheap). Gradients have a norm of at most 1; SGD has momentum 0.9 unless it is called plain.
+cheap). A step takes 128 images of D_f or, where D_f is small, so few (8 at least) that an epoch has 20 steps.
+Gradients have a norm of at most 1; SGD has momentum 0.9 unless it is called plain.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetuning import BATCH, RETAINED, Finetuner, Optimizing
+from finetuning import RETAINED, Finetuner, Optimizing
 from masks import hard_topk
 from methods import Context, Point, method
 from model import HookedModel, apply_linear, capture, inspecting
@@ -101,7 +102,10 @@ def gradient_ascent(context: Context, point: Point, lr: float) -> Generator[Hook
     "NegGrad+",
     axes=("seed",),
     source="2302.09880",
-    grid=[{"lr": lr, "beta": beta} for lr, beta in ((3e-3, 0.99), (3e-3, 0.999), (1e-2, 0.999), (1e-3, 0.95))],
+    grid=[
+        {"lr": lr, "beta": beta}
+        for lr, beta in ((3e-3, 0.99), (3e-3, 0.999), (1e-2, 0.999), (1e-3, 0.95), (1e-2, 0.95))
+    ],
 )
 def neg_grad_plus(context: Context, point: Point, lr: float, beta: float) -> Generator[HookedModel]:
     """Minimise beta CE(D_r) - (1 - beta) CE(D_f), by SGD."""
@@ -264,7 +268,7 @@ def last_inputs(context: Context) -> tuple[Tensor, Tensor]:
     grid=[{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
 )
 def head_retrain(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
-    """The last layer trained from initial weights on D_r, by Adam in batches of 1,024, everything below it frozen."""
+    """The last layer trained from initial weights on D_r, by Adam, 8 times the batch, everything below it frozen."""
     name = f"linears.{len(context.model.linears) - 1}.weight"
     context.allowed = {name: torch.ones_like(context.model.target(-1).weight, dtype=torch.bool)}
     engine = tuner("head_retrain", context, point, adam(lr), free=context.allowed)
@@ -273,6 +277,6 @@ def head_retrain(context: Context, point: Point, lr: float) -> Generator[HookedM
     with torch.no_grad():
         weight.copy_(bound * (2 * torch.rand(weight.shape, generator=engine.generator) - 1))
     for _ in range(EPOCHS):
-        for picks in torch.randperm(len(h), generator=engine.generator).split(8 * BATCH):
+        for picks in torch.randperm(len(h), generator=engine.generator).split(8 * engine.batch):
             engine.descend(functional.cross_entropy(apply_linear(h[picks], weight), labels[picks]))
     yield engine.finished()

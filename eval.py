@@ -22,7 +22,7 @@ from comparisons import avg_gap  # registers the metrics against the retrained m
 from config import KappaModes
 from counts import intervals_of
 from finetuning import Diverged
-from integrity import changed_outside, state_hash
+from integrity import COSTS, changed_outside, extent, state_hash
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, Settings, mask_of
 from metrics import Choose, Evidence, Outputs, OutputsOf, chosen_metrics
@@ -35,6 +35,7 @@ JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a recor
 HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
 Judged = TypeVar("Judged")
+Costs = dict[str, float | None]
 VERDICTS_NEED = ("forget_score", "retain_score")  # whatever metrics were chosen
 
 
@@ -87,13 +88,9 @@ class Eval:
             if not name.startswith(self.after_prefix)
         )
 
-    def weights_changed(self, model: HookedModel, prefix_unchanged: bool = False) -> int:
-        """How many parameters and buffer entries differ from the original; a prefix known as unchanged is left out."""
-        return sum(
-            int((value != self.original[name]).sum())
-            for name, value in model.state_dict().items()
-            if name.startswith(self.after_prefix) or not prefix_unchanged
-        )
+    def _may_differ(self, name: str, prefix_unchanged: bool) -> bool:
+        """Whether a tensor of the state dict may differ from the original's."""
+        return name.startswith(self.after_prefix) or not prefix_unchanged
 
     def inference(self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str) -> Outputs:
         """Outputs of a model on a whole loader, eval mode; last batches may be short.
@@ -193,7 +190,7 @@ class Eval:
         name: str,
         point: Point,
         settings: Settings,
-        judge: Callable[[str, tuple, HookedModel, float], Judged],
+        judge: Callable[[str, tuple, HookedModel, Costs], Judged],
     ) -> Judged:
         """Enter a method, judge its model, leave it, and check that it kept to what it may change.
 
@@ -203,12 +200,13 @@ class Eval:
         context, key = self.context, METHODS[name].key(self.context, point)
         context.charged, context.allowed, begun = 0.0, None, time.perf_counter()
         with METHODS[name].enter(context, point, **settings) as model:
-            seconds = time.perf_counter() - begun + context.charged
+            costs: Costs = {"seconds": time.perf_counter() - begun + context.charged}
+            costs["seconds_offline"] = context.learning_seconds(point.topK) if METHODS[name].learned else 0.0
             free = context.allowed is None
             outside = 0 if free else changed_outside(model, self.original, context.allowed)
             if outside:
                 raise RuntimeError(f"{name} changed {outside} weights that it must leave as they are")
-            judged = judge(name, key, model, seconds)
+            judged = judge(name, key, model, costs)
         restored = state_hash(context.model) == self.original_hash
         if not restored:
             raise RuntimeError(f"{name} left the classifier changed")
@@ -241,17 +239,17 @@ class Eval:
         """Avg Gap of a method at a point on validation images: what points and settings are chosen by."""
         return self._enter(name, point, self.tuned(name, point), self._gap)
 
-    def _gap(self, name: str, key: tuple, model: HookedModel, seconds: float) -> float:
+    def _gap(self, name: str, key: tuple, model: HookedModel, costs: Costs) -> float:
         """Avg Gap on validation images; infinite where it is not a number."""
         outputs = self.remembered(name, model, self.prefix_unchanged(model), keep=False)
         value = self.evidence(model, outputs, "val", retrained=self._others(name, "val")).figure(avg_gap)
         return math.inf if value is None else value
 
-    def _judge(self, name: str, key: tuple, model: HookedModel, seconds: float) -> dict[str, dict]:
+    def _judge(self, name: str, key: tuple, model: HookedModel, costs: Costs) -> dict[str, dict]:
         same = self.prefix_unchanged(model)
-        changed = self.weights_changed(model, same)
+        weights, size = extent(model, self.original, [n for n in self.original if self._may_differ(n, same)])
         outputs = self.remembered(name, model, same, keep=False)
-        extra = {"seconds": seconds, "weights_changed": changed}
+        extra = costs | {"weights_changed": weights, "edit_bytes": size}
         judged = {}
         for split in JUDGED:
             references = {"original": self.reference(split), "retrained": self._others(name, split)}
@@ -357,6 +355,7 @@ class Eval:
         return part | {
             "answer": self.answer,
             "metrics": {name: entry.about() for name, entry in self.metrics.items()},
+            "costs": COSTS,
             "labels": {name: METHODS[name].label for name in measured},
             "axes": {name: list(METHODS[name].axes_in(context)) for name in measured},
             "degradation": self.eval_performance_degradation(part["methods"]),

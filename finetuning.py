@@ -14,7 +14,8 @@ from config import UserError, derive_seed
 from model import HookedModel
 from utils_data import UnlearningDataset
 
-BATCH = 128
+BATCH, SMALLEST_BATCH = 128, 8
+STEPS = 20  # of an epoch over D_f, at least: where it is small its batches are, or a rival would end where it began
 RETAINED = 2  # images of D_r for each image of D_f, in one epoch: the same budget for every method
 Optimizing = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -34,6 +35,8 @@ class Held:
 
 class Finetuner:
     """A copy of a classifier in training, and the batches that it is trained on.
+
+    `batch` is how many images of D_f a step takes: BATCH, or fewer so that an epoch has STEPS steps.
 
     Args:
         name: of the method, for the seed and for messages.
@@ -61,6 +64,7 @@ class Finetuner:
         self.images = data.splits["train"]
         forgotten = data.is_forgotten(self.images.labels)
         self.forget, self.retain = forgotten.nonzero().flatten(), (~forgotten).nonzero().flatten()
+        self.batch = min(BATCH, max(SMALLEST_BATCH, len(self.forget) // STEPS))
         self.generator = torch.Generator().manual_seed(derive_seed(seed, name))
         self.optimizer = optimizing(list(self.model.parameters()))
         self.held = (
@@ -78,18 +82,18 @@ class Finetuner:
         return images.to(self.device), labels.to(self.device)
 
     def forgotten(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over D_f in random order: images [B, C, H, W] and labels [B], B <= BATCH."""
+        """One pass over D_f in random order: images [B, C, H, W] and labels [B], B <= batch."""
         order = torch.randperm(len(self.forget), generator=self.generator)
-        yield from (self._load(self.forget[picks]) for picks in order.split(BATCH))
+        yield from (self._load(self.forget[picks]) for picks in order.split(self.batch))
 
-    def retained(self, share: int = RETAINED, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-        """`share` images of D_r for each one of D_f, drawn anew with replacement, in batches of at most `size`."""
+    def retained(self, share: int = RETAINED, batches: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """`share` images of D_r for each one of D_f, drawn anew with replacement, in batches of `batches` x batch."""
         picks = torch.randint(len(self.retain), (share * len(self.forget),), generator=self.generator)
-        yield from (self._load(self.retain[part]) for part in picks.split(size))
+        yield from (self._load(self.retain[part]) for part in picks.split(batches * self.batch))
 
     def paired(self) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
         """One pass over D_f, each batch with RETAINED times as many images of D_r: ((x_f, y_f), (x_r, y_r))."""
-        yield from zip(self.forgotten(), self.retained(size=RETAINED * BATCH), strict=True)
+        yield from zip(self.forgotten(), self.retained(batches=RETAINED), strict=True)
 
     def random_labels(self, labels: Tensor) -> Tensor:
         """As many labels [B], uniform over all classes, the true one not excluded."""

@@ -1,10 +1,22 @@
-"""Whether a method kept to what it may change, and left the classifier as it found it."""
+"""Whether a method kept to what it may change, left the classifier as it found it, and how much its edit is."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+POSITION_BYTES = 4
+COSTS = {
+    "seconds": "s per request: from the request to the edited model, with what of it others in the run had already "
+    "computed; a retrained model's whole training",
+    "seconds_offline": "s spent once, ahead of all requests: the graph network's training (none: unknown, as its file "
+    "was given)",
+    "weights_changed": "parameters and buffer entries that differ from the untouched classifier's",
+    "edit_bytes": "bytes that the edit needs beside the untouched classifier: for each changed tensor the places (4 "
+    "bytes each, or a bit for every entry) and new values (none where all are 0), or all of its values",
+}
+"""What every record says of a method beside its metrics. Less is better."""
 
 
 def state_hash(model: nn.Module) -> str:
@@ -29,6 +41,19 @@ def changed_outside(model: nn.Module, original: Mapping[str, Tensor], allowed: M
             differs &= ~allowed[name].to(differs.device)
         count += int(differs.sum())
     return count
+
+
+def extent(model: nn.Module, original: Mapping[str, Tensor], names: Iterable[str]) -> tuple[int, int]:
+    """`weights_changed` and `edit_bytes` over the named tensors; -0 for 0 counts as no change."""
+    state, weights, size = model.state_dict(), 0, 0
+    for name in names:
+        value, changed = state[name], state[name] != original[name]
+        count = int(changed.sum())
+        if count:
+            places = min(POSITION_BYTES * count, -(-value.numel() // 8))
+            values = count * value.element_size() if bool(value[changed].any()) else 0
+            weights, size = weights + count, size + min(places + values, value.numel() * value.element_size())
+    return weights, size
 
 
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -61,6 +61,8 @@ class Context:
     """What the entered method may change: a bool tensor for each parameter by name (None: anything)."""
     charged: float = 0.0
     """Seconds of shared, cached work that the current method would have spent on its own."""
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    """What the run's stages took when they were made, by name."""
     masks: dict[tuple, tuple[Mask, float]] = field(default_factory=dict)
     """What the mask methods have made, by method key, and the seconds it took."""
     _once: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
@@ -75,6 +77,10 @@ class Context:
     def graph(self) -> WeightGraph:
         """Layout of their weights."""
         return self.model.weight_graph(self.config.mask_layer)
+
+    def learning_seconds(self, topK: int) -> float | None:
+        """What training the graph network took, once for all requests; None: unknown, its file was given."""
+        return self.stage_seconds.get(f"gcn_top-{topK}" if self.unlearner is None else "gcn")
 
     @property
     def strategy(self) -> MaskStrategies:
@@ -175,6 +181,8 @@ class Method:
     source: str = OURS
     grid: tuple[Settings, ...] = ({},)
     definition: str = ""
+    learned: bool = False
+    """Whether it asks the graph network."""
 
     def axes_in(self, context: Context) -> tuple[str, ...]:
         """Its axes in a run: with masks by `direct`, nothing depends on topK."""
@@ -213,7 +221,7 @@ def method(
 
 
 def mask_method(
-    name: str, label: str, axes: tuple[str, ...] = (), *, source: str = OURS
+    name: str, label: str, axes: tuple[str, ...] = (), *, source: str = OURS, learned: bool = False
 ) -> Callable[[MaskFunction], MaskFunction]:
     """Register a function (context, point) -> mask as a method: the classifier with those weights switched off."""
 
@@ -225,7 +233,8 @@ def mask_method(
             with masked(context.weights, mask):
                 yield context.model
 
-        METHODS[name] = Method(name, label, axes, entering, function, source, definition=_definition(function))
+        said = _definition(function)
+        METHODS[name] = Method(name, label, axes, entering, function, source, definition=said, learned=learned)
         return function
 
     return register
@@ -268,7 +277,7 @@ def mimu_score(context: Context, point: Point) -> Tensor:
         return context.unlearner.theta(context.requests, context.request(point.kappa))
 
 
-@mask_method("mimu", "MIMU (ours)", axes=("topK", "kappa"))
+@mask_method("mimu", "MIMU (ours)", axes=("topK", "kappa"), learned=True)
 def mimu(context: Context, point: Point) -> Mask:
     """Switch off the weights that the graph network finds the forgotten classes depend on."""
     if context.strategy is MaskStrategies.set_difference:
@@ -289,7 +298,7 @@ def _start(context: Context, point: Point) -> Tensor:
     return (score if direct else centred_rank(score)).to(context.device)  # q has tails that drown the rest
 
 
-@mask_method("mimu_refined", "MIMU refined (ours)", axes=("topK", "kappa", "seed"))
+@mask_method("mimu_refined", "MIMU refined (ours)", axes=("topK", "kappa", "seed"), learned=True)
 def mimu_refined(context: Context, point: Point) -> Mask:
     """The same, improved by a few steps of descent on theta for this request alone."""
     request = context.request(point.kappa)
@@ -328,7 +337,11 @@ def sft(context: Context, point: Point) -> Generator[HookedModel]:
 def retrain(context: Context, point: Point) -> Generator[HookedModel]:
     """Trained anew, by the classifier's own recipe, without the classes to forget."""
     assert context.retrain is not None, "this method needs Context.retrain"
-    yield context.retrain(0)
+    begun = time.perf_counter()
+    model = context.retrain(0)
+    if "retrained-0" in context.stage_seconds:  # what its training took, not the reading of its checkpoint
+        context.charged += context.stage_seconds["retrained-0"] - (time.perf_counter() - begun)
+    yield model
 
 
 @method("default", "untouched", source="control")

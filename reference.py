@@ -12,6 +12,7 @@ from pathlib import Path
 from artifacts import SCHEMA, read_json, write_json, write_text
 from config import PROJECT_ROOT, UserError
 from eval import Eval  # noqa: F401 - registers every method and every metric
+from integrity import COSTS
 from methods import BUDGET, METHODS, Method
 from metrics import GROUPS, METRICS, Metric
 from tables import as_text
@@ -22,7 +23,7 @@ ARROWS = {"higher": "up", "lower": "down", "retrain": "as retrained"}
 EXAMPLE = "example.json"
 ABOUT = ("schema", "model", "dataset", "forget_class", "mask_layer", "top_k", "kappa", "seed")
 KEPT = ("methods", "settings", "verdicts")
-SHOWN = ("forget_score", "retain_score", "avg_gap", "weights_changed", "seconds")  # of a method
+SHOWN = ("forget_score", "retain_score", "avg_gap", "weights_changed", "edit_bytes", "seconds")  # of a method
 BESIDE = ("default", "retrain", "mimu_refined")  # whose values stand beside a metric
 DIGITS = 4
 
@@ -149,7 +150,9 @@ def metrics_page(metrics: Mapping[str, Metric], example: Example) -> str:
         "Wilson's for shares, the bootstrap's for the mean probability. They say nothing about other training seeds. "
         "`verdicts` rest on them: one score is above another if the interval of their difference excludes 0.\n\n"
     )
-    return head + as_text(rows) + "\n" + sections + tail + said
+    costs = "\n## Costs\n\nBeside the metrics, every record has of each method:\n\n"
+    costs += "".join(f"- **{name}**: {text}\n" for name, text in COSTS.items())
+    return head + as_text(rows) + "\n" + sections + costs + tail + said
 
 
 def pages(example: Example) -> dict[str, str]:

@@ -16,7 +16,7 @@ from finetuning import Finetuner
 from integrity import changed_outside
 from methods import METHODS, Context, Point
 from model import HookedModel, vision_model_loader
-from utils_data import get_unlearning_dataset
+from utils_data import Images, UnlearningDataset, get_unlearning_dataset
 
 POINT, CPU = Point(topK=1, kappa=1, seed=0), torch.device("cpu")
 TRAINED = [name for name, entry in METHODS.items() if entry.enter.__module__ == baselines.__name__]
@@ -120,6 +120,19 @@ def test_an_epoch_is_one_pass_over_the_forget_set_with_twice_as_many_others(cont
     assert not torch.equal(torch.cat([x for x, _ in engine.forgotten()]), forget)  # another order next time
 
 
+@pytest.mark.parametrize(("forget", "batch"), [(30, 8), (161, 8), (400, 20), (2559, 127), (5400, 128)])
+def test_batches_shrink_with_the_forget_set(forget, batch):
+    """DIGITS' 161 images once made two batches, and every rival ended where it began."""
+    labels = torch.arange(forget + 9) // forget
+    images = Images(torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8), labels, torch.zeros(1), torch.ones(1))
+    data = UnlearningDataset(SupportedDatasets.DIGITS, dict.fromkeys(("train", "val", "test"), images), 32, (0,), 0)
+    engine = Finetuner("test", Flat((64, 2)), data, 0, CPU, sgd(0.1))
+    sizes = [len(labels) for _, labels in engine.forgotten()]
+    assert (engine.batch, sum(sizes)) == (batch, forget)
+    assert all(size == batch for size in sizes[:-1])
+    assert next(len(labels) for _, labels in engine.retained(batches=2)) == min(2 * batch, 2 * forget)
+
+
 def test_random_labels_are_uniform_whatever_the_true_one(context):
     drawn = engine_of(context).random_labels(torch.full((20_000,), 4))
     counts = torch.bincount(drawn, minlength=10)
@@ -199,7 +212,7 @@ def test_loss_on_the_forget_set_rises(context, name):
 @pytest.mark.parametrize("name", ["finetune", "head_retrain"])
 def test_loss_on_the_retain_set_falls(context, name):
     images, labels = part(context, False)
-    start = replace(context, model=context.untrained())  # all is still to be learned
+    start = replace(context, model=context.untrained(), _activations={})  # all is still to be learned
     still, moved = (loss_on(unlearned(start, name, lr=lr), images, labels) for lr in (0.0, 0.03))
     assert moved < still - 0.1
 

@@ -112,7 +112,7 @@ def killed(folder) -> dict[str, str]:
 def untimed(value: Any) -> Any:
     """A record without what a clock says."""
     if isinstance(value, dict):
-        return {key: untimed(item) for key, item in value.items() if key not in ("started", "seconds")}
+        return {key: untimed(item) for key, item in value.items() if not key.startswith(("started", "seconds"))}
     return value
 
 

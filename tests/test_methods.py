@@ -23,6 +23,7 @@ from config import (
 )
 from data import GraphDataset, GraphGenerator
 from graph import layer_graph
+from integrity import extent
 from masks import (
     Mask,
     feasibility_score,
@@ -136,6 +137,38 @@ def test_a_mask_is_made_once_and_charged_to_those_who_take_it_again(context):
     assert mask_of("random", fresh, POINT) is mask
     ((_, seconds),) = fresh.masks.values()
     assert fresh.charged == seconds > 0
+
+
+def test_extent_of_an_edit_by_hand():
+    model = nn.Linear(40, 5)  # 200 weights, 5 biases
+    nn.init.constant_(model.weight, 2.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flat, names = model.weight.data.view(-1), list(before)
+
+    def after(first: int, value: float) -> tuple[int, int]:
+        flat.fill_(2.0)[:first] = value
+        return extent(model, before, names)
+
+    assert after(0, 1.0) == (0, 0)
+    assert after(3, 0.0) == (3, 3 * 4)  # places alone
+    assert after(3, 1.0) == (3, 3 * 4 + 3 * 4)  # places and values
+    assert after(10, 0.0) == (10, 25)  # 200 bits take less than 10 places
+    assert after(10, 1.0) == (10, 25 + 10 * 4)
+    assert after(199, 1.0) == (199, 200 * 4)  # all values, no places
+    model.bias.data += 1
+    assert after(3, 0.0) == (3 + 5, 12 + 20)
+    assert extent(model, before, ["bias"]) == (5, 20)
+
+
+def test_a_retrained_model_costs_its_training_and_a_network_its_own(context):
+    known = {"retrained-0": 50.0, "gcn": 7.0, "gcn_top-500": 8.0}
+    charged = replace(context, stage_seconds=known, charged=0.0)
+    begun = time.perf_counter()
+    with METHODS["retrain"].enter(charged, POINT):
+        assert time.perf_counter() - begun + charged.charged == pytest.approx(50.0, abs=0.5)
+    assert charged.learning_seconds(500) == (7.0 if context.unlearner else 8.0)
+    assert replace(charged, stage_seconds={}).learning_seconds(500) is None  # its file was given
+    assert {name for name, entry in METHODS.items() if entry.learned} == {"mimu", "mimu_refined"}
 
 
 def test_strategies_of_mimu(context):

@@ -77,7 +77,8 @@ def test_sections_by_hand(tmp_path):
         "- source: [arXiv:2310.12508](https://arxiv.org/abs/2310.12508)\n"
         "- depends on: kappa\n"
         "- settings: lr = 0.1, steps = 3; lr = 1 (the first is the default)\n"
-        "- example: forget_score 1.235, retain_score 88, avg_gap -, weights_changed 64, seconds -; with lr = 0.1\n"
+        "- example: forget_score 1.235, retain_score 88, avg_gap -, weights_changed 64, edit_bytes -, "
+        "seconds -; with lr = 0.1\n"
         "- verdict: fine (nothing found)\n"
     )
     assert "example" not in method_section(METHODS["sft"], example)

@@ -44,7 +44,7 @@ def test_fine_says_what_was_not_checked():
         "fine",
         "nothing found; not checked, for want of probe_gap, entropy_gap, logit_drop",
     )
-    everything = figures(1, 87.5, probe_gap=3.0, entropy_gap=0.01)
+    everything = figures(1, 87.5, probe_gap=2.0, entropy_gap=0.01)
     (said,) = verdict(everything, replace(BASE, logit_drop=figures(0, 88)))
     assert (said.key, said.sentence) == ("fine", "nothing found")
 
