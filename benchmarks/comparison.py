@@ -65,11 +65,12 @@ class Plan:
     references: int
     methods: tuple[str, ...]
     output_dir: Path
+    metrics: tuple[str, ...] = ("all",)
 
     def config(self, seed: int, label: int) -> PipelineConfig:
         """One cell's configuration."""
         config = Recipe(128, seed, SupportedDatasets.FASHION_MNIST, self.model).config(self.output_dir)
-        judged = EvalConfig(methods=self.methods, metrics=("all",), references=self.references)
+        judged = EvalConfig(methods=self.methods, metrics=self.metrics, references=self.references)
         return replace(config, forget_class=(label,), gcn_path=GCNS[self.model], eval=judged)
 
 
@@ -95,7 +96,11 @@ def measure(evaluation: Eval, name: str, kappas: Sequence[int]) -> dict:
 def cell(plan: Plan, seed: int, label: int) -> dict:
     """All methods on one class of one classifier, kept on disk method by method."""
     config = plan.config(seed, label)
-    inputs = {"config": str(replace(config, output_dir=Path(), eval=EvalConfig())), "references": plan.references}
+    inputs = {
+        "config": str(replace(config, output_dir=Path(), eval=EvalConfig())),
+        "references": plan.references,
+        "metrics": plan.metrics,
+    }
     inputs |= {"gcn": sha256_file(GCNS[plan.model]), "code": code_key(*RECORD_CODE)}
     name = f"{plan.model.value}_seed-{seed}_class-{label}_{key_of(inputs)[:12]}.json"
     path = plan.output_dir / "comparison" / name
