@@ -51,7 +51,7 @@ def loader(context: Context, forgotten: bool) -> DataLoader:
 
 def register(strategy: str) -> str:
     """A strategy of the package as a method; returns the method's name."""
-    from erasus import ErasusUnlearner  # ty: ignore[unresolved-import] - brought by `uv run --with`
+    from erasus import ErasusUnlearner  # ty: ignore[import-not-found] - brought by `uv run --with`
 
     @method(f"erasus_{strategy}", f"erasus: {strategy.replace('_', ' ')}", source="erasus 0.2.0")
     def entering(context: Context, point: Point) -> Generator[HookedModel]:
