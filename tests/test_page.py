@@ -187,7 +187,8 @@ def test_page_in_a_browser(browser, html, tmp_path, dark, width):
 
 def crowded(kappa: int, forgotten: int) -> dict:
     """A record of many classes with levels beside each other, small figures and intervals in its table."""
-    one = full(5, kappa, 12, classes=100, run=f"run-{forgotten}") | {"forget_class": forgotten}
+    one = full(5, kappa, 12, classes=100, run=f"run-{forgotten}")
+    one["forget_class"] = forgotten
     for name, label in (("retrain", "retrained"), ("sft", "SFT randomisation"), ("logit_drop", "logit drop")):
         one["labels"][name], one["axes"][name] = label, []
         for part in ("methods", "validation"):

@@ -66,7 +66,9 @@ def test_thumbnails_are_the_images_before_they_were_normalised(shape):
 
 def test_large_images_shrink_to_thumbnails_of_the_same_shape():
     data = dataset((3, 30, 2 * WIDEST))
-    data.splits["test"].pixels[:, 0] = 200
+    pixels = data.splits["test"].pixels
+    assert isinstance(pixels, Tensor)
+    pixels[:, 0] = 200
     for picture in thumbnails(data)["images"]:
         assert decoded(picture).shape == (15, WIDEST, 3)
         assert (decoded(picture)[:, :, 0] == 200).all()
