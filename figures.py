@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6D00", "#000000")
 MARKERS, DASHES = "osD^vP<>", ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+LEVELS = ((0, (4, 2)), (0, (1, 1.5)), (0, (8, 2)), (0, (5, 1.5, 1, 1.5)))  # dashes of horizontal lines
 COLUMN, HEIGHT = 3.4, 2.5  # inches: the width of one column of a paper, the height of a panel
 SIDE_BY_SIDE = 4  # from as many panels on they stand in two columns
 SMALL, TINY = 7.5, 6.5  # points
@@ -87,7 +88,7 @@ def _draw_series(ax: "Axes", one: Series) -> None:
     colour, marker = _colour(one), MARKERS[one.style % len(MARKERS)]
     dash = DASHES[one.style // len(COLOURS) % len(DASHES)]
     if one.kind == "level":
-        ax.axhline(one.y[0], color=colour, ls=(0, (4, 2)), lw=1, label=one.label)
+        ax.axhline(one.y[0], color=colour, ls=LEVELS[one.style % len(LEVELS)], lw=1, label=one.label)
         if one.low and one.high:
             ax.axhspan(one.low[0], one.high[0], color=colour, alpha=0.1, lw=0)
     elif one.kind == "steps":
@@ -117,10 +118,19 @@ def _draw_cells(ax: "Axes", panel: Panel) -> None:
         turn = 90 if max(map(len, panel.ticks)) > 2 else 0
         ax.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize=TINY, rotation=turn)
         ax.set_yticks(range(len(panel.ticks)), panel.ticks, fontsize=TINY)
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.24 if panel.margins else 0.04)
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04)
     bar.ax.tick_params(labelsize=TINY)
+    if not panel.signed:
+        bar.locator = _whole(5)
     if panel.margins:
         _draw_margins(ax, cells)
+
+
+def _whole(most: int) -> Any:
+    """Ticks at whole numbers, for counts, about `most` of them."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, integer=True)
 
 
 def _draw_margins(ax: "Axes", cells: Sequence[Sequence[float]]) -> None:
@@ -135,8 +145,9 @@ def _draw_margins(ax: "Axes", cells: Sequence[Sequence[float]]) -> None:
     top.bar(range(len(sums)), sums, width=1, color=COLOURS[0])
     top.set_xlim(-0.5, len(sums) - 0.5)
     top.set_xticks([])
-    for margin in (right, top):
+    for margin, axis in ((right, right.xaxis), (top, top.yaxis)):
         margin.tick_params(labelsize=TINY, width=0.6, length=2)
+        axis.set_major_locator(_whole(2))
         margin.spines[["top", "right"]].set_visible(False)
     top.set_title(ax.get_title(), fontsize=SMALL)
     ax.set_title("")

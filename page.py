@@ -25,6 +25,7 @@ from tables import (
     headline,
     metrics_of,
     remarks,
+    share_changed,
     table,
     without_records,
 )
@@ -86,12 +87,11 @@ def command(run: Run) -> str:
 def sentence(record: dict) -> str:
     """One point of the sweep in words: the answer's mask there."""
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
-    share = 100 * after["weights_changed"] / record["num_graph_vertices"]
     lost = before["retain_score"] - after["retain_score"]
     verb = "are" if isinstance(record["forget_class"], list) else "is"
     change = f"{'lose' if lost >= 0 else 'gain'} {abs(lost):.1f} points"
     return (
-        f"At kappa {record['kappa']:,} ({share:.1f} % of the layer) {classes_of(record)} {verb} recognised "
+        f"At kappa {record['kappa']:,} ({share_changed(record)}) {classes_of(record)} {verb} recognised "
         f"{after['forget_score']:.1f} % of the time; the other classes {change}."
     )
 
@@ -122,7 +122,7 @@ def _point(record: dict, metrics: Sequence[str]) -> dict:
 def _shares(record: dict, panel: Panel) -> dict:
     """Bars of one point: by class, for each of some methods."""
     methods = [list(record["labels"])[one.style] for one in panel.series]
-    return {"ticks": panel.ticks, "methods": methods, "values": [one.y for one in panel.series]}
+    return {"title": panel.title, "ticks": panel.ticks, "methods": methods, "values": [one.y for one in panel.series]}
 
 
 def _answered(run: Run) -> bool:

@@ -217,15 +217,21 @@ def _compared(record: dict) -> list[str]:
     return [name for name in ("default", record["answer"], "retrain") if name in record["labels"]]
 
 
-def _bars(record: dict, of: dict[str, list], rank: Callable[[int], float], title: str, y_label: str) -> list[Panel]:
-    """Bars by class; of many classes the forgotten ones and those with the largest `rank`."""
+def _bars(
+    record: dict, of: dict[str, list], rank: Callable[[int], float], title: str, y_label: str, ranked: str = ""
+) -> list[Panel]:
+    """Bars by class; of many classes the forgotten ones and those with the largest `rank`.
+
+    Args:
+        ranked: what `rank` is, in a word, where it is not what the bars show.
+    """
     count = len(next(iter(of.values())))
     named = record["forget_class"] if isinstance(record["forget_class"], list) else [record["forget_class"]]
     order = sorted(range(count), key=lambda c: (c not in named, -rank(c)))[:MOST_BARS]
     chosen = sorted(order)
     if count > MOST_BARS:
         others = [rank(c) for c in range(count) if c not in order]
-        title += f"\n({MOST_BARS} of {count} classes; the others' median: {median(others):.2g})"
+        title += f"\n({MOST_BARS} of {count} classes; the others' median{ranked}: {median(others):.2g})"
     series = [
         Series(record["labels"][name], [float(c) for c in range(len(chosen))], [values[c] or 0.0 for c in chosen],
                "bars", style_of(record, name))
@@ -246,14 +252,14 @@ def per_class(runs: Sequence[Run]) -> list[Panel]:
         before, after = of["default"][c], of[record["answer"]][c]
         return abs((after or 0.0) - (before or 0.0))
 
-    return _bars(record, of, change, "accuracy by class, test images", "accuracy [%]")
+    return _bars(record, of, change, "accuracy by class, test images", "accuracy [%]", " change")
 
 
 def class_probability(runs: Sequence[Run]) -> list[Panel]:
     """Mean probability that forgotten images are given for each class."""
     record = choose(runs[0], runs[0][0]["answer"])
     of = {name: values for name in _compared(record) if (values := record["class_probability"].get(name))}
-    title = f"probabilities given to images of {classes_of(record)}"
+    title = f"probability for images of {classes_of(record)}"
     return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "mean probability")
 
 
@@ -305,8 +311,8 @@ def mask_map(runs: Sequence[Run]) -> list[Panel]:
     for layer in record.get("mask_map") or []:
         (m, n), cells = layer["shape"], layer["cells"]
         block = f"{math.ceil(m / len(cells))} x {math.ceil(n / len(cells[0]))}"
-        title = f"switched off in {layer['layer']} {m} x {n},\nkappa {record['kappa']:,}"
-        title += f", cells of {block} weights" if block != "1 x 1" else ""
+        title = f"switched off in {layer['layer']},\n{m} x {n}, kappa {record['kappa']:,}"
+        title += f",\ncells of {block} weights" if block != "1 x 1" else ""
         rows, columns = [sum(row) for row in cells], [sum(column) for column in zip(*cells, strict=True)]
         alt = f"{title}. Most in one row of cells: {max(rows)}, in one column: {max(columns)} of {sum(rows)}."
         found.append(Panel(title, "input neuron", "output neuron", alt=alt, cells=cells, margins=True))

@@ -349,15 +349,19 @@ def remarks(records: Run) -> list[str]:
     return [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
 
 
+def share_changed(record: dict) -> str:
+    """How much of what is masked the answer's mask switches off: "20.0 % of the layer"."""
+    share = 100 * record["methods"][record["answer"]]["weights_changed"] / record["num_graph_vertices"]
+    return f"{share:.1f} % of the {'masked layers' if isinstance(record['mask_layer'], list) else 'layer'}"
+
+
 def headline(records: Run) -> str:
     """The run's answer in words, from the chosen point of the method that gives it."""
     record = choose(records, records[0]["answer"])
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
-    share = 100 * after["weights_changed"] / record["num_graph_vertices"]
-    layers = "masked layers" if isinstance(record["mask_layer"], list) else "layer"
     is_or_are, them = ("are", "them") if isinstance(record["forget_class"], list) else ("is", "it")
     text = (
-        f"Switching off {after['weights_changed']} weights ({share:.1f} % of the {layers}), {classes_of(record)} "
+        f"Switching off {after['weights_changed']} weights ({share_changed(record)}), {classes_of(record)} "
         f"{is_or_are} recognised {after['forget_score']:.1f} % of the time (before: "
         f"{before['forget_score']:.1f} %); the other classes score {after['retain_score']:.1f} % "
         f"(before: {before['retain_score']:.1f} %)."

@@ -5,6 +5,7 @@ Small by intent, whatever the dataset: a record stays a few dozen kilobytes.
 
 import base64
 import io
+import math
 
 import torch
 from torch import Tensor
@@ -67,13 +68,11 @@ def tables_of(forget: Outputs, retain: Outputs) -> dict[str, list]:
 
 
 def _binned(counts: Tensor) -> Tensor:
-    """Sums [m, n] -> at most [MAP_SIDE, MAP_SIDE] of neighbouring rows and columns."""
+    """Sums [m, n] -> at most [MAP_SIDE, MAP_SIDE] of equal blocks of rows and columns; the last may be smaller."""
     for dim in (0, 1):
-        size = counts.shape[dim]
-        cells = min(size, MAP_SIDE)
-        place = torch.arange(size) * cells // size
-        shape = (cells, counts.shape[1]) if dim == 0 else (counts.shape[0], cells)
-        counts = torch.zeros(shape, dtype=counts.dtype).index_add_(dim, place, counts)
+        place = torch.arange(counts.shape[dim]) // math.ceil(counts.shape[dim] / MAP_SIDE)
+        shape = [int(place[-1]) + 1 if axis == dim else size for axis, size in enumerate(counts.shape)]
+        counts = counts.new_zeros(shape).index_add_(dim, place, counts)
     return counts
 
 

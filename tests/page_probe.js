@@ -16,6 +16,13 @@ seen.unnamed = [...document.querySelectorAll('svg[role=img]')].filter(s => !s.ge
 seen.broken = [...document.querySelectorAll("svg *")].filter(n => [...n.attributes].some(a => /NaN|undefined|Infinity/.test(a.value))).length;
 seen.images = [...visible[0].querySelectorAll("img")].map(i => i.alt);
 seen.unlabelled = [...document.querySelectorAll("input, select")].filter(n => !n.labels.length && !n.ariaLabel).length;
+const overlap = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+seen.collisions = [...visible[0].querySelectorAll("svg[role=img]")].flatMap(svg => { const all = [...svg.querySelectorAll("text")], box = n => n.getBoundingClientRect();
+  return all.flatMap((one, i) => all.slice(i + 1).filter(other => overlap(box(one), box(other))).map(other => `${one.textContent} / ${other.textContent}`)); });
+seen.cut = [...visible[0].querySelectorAll("svg[role=img]")].flatMap(svg => { const frame = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll("text")].filter(n => { const b = n.getBoundingClientRect(); return b.left < frame.left - 1 || b.right > frame.right + 1 || b.bottom > frame.bottom + 1; }).map(n => n.textContent); });
+seen.captions = [...visible[0].querySelectorAll("figcaption")].map(n => n.textContent);
+seen.dashes = [...new Set([...visible[0].querySelectorAll(".legend line")].map(n => n.getAttribute("stroke-dasharray")).filter(d => d))];
 const slider = visible[0].querySelector("input.kappa"), said = () => visible[0].querySelector(".sweep .headline").textContent;
 seen.slider = [];
 for (let i = 0; i <= +slider.max; i++) { slider.value = i; slider.dispatchEvent(new Event("input")); seen.slider.push(said()); }
@@ -25,4 +32,10 @@ press(); seen.up = cells(); press(); seen.down = cells(); seen.sorted = table.qu
 seen.focus = [...document.querySelectorAll("th button")].every(b => b.tabIndex === 0);
 const pick = document.getElementById("pick-class"); pick.value = "class 2"; pick.dispatchEvent(new Event("change"));
 seen.picked = [...document.querySelectorAll(".run")].filter(s => !s.hidden).map(s => s.dataset.classes);
+const rules = [...document.styleSheets].flatMap(s => [...s.cssRules]).filter(r => r.media);
+const screenOnly = rules.filter(r => r.media.mediaText === "screen"), paper = rules.filter(r => r.media.mediaText === "print").flatMap(r => [...r.cssRules]);
+screenOnly.forEach(r => { r.media.mediaText = "not all"; });
+document.head.append(Object.assign(document.createElement("style"), { textContent: paper.map(r => r.cssText).join("\n") }));
+document.body.style.cssText = "margin: 0; width: 718px"; // A4 without margins of 1 cm, at 96 to the inch
+seen.offPaper = Math.max(...[...document.querySelectorAll("table")].map(t => t.getBoundingClientRect().right)) - 718;
 document.body.replaceChildren(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify(seen) }));

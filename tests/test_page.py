@@ -67,6 +67,7 @@ def test_sentence_by_hand():
         "At kappa 200 (20.0 % of the layer) class 1 is recognised 12.0 % of the time; "
         "the other classes lose 2.0 points."
     )
+    assert "(20.0 % of the masked layers)" in sentence(full(5, 200, 12) | {"mask_layer": [-2, -1]})
 
 
 def test_page_holds_sentences_tables_and_provenance_without_its_script(html):
@@ -182,3 +183,33 @@ def test_page_in_a_browser(browser, html, tmp_path, dark, width):
     assert seen["images"][0] == "test image of class 1, before taken for 1, after for 2"
     assert (seen["up"], seen["down"], seen["sorted"]) == (["60", "78", "80"], ["80", "78", "60"], "descending")
     assert seen["picked"] == ["class 2"]
+
+
+def crowded(kappa: int, forgotten: int) -> dict:
+    """A record of many classes with levels beside each other, small figures and intervals in its table."""
+    one = full(5, kappa, 12, classes=100, run=f"run-{forgotten}")
+    one["forget_class"] = forgotten
+    for name, label in (("retrain", "retrained"), ("sft", "SFT randomisation"), ("logit_drop", "logit drop")):
+        one["labels"][name], one["axes"][name] = label, []
+        for part in ("methods", "validation"):
+            one[part][name] = dict(one[part]["default"])
+    shown = ("worst_retained_drop", "avg_gap")  # with these, as many as a record of the pipeline shows first
+    one["metrics"] = {name: about for name, about in one["metrics"].items() if name != "unheard_of"}
+    one["metrics"] |= {name: {"unit": "points", "better": "lower"} for name in shown}
+    for part in ("methods", "validation"):
+        for place, values in enumerate(one[part].values()):
+            values |= {"worst_retained_drop": 12.345, "avg_gap": 0.001 + 0.0005 * place}
+    one["class_probability"] = {name: [c / 44850 for c in range(300)] for name in one["labels"]}
+    limits = {"value": 98.76, "low": 97.65, "high": 99.87, "n": 100}
+    one["intervals"] = {name: dict.fromkeys(one["metrics"], limits) for name in one["labels"]}
+    return one
+
+
+def test_crowded_page_in_a_browser(browser, tmp_path):
+    """Nothing written in a figure lies over anything else or outside; tables fit on paper."""
+    seen = use(browser, page([crowded(k, c) for c in (1, 2) for k in (100, 200)]), tmp_path, dark=False, width=1280)
+    assert (seen["errors"], seen["collisions"], seen["cut"]) == ([], [], [])
+    assert seen["offPaper"] <= 0
+    cut = "what images of class 1 are taken for\n(20 of 100 classes; the others' median: 0)"
+    assert seen["captions"].count(cut) == 2  # beside the slider as well
+    assert len(seen["dashes"]) >= 3  # levels are told apart in grey

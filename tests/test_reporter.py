@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -322,6 +323,8 @@ def test_many_classes_are_cut_or_joined_and_it_says_so():
     assert "20 of 300 classes" in panel.title
     (ax,) = draw([panel]).axes
     assert len(ax.patches) == 2 * MOST_BARS
+    (panel,) = per_class([[one]])
+    assert panel.title.endswith("the others' median change: 0)")  # the bars are accuracies of 100
     (panel,) = confusion_difference([[one]])
     assert "blocks of 15 of 300 classes" in panel.title
     assert list(panel.ticks or [])[:2] == ["0-14", "15-29"]
@@ -344,10 +347,21 @@ def test_records_of_a_thousand_classes_have_tables_of_their_own():
 def test_map_of_a_mask_shows_every_weight_once(records):
     (panel,) = figures_of([records])["mask_map"]
     assert panel.cells == [[1, 0], [2, 5]]
+    assert panel.title == "switched off in w,\n4 x 2, kappa 200,\ncells of 2 x 1 weights"
     heat, right, top = (lambda ax: (ax, *ax.child_axes))(draw([panel]).axes[0])
     assert [bar.get_width() for bar in right.patches] == [1, 7]
     assert [bar.get_height() for bar in top.patches] == [3, 5]
     assert heat.images[0].get_array().tolist() == panel.cells
+
+
+def test_scales_of_a_map_are_whole_numbers(records):
+    (panel,) = figures_of([records])["mask_map"]
+    figure = draw([replace(panel, cells=[[1, 0], [0, 1]])])
+    heat, bar = figure.axes
+    right, top = heat.child_axes
+    for ticks in (bar.get_yticks(), right.get_xticks(), top.get_yticks()):
+        assert len(ticks) > 1
+        assert all(tick == int(tick) for tick in ticks)
 
 
 def test_training_curves_are_thinned():
@@ -363,6 +377,16 @@ def test_figures_fit_one_column_and_name_every_line(records):
         assert figure.get_figwidth() == COLUMN * (2 if len(panels) > 3 else 1), name
         named = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
         assert named == {one.label for panel in panels for one in panel.series if len(panel.series) > 1}, name
+
+
+def test_levels_are_told_apart_in_grey(records):
+    (panel,) = figures_of([records])["retain_score_over_kappa"]
+    levels = [replace(next(one for one in panel.series if one.kind == "level"), style=style) for style in range(4, 8)]
+    dashes = [
+        str(line.get_linestyle()) + str(line._unscaled_dash_pattern)
+        for line in draw([replace(panel, series=levels)]).axes[0].lines
+    ]
+    assert len(set(dashes)) == 4
 
 
 # --- what is written --------------------------------------------------------------------------------------
