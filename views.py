@@ -21,10 +21,14 @@ TABLES = ("class_probability", "confusion", "class_score", "taken_for", "said_of
 MAP_SIDE = 32  # cells, at most, of a mask's map in each direction
 
 
-def sampled(count: int) -> list[int]:
-    """Up to SAMPLES places spread evenly over `count`."""
-    shown = min(SAMPLES, count)
-    return [place * count // shown for place in range(shown)]
+def sampled(labels: Tensor) -> list[int]:
+    """Up to SAMPLES places in `labels` [S], ascending: as many of each class, spread evenly over its images."""
+    groups = [(labels == label).nonzero().flatten().tolist() for label in labels.unique().tolist()]
+    chosen = []
+    for turn, places in enumerate(groups[:SAMPLES]):
+        shown = min(len(places), SAMPLES // len(groups) + (turn < SAMPLES % len(groups)))
+        chosen += [places[k * len(places) // shown] for k in range(shown)]
+    return sorted(chosen)
 
 
 def thumbnails(data: UnlearningDataset) -> dict[str, list]:
@@ -33,7 +37,7 @@ def thumbnails(data: UnlearningDataset) -> dict[str, list]:
 
     part = data.splits["test"]
     places = data.is_forgotten(part.labels).nonzero().flatten()
-    places = places[sampled(len(places))]
+    places = places[sampled(part.labels[places])]
     pictures = []
     for pixels in part.pixels[places].permute(0, 2, 3, 1).numpy():  # [H, W, C] uint8
         image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
@@ -46,7 +50,7 @@ def thumbnails(data: UnlearningDataset) -> dict[str, list]:
 
 def said_of_samples(forget: Outputs) -> list[list[float]]:
     """What a model says of the images of `thumbnails`: predicted class and its probability, for each."""
-    best = forget.log_p[sampled(len(forget.labels))].exp().max(1)
+    best = forget.log_p[sampled(forget.labels)].exp().max(1)
     return [[int(label), round(float(p), 4)] for p, label in zip(best.values, best.indices, strict=True)]
 
 

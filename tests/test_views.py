@@ -48,14 +48,21 @@ def outputs(said: list[int], labels: list[int], classes: int) -> Outputs:
     ("count", "places"), [(0, []), (3, [0, 1, 2]), (8, list(range(8))), (20, [0, 2, 5, 7, 10, 12, 15, 17])]
 )
 def test_places_are_spread_evenly(count, places):
-    assert sampled(count) == places
+    assert sampled(torch.full((count,), 3)) == places
+
+
+def test_every_class_has_its_places():
+    assert sampled(torch.tensor([5] * 9 + [2, 7])) == [0, 3, 6, 9, 10]  # shares of 3, 3, 2; 2 and 7 have one image each
+    assert sampled(torch.arange(20)) == list(range(8))
+    assert sampled(torch.tensor([1, 0] * 10)) == [0, 1, 4, 5, 10, 11, 14, 15]
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 20)], ids=["grey", "colour, not square"])
 def test_thumbnails_are_the_images_before_they_were_normalised(shape):
     data = dataset(shape)
     forgotten = [(image, label) for image, label in data.splits["test"] if label in (3, 7)]
-    chosen = [forgotten[i] for i in (0, 1, 3, 4, 6, 7, 9, 10)]  # eight of twelve
+    places = {label: [i for i, (_, true) in enumerate(forgotten) if true == label] for label in (3, 7)}
+    chosen = [forgotten[i] for i in sorted(places[c][k] for c in (3, 7) for k in (0, 1, 3, 4))]  # four of six each
     found = thumbnails(data)
     assert found["labels"] == [label for _, label in chosen]
     assert set(found["labels"]) == {3, 7}
