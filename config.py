@@ -242,7 +242,7 @@ class EvalConfig:
     )
     """Names from the registries (docs/methods.md), or all."""
     metrics: tuple[str, ...] = ("core", "train", "attack", "retrain")
-    """Names of metrics or groups of them (docs/metrics.md), or all."""
+    """Names of metrics or groups of them (docs/metrics.md), or all; forget_score and retain_score in any case."""
     references: int = 1
     """Classifiers retrained without the classes to forget, each with a training seed of its own; 0: no comparison."""
     batch_size: int = 256

@@ -14,6 +14,7 @@ NEEDED = (
     *("objective", "answer", "auto", "config", "classifier_path", "gcn_path"),
     *("methods", "validation", "metrics", "labels", "axes", "weight_histogram", "class_probability"),
 )  # of a record that can be reported
+SCORES = {"forget_score", "retain_score"}  # of each of its methods
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,18 @@ def read_records(output_dir: Path) -> list[dict]:
                 raise UserError(f"{path} is no {SCHEMA} record of this place")
             if missing := [name for name in NEEDED if name not in record]:
                 raise UserError(f"{path} has no {', '.join(missing)}: delete it and run again")
-            if record["answer"] in record["labels"] and not set(record["labels"]) <= set(record["validation"]):
-                raise UserError(f"{path} names methods that it has no figures of: delete it and run again")
+            if lacking := _without_scores(record):
+                raise UserError(f"{path} has no scores of {', '.join(lacking)}: delete it and run again")
             records.append(record)
         except (UserError, KeyError, TypeError, AttributeError) as error:
             log(f"left out: {error}")
     return records
+
+
+def _without_scores(record: Mapping[str, Mapping]) -> list[str]:
+    """Methods that a record names without the figures that points are chosen by."""
+    figures = [record[part] for part in ("methods", "validation")]
+    return [name for name in record["labels"] if not all(set(part.get(name, ())) >= SCORES for part in figures)]
 
 
 def read_rows(records: Iterable[dict]) -> list[Row]:

@@ -396,7 +396,8 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
     write_json(paths[1], {"schema": "another"})
     assert read_records(tmp_path) == [records[2]]
     without = {name: value for name, value in records[1].items() if name != "axes"}
-    for broken in (without, records[1] | {"labels": {"mimu": "MIMU", "lost": "lost"}}):
+    scoreless = records[1] | {"validation": {name: {"avg_gap": 1.0} for name in records[1]["labels"]}}
+    for broken in (without, scoreless, records[1] | {"labels": {"mimu": "MIMU", "lost": "lost"}}):
         write_json(paths[1], broken)
         assert read_records(tmp_path) == [records[2]]
     assert Reporter(tmp_path, ReporterConfig(formats=("png",), dpi=20)).plot()
