@@ -5,6 +5,7 @@ here, so that `uv run main.py --help` answers at once.
 """
 
 import hashlib
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -336,8 +337,7 @@ class PipelineConfig:
             _require(min(values) >= 1, f"{name} holds {min(values)}", "every entry must be at least 1")
             _require(len(set(values)) == len(values), f"{name} is {list(values)}", "name each value once")
         _positive(self, "seed", zero_ok=True)
-        kind, _, index = self.device.partition(":")
-        known = kind in ("auto", "cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
+        known = re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device) is not None
         _require(known, f"device is {self.device!r}", "choose auto, cpu, cuda or cuda:N")
 
     @property

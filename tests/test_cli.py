@@ -420,6 +420,8 @@ FLAGS = {
     "type": ("--train.epochs many", "--train.epochs"),
     "kappa": ("--kappa-list 0", "must be at least 1"),
     "twice": ("--topK-list 5 5", "name each value once"),
+    "device without number": ("--device cuda:", "choose auto, cpu, cuda or cuda:N"),
+    "device of another digit": ("--device cuda:²", "choose auto, cpu, cuda or cuda:N"),
     "device": ("--device tpu", "choose auto, cpu, cuda or cuda:N"),
     "range": ("--train.epochs 0", "epochs is 0: give a number > 0"),
     "formats": ("--reporter.formats gif", "choose from png, svg, pdf"),
