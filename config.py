@@ -245,7 +245,8 @@ class EvalConfig:
     metrics: tuple[str, ...] = ("core", "train", "attack", "retrain")
     """Names of metrics or groups of them (docs/metrics.md), or all; forget_score and retain_score in any case."""
     references: int = 1
-    """Classifiers retrained without the classes to forget, each with a training seed of its own; 0: no comparison."""
+    """Classifiers retrained without the classes to forget, each with a training seed of its own; 0: no comparison,
+    and no method `retrain`."""
     batch_size: int = 256
     mask_strategy: MaskStrategies | None = None
     """None: direct for a GCN of the unlearning objective, feasibility for one of the ELBO."""

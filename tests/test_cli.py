@@ -378,6 +378,7 @@ SENTENCES = {
     "output below a file": ("--output-dir {material}/garbage.safetensors/out", "Not a directory"),
     "device missing": ("--device cuda:7", "CUDA devices are here"),
     "method": ("--eval.methods mimu nonsense", "choose from all, mimu, mimu_refined, taylor_mask,"),
+    "retrain alone": ("--eval.methods mimu retrain default --eval.references 0", "but eval.references is 0: ask for 1"),
     "yaml missing": ("--config {material}/none.yaml", "there is no config file"),
     "yaml folder": ("--config {material}", "directory"),
     "yaml key": ("--config {material}/key.yaml", "'nonsense' not in 'PipelineConfig'"),
