@@ -379,6 +379,8 @@ SENTENCES = {
     "device missing": ("--device cuda:7", "CUDA devices are here"),
     "method": ("--eval.methods mimu nonsense", "choose from all, mimu, mimu_refined, taylor_mask,"),
     "retrain alone": ("--eval.methods mimu retrain default --eval.references 0", "but eval.references is 0: ask for 1"),
+    "GCN's class": ("--gcn.train-classes 3 10", "name classes from 0 to 9, each once"),
+    "GCN's class twice": ("--gcn.train-classes 3 3", "name classes from 0 to 9, each once"),
     "yaml missing": ("--config {material}/none.yaml", "there is no config file"),
     "yaml folder": ("--config {material}", "directory"),
     "yaml key": ("--config {material}/key.yaml", "'nonsense' not in 'PipelineConfig'"),
