@@ -16,6 +16,7 @@ from config import (
     GCNPriorDistribution,
     SFTConfig,
     SFTModes,
+    UserError,
     derive_seed,
 )
 from data import GraphDataset, Vectors
@@ -147,7 +148,11 @@ class GCNTrainer:
         return terms
 
     def train(self, folder: Path) -> dict:
-        """Train; write the loss terms to `folder`/history.json; return the last tenth's means."""
+        """Train; write the loss terms to `folder`/history.json; return the last tenth's means.
+
+        Raises:
+            UserError: the loss is no longer finite.
+        """
         batches = list(self._batches())
         self.gcn.to(self.device).train()
         with self.tracker, inspecting(self.model):
@@ -155,6 +160,8 @@ class GCNTrainer:
                 temperature, begun = self.temperature(step), time.perf_counter()
                 self.optimizer.zero_grad(set_to_none=True)
                 terms = self._accumulate(indices, temperature)
+                if not math.isfinite(terms["loss"]):
+                    raise UserError("the GCN's loss is no longer finite: lower gcn.lr")
                 norm = gradient_norm(self.gcn)
                 self.optimizer.step()
                 rate = len(indices) / (time.perf_counter() - begun)

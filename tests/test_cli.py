@@ -416,6 +416,15 @@ def test_unusable_gcn_is_refused(tiny, material, tmp_path, capsys):
     assert not list((out / "eval").rglob("*.json"))
 
 
+@pytest.mark.parametrize("objective", ["unlearning", "elbo"])
+def test_a_diverging_gcn_says_what_to_lower(objective, tiny, tmp_path, capsys):
+    words = ["--config", str(tiny), "--output-dir", str(tmp_path), "--gcn.objective", objective, "--gcn.lr", "1e30"]
+    assert main.main(["run", *words]) == 2
+    err = capsys.readouterr().err
+    assert "lower gcn.lr" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
 FLAGS = {
     "flag": ("--nonsense 3", "--nonsense"),
     "dataset": ("--vision-dataset NOPE", "'DIGITS', 'FASHION_MNIST'"),
