@@ -57,6 +57,8 @@ class Context:
     """The classifier retrained without the classes to forget, by number of the training seed."""
     untrained: Callable[[], HookedModel] | None = None
     """A classifier with initial weights."""
+    retrain_seconds: Callable[[int], float] | None = None
+    """What training `retrain`'s took when it was made: one that is kept is loaded in no time."""
     allowed: dict[str, Tensor] | None = None
     """What the entered method may change: a bool tensor for each parameter by name (None: anything)."""
     charged: float = 0.0
@@ -328,7 +330,11 @@ def sft(context: Context, point: Point) -> Generator[HookedModel]:
 def retrain(context: Context, point: Point) -> Generator[HookedModel]:
     """Trained anew, by the classifier's own recipe, without the classes to forget."""
     assert context.retrain is not None, "this method needs Context.retrain"
-    yield context.retrain(0)
+    begun = time.perf_counter()
+    model = context.retrain(0)
+    if context.retrain_seconds is not None:
+        context.charged += context.retrain_seconds(0) - (time.perf_counter() - begun)
+    yield model
 
 
 @method("default", "untouched", source="control")

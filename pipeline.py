@@ -81,7 +81,9 @@ class Pipeline(Stages):
         judged = UnlearningDataset(data.name, data.splits, self.config.eval.batch_size, data.forget_class, data.seed)
         shared = (self.classifier, judged, self.config, self.device, self.learn_importance)
         retrain = self.retrained if self.config.eval.references else None
-        return Eval(Context(*shared, self.checkpoint, self.unlearner, retrain, self.untrained))
+        context = Context(*shared, self.checkpoint, self.unlearner, retrain, self.untrained)
+        context.retrain_seconds = lambda index: self.seconds[f"retrained-{index}"]
+        return Eval(context)
 
     def run_single_evaluation_round(self, topK: int, kappa: int, auto: Search | None = None) -> dict:
         """Measure every method at one point; write and return its record (or return the one that is there).
