@@ -1,7 +1,6 @@
-"""The records of a run: where they lie, reading them back, one row per figure. No torch, no dataset."""
+"""The records of a run: where they lie, reading them back. No torch, no dataset."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from artifacts import SCHEMA, read_json
@@ -15,17 +14,6 @@ NEEDED = (
     *("methods", "validation", "metrics", "labels", "axes", "weight_histogram", "class_probability"),
 )  # of a record that can be reported
 SCORES = {"forget_score", "retain_score"}  # of each of its methods
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number in long form: which record, which method, which metric, on which split."""
-
-    record: dict
-    method: str
-    split: str
-    metric: str
-    value: float
 
 
 def record_path(output_dir: Path, record: Mapping[str, object]) -> Path:
@@ -56,14 +44,3 @@ def _without_scores(record: Mapping[str, Mapping]) -> list[str]:
     """Methods that a record names without the figures that points are chosen by."""
     figures = [record[part] for part in ("methods", "validation")]
     return [name for name in record["labels"] if not all(set(part.get(name, ())) >= SCORES for part in figures)]
-
-
-def read_rows(records: Iterable[dict]) -> list[Row]:
-    """Records in long form, test figures (`methods`) and validation figures (`validation`)."""
-    return [
-        Row(record, method, split, metric, value)
-        for record in records
-        for split, part in (("test", "methods"), ("validation", "validation"))
-        for method, values in record[part].items()
-        for metric, value in values.items()
-    ]
