@@ -455,6 +455,8 @@ def test_other_commands_say_what_to_do(tmp_path, monkeypatch, capsys):
     assert "make some with `uv run main.py`" in sentence(refused(capsys, tmp_path, "dashboard", *place))
     assert "needs no download" in sentence(refused(capsys, tmp_path, "download", "DIGITS", *place))
     assert "cannot be downloaded" in sentence(refused(capsys, tmp_path, "download", "PLANT_CLASSIFICATION", *place))
+    where = str(tmp_path / "datasets" / "MNIST")
+    assert where in sentence(refused(capsys, tmp_path, "download", "MNIST", "--dataset-path", "elsewhere", *place))
     assert "needs no preparing" in sentence(refused(capsys, tmp_path, "prepare", "MNIST", *place))
     assert "'DIGITS'" in refused(capsys, tmp_path, "download", "NOPE", *place)
 
