@@ -270,7 +270,7 @@ class ReporterConfig:
     dpi: int = 150
 
     def __post_init__(self) -> None:
-        _positive(self, "dpi")
+        _require(self.dpi >= 10, f"reporter.dpi is {self.dpi}", "give at least 10, below which no letter can be drawn")
         bad = sorted(set(self.formats) - {"png", "svg", "pdf"})
         _require(not bad, f"reporter.formats has {', '.join(bad)}", "choose from png, svg, pdf")
 

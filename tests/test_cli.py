@@ -436,6 +436,7 @@ FLAGS = {
     "device of another digit": ("--device cuda:²", "choose auto, cpu, cuda or cuda:N"),
     "device": ("--device tpu", "choose auto, cpu, cuda or cuda:N"),
     "range": ("--train.epochs 0", "epochs is 0: give a number > 0"),
+    "dpi": ("--reporter.dpi 9", "give at least 10"),
     "formats": ("--reporter.formats gif", "choose from png, svg, pdf"),
     "tracker": ("--tracker wandb", "'trackio', 'none'"),
 }
