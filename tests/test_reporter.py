@@ -407,6 +407,17 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
     assert json.loads(paths[2].read_text()) == records[2]
 
 
+def test_broken_training_curves_are_named_and_left_out(records, tmp_path, capsys):
+    write_json(record_path(tmp_path, records[0]), records[0])
+    history = (tmp_path / records[0]["classifier_path"]).with_name("history.json")
+    history.parent.mkdir(parents=True)
+    for text in ("{", "{}", "[1]"):
+        history.write_text(text)
+        (folder,) = Reporter(tmp_path, ReporterConfig(formats=("png",), dpi=20)).plot()
+        assert f"left out: {history} holds no training curves" in capsys.readouterr().err
+        assert not (folder / "training_classifier.png").exists()
+
+
 def test_no_records_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match=r"no records below .* `uv run main\.py"):
         Reporter(tmp_path).plot()
