@@ -201,7 +201,7 @@ class UnlearningDataset:
 
     def is_forgotten(self, labels: Tensor) -> Tensor:
         """Whether each label [S] is of a class to forget, bool [S]."""
-        return torch.isin(labels, torch.tensor(self.forget_class))
+        return torch.isin(labels, torch.tensor(self.forget_class, device=labels.device))
 
     @property
     def num_classes(self) -> int:
