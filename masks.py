@@ -206,7 +206,7 @@ def random_mask(graph: WeightGraph, kappa: int, generator: torch.Generator) -> M
 
 
 def feasibility_score(importance: Tensor, forget_class: int | Sequence[int]) -> Tensor:
-    """s_ij = mean importance for the classes to forget minus mean importance over the retained ones (METHOD 4).
+    """s_ij = mean importance for the classes to forget minus mean importance over the retained ones.
 
     Args:
         importance: graded importance per class [C, *shape].
