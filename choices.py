@@ -51,7 +51,7 @@ class GCNPriorDistribution(Choice):
 
 
 class TopKSamplers(Choice):
-    """Relaxed k-subset samplers (METHOD: gumbel arXiv:1903.06059, sinkhorn arXiv:2002.06504)."""
+    """Relaxed k-subset samplers (gumbel arXiv:1903.06059, sinkhorn arXiv:2002.06504)."""
 
     sinkhorn = "sinkhorn"
     threshold = "threshold"
@@ -61,7 +61,7 @@ class TopKSamplers(Choice):
 class MaskStrategies(Choice):
     """How theta becomes one unlearning mask.
 
-    direct: the answer to the request itself. The others weigh the theta of every class (METHOD 4).
+    direct: the answer to the request itself. The others weigh the theta of every class.
     """
 
     direct = "direct"
@@ -70,7 +70,7 @@ class MaskStrategies(Choice):
 
 
 class Objectives(Choice):
-    """What the GCN is trained for (METHOD 5): to forget on request, or to find each class's mask prior."""
+    """What the GCN is trained for: to forget on request, or to find each class's mask prior."""
 
     unlearning = "unlearning"
     elbo = "elbo"

@@ -5,6 +5,7 @@ here, so that `uv run main.py --help` answers at once.
 """
 
 import hashlib
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -242,9 +243,10 @@ class EvalConfig:
     )
     """Names from the registries (docs/methods.md), or all."""
     metrics: tuple[str, ...] = ("core", "train", "attack", "retrain")
-    """Names of metrics or groups of them (docs/metrics.md), or all."""
+    """Names of metrics or groups of them (docs/metrics.md), or all; forget_score and retain_score in any case."""
     references: int = 1
-    """Classifiers retrained without the classes to forget, each with a training seed of its own; 0: no comparison."""
+    """Classifiers retrained without the classes to forget, each with a training seed of its own; 0: no comparison,
+    and no method `retrain`."""
     batch_size: int = 256
     mask_strategy: MaskStrategies | None = None
     """None: direct for a GCN of the unlearning objective, feasibility for one of the ELBO."""
@@ -268,7 +270,7 @@ class ReporterConfig:
     dpi: int = 150
 
     def __post_init__(self) -> None:
-        _positive(self, "dpi")
+        _require(self.dpi >= 10, f"reporter.dpi is {self.dpi}", "give at least 10, below which no letter can be drawn")
         bad = sorted(set(self.formats) - {"png", "svg", "pdf"})
         _require(not bad, f"reporter.formats has {', '.join(bad)}", "choose from png, svg, pdf")
 
@@ -336,8 +338,7 @@ class PipelineConfig:
             _require(min(values) >= 1, f"{name} holds {min(values)}", "every entry must be at least 1")
             _require(len(set(values)) == len(values), f"{name} is {list(values)}", "name each value once")
         _positive(self, "seed", zero_ok=True)
-        kind, _, index = self.device.partition(":")
-        known = kind in ("auto", "cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
+        known = re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device) is not None
         _require(known, f"device is {self.device!r}", "choose auto, cpu, cuda or cuda:N")
 
     @property

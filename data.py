@@ -33,7 +33,7 @@ _ARRAYS = ("h", "z", "delta", "labels", "weight")
 
 def _moments(means: Sequence[Tensor], squares: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean and std + 1e-8, [B, 1] each, over all nodes, from each layer's mean and mean square [B] and its size."""
-    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    share = torch.tensor(sizes, dtype=torch.float64, device=means[0].device) / sum(sizes)
     mean = (torch.stack(list(means), 1) * share).sum(1, keepdim=True)
     square = (torch.stack(list(squares), 1) * share).sum(1, keepdim=True)
     std = (square - mean.square()).clamp_min(0).sqrt()

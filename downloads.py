@@ -18,10 +18,13 @@ def download(dataset: SupportedDatasets, datasets_dir: Path, dataset_path: Path 
     What is there and sound is left as it is, what is damaged is replaced.
 
     Raises:
-        UserError: it comes by another way, or the download failed.
+        UserError: it comes by another way or to another place, or the download failed.
     """
     spec = SPECS[dataset]
     if spec.torchvision:
+        if dataset_path is not None:
+            where = datasets_dir / spec.folder
+            raise UserError(f"{dataset.value} is downloaded to {where}: choose another --output-dir, no --dataset-path")
         return _download_arrays(dataset, spec, datasets_dir)
     if spec.hub:
         return _download_tree(dataset, spec, dataset_root(dataset, dataset_path, datasets_dir), datasets_dir)

@@ -36,7 +36,7 @@ HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
 Judged = TypeVar("Judged")
 Costs = dict[str, float | None]
-VERDICTS_NEED = ("forget_score", "retain_score")  # whatever metrics were chosen
+SCORES = ("forget_score", "retain_score")  # always measured: verdicts, chosen points and the answer rest on them
 
 
 class _Head(nn.Module):
@@ -59,7 +59,7 @@ class Eval:
 
     def __init__(self, context: Context):
         self.context, self.config = context, context.config
-        self.metrics = chosen_metrics(self.config.eval.metrics)
+        self.metrics = chosen_metrics((*self.config.eval.metrics, *SCORES))
         self.untouched = copy.deepcopy(context.model)
         """The classifier as it was, out of reach of every method."""
         self.original = self.untouched.state_dict()
@@ -257,7 +257,7 @@ class Eval:
             asked = {name: entry for name, entry in self.metrics.items() if split == "test" or entry.group != "deep"}
             judged[split] = {name: e.figure(entry.compute) for name, entry in asked.items()} | extra
             if split == "test":
-                self.about[key]["intervals"] = intervals_of(e, dict.fromkeys((*VERDICTS_NEED, *asked)))
+                self.about[key]["intervals"] = intervals_of(e, asked)
         self.about[key] |= tables_of(outputs("test", True), outputs("test", False))
         return judged
 
@@ -325,19 +325,14 @@ class Eval:
     def verdicts(self, measured: Mapping[str, Mapping[str, dict]], point: Point) -> dict[str, list[dict[str, str]]]:
         """What is to be said against each measured method, in words, from its test figures at a point."""
         untouched = self.eval_unlearning("default", Point(0, 0, point.seed))["test"]
-        intervals = {name: self.about[METHODS[name].key(self.context, point)]["intervals"] for name in measured}
         base = self.about[METHODS["default"].key(self.context, point)]["intervals"]
-
-        def scored(values: Mapping, of: Mapping[str, dict]) -> dict:
-            return {**values, **{name: of[name]["value"] for name in VERDICTS_NEED}}
-
-        figures = {name: scored(values["test"], intervals[name]) for name, values in measured.items()}
+        figures = {name: values["test"] for name, values in measured.items()}
         said = {}
         for name in measured:
             references = References(
-                *(int(base[score]["n"]) for score in VERDICTS_NEED),
+                *(int(base[score]["n"]) for score in SCORES),
                 self.context.data.num_classes,
-                scored(untouched, base),
+                untouched,
                 logit_drop=figures.get("logit_drop") if name != "logit_drop" else None,
                 is_mask=METHODS[name].mask is not None and name != "random",
                 random=figures.get("random"),

@@ -1,7 +1,7 @@
 """Node features of a request to forget: named, documented sets, and what they are computed from.
 
-A request names the classes to forget; every column has one value per weight [*graph.shape]. `basic` are METHOD's four;
-`contrast` adds the forgotten classes against the retained ones; `taylor` adds first-order importances (PEERS 1).
+A request names the classes to forget; every column has one value per weight [*graph.shape]. `basic` are a graph's own;
+`contrast` adds the forgotten classes against the retained ones; `taylor` adds first-order importances.
 """
 
 from collections.abc import Iterator, Sequence
@@ -120,7 +120,7 @@ class Contributions:
         self.highest, self.lowest = highest, lowest
 
     def signed_taylor(self, weight_retain: float = TAYLOR_LAMBDA) -> Tensor:
-        """t_f - lambda max(0, t_r): the score that needs no training (PEERS 1). [*graph.shape]."""
+        """t_f - lambda max(0, t_r): the score that needs no training. [*graph.shape]."""
         return self.forget - weight_retain * self.retain.clamp_min(0)
 
 

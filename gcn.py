@@ -1,6 +1,6 @@
 """The graph network that learns masks: message passing over every weight in time and memory linear in their number.
 
-The edge list is never built (METHOD 1). What a node hears is a sum over the two neurons that it touches, so a round
+The edge list is never built. What a node hears is a sum over the two neurons that it touches, so a round
 needs one sum per neuron, and as aggregation is linear, its matrix is applied to those sums, not to the nodes.
 """
 
@@ -219,7 +219,7 @@ class MaskingGCN(nn.Module):
     A round is x' = act(x S + agg(x) V + b), with `residual` x' = x + act(...) from the second on. With `mean`, agg is
     the mean over the neighbours (GraphSAGE, Hamilton et al. 2017, arXiv:1706.02216); with `gcn`, S = 0 and agg is the
     normalised sum over the neighbours and the node itself (Kipf and Welling 2017, arXiv:1609.02907). Both need sums
-    over neurons only (METHOD 1). For one m x n layer:
+    over neurons only. For one m x n layer:
 
         mean:  agg(x)_ij = (row_i + col_j - 2 x_ij) / (m + n - 2)
         gcn:   agg(x)_ij = (row_i + col_j -   x_ij) / (m + n - 1)

@@ -1,7 +1,7 @@
 """Which weights are nodes and who touches whom: layout, degrees and, where it fits, the explicit edge list.
 
 One node per weight of the masked layers, numbered layer by layer, row by row. Two weights are neighbours when they
-touch the same neuron (METHOD 1): in one layer that is the rook's graph K_m x K_n; where the outputs of one masked
+touch the same neuron: in one layer that is the rook's graph K_m x K_n; where the outputs of one masked
 layer are the inputs of the next, their weights meet at those neurons as well. A neuron with k weights is a clique of
 k nodes, no two weights share two neurons, and so everything follows from the neurons.
 """

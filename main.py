@@ -238,7 +238,7 @@ Dataset = Annotated[SupportedDatasets, tyro.conf.Positional]
 
 
 def download(dataset: Dataset, output_dir: Path = Path(), dataset_path: Path | None = None) -> None:
-    """Fetch a dataset below datasets/, or to its place below ~/Datasets (or --dataset-path)."""
+    """Fetch a dataset below datasets/; a tree of image files to its place below ~/Datasets (or --dataset-path)."""
     import downloads
 
     print(downloads.download(dataset, output_dir.expanduser() / "datasets", dataset_path))

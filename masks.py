@@ -145,11 +145,11 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
     """Boolean tensor, True at the k largest entries over *all* dimensions; ties go to the lower flat index.
 
     Raises:
-        UserError: k is not in 1..N. ValueError: a score is NaN.
+        UserError: k is not in 1..N, or a score is NaN.
     """
     check_budget(k, scores.numel())
     if bool(scores.isnan().any()):
-        raise ValueError("scores hold NaN: the GCN or its input diverged")
+        raise UserError("scores of weights are not numbers (the GCN diverged): lower gcn.lr, or train.lr")
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     chosen[scores.flatten().argsort(descending=True, stable=True)[:k]] = True
     return chosen.view(scores.shape)
@@ -206,7 +206,7 @@ def random_mask(graph: WeightGraph, kappa: int, generator: torch.Generator) -> M
 
 
 def feasibility_score(importance: Tensor, forget_class: int | Sequence[int]) -> Tensor:
-    """s_ij = mean importance for the classes to forget minus mean importance over the retained ones (METHOD 4).
+    """s_ij = mean importance for the classes to forget minus mean importance over the retained ones.
 
     Args:
         importance: graded importance per class [C, *shape].

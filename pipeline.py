@@ -69,6 +69,8 @@ class Pipeline(Stages):
             raise UserError(f"auto.method is {config.auto.method}: name one of eval.methods")
         if config.kappa is KappaModes.auto and METHODS[config.auto.method].mask is None:
             raise UserError(f"auto.method is {config.auto.method}, which switches no kappa weights off: name mimu")
+        if "retrain" in config.eval.methods and not config.eval.references:
+            raise UserError("eval.methods names retrain, but eval.references is 0: ask for 1, or leave retrain out")
         if len(config.topK_list) > 1 and not elbo and config.eval.mask_strategy in (None, MaskStrategies.direct):
             log("topK: has no effect on masks that answer the request directly; the first of topK_list is enough")
 

@@ -1,7 +1,6 @@
-"""The records of a run: where they lie, reading them back, one row per figure. No torch, no dataset."""
+"""The records of a run: where they lie, reading them back. No torch, no dataset."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from artifacts import SCHEMA, read_json
@@ -14,17 +13,7 @@ NEEDED = (
     *("objective", "answer", "auto", "config", "classifier_path", "gcn_path"),
     *("methods", "validation", "metrics", "labels", "axes", "weight_histogram", "class_probability"),
 )  # of a record that can be reported
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number in long form: which record, which method, which metric, on which split."""
-
-    record: dict
-    method: str
-    split: str
-    metric: str
-    value: float
+SCORES = {"forget_score", "retain_score"}  # of each of its methods
 
 
 def record_path(output_dir: Path, record: Mapping[str, object]) -> Path:
@@ -43,20 +32,15 @@ def read_records(output_dir: Path) -> list[dict]:
                 raise UserError(f"{path} is no {SCHEMA} record of this place")
             if missing := [name for name in NEEDED if name not in record]:
                 raise UserError(f"{path} has no {', '.join(missing)}: delete it and run again")
-            if record["answer"] in record["labels"] and not set(record["labels"]) <= set(record["validation"]):
-                raise UserError(f"{path} names methods that it has no figures of: delete it and run again")
+            if lacking := _without_scores(record):
+                raise UserError(f"{path} has no scores of {', '.join(lacking)}: delete it and run again")
             records.append(record)
         except (UserError, KeyError, TypeError, AttributeError) as error:
             log(f"left out: {error}")
     return records
 
 
-def read_rows(records: Iterable[dict]) -> list[Row]:
-    """Records in long form, test figures (`methods`) and validation figures (`validation`)."""
-    return [
-        Row(record, method, split, metric, value)
-        for record in records
-        for split, part in (("test", "methods"), ("validation", "validation"))
-        for method, values in record[part].items()
-        for metric, value in values.items()
-    ]
+def _without_scores(record: Mapping[str, Mapping]) -> list[str]:
+    """Methods that a record names without the figures that points are chosen by."""
+    figures = [record[part] for part in ("methods", "validation")]
+    return [name for name in record["labels"] if not all(set(part.get(name, ())) >= SCORES for part in figures)]

@@ -44,6 +44,18 @@ def is_drawn(folder: Path, key: str) -> bool:
     return manifest.get("key") == key and all((folder / name).exists() for name in manifest.get("files", []))
 
 
+def _is_history(path: Path) -> bool:
+    """Whether a file holds training curves; if not, that is said in the log."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        sound = isinstance(entries, list) and all(isinstance(entry, dict) and "step" in entry for entry in entries)
+    except (OSError, ValueError):
+        sound = False
+    if not sound:
+        log(f"left out: {path} holds no training curves")
+    return sound
+
+
 def write_table(folder: Path, name: str, rows: list[list[str]], about: str) -> None:
     """One table as Markdown, CSV and LaTeX."""
     write_text(folder / f"{name}.md", as_text(rows))
@@ -160,7 +172,7 @@ class Reporter:
             name = f"training_gcn_top-{record['top_k']}" if record["objective"] == "elbo" else "training_gcn"
             files[name] = record["gcn_path"]
         paths = {name: self.output_dir / Path(file).parent / HISTORY for name, file in files.items()}
-        return {name: path for name, path in paths.items() if path.exists()}
+        return {name: path for name, path in paths.items() if path.exists() and _is_history(path)}
 
     @staticmethod
     def _panels(name: str, path: Path) -> list[Panel]:

@@ -85,6 +85,10 @@ class Stages:
         for name in ("topK_list", "kappa_list"):
             for value in getattr(config, name):
                 check_budget(value, self.graph.num_vertices, name)
+        taught = config.gcn.train_classes
+        if len(set(taught)) < len(taught) or not set(taught) <= set(range(len(facts.classes))):
+            needed = f"name classes from 0 to {len(facts.classes) - 1}, each once"
+            raise UserError(f"gcn.train_classes is {list(taught)}: {needed}")
         for path in (config.trained_vision_model_path, config.graph_dir, config.gcn_path):
             if path is not None and not path.exists():
                 raise UserError(f"there is nothing at {path}: check the path, or leave it out to compute it")

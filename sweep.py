@@ -126,9 +126,10 @@ def load_sweep(paths: Sequence[Path]) -> tuple[SweepConfig, PipelineConfig]:
     for path in paths:
         values = OmegaConf.load(path.expanduser())
         if isinstance(values, DictConfig) and SECTION in values:
-            section = OmegaConf.to_container(values[SECTION]) if values[SECTION] else {}
+            section = values[SECTION] or {}
+    section = OmegaConf.to_container(section) if isinstance(section, DictConfig) else section
     if not isinstance(section, dict):
-        raise UserError("no file has a section `sweep`: see configs/sweep_example.yaml")
+        raise UserError("no file has a section `sweep` of fields: see configs/sweep_example.yaml")
     known = {item.name for item in fields(SweepConfig)}
     if unknown := sorted(str(name) for name in set(section) - known):
         raise UserError(f"sweep has no field {unknown[0]}: choose from {', '.join(sorted(known))}")

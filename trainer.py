@@ -16,6 +16,7 @@ from config import (
     GCNPriorDistribution,
     SFTConfig,
     SFTModes,
+    UserError,
     derive_seed,
 )
 from data import GraphDataset, Vectors
@@ -43,7 +44,7 @@ DEAD_SHARE = 0.99  # of log C: a classifier whose loss is that of a guess
 
 
 def log_prior(kind: GCNPriorDistribution, graph: WeightGraph, weight: Tensor, vectors: Vectors) -> Tensor:
-    """log p over the N weights of the graph, per sample: p proportional to |W|, |g|, |W g|, or flat (METHOD 4).
+    """log p over the N weights of the graph, per sample: p proportional to |W|, |g|, |W g|, or flat.
 
     A thousandth of p is uniform, so that the KL is finite where a gradient is exactly 0; a sample whose
     gradients are all 0 gets the uniform prior.
@@ -77,7 +78,7 @@ def categorical_kl(theta: Tensor, log_p: Tensor) -> Tensor:
 class GCNTrainer:
     """Learns mask priors by the ELBO: minimise -E[log p(y | x; W * m)] + beta KL(q || p), m = relaxed top-K of theta.
 
-    The gradient flows through both terms into theta (METHOD 5).
+    The gradient flows through both terms into theta.
 
     Args:
         gcn: trained in place. model: the classifier, left as it is. graphs: of its layers `mask_layer`.
@@ -147,7 +148,11 @@ class GCNTrainer:
         return terms
 
     def train(self, folder: Path) -> dict:
-        """Train; write the loss terms to `folder`/history.json; return the last tenth's means."""
+        """Train; write the loss terms to `folder`/history.json; return the last tenth's means.
+
+        Raises:
+            UserError: the loss is no longer finite.
+        """
         batches = list(self._batches())
         self.gcn.to(self.device).train()
         with self.tracker, inspecting(self.model):
@@ -155,6 +160,8 @@ class GCNTrainer:
                 temperature, begun = self.temperature(step), time.perf_counter()
                 self.optimizer.zero_grad(set_to_none=True)
                 terms = self._accumulate(indices, temperature)
+                if not math.isfinite(terms["loss"]):
+                    raise UserError("the GCN's loss is no longer finite: lower gcn.lr")
                 norm = gradient_norm(self.gcn)
                 self.optimizer.step()
                 rate = len(indices) / (time.perf_counter() - begun)

@@ -1,7 +1,7 @@
 """The unlearning objective: theta for a request to forget, from a GCN in a few passes, by refinement, or by both.
 
 A request switches off kappa weights. The GCN sees the request's features and where its own last theta would lead
-(first-order importances at the masked network), and corrects theta; refinement descends on theta itself (METHOD 5).
+(first-order importances at the masked network), and corrects theta; refinement descends on theta itself.
 """
 
 import math
@@ -210,7 +210,7 @@ def annealed(start: float, end: float, step: int, steps: int) -> float:
 
 
 def refine(checkpoint: Checkpoint, theta: Tensor, request: Request, config: RefineConfig) -> Tensor:
-    """Descend on theta itself, with Adam, for one request (METHOD 5). [*graph.shape] -> [*graph.shape]."""
+    """Descend on theta itself, with Adam, for one request. [*graph.shape] -> [*graph.shape]."""
     theta = standardised(theta.detach()).requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=config.lr)
     with torch.enable_grad(), inspecting(checkpoint.model):
@@ -233,7 +233,7 @@ def noise_start(checkpoint: Checkpoint, request: Request, seed: int) -> Tensor:
 class UnlearningTrainer:
     """Trains the GCN to answer requests: random classes, kappa log-uniform, on one checkpoint or several.
 
-    Minimises forget loss + lambda * retain loss at the soft mask of theta, temperature annealed (METHOD 5).
+    Minimises forget loss + lambda * retain loss at the soft mask of theta, temperature annealed.
 
     Args:
         unlearner: its GCN is trained in place. checkpoints: each step draws from one of them.

@@ -21,6 +21,7 @@ from config import DataConfig, as_tuple, derive_seed
 from downloads import download
 from image_files import CHANGED, decode_many
 from image_tree import Tree
+from observe import log
 from readers import SPECS, Arrays, dataset_root, read_arrays, read_idx, resolve_classes, stratified
 from tree_splits import open_tree_of, usable_splits
 
@@ -200,7 +201,7 @@ class UnlearningDataset:
 
     def is_forgotten(self, labels: Tensor) -> Tensor:
         """Whether each label [S] is of a class to forget, bool [S]."""
-        return torch.isin(labels, torch.tensor(self.forget_class))
+        return torch.isin(labels, torch.tensor(self.forget_class, device=labels.device))
 
     @property
     def num_classes(self) -> int:
@@ -329,11 +330,21 @@ def get_unlearning_dataset(
         UserError: files are missing or damaged, or the forget class does not exist.
     """
     data = data or DataConfig()
+    _name_ignored(dataset, dataset_path, data)
     if SPECS[dataset].layout:
         splits = _tree_splits(dataset, dataset_path, datasets_dir, data)
     else:
         splits = _array_splits(dataset, dataset_root(dataset, dataset_path, datasets_dir), data)
     return UnlearningDataset(dataset, splits, batch_size, forget_class, seed)
+
+
+def _name_ignored(dataset: SupportedDatasets, dataset_path: Path | None, data: DataConfig) -> None:
+    """Say in the log which settings have no effect on this dataset."""
+    names = () if SPECS[dataset].layout else ("image_size", "num_workers", "skip_bad_images")
+    ignored = [f"data.{name}" for name in names if getattr(data, name) != getattr(DataConfig, name)]
+    ignored += ["dataset_path"] * (dataset is SupportedDatasets.DIGITS and dataset_path is not None)
+    if ignored:
+        log(f"{', '.join(ignored)}: no effect on {dataset.value}")
 
 
 def _array_splits(dataset: SupportedDatasets, root: Path, data: DataConfig) -> dict[str, Images]:

@@ -19,14 +19,17 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import torch
-from common import alternating, keep, parser, peak_memory, ratio
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from benchmarks.common import alternating, keep, parser, peak_memory, ratio
+from config import PROJECT_ROOT
 from image_tree import open_tree
 from utils_data import Images, LazyPixels, make_loader
 
@@ -143,7 +146,8 @@ def million(root: Path, store: Path) -> dict:
     figures: dict[str, float] = {}
     for name in ("cold", "cached"):
         command = [sys.executable, "-c", MEMORY, str(root), str(store)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "."})
+        paths = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
+        said = subprocess.run(command, capture_output=True, text=True, check=True, env=paths)
         seconds, processor, files, mib = map(float, said.stdout.split())
         figures |= {
             f"{name}_seconds": seconds,

@@ -378,6 +378,9 @@ SENTENCES = {
     "output below a file": ("--output-dir {material}/garbage.safetensors/out", "Not a directory"),
     "device missing": ("--device cuda:7", "CUDA devices are here"),
     "method": ("--eval.methods mimu nonsense", "choose from all, mimu, mimu_refined, taylor_mask,"),
+    "retrain alone": ("--eval.methods mimu retrain default --eval.references 0", "but eval.references is 0: ask for 1"),
+    "GCN's class": ("--gcn.train-classes 3 10", "name classes from 0 to 9, each once"),
+    "GCN's class twice": ("--gcn.train-classes 3 3", "name classes from 0 to 9, each once"),
     "yaml missing": ("--config {material}/none.yaml", "there is no config file"),
     "yaml folder": ("--config {material}", "directory"),
     "yaml key": ("--config {material}/key.yaml", "'nonsense' not in 'PipelineConfig'"),
@@ -413,6 +416,15 @@ def test_unusable_gcn_is_refused(tiny, material, tmp_path, capsys):
     assert not list((out / "eval").rglob("*.json"))
 
 
+@pytest.mark.parametrize("objective", ["unlearning", "elbo"])
+def test_a_diverging_gcn_says_what_to_lower(objective, tiny, tmp_path, capsys):
+    words = ["--config", str(tiny), "--output-dir", str(tmp_path), "--gcn.objective", objective, "--gcn.lr", "1e30"]
+    assert main.main(["run", *words]) == 2
+    err = capsys.readouterr().err
+    assert "lower gcn.lr" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
 FLAGS = {
     "flag": ("--nonsense 3", "--nonsense"),
     "dataset": ("--vision-dataset NOPE", "'DIGITS', 'FASHION_MNIST'"),
@@ -420,8 +432,11 @@ FLAGS = {
     "type": ("--train.epochs many", "--train.epochs"),
     "kappa": ("--kappa-list 0", "must be at least 1"),
     "twice": ("--topK-list 5 5", "name each value once"),
+    "device without number": ("--device cuda:", "choose auto, cpu, cuda or cuda:N"),
+    "device of another digit": ("--device cuda:²", "choose auto, cpu, cuda or cuda:N"),
     "device": ("--device tpu", "choose auto, cpu, cuda or cuda:N"),
     "range": ("--train.epochs 0", "epochs is 0: give a number > 0"),
+    "dpi": ("--reporter.dpi 9", "give at least 10"),
     "formats": ("--reporter.formats gif", "choose from png, svg, pdf"),
     "tracker": ("--tracker wandb", "'trackio', 'none'"),
 }
@@ -441,6 +456,8 @@ def test_other_commands_say_what_to_do(tmp_path, monkeypatch, capsys):
     assert "make some with `uv run main.py`" in sentence(refused(capsys, tmp_path, "dashboard", *place))
     assert "needs no download" in sentence(refused(capsys, tmp_path, "download", "DIGITS", *place))
     assert "cannot be downloaded" in sentence(refused(capsys, tmp_path, "download", "PLANT_CLASSIFICATION", *place))
+    where = str(tmp_path / "datasets" / "MNIST")
+    assert where in sentence(refused(capsys, tmp_path, "download", "MNIST", "--dataset-path", "elsewhere", *place))
     assert "needs no preparing" in sentence(refused(capsys, tmp_path, "prepare", "MNIST", *place))
     assert "'DIGITS'" in refused(capsys, tmp_path, "download", "NOPE", *place)
 

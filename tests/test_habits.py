@@ -96,3 +96,8 @@ def test_pins_are_the_same_in_both_places() -> None:
     assert constraints == pins(locked)
     assert all(specifier.startswith("==") for _, specifier in constraints)
     assert lock.count("--hash=sha256:") >= len(constraints)
+
+
+def test_no_note_is_named_that_is_not_here() -> None:
+    """References to notes that are in no checkout, by their section."""
+    assert lines_that_match(re.compile(r"\b(METHOD|PEERS)" + r"( \d|'s)")) == []

@@ -150,6 +150,7 @@ def test_stages_report_their_seconds(whole):
         seconds = record["provenance"]["seconds"]
         assert {"classifier", "graphs", f"gcn_top-{record['top_k']}", "evaluation"} <= set(seconds)
         assert all(value > 0 for value in seconds.values())
+        assert record["methods"]["retrain"]["seconds"] == pytest.approx(seconds["retrained-0"], rel=1e-3)
 
 
 def test_disk_holds_what_is_returned(whole):

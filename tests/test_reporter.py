@@ -420,7 +420,8 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
     write_json(paths[1], {"schema": "another"})
     assert read_records(tmp_path) == [records[2]]
     without = {name: value for name, value in records[1].items() if name != "axes"}
-    for broken in (without, records[1] | {"labels": {"mimu": "MIMU", "lost": "lost"}}):
+    scoreless = records[1] | {"validation": {name: {"avg_gap": 1.0} for name in records[1]["labels"]}}
+    for broken in (without, scoreless, records[1] | {"labels": {"mimu": "MIMU", "lost": "lost"}}):
         write_json(paths[1], broken)
         assert read_records(tmp_path) == [records[2]]
     assert Reporter(tmp_path, ReporterConfig(formats=("png",), dpi=20)).plot()
@@ -428,6 +429,17 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
     assert str(paths[0]) in said
     assert str(paths[1]) in said
     assert json.loads(paths[2].read_text()) == records[2]
+
+
+def test_broken_training_curves_are_named_and_left_out(records, tmp_path, capsys):
+    write_json(record_path(tmp_path, records[0]), records[0])
+    history = (tmp_path / records[0]["classifier_path"]).with_name("history.json")
+    history.parent.mkdir(parents=True)
+    for text in ("{", "{}", "[1]"):
+        history.write_text(text)
+        (folder,) = Reporter(tmp_path, ReporterConfig(formats=("png",), dpi=20)).plot()
+        assert f"left out: {history} holds no training curves" in capsys.readouterr().err
+        assert not (folder / "training_classifier.png").exists()
 
 
 def test_no_records_says_what_to_run(tmp_path):

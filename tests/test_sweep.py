@@ -121,6 +121,8 @@ def test_keys_do_not_depend_on_where_or_how_to_resume(tmp_path):
 
 BAD = {
     "no section": ("", "no file has a section `sweep`"),
+    "a number": ("sweep: 3", "no file has a section `sweep` of fields"),
+    "a list": ("sweep: [3]", "no file has a section `sweep` of fields"),
     "nothing": ("sweep:", "names no field"),
     "unknown key": ("sweep: {over: {seed: [0]}, worker: 3}", "no field worker: choose from executor, over,"),
     "unknown field": ("sweep: {over: {nonsense: [0]}}", "Key 'nonsense' not in"),

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from config import EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
-from eval import Eval
+from eval import SCORES, Eval
 from intervals import wilson
 from methods import Context
 from model import vision_model_loader
@@ -195,9 +195,11 @@ def test_record_holds_verdicts_against_the_right_references(evaluated):
     }
 
 
-def test_verdicts_do_not_hang_on_which_metrics_were_chosen(evaluated):
+def test_scores_are_measured_whichever_metrics_were_chosen(evaluated):
+    """Verdicts, chosen points and the answer in words are made of them."""
     context, record = evaluated
     context.config = replace(context.config, eval=replace(context.config.eval, metrics=("forget_loss",)))
     again = Eval(context).eval(500, 1)[0]
     assert again["verdicts"] == record["verdicts"]
-    assert set(again["methods"]["default"]) == {"forget_loss", *again["costs"]}
+    assert set(again["methods"]["default"]) == {"forget_loss", *SCORES, *again["costs"]}
+    assert set(again["metrics"]) == {"forget_loss", *SCORES}

@@ -1,0 +1,30 @@
+"""Benchmarks start as their docstrings say, from any folder, without installing anything."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {path.stem for path in ROOT.glob("*.py")} | {"benchmarks"}
+SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if '"__main__"' in path.read_text("utf-8")]
+ON_THE_PATH = "sys.path.insert(0, str(Path(__file__).resolve().parent.parent))"
+
+
+def imported(statement: ast.stmt) -> set[str]:
+    """First part of the name of every module that a statement imports."""
+    if isinstance(statement, ast.Import):
+        return {alias.name.partition(".")[0] for alias in statement.names}
+    return {(statement.module or "").partition(".")[0]} if isinstance(statement, ast.ImportFrom) else set()
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_benchmark_finds_the_project(path: Path) -> None:
+    """`uv run benchmarks/X.py` puts benchmarks/ on the path: the project comes from this line, ahead of its rooms."""
+    body = ast.parse(path.read_text("utf-8")).body
+    added = [place for place, statement in enumerate(body) if ast.unparse(statement) == ON_THE_PATH]
+    siblings = {other.stem for other in path.parent.glob("*.py")} - ROOMS
+    assert len(added) == 1
+    for place, statement in enumerate(body):
+        assert not imported(statement) & siblings, "say benchmarks.X: X alone is found from this folder only"
+        assert place > added[0] or not imported(statement) & ROOMS
