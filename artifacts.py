@@ -33,6 +33,38 @@ HISTORY = "history.json"
 PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors")
 
 
+# --- what is not finished yet -----------------------------------------------------------------------------
+
+
+def _host() -> str:
+    """This machine, for names of files on a shared file system: process numbers mean nothing on another."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _unfinished(path: Path, kind: str) -> Path:
+    """Where this process makes a file or folder before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{_host()}.{kind}")
+
+
+def _other_process_runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def _clear_leftovers(path: Path, kind: str) -> None:
+    """Remove what killed runs on this machine left of this file or stage: their process is gone, or had our number."""
+    for leftover in path.parent.glob(f".{path.name}.*-{_host()}.{kind}"):
+        pid = leftover.suffixes[-2][1:].partition("-")[0]
+        if pid.isdigit() and _other_process_runs(int(pid)):
+            continue
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
 # --- writing and reading ----------------------------------------------------------------------------------
 
 
@@ -43,7 +75,7 @@ def writing(path: Path) -> Generator[Path]:
     Raises:
         UserError: the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _unfinished(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(path, "tmp")
@@ -65,7 +97,7 @@ def filling(folder: Path) -> Generator[Path]:
     Raises:
         UserError: the place cannot be written.
     """
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = _unfinished(folder, "part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(folder, "part")
@@ -272,25 +304,6 @@ def _finished(path: Path, key: str) -> Stage | None:
         return None
 
 
-def _other_process_runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
-
-
-def _clear_leftovers(path: Path, kind: str) -> None:
-    """Remove what killed runs left of this file or stage: their process is gone, or had our number."""
-    for leftover in path.parent.glob(f".{path.name}.*.{kind}"):
-        pid = leftover.suffixes[-2][1:]
-        if pid.isdigit() and _other_process_runs(int(pid)):
-            continue
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-
-
 @contextmanager
 def locked(path: Path) -> Generator[None]:
     """Hold `path` for the length of the block; other processes (on NFS 4 other machines too) wait. Leaves no file.
@@ -346,7 +359,7 @@ def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Ca
 
 def _build(path: Path, key: str, inputs: Mapping[str, object], make: Callable[[Path], dict]) -> Stage:
     """Make a stage in a folder beside `path` and rename it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _unfinished(path, "part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(path, "part")

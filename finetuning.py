@@ -67,9 +67,8 @@ class Finetuner:
         self.batch = min(BATCH, max(SMALLEST_BATCH, len(self.forget) // STEPS))
         self.generator = torch.Generator().manual_seed(derive_seed(seed, name))
         self.optimizer = optimizing(list(self.model.parameters()))
-        self.held = (
-            [self._hold(name, parameter, free) for name, parameter in self.model.named_parameters()] if free else []
-        )
+        named = [] if free is None else self.model.named_parameters()
+        self.held = [self._hold(name, parameter, free or {}) for name, parameter in named]
 
     def _hold(self, name: str, parameter: nn.Parameter, free: Mapping[str, Tensor]) -> Held:
         none = torch.zeros_like(parameter, dtype=torch.bool)

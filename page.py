@@ -19,11 +19,11 @@ from tables import (
     Run,
     caption,
     choose,
-    classes_of,
     family_key,
     grid,
     headline,
     metrics_of,
+    named_classes,
     remarks,
     share_changed,
     table,
@@ -91,7 +91,7 @@ def sentence(record: dict) -> str:
     verb = "are" if isinstance(record["forget_class"], list) else "is"
     change = f"{'lose' if lost >= 0 else 'gain'} {abs(lost):.1f} points"
     return (
-        f"At kappa {record['kappa']:,} ({share_changed(record)}) {classes_of(record)} {verb} recognised "
+        f"At kappa {record['kappa']:,} ({share_changed(record)}) {named_classes(record)} {verb} recognised "
         f"{after['forget_score']:.1f} % of the time; the other classes {change}."
     )
 
@@ -174,7 +174,7 @@ def _run_text(run: Run) -> dict:
         "id": first["run"],
         "model": first["model"],
         "dataset": first["dataset"],
-        "classes": classes_of(first),
+        "classes": named_classes(first),
         "seed": first["seed"],
         "headline": headline(run) if _answered(run) else "The answer or the untouched classifier was not measured.",
         "caption": caption(run),

@@ -71,6 +71,8 @@ class Pipeline(Stages):
             raise UserError(f"auto.method is {config.auto.method}, which switches no kappa weights off: name mimu")
         if "retrain" in config.eval.methods and not config.eval.references:
             raise UserError("eval.methods names retrain, but eval.references is 0: ask for 1, or leave retrain out")
+        if self.objective is not config.gcn.objective:
+            log(f"gcn.objective: has no effect, {config.gcn_path} was trained for {self.objective.value}")
         if len(config.topK_list) > 1 and not elbo and config.eval.mask_strategy in (None, MaskStrategies.direct):
             log("topK: has no effect on masks that answer the request directly; the first of topK_list is enough")
 
@@ -114,6 +116,7 @@ class Pipeline(Stages):
             "dataset": config.vision_dataset.value,
             "objective": self.objective.value,
             "forget_class": _one_or_list(config.forget_labels),
+            "forget_names": [self.data.classes[label] for label in config.forget_labels],
             "mask_layer": _one_or_list(below_top),
             "num_graph_vertices": self.graph.num_vertices,
             "num_graph_edges": self.graph.num_edges,

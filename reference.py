@@ -54,6 +54,8 @@ def extract(path: Path) -> dict:
     Raises:
         UserError: the file is missing, no JSON object, or not a record of this project.
     """
+    if not path.is_file():
+        raise UserError(f"there is no {path}: name a record below eval/metrics_and_plots/json")
     record = {"settings": {}, "verdicts": {}} | read_json(path)  # records from before there were verdicts
     origin = record.get("provenance")
     if record.get("schema") != SCHEMA or not isinstance(origin, dict) or not _sound(record):

@@ -335,9 +335,20 @@ def as_latex(rows: list[list[str]], about: str) -> str:
 def classes_of(record: dict) -> str:
     """ "class 0", or "classes 0 and 3"."""
     named = record["forget_class"]
-    if not isinstance(named, list):
-        return f"class {named}"
-    return "classes " + ", ".join(map(str, named[:-1])) + f" and {named[-1]}"
+    return _listed([str(label) for label in (named if isinstance(named, list) else [named])])
+
+
+def named_classes(record: dict) -> str:
+    """The same with their names: "class 0 (zero)"."""
+    named, names = record["forget_class"], record.get("forget_names", [])
+    labels = [str(label) for label in (named if isinstance(named, list) else [named])]
+    if len(names) != len(labels):  # a record from before there were names
+        return _listed(labels)
+    return _listed([label if name == label else f"{label} ({name})" for label, name in zip(labels, names, strict=True)])
+
+
+def _listed(classes: list[str]) -> str:
+    return f"class {classes[0]}" if len(classes) == 1 else f"classes {', '.join(classes[:-1])} and {classes[-1]}"
 
 
 def remarks(records: Run) -> list[str]:
@@ -361,7 +372,7 @@ def headline(records: Run) -> str:
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     is_or_are, them = ("are", "them") if isinstance(record["forget_class"], list) else ("is", "it")
     text = (
-        f"Switching off {after['weights_changed']} weights ({share_changed(record)}), {classes_of(record)} "
+        f"Switching off {after['weights_changed']} weights ({share_changed(record)}), {named_classes(record)} "
         f"{is_or_are} recognised {after['forget_score']:.1f} % of the time (before: "
         f"{before['forget_score']:.1f} %); the other classes score {after['retain_score']:.1f} % "
         f"(before: {before['retain_score']:.1f} %)."

@@ -130,12 +130,11 @@ def too_random(figures: Figures, r: References) -> str | None:
     uncertain give the forgotten classes away.
     """
     gap, own = figures.get("entropy_gap"), figures.get("entropy_forget")
-    if gap is None or abs(gap) <= ENTROPY_GAP:
+    if gap is None or own is None or abs(gap) <= ENTROPY_GAP:
         return None
     other = None if r.retrained is None else r.retrained.get("entropy_forget")
-    if own is not None and own < (abs(gap) if other is None else other):  # too certain is not too random
-        return None
-    return f"the entropy on the forgotten classes is {abs(gap):.2f} of log C off retraining's"
+    above = own > other if other is not None else own + abs(gap) > 1  # else retraining's may as well be the larger one
+    return f"the entropy on the forgotten classes is {abs(gap):.2f} of log C above retraining's" if above else None
 
 
 CHECKS: dict[str, Callable[[Figures, References], str | None]] = {
@@ -168,7 +167,7 @@ def meanings() -> dict[str, str]:
 
 def _unmeasured(figures: Figures, r: References) -> list[str]:
     """What could not be checked, for want of which figure."""
-    lacking = [name for name in ("probe_gap", "entropy_gap") if figures.get(name) is None]
+    lacking = [name for name in ("probe_gap", "entropy_gap", "entropy_forget") if figures.get(name) is None]
     lacking += ["logit_drop"] * (r.logit_drop is None)
     return lacking + ["random"] * (r.is_mask and r.random is None)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import artifacts
 import main
 from config import PipelineConfig
 from config_files import load_config
@@ -172,14 +173,20 @@ def dead_pid() -> int:
     return process.pid
 
 
-PIDS = {"of a dead process": (dead_pid, False), "of this process": (os.getpid, False), "of another": (os.getppid, True)}
+HERE = artifacts._host()
+OWNERS = {
+    "a dead process": (dead_pid, HERE, False),
+    "this process": (os.getpid, HERE, False),
+    "another process": (os.getppid, HERE, True),
+    "a process of another machine": (dead_pid, "0123abcd", True),
+}
 
 
-@pytest.mark.parametrize(("pid", "stays"), PIDS.values(), ids=PIDS)
-def test_leftover(pid, stays, folder, config, reference, tmp_path):
+@pytest.mark.parametrize(("pid", "host", "stays"), OWNERS.values(), ids=OWNERS)
+def test_leftover(pid, host, stays, folder, config, reference, tmp_path):
     """A part without a living owner goes; in a container, a killed run's number is often the next run's own."""
     (stage,) = (folder / "reference/checkpoints/classifier").iterdir()
-    part = tmp_path / "checkpoints/classifier" / f".{stage.name}.{pid()}.part"
+    part = tmp_path / "checkpoints/classifier" / f".{stage.name}.{pid()}-{host}.part"
     part.mkdir(parents=True)
     (part / "classifier.safetensors").write_text("half")
     assert [untimed(record) for record in Pipeline(replace(config, output_dir=tmp_path)).eval()] == reference

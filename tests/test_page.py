@@ -67,6 +67,10 @@ def test_sentence_by_hand():
         "At kappa 200 (20.0 % of the layer) class 1 is recognised 12.0 % of the time; "
         "the other classes lose 2.0 points."
     )
+    named = full(5, 200, 12) | {"forget_names": ["Trouser"]}
+    assert "class 1 (Trouser) is recognised" in sentence(named)
+    two = named | {"forget_class": [1, 3], "forget_names": ["Trouser", "3"]}
+    assert "classes 1 (Trouser) and 3 are recognised" in sentence(two)
     assert "(20.0 % of the masked layers)" in sentence(full(5, 200, 12) | {"mask_layer": [-2, -1]})
 
 

@@ -115,7 +115,7 @@ def test_old_records_without_verdicts_serve_as_examples(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "cannot read"),
+        (None, "there is no"),
         ("{", "cannot read"),
         ("[1]", "holds a JSON list"),
         ("{}", f"is no {SCHEMA} record"),

@@ -42,9 +42,9 @@ def test_fine_says_what_was_not_checked():
     (said,) = verdict(figures(1, 87.5), BASE)
     assert (said.key, said.sentence) == (
         "fine",
-        "nothing found; not checked, for want of probe_gap, entropy_gap, logit_drop",
+        "nothing found; not checked, for want of probe_gap, entropy_gap, entropy_forget, logit_drop",
     )
-    everything = figures(1, 87.5, probe_gap=2.0, entropy_gap=0.01)
+    everything = figures(1, 87.5, probe_gap=2.0, entropy_gap=0.01, entropy_forget=0.4)
     (said,) = verdict(everything, replace(BASE, logit_drop=figures(0, 88)))
     assert (said.key, said.sentence) == ("fine", "nothing found")
 
@@ -116,18 +116,19 @@ def test_no_better_than_random():
     assert keys(figures(60, 82), control) == ["fine"]  # retains more
     assert keys(figures(60, 80), replace(control, is_mask=False)) == ["fine"]
     (said,) = verdict(figures(60, 80), replace(control, random=None))
-    assert said.sentence.endswith("for want of probe_gap, entropy_gap, logit_drop, random")
+    assert said.sentence.endswith("for want of probe_gap, entropy_gap, entropy_forget, logit_drop, random")
 
 
 def test_too_random_but_not_too_certain():
     retrained = replace(BASE, retrained=figures(0, 89, entropy_forget=0.4))
-    assert keys(figures(0, 88, entropy_gap=ENTROPY_GAP)) == ["fine"]
-    assert keys(figures(0, 88, entropy_gap=ENTROPY_GAP + 0.01)) == ["too random"]
+    assert keys(figures(0, 88, entropy_gap=ENTROPY_GAP, entropy_forget=0.9)) == ["fine"]
+    assert keys(figures(0, 88, entropy_gap=ENTROPY_GAP + 0.01, entropy_forget=0.9)) == ["too random"]
+    assert keys(figures(0, 88, entropy_gap=0.6)) == ["fine"]  # above or below, nobody knows
     assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.7), retrained) == ["too random"]
     assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.1), retrained) == ["fine"]
     assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.35), retrained) == ["fine"]
-    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.35)) == ["too random"]
-    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.29)) == ["fine"]  # retraining's cannot be below 0
+    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.71)) == ["too random"]  # 1.01 is no share of log C
+    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.69)) == ["fine"]
 
 
 def test_several_at_once_in_a_fixed_order():
