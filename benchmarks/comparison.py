@@ -55,6 +55,7 @@ COLUMNS = {
     "weights_changed": "weights",
     "seconds": "seconds",
 }
+PLAIN = ("weights_changed", "seconds")  # said without an interval
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,10 @@ def text_of(cells: Sequence[dict], method: str, metric: str) -> str:
     if not means:
         return "-"
     middle = sum(means) / len(means)
-    estimate = t_interval(means) if len(means) > 2 else None
-    return f"{middle:.3g}" + (f" ± {estimate.high - middle:.2g}" if estimate else "")
+    estimate = t_interval(means) if len(means) > 2 and metric not in PLAIN else None
+    return (f"{middle:,.0f}" if middle >= 1000 else f"{middle:.3g}") + (
+        f" ± {estimate.high - middle:.2g}" if estimate else ""
+    )
 
 
 def table(cells: Sequence[dict], methods: Sequence[str]) -> list[list[str]]:
