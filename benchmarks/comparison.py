@@ -1,7 +1,7 @@
 """Every method against every metric, by one rule for all: the README's table of rivals.
 
     uv run benchmarks/comparison.py                            one class, one seed: 1 minute or two
-    uv run benchmarks/comparison.py --classes 0 1 2 3 4 5 6 7 8 9 --seeds 0 1 2
+    uv run benchmarks/comparison.py --classes 0 1 2 3 4 5 6 7 8 9 --seeds 0 1 2      half an hour
     uv run benchmarks/comparison.py --model HookedResnet --classes 0 3 8 --references 1
     [--methods NAME ...] [--json PATH] [--markdown PATH] [--output-dir DIR]
 
