@@ -12,6 +12,7 @@ images. What is measured is kept cell by cell below the output folder: a second 
 seeds, only adds.
 """
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -143,7 +144,7 @@ def table(cells: Sequence[dict], methods: Sequence[str]) -> list[list[str]]:
 
     def gap(method: str) -> float:
         values = [value for group in by_seed(cells, method, "avg_gap").values() for value in group]
-        return sum(values) / len(values)
+        return sum(values) / len(values) if values else math.inf  # a single retrained model has no like
 
     rows = [["method", *COLUMNS.values()]]
     ordered = sorted(methods, key=gap)
@@ -153,10 +154,11 @@ def table(cells: Sequence[dict], methods: Sequence[str]) -> list[list[str]]:
 
 def significance(cells: Sequence[dict], methods: Sequence[str], metric: str) -> list[list[str]]:
     """Every method against refined MIMU on one metric: paired over cells, Holm-corrected."""
-    figures = {
+    measured = {
         method: {(one["class"], one["seed"]): one["methods"][method]["test"][metric] for one in cells}
         for method in methods
     }
+    figures = {method: values for method, values in measured.items() if None not in values.values()}
     rows = [["method", f"{metric}: it minus MIMU refined", "n", "test", "p", "p (Holm)"]]
     for method, test in against(figures, "mimu_refined").items():
         shown = [f"{test.difference:.3g}", f"{test.n} ({test.unit})", test.test, f"{test.p:.2g}", f"{test.p_holm:.2g}"]
