@@ -94,7 +94,7 @@ class Group:
             return model
         with warnings.catch_warnings():  # the newer name of this argument is unknown to older versions
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return DistributedDataParallel(model, broadcast_buffers=False)
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""

@@ -153,7 +153,10 @@ class Fatal(Counted):
         calls[0] += 1
         if calls[0] == 40:
             for ticket in self.folder.glob("ticket-*"):
-                ticket.rename(self.folder / f"used-{ticket.name}")
+                try:
+                    ticket.rename(self.folder / f"used-{ticket.name}")
+                except FileNotFoundError:  # the other process was faster
+                    continue
                 if self.then == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("this image\nis broken")
