@@ -107,20 +107,34 @@ def in_threads(work: Callable[[int], object], count: int, threads: int) -> None:
 
 
 def decode_many(
-    paths: Sequence[str], stamps: Sequence[tuple[int, int]], size: int, threads: int
+    paths: Sequence[str],
+    stamps: Sequence[tuple[int, int]],
+    size: int,
+    threads: int,
+    scale: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Many images at once.
 
+    Args:
+        scale: (mean, std) [3, 1, 1] float32, to normalise each image while it is in the processor's cache.
+
     Returns:
-        (uint8 [B, 3, size, size], reason by place of those that could not be decoded, whose pixels are 0).
+        ([B, 3, size, size], uint8 or, normalised, float32; reason by place of those that could not be decoded, whose
+        pixels are 0).
     """
-    pixels, bad = np.zeros((len(paths), 3, size, size), np.uint8), {}
+    pixels, bad = np.zeros((len(paths), 3, size, size), np.uint8 if scale is None else np.float32), {}
 
     def work(place: int) -> None:
         try:
-            pixels[place] = decode(paths[place], size, stamps[place])
+            image = decode(paths[place], size, stamps[place])
         except BadImageError as error:
             bad[place] = str(error)
+            return
+        if scale is None:
+            pixels[place] = image
+        else:
+            np.subtract(image, scale[0], out=pixels[place])
+            np.divide(pixels[place], scale[1], out=pixels[place])
 
     in_threads(work, len(paths), threads)
     return pixels, bad

@@ -69,10 +69,19 @@ class LazyPixels:
         Raises:
             UserError: a file was changed, or can no longer be decoded.
         """
+        return self._decoded(indices)
+
+    def normalised(self, indices: Tensor | list[int] | slice, mean: Tensor, std: Tensor) -> Tensor:
+        """(pixels - mean) / std, float32 [B, 3, size, size]; mean and std [3, 1, 1]. Raises as indexing does."""
+        return self._decoded(indices, (mean.numpy(), std.numpy()))
+
+    def _decoded(
+        self, indices: Tensor | list[int] | slice, scale: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> Tensor:
         rows = self.take(indices).rows.tolist()
         tree = self.tree
         paths, stamps = [tree.path(row) for row in rows], [tree.stamp(row) for row in rows]
-        pixels, bad = decode_many(paths, stamps, self.size, self.threads)
+        pixels, bad = decode_many(paths, stamps, self.size, self.threads, scale)
         if bad:
             place, reason = min(bad.items())
             raise UserError(
@@ -111,7 +120,9 @@ class Images(Dataset):
 
     def batch(self, indices: Tensor | list[int] | slice) -> tuple[Tensor, Tensor]:
         """Normalised images [B, C, H, W] and labels [B]."""
-        return (self.pixels[indices].float() - self.mean) / self.std, self.labels[indices]
+        if isinstance(self.pixels, LazyPixels):
+            return self.pixels.normalised(indices, self.mean, self.std), self.labels[indices]
+        return self.pixels[indices].float().sub_(self.mean).div_(self.std), self.labels[indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         images, labels = self.batch([index])

@@ -212,6 +212,16 @@ def test_file_changed_in_place_is_noticed(tree, tmp_path):
     assert load(tree, tmp_path).fingerprint() != before
 
 
+@pytest.mark.parametrize("indices", [slice(None), [3, 0, 3], torch.tensor([2, 1])], ids=["all", "list", "tensor"])
+def test_batches_are_normalised_pixels_bit_for_bit(indices, tree, tmp_path):
+    images = load(tree, tmp_path).splits["train"]
+    batch, labels = images.batch(indices)
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch, (images.pixels[indices].float() - images.mean) / images.std)
+    assert torch.equal(labels, images.labels[indices])
+    assert batch.std() > 0.1  # pictures, not zeros
+
+
 def test_changed_file_is_checked_again(tree, tmp_path):
     old(tree)
     load(tree, tmp_path)
