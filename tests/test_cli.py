@@ -118,7 +118,7 @@ def test_run_prints_its_table(finished):
     assert tuple(row[0] for row in rows[2:]) == METHODS
     assert tuple(cell.split(" [")[0] for cell in rows[0] if " [" in cell) == METRICS
     assert "\n".join(line for line in lines if line.startswith("|")) + "\n" == one_file(folder, "table.md").read_text()
-    assert re.search(r"^Switching off \d+ weights \(.* class 0 is recognised", result.stdout, re.MULTILINE)
+    assert re.search(r"^Switching off \d+ weights \(.* class 0 \(zero\) is recognised", result.stdout, re.MULTILINE)
 
 
 def test_run_prints_where_things_lie(finished):

@@ -333,6 +333,9 @@ def test_no_orphan_and_no_torn_file(stop, tmp_path):
     process = start(tmp_path, *words)
     try:
         wait_for("classifier: epoch", tmp_path, process)
+        end = time.monotonic() + 20  # the state is saved after the line is said
+        while not list(tmp_path.glob("out/checkpoints/resume/*.safetensors")) and time.monotonic() < end:
+            time.sleep(0.01)
         assert len(relatives(str(tmp_path))) >= 4
         (os.killpg if stop == "Ctrl-C" else os.kill)(process.pid, number)
         assert process.wait(40) == code
