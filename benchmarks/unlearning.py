@@ -1,6 +1,6 @@
 """How well are classes forgotten? Every table on unlearning in the README and EXPERIMENTS.md.
 
-    uv run benchmarks/unlearning.py                          the short form, 3 minutes
+    uv run benchmarks/unlearning.py                          the short form, 4 minutes
     uv run benchmarks/unlearning.py --full                   everything, about an hour on 2 cores
     uv run benchmarks/unlearning.py --full --sections main   some tables: main unseen pairs transfer resnet auto
                                                              ablations refinement elbo
