@@ -67,6 +67,7 @@ def _stem(path: Path) -> str:
 def _unpack(path: Path, part: Path) -> None:
     try:
         (_unzip if path.suffix == ".zip" else _untar)(path, part)
+    # zipfile says RuntimeError of a password and NotImplementedError of a compression that it does not know.
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         what = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be unpacked ({what}): download it again") from None

@@ -22,12 +22,13 @@ from comparisons import avg_gap  # registers the metrics against the retrained m
 from config import KappaModes
 from counts import intervals_of
 from finetuning import Diverged
-from integrity import COSTS, changed_outside, extent, state_hash
+from integrity import COSTS, changed_outside, extent, state_hash, unchanged
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, Settings, mask_of
 from metrics import Choose, Evidence, Outputs, OutputsOf, chosen_metrics
 from model import HookedModel, MaskLayer, inspecting
 from observe import log, progress
+from records import SCORES
 from verdicts import References, as_facts, verdict
 from views import TABLES, mask_map, tables_of, thumbnails
 
@@ -36,7 +37,6 @@ HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
 Judged = TypeVar("Judged")
 Costs = dict[str, float | None]
-SCORES = ("forget_score", "retain_score")  # always measured: verdicts, chosen points and the answer rest on them
 
 
 class _Head(nn.Module):
@@ -87,6 +87,12 @@ class Eval:
             for name, value in model.state_dict().items()
             if not name.startswith(self.after_prefix)
         )
+
+    def _prefix_kept(self, model: HookedModel) -> bool:
+        """The same of an entered method's model: where it may change nothing there, `_enter` has just seen to it."""
+        allowed = self.context.allowed
+        kept = allowed is not None and all(name.startswith(self.after_prefix) for name in allowed)
+        return kept or self.prefix_unchanged(model)
 
     def _may_differ(self, name: str, prefix_unchanged: bool) -> bool:
         """Whether a tensor of the state dict may differ from the original's."""
@@ -207,7 +213,7 @@ class Eval:
             if outside:
                 raise RuntimeError(f"{name} changed {outside} weights that it must leave as they are")
             judged = judge(name, key, model, costs)
-        restored = state_hash(context.model) == self.original_hash
+        restored = unchanged(context.model, self.original)
         if not restored:
             raise RuntimeError(f"{name} left the classifier changed")
         checked = {"unreached_bit_identical": None if free else True, "restored": restored}
@@ -241,12 +247,12 @@ class Eval:
 
     def _gap(self, name: str, key: tuple, model: HookedModel, costs: Costs) -> float:
         """Avg Gap on validation images; infinite where it is not a number."""
-        outputs = self.remembered(name, model, self.prefix_unchanged(model), keep=False)
+        outputs = self.remembered(name, model, self._prefix_kept(model), keep=False)
         value = self.evidence(model, outputs, "val", retrained=self._others(name, "val")).figure(avg_gap)
         return math.inf if value is None else value
 
     def _judge(self, name: str, key: tuple, model: HookedModel, costs: Costs) -> dict[str, dict]:
-        same = self.prefix_unchanged(model)
+        same = self._prefix_kept(model)
         weights, size = extent(model, self.original, [n for n in self.original if self._may_differ(n, same)])
         outputs = self.remembered(name, model, same, keep=False)
         extra = costs | {"weights_changed": weights, "edit_bytes": size}

@@ -28,6 +28,17 @@ def state_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits."""
+    return torch.equal(_bits(a), _bits(b))
+
+
+def unchanged(model: nn.Module, original: Mapping[str, Tensor]) -> bool:
+    """Whether every parameter and buffer holds the bits of a state dict: as `state_hash`, in a fraction of its time."""
+    state = model.state_dict()
+    return state.keys() == original.keys() and all(identical(value, original[name]) for name, value in state.items())
+
+
 def changed_outside(model: nn.Module, original: Mapping[str, Tensor], allowed: Mapping[str, Tensor]) -> int:
     """How many entries differ from the original, bit by bit, outside the allowed ones.
 
@@ -36,6 +47,8 @@ def changed_outside(model: nn.Module, original: Mapping[str, Tensor], allowed: M
     """
     count = 0
     for name, value in model.state_dict().items():
+        if identical(value, original[name]):
+            continue
         differs = _bits(value) != _bits(original[name])
         if name in allowed:
             differs &= ~allowed[name].to(differs.device)

@@ -13,7 +13,7 @@ NEEDED = (
     *("objective", "answer", "auto", "config", "classifier_path", "gcn_path"),
     *("methods", "validation", "metrics", "labels", "axes", "weight_histogram", "class_probability"),
 )  # of a record that can be reported
-SCORES = {"forget_score", "retain_score"}  # of each of its methods
+SCORES = ("forget_score", "retain_score")  # always measured: points, verdicts and the answer rest on them
 
 
 def record_path(output_dir: Path, record: Mapping[str, object]) -> Path:
@@ -43,4 +43,4 @@ def read_records(output_dir: Path) -> list[dict]:
 def _without_scores(record: Mapping[str, Mapping]) -> list[str]:
     """Methods that a record names without the figures that points are chosen by."""
     figures = [record[part] for part in ("methods", "validation")]
-    return [name for name in record["labels"] if not all(set(part.get(name, ())) >= SCORES for part in figures)]
+    return [name for name in record["labels"] if not all(set(part.get(name, ())) >= set(SCORES) for part in figures)]

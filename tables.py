@@ -334,17 +334,20 @@ def as_latex(rows: list[list[str]], about: str) -> str:
 
 def classes_of(record: dict) -> str:
     """ "class 0", or "classes 0 and 3"."""
-    named = record["forget_class"]
-    return _listed([str(label) for label in (named if isinstance(named, list) else [named])])
+    return _listed(_labels(record))
 
 
 def named_classes(record: dict) -> str:
     """The same with their names: "class 0 (zero)"."""
-    named, names = record["forget_class"], record.get("forget_names", [])
-    labels = [str(label) for label in (named if isinstance(named, list) else [named])]
+    labels, names = _labels(record), record.get("forget_names", [])
     if len(names) != len(labels):  # a record from before there were names
         return _listed(labels)
     return _listed([label if name == label else f"{label} ({name})" for label, name in zip(labels, names, strict=True)])
+
+
+def _labels(record: dict) -> list[str]:
+    named = record["forget_class"]
+    return [str(label) for label in (named if isinstance(named, list) else [named])]
 
 
 def _listed(classes: list[str]) -> str:

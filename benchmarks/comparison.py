@@ -134,9 +134,8 @@ def text_of(cells: Sequence[dict], method: str, metric: str) -> str:
         return "-"
     middle = sum(means) / len(means)
     estimate = t_interval(means) if len(means) > 2 and metric not in PLAIN else None
-    return (f"{middle:,.0f}" if middle >= 1000 else f"{middle:.3g}") + (
-        f" ± {estimate.high - middle:.2g}" if estimate else ""
-    )
+    said = f"{middle:,.0f}" if middle >= 1000 else f"{middle:.3g}"
+    return said + (f" ± {estimate.high - middle:.2g}" if estimate else "")
 
 
 def table(cells: Sequence[dict], methods: Sequence[str]) -> list[list[str]]:

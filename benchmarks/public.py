@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import keep, parser
 from benchmarks.comparison import Plan, cell, table
-from config import PROJECT_ROOT, SupportedVisionModels, UserError
+from config import PROJECT_ROOT, SupportedVisionModels
 from gcn import reuse_freed_memory
 from methods import Context, Point, method
 from model import HookedModel
@@ -74,7 +74,7 @@ def main() -> None:
     try:
         methods = (*OURS, *(register(strategy) for strategy in arguments.strategies))
     except ImportError as error:
-        raise UserError(f"{error}: call it as `uv run --with erasus==0.2.0 benchmarks/public.py`") from None
+        flags.error(f"{error}: call it as `uv run --with erasus==0.2.0 benchmarks/public.py`")
     reuse_freed_memory()
     metrics = ("core", "train", "attack", "retrain")
     plan = Plan(SupportedVisionModels.HookedMLPClassifier, 3, methods, arguments.output_dir, metrics)

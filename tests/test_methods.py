@@ -23,7 +23,7 @@ from config import (
 )
 from data import GraphDataset, GraphGenerator
 from graph import layer_graph
-from integrity import extent
+from integrity import extent, state_hash, unchanged
 from masks import (
     Mask,
     feasibility_score,
@@ -158,6 +158,21 @@ def test_extent_of_an_edit_by_hand():
     model.bias.data += 1
     assert after(3, 0.0) == (3 + 5, 12 + 20)
     assert extent(model, before, ["bias"]) == (5, 20)
+
+
+def test_unchanged_sees_every_bit():
+    model = nn.BatchNorm1d(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    digest = state_hash(model)
+    assert unchanged(model, before)
+    assert not unchanged(model, {name: before[name] for name in list(before)[1:]})
+    for name, change in (("bias", -0.0), ("running_var", 1.0000001), ("num_batches_tracked", 1)):
+        model.state_dict()[name].fill_(change)
+        assert not unchanged(model, before), name
+        assert state_hash(model) != digest
+        model.load_state_dict(before)
+    model.weight.data[1] = float("nan")
+    assert unchanged(model, {name: value.clone() for name, value in model.state_dict().items()})
 
 
 def test_a_retrained_model_costs_its_training_and_a_network_its_own(context):
