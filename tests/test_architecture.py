@@ -162,8 +162,9 @@ class Room:
         """Numbers of the lines that hold code: no blanks, comments, imports or strings that stand alone."""
         aside = set()
         for node in self.nodes:
-            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-            if text or isinstance(node, ast.Import | ast.ImportFrom):
+            alone = node.value if isinstance(node, ast.Expr) else None
+            is_text = isinstance(alone, ast.Constant) and isinstance(alone.value, str)
+            if is_text or isinstance(node, ast.Import | ast.ImportFrom):
                 aside |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         lines = enumerate(self.text.splitlines(), 1)
         return [n for n, line in lines if n not in aside and line.strip() and not line.strip().startswith("#")]
