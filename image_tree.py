@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from artifacts import code_key, key_of, read_tensors, write_tensors
+from artifacts import read_tensors, write_tensors
 from config import UserError
+from hashes import code_key, key_of
 from image_files import CHANGED, EMPTY, UNREADABLE, BadImageError, decode, in_threads
 from imagenet_classes import IMAGENET2012_CLASSES
 from observe import log, progress

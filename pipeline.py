@@ -9,10 +9,11 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from artifacts import SCHEMA, code_key, key_of, now, provenance, read_json, sha256_file, write_json
+from artifacts import SCHEMA, read_json, write_json
 from budget import Search, search
 from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
 from eval import Eval
+from hashes import code_key, key_of, now, provenance, sha256_file
 from masks import Mask
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
@@ -42,6 +43,7 @@ RECORD_CODE = (
     "verdicts.py",
     "eval.py",
     "budget.py",
+    "hashes.py",
     "artifacts.py",
     "records.py",
     "pipeline.py",

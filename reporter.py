@@ -8,14 +8,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from artifacts import HISTORY, MANIFEST, code_key, key_of, read_json, sha256_file, write_json, write_text
+from artifacts import HISTORY, read_json, write_json, write_text
 from compare import compared, find_side, in_words
 from config import ReporterConfig, UserError, plain
 from figures import save
+from hashes import code_key, key_of, sha256_file
 from observe import log, progress
 from page import write_page
 from panels import Panel, figures_of, training
 from records import read_records
+from store import MANIFEST
 from tables import (
     Run,
     as_csv,
@@ -31,7 +33,7 @@ from tables import (
     without_records,
 )
 
-CODE = ("reporter.py", "tables.py", "panels.py", "figures.py", "artifacts.py", "records.py")
+CODE = ("reporter.py", "tables.py", "panels.py", "figures.py", "hashes.py", "artifacts.py", "records.py")
 PAGE = Path("reports/index.html")
 
 

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import torch
 
-from artifacts import Stage, build_stage, code_key, key_of, provenance, sha256_file, sha256_folder, versions
 from config import Objectives, PipelineConfig, Trackers, TrainConfig, UserError, derive_seed, plain
 from data import FEATURES, GraphDataset, GraphGenerator
 from distributed import Meeting, by_torchrun, local_device, part, torchrun_meeting
 from gcn import MaskingGCN, reuse_freed_memory
+from hashes import code_key, key_of, provenance, sha256_file, versions
 from masks import check_budget
 from model import HookedModel, save_classifier, vision_model_loader
 from observe import Tracker, log
 from resume import StateFile, recipe
+from store import Stage, build_stage, sha256_folder
 from trainer import GCNTrainer, VisionModelTrainer
 from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset

@@ -17,9 +17,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from artifacts import code_key, key_of, read_json, versions, write_json
+from artifacts import read_json, write_json
 from config import PROJECT_ROOT, PipelineConfig, UserError, plain
 from config_files import load_config
+from hashes import code_key, key_of, versions
 from observe import log
 
 SECTION = "sweep"

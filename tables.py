@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from artifacts import key_of
 from config import SupportedDatasets, SupportedVisionModels
+from hashes import key_of
 from intervals import t_interval
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from artifacts import sha256_arrays
 from choices import SupportedDatasets, UserError
 from config import DataConfig, as_tuple, derive_seed
 from downloads import download
+from hashes import sha256_arrays
 from image_files import CHANGED, decode_many
 from image_tree import Tree
 from observe import log

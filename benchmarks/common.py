@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from artifacts import provenance, write_json
+from artifacts import write_json
 from config import SupportedDatasets
+from hashes import provenance
 from utils_data import Images, UnlearningDataset
 
 

@@ -21,12 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from artifacts import code_key, key_of, provenance, read_json, sha256_file, write_json, write_text
+from artifacts import read_json, write_json, write_text
 from benchmarks.common import keep, parser
 from benchmarks.zoo import Recipe, stages_of
 from config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from eval import Eval
 from gcn import reuse_freed_memory
+from hashes import code_key, key_of, provenance, sha256_file
 from intervals import against, t_interval
 from methods import METHODS, Point
 from pipeline import RECORD_CODE, Pipeline

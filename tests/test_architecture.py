@@ -26,7 +26,10 @@ LAYERS = {
     "config": 0,
     "config_files": 0,
     "observe": 0,
+    "hashes": 0,
     "artifacts": 0,
+    "locks": 0,
+    "store": 0,
     "records": 0,
     "intervals": 1,
     "graph": 1,
@@ -80,7 +83,7 @@ MAX_FILE_LINES = 280  # code lines: no docstrings, comments, imports or blanks, 
 MAX_FUNCTION_LINES = 45
 MAX_MEDIAN_LINES = 10
 DATA_ONLY = {"imagenet_classes"}
-WITHOUT_TORCH = ("config", "artifacts", "tables", "panels", "compare", "figures", "page", "reporter")
+WITHOUT_TORCH = ("config", "artifacts", "store", "tables", "panels", "compare", "figures", "page", "reporter")
 TORCH = ("torch", "torchvision", "torch_geometric")
 
 # Dotted names -> the one room that may use them, in any spelling (`import ... as`, `from ... import`).

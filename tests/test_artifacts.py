@@ -5,21 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from artifacts import (
-    build_stage,
-    code_key,
-    key_of,
-    read_json,
-    read_tensors,
-    sha256_arrays,
-    sha256_folder,
-    write_json,
-    write_tensors,
-    write_text,
-    writing,
-)
+from artifacts import read_json, read_tensors, write_json, write_tensors, write_text, writing
 from config import GCNConfig, PipelineConfig, UserError, derive_seed, plain
 from config_files import load_config
+from hashes import code_key, key_of, sha256_arrays
+from store import build_stage, sha256_folder
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 
 import main
 import sweep as room
-from artifacts import locked
 from config import PipelineConfig, UserError
+from locks import locked
 from pipeline import Pipeline
 from records import read_records
 from sweep import EXECUTORS, SweepConfig, expand, load_sweep, progress_line, run_sweep
