@@ -86,8 +86,8 @@ class DataConfig:
 class TrainConfig:
     """The classifier's training (AdamW)."""
 
-    epochs: int = 2
-    batch_size: int = 512
+    epochs: int = 30
+    batch_size: int = 32
     lr: float = 1e-3
     weight_decay: float = 0.01
     bf16: bool = False
@@ -161,7 +161,7 @@ class GCNConfig:
     prior: GCNPriorDistribution = GCNPriorDistribution.WEIGHT
     beta: float = 0.1
     """ELBO: weight of KL(q || p)."""
-    steps: int = 300
+    steps: int = 100
     batch_size: int = 32
     """ELBO: samples in each optimiser step."""
     lr: float = 1e-2
@@ -287,7 +287,7 @@ class PipelineConfig:
     """Which linear layers of the classifier's head are masked; -2 is the second to last, None means all of them."""
     topK_list: tuple[int, ...] = (2000,)
     """How many weights a class mask keeps as important (the ELBO trains one GCN for each)."""
-    kappa_list: tuple[int, ...] = (100, 200, 400, 800)
+    kappa_list: tuple[int, ...] = (25, 50, 100, 200, 400)
     """How many weights the unlearning mask switches off."""
     kappa: KappaModes = KappaModes.list
     seed: int = 0

@@ -1,12 +1,13 @@
 """Nothing half-written, nothing reused on doubt."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from artifacts import read_json, read_tensors, write_json, write_tensors, write_text, writing
-from config import GCNConfig, PipelineConfig, UserError, derive_seed, plain
+from config import PROJECT_ROOT, GCNConfig, PipelineConfig, Trackers, UserError, derive_seed, plain
 from config_files import load_config
 from hashes import code_key, key_of, sha256_arrays
 from store import build_stage, sha256_folder
@@ -138,3 +139,9 @@ def test_a_wrong_value_is_named(tmp_path, text, said):
         load_config([tmp_path / "bad.yaml"])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_python_and_command_line_start_from_the_same_values():
+    """`PipelineConfig()` is what `uv run main.py` runs; the command line's file adds training curves, nothing else."""
+    shipped = load_config([PROJECT_ROOT / "configs/default.yaml"])
+    assert shipped == replace(PipelineConfig(), tracker=Trackers.trackio)
