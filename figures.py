@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from artifacts import writing
 from config import ReporterConfig
+from observe import visible
 from panels import Panel, Series
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def draw(panels: Sequence[Panel]) -> "Figure":
 
 def _draw_panel(ax: "Axes", panel: Panel) -> None:
     ax.set_title(_wrapped(panel.title, TITLE - 14 if panel.margins else TITLE), fontsize=SMALL)
-    ax.set_xlabel(panel.x_label, fontsize=SMALL)
+    ax.set_xlabel(_shown(panel.x_label), fontsize=SMALL)
     ax.set_ylabel(_wrapped(panel.y_label, TITLE - 14), fontsize=SMALL)
     ax.tick_params(labelsize=TINY, width=0.6, length=2.5)
     if panel.cells is not None:
@@ -67,17 +68,25 @@ def _draw_panel(ax: "Axes", panel: Panel) -> None:
     for place, one in enumerate(bars):
         width = 0.8 / len(bars)
         shifted = [x + (place - (len(bars) - 1) / 2) * width for x in one.x]
-        ax.bar(shifted, one.y, width=width, color=_colour(one), label=one.label)
+        ax.bar(shifted, one.y, width=width, color=_colour(one), label=_shown(one.label))
     for one in panel.series:
         if one.kind != "bars":
             _draw_series(ax, one)
     if panel.ticks:
         crowded = len(panel.ticks) > 10
-        ax.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize=TINY, rotation=90 if crowded else 0)
+        ax.set_xticks(
+            range(len(panel.ticks)), [*map(_shown, panel.ticks)], fontsize=TINY, rotation=90 if crowded else 0
+        )
 
 
 def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
+    return "\n".join(textwrap.fill(line, width) for line in _shown(text).split("\n"))
+
+
+def _shown(text: str) -> str:
+    """Text that matplotlib draws as it is: `$` would begin a formula, and a legend leaves out what begins with `_`."""
+    plain = visible(text, keep="\n").replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
 
 
 def _colour(series: Series) -> str:
@@ -88,19 +97,19 @@ def _draw_series(ax: "Axes", one: Series) -> None:
     colour, marker = _colour(one), MARKERS[one.style % len(MARKERS)]
     dash = DASHES[one.style // len(COLOURS) % len(DASHES)]
     if one.kind == "level":
-        ax.axhline(one.y[0], color=colour, ls=LEVELS[one.style % len(LEVELS)], lw=1, label=one.label)
+        ax.axhline(one.y[0], color=colour, ls=LEVELS[one.style % len(LEVELS)], lw=1, label=_shown(one.label))
         if one.low and one.high:
             ax.axhspan(one.low[0], one.high[0], color=colour, alpha=0.1, lw=0)
     elif one.kind == "steps":
-        ax.stairs(one.y, one.x, fill=True, alpha=0.55, color=colour, label=one.label)
+        ax.stairs(one.y, one.x, fill=True, alpha=0.55, color=colour, label=_shown(one.label))
     elif one.kind == "front":
-        ax.step(one.x, one.y, where="post", color=colour, lw=3, alpha=0.35, label=one.label, zorder=1)
+        ax.step(one.x, one.y, where="post", color=colour, lw=3, alpha=0.35, label=_shown(one.label), zorder=1)
     elif one.kind == "star":
-        ax.plot(one.x, one.y, "*", ms=11, color=colour, mec="white", mew=0.6, label=one.label, zorder=5)
+        ax.plot(one.x, one.y, "*", ms=11, color=colour, mec="white", mew=0.6, label=_shown(one.label), zorder=5)
     else:
         few = len(one.x) <= 30
         style: dict[str, Any] = {"ls": "none"} if one.kind == "points" else {"ls": dash, "lw": 1.1}
-        ax.plot(one.x, one.y, color=colour, marker=marker if few else None, ms=3.5, label=one.label, **style)
+        ax.plot(one.x, one.y, color=colour, marker=marker if few else None, ms=3.5, label=_shown(one.label), **style)
         if one.low and one.high and one.kind == "line":
             ax.fill_between(one.x, one.low, one.high, color=colour, alpha=0.15, lw=0)
         elif one.low and one.high:

@@ -131,7 +131,8 @@ def run(arguments: list[str]) -> int:
 def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> int:
     """Print a run's table, answer and places; returns the exit code."""
     from reporter import Reporter
-    from tables import as_text, headline, remarks, table
+    from tables import headline, remarks, table
+    from write import as_text
 
     reporter = Reporter(config.output_dir)
     code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1

@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TypeVar
 from config import Trackers
 
 TRACKIO_PROJECT = "mimu"
+TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of writing
 PIXELS = 8  # of a picture's cell, in each direction
 _START = time.monotonic()
 _QUIET = [False]
@@ -23,10 +25,27 @@ def be_quiet(quiet: bool = True) -> None:
     _QUIET[0] = quiet
 
 
+def visible(text: str, keep: str = "") -> str:
+    """Text as it may be shown: what a terminal would obey instead of showing it is spelled out, e.g. `\\x1b`.
+
+    These are control characters (so every name is one line, and has no ANSI sequences), line separators, marks that
+    turn the direction of writing, and the halves of characters that stand for bytes of a name that is no UTF-8.
+
+    Args:
+        keep: characters that are passed on all the same.
+    """
+    return text if text.isprintable() else "".join(one if one in keep else _spelled(one) for one in text)
+
+
+def _spelled(sign: str) -> str:
+    obeyed = unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") or sign in TURNS
+    return ascii(sign)[1:-1] if obeyed else sign
+
+
 def log(text: str) -> None:
     """One plain line for people, on stderr."""
     if not _QUIET[0]:
-        print(f"[{time.monotonic() - _START:7.1f} s] {text}", file=sys.stderr, flush=True)
+        print(f"[{time.monotonic() - _START:7.1f} s] {visible(text)}", file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[T], description: str, every: float = 5.0) -> Iterator[T]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from artifacts import write_text
 from config import PROJECT_ROOT, plain
 from config_files import load_config
+from observe import visible
 from panels import Panel, figures_of, forgotten_taken_for
 from tables import (
     Run,
@@ -29,6 +30,7 @@ from tables import (
     table,
     without_records,
 )
+from write import Lead
 
 TEMPLATE = PROJECT_ROOT / "templates" / "report.html"
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
@@ -155,7 +157,7 @@ def _slim(panel: Panel) -> dict:
 
 def _bold(rows: list[list[str]]) -> list[list[tuple[str, bool]]]:
     """Cells as (text, whether it leads)."""
-    return [[(cell.replace("**", ""), cell.startswith("**")) for cell in row] for row in rows]
+    return [[(str(cell), isinstance(cell, Lead)) for cell in row] for row in rows]
 
 
 def _run_text(run: Run) -> dict:
@@ -187,6 +189,11 @@ def _run_text(run: Run) -> dict:
     }
 
 
+def _visible(value: object) -> object:
+    """What the template shows of a value; its own markup and what it counts with pass as they are."""
+    return visible(value) if type(value) is str else value
+
+
 def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Sequence[Panel]]]) -> str:
     """The page, as text.
 
@@ -198,7 +205,9 @@ def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Seq
     runs = [run for group in groups for run in group]
     metrics = metrics_of(runs, every=False)
     data = [_run_data(run, training.get(run[0]["run"], {}), len(runs) <= ALL_FIGURES) for run in runs]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
+    )
     text = json.dumps(rounded(data), separators=(",", ":"), allow_nan=False)
     for sign in "<>&":  # so that no text in it ends the script element
         text = text.replace(sign, f"\\u{ord(sign):04x}")

@@ -20,9 +20,6 @@ from records import read_records
 from store import MANIFEST
 from tables import (
     Run,
-    as_csv,
-    as_latex,
-    as_text,
     caption,
     families,
     family_key,
@@ -32,8 +29,12 @@ from tables import (
     table,
     without_records,
 )
+from write import as_csv, as_latex, as_text
 
-CODE = ("reporter.py", "tables.py", "panels.py", "figures.py", "hashes.py", "artifacts.py", "records.py")
+CODE = (
+    *("reporter.py", "write.py", "tables.py", "panels.py", "figures.py"),
+    *("hashes.py", "artifacts.py", "records.py", "observe.py"),
+)
 PAGE = Path("reports/index.html")
 
 

@@ -22,6 +22,7 @@ from config import PROJECT_ROOT, PipelineConfig, UserError, plain
 from config_files import load_config
 from hashes import code_key, key_of, versions
 from observe import log
+from write import as_text
 
 SECTION = "sweep"
 SWEEPS = Path("eval/sweeps")
@@ -327,10 +328,9 @@ def run_sweep(sweep: SweepConfig, base: PipelineConfig) -> list[tuple[Job, dict]
 
 def table(ended: list[tuple[Job, dict]]) -> str:
     """One row a job, Markdown."""
-    names = list(ended[0][0].settings)
-    rows = [[*names, "status", "seconds", "records or error"], ["---"] * (len(names) + 3)]
+    rows = [[*ended[0][0].settings, "status", "seconds", "records or error"]]
     for job, outcome in ended:
         last = outcome.get("error") or str(len(outcome["records"]))
         values = [str(value) for value in job.settings.values()]
-        rows.append([*values, outcome["status"], f"{outcome['seconds']:.1f}", last.replace("|", "/")])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows.append([*values, outcome["status"], f"{outcome['seconds']:.1f}", last])
+    return as_text(rows).removesuffix("\n")

@@ -1,20 +1,18 @@
 """What records say, as tables and words: chosen points, intervals, which methods lead, one grid over everything.
 
 A *run* is a list of records that differ in topK and kappa alone; a *family* is a list of runs that differ in the
-seed and in the classes to forget alone. Cells in `**` are the best and those that cannot be told from the best.
+seed and in the classes to forget alone. Cells of type `Lead` are the best and those that cannot be told from the best.
 No torch, no dataset: everything is read from the records, so a new method or metric shows up by itself.
 """
 
-import csv
-import io
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from config import SupportedDatasets, SupportedVisionModels
 from hashes import key_of
 from intervals import t_interval
+from write import Lead
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
@@ -229,7 +227,7 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
     rows = [["method", "topK", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
     for method, points in found.items():
         figures = {name: shown(estimate(points, name)) for name in metrics}
-        marked = [f"**{text}**" if method in bold[name] else text for name, text in figures.items()]
+        marked = [Lead(text) if method in bold[name] else text for name, text in figures.items()]
         changed = _budget([int(point.values["weights_changed"]) for point in points])
         seconds = f"{over_runs([point.values['seconds'] for point in points]).value:.3f}"
         budgets = [_budget([point.top_k for point in points]), _budget([point.kappa for point in points])]
@@ -260,7 +258,7 @@ def grid(groups: Sequence[list[Run]], metric: str) -> list[list[str]]:
         better = first["metrics"].get(metric, {}).get("better", "lower")
         bold = leaders(found, metric, better)
         cells = [shown(estimate(found[name], metric)) if name in found else "-" for name in labels]
-        marked = [f"**{cell}**" if name in bold else cell for name, cell in zip(labels, cells, strict=True)]
+        marked = [Lead(cell) if name in bold else cell for name, cell in zip(labels, cells, strict=True)]
         rows.append([first["model"], first["dataset"], str(len(runs)), *marked])
     return rows
 
@@ -272,25 +270,6 @@ def without_records(groups: Sequence[list[Run]]) -> list[str]:
     return [f"{model} on {data}" for model, data in every if (model, data) not in seen]
 
 
-# --- how they are written ---------------------------------------------------------------------------------
-
-
-def as_text(rows: list[list[str]]) -> str:
-    """A Markdown table, padded so that it reads well on a terminal too."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
-
-
-def as_csv(rows: list[list[str]]) -> str:
-    """The same rows as CSV, without marks."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([[cell.replace("**", "") for cell in row] for row in rows])
-    return text.getvalue()
-
-
 def as_json(records: Run) -> list[dict]:
     """The run's table as objects: names as in the records, numbers as numbers."""
     return [
@@ -298,35 +277,6 @@ def as_json(records: Run) -> list[dict]:
         | {"intervals": (best.record.get("intervals") or {}).get(best.method), "verdicts": best.verdicts}
         for best in best_points(records)
     ]
-
-
-TEX = {
-    **{sign: f"\\{sign}" for sign in "%&_#${}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "→": r"$\rightarrow$",
-    "<": "$<$",
-    ">": "$>$",
-}
-
-
-def _tex(cell: str) -> str:
-    bold = re.fullmatch(r"\*\*(.*)\*\*", cell)
-    text = "".join(TEX.get(sign, sign) for sign in (bold[1] if bold else cell))
-    return f"\\textbf{{{text}}}" if bold else text
-
-
-def as_latex(rows: list[list[str]], about: str) -> str:
-    """The same rows as a LaTeX table (needs the packages booktabs and graphicx)."""
-    head, *body = [" & ".join(map(_tex, row)) + r" \\" for row in rows]
-    kinds = "l" + "r" * (len(rows[0]) - 1)
-    lines = [r"\begin{table}", r"\centering", f"\\caption{{{_tex(about)}}}", r"\resizebox{\linewidth}{!}{%"]
-    lines += [f"\\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}}", r"\end{table}"]) + "\n"
 
 
 # --- in words ---------------------------------------------------------------------------------------------

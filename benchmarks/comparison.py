@@ -31,8 +31,8 @@ from hashes import code_key, key_of, provenance, sha256_file
 from intervals import against, t_interval
 from methods import METHODS, Point
 from pipeline import RECORD_CODE, Pipeline
-from tables import as_text
 from utils_data import UnlearningDataset
+from write import as_text
 
 GCNS = {
     SupportedVisionModels.HookedMLPClassifier: PROJECT_ROOT / "pretrained" / "gcn_mlp.safetensors",

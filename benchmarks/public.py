@@ -24,7 +24,7 @@ from config import PROJECT_ROOT, SupportedVisionModels
 from gcn import reuse_freed_memory
 from methods import Context, Point, method
 from model import HookedModel
-from tables import as_text
+from write import as_text
 
 STRATEGIES = (
     "gradient_ascent",

@@ -9,8 +9,8 @@ from scipy.stats import t as student
 
 from benchmarks.zoo import SINGLES, Case, Cell, Recipe, Theta, cases, mean
 from config import PROJECT_ROOT
-from tables import as_text
 from unlearning import Checkpoint
+from write import as_text
 
 SHIPPED = PROJECT_ROOT / "pretrained" / "gcn_mlp.safetensors"
 SHIPPED_RESNET = PROJECT_ROOT / "pretrained" / "gcn_resnet.safetensors"

@@ -59,9 +59,9 @@ from config import (
 from gcn import reuse_freed_memory
 from masks import Mask, hard_topk
 from methods import Context, Point, mask_of
-from tables import as_text
 from unlearning import Request, Unlearner, noise_start, taylor_start
 from utils_data import UnlearningDataset
+from write import as_text
 
 CPU = torch.device("cpu")
 FULL_STEPS = 300  # as the graph networks that ship (configs/gcn_mlp.yaml)

@@ -66,6 +66,7 @@ LAYERS = {
     "verdicts": 4,
     "eval": 4,
     "budget": 4,
+    "write": 4,
     "tables": 4,
     "panels": 4,
     "compare": 4,

@@ -59,6 +59,18 @@ def html() -> str:
     return page([full(5, k, f, seed=s, run=run) | {"forget_class": c} for s, c, run in runs for k, f in kappas])
 
 
+def attributes_of(html: str) -> list[tuple[str, str]]:
+    """(tag, attribute) of every attribute as a browser finds them."""
+    found = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.extend((tag, name) for name, _ in attrs)
+
+    Tags().feed(html)
+    return found
+
+
 # --- what it says -----------------------------------------------------------------------------------------
 
 
@@ -104,6 +116,18 @@ def test_text_from_records_stays_text():
     text = page([one])
     assert "<b id=evil>" not in text
     assert page_data(text)[0]["labels"]["mimu"] == "</script><b id=evil>"
+
+
+def test_names_that_a_screen_would_obey_are_spelled_out():
+    one: dict = full(5, 100, 12) | {"forget_names": ["a\x1b[31m\u202eb\udc80\n"], "dataset": '" onload="x'}
+    one["labels"]["mimu"] = "**not bold**"
+    html = page([one])
+    html.encode()
+    assert not set("\x1b\u202e") & set(html)
+    assert r"class 1 (a\x1b[31m\u202eb\udc80\n)" in html
+    assert "<td>**not bold**</td>" in html
+    attributes = [name for tag, name in attributes_of(html) if tag == "section"]
+    assert set(attributes) == {"class", "id", "data-what", "data-classes", "data-name", "aria-label"}
 
 
 def test_numbers_are_cut_to_four_digits():

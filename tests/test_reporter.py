@@ -30,9 +30,6 @@ from records import read_records, record_path
 from reporter import Reporter
 from tables import (
     Estimate,
-    as_csv,
-    as_latex,
-    as_text,
     best_points,
     caption,
     choose,
@@ -48,6 +45,7 @@ from tables import (
     table,
     without_records,
 )
+from write import Lead, as_csv, as_latex, as_text
 
 METRICS = {
     "forget_loss": ("nats", "higher"),
@@ -107,6 +105,11 @@ def record(
     }
 
 
+def marked(rows: list[list[str]]) -> list[list[str]]:
+    """Rows with stars about the cells that lead."""
+    return [[f"**{cell}**" if isinstance(cell, Lead) else cell for cell in row] for row in rows]
+
+
 @pytest.fixture
 def records() -> list[dict]:
     return [
@@ -123,12 +126,13 @@ def test_points_are_chosen_on_validation_images(records):
 
 
 def test_table_and_headline_by_hand(records):
-    rows = table(records)
+    rows = marked(table(records))
     assert rows[0][:4] == ["method", "topK", "kappa", "forget_loss [nats, ↑]"]
     assert "unheard_of [furlongs, ↓]" in rows[0]
     assert rows[1] == ["MIMU", "5", "200", "**1**", "**2**", "**0.12**", "**12**", "**78**", "**1.5**", "200", "0.500"]
     assert rows[2][3:6] == ["1", "2", "0.9"]  # the untouched classifier is a reference, never the best
     assert rows[3][:3] == ["a novel method", "-", "100"]
+    rows = table(records)
     assert as_csv(rows).splitlines()[1] == "MIMU,5,200,1,2,0.12,12,78,1.5,200,0.500"
     assert len({len(line) for line in as_text(rows).splitlines()}) == 1
     assert headline(records) == (
@@ -169,7 +173,7 @@ def test_mean_and_interval_over_runs():
     found = over_runs([10, 12, 14])
     assert (found.value, found.low, found.high, found.n) == pytest.approx((mean, mean - half, mean + half, 3))
     assert over_runs([10]) == Estimate(10, None, None, 1)
-    rows = table(*runs)
+    rows = marked(table(*runs))
     assert rows[1][:3] == ["MIMU", "5", "100"]
     assert rows[1][6] == "**12 ± 5**"
     assert rows[2][6] == "90 ± 0"
@@ -218,15 +222,15 @@ def test_interval_of_a_single_run_comes_from_the_record(records):
             "mimu": {"forget_score": {"value": 12, "low": 9, "high": 18, "n": 50}},
             "novel": {"forget_score": {"value": 40, "low": 17, "high": 60, "n": 50}},
         }
-    assert [row[6] for row in table(records)[1:]] == ["**12 [9, 18]**", "90", "**40 [17, 60]**"]
+    assert [row[6] for row in marked(table(records))[1:]] == ["**12 [9, 18]**", "90", "**40 [17, 60]**"]
     records[0]["intervals"]["novel"]["forget_score"]["low"] = 19  # of novel's chosen point: apart now
-    assert [row[6] for row in table(records)[1:]] == ["**12 [9, 18]**", "90", "40 [19, 60]"]
+    assert [row[6] for row in marked(table(records))[1:]] == ["**12 [9, 18]**", "90", "40 [19, 60]"]
     band = over([records], "forget_score", "kappa").series[0]
     assert (band.y, band.low, band.high) == ([12, 12], [9, 9], [18, 18])
 
 
 def test_latex_by_hand():
-    rows = [["a_b [%, ↓]", "c & d"], ["**1 ± 2**", "x^2"]]
+    rows = [["a_b [%, ↓]", "c & d"], [Lead("1 ± 2"), "x^2"]]
     lines = as_latex(rows, "50 % of #1").splitlines()
     assert r"\caption{50 \% of \#1}" in lines
     assert r"a\_b [\%, $\downarrow$] & c \& d \\" in lines
@@ -240,7 +244,7 @@ def test_grid_has_a_row_for_each_family_and_says_what_is_missing(records):
     other[0] |= {"model": "HookedResnet", "dataset": "MNIST"}
     del other[0]["labels"]["novel"], other[0]["methods"]["novel"], other[0]["validation"]["novel"]
     groups = families([records, other])
-    rows = grid(groups, "forget_score")
+    rows = marked(grid(groups, "forget_score"))
     assert rows[0] == ["model", "dataset", "runs", "MIMU", "untouched", "a novel method"]
     assert rows[1:] == [
         ["HookedResnet", "MNIST", "1", "**3**", "90", "-"],
@@ -377,6 +381,18 @@ def test_figures_fit_one_column_and_name_every_line(records):
         assert figure.get_figwidth() == COLUMN * (2 if len(panels) > 3 else 1), name
         named = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
         assert named == {one.label for panel in panels for one in panel.series if len(panel.series) > 1}, name
+
+
+def test_labels_are_drawn_as_they_are(records):
+    """`$` would begin a formula (`$a_$` none that can be set), a legend passes over what begins with `_`."""
+    for one in records:
+        one["labels"] |= {"mimu": "$a_$", "novel": "_hidden", "default": "cost $5\x1b"}
+    for name, panels in figures_of([records]).items():
+        figure = draw(panels)
+        figure.draw_without_rendering()
+        named = {text.get_text().strip() for legend in figure.legends for text in legend.get_texts()}
+        if name == "retain_score_over_kappa":
+            assert named == {r"\$a_\$, topK 5", r"\$a_\$, topK 9", "_hidden", r"cost \$5\x1b"}
 
 
 def test_levels_are_told_apart_in_grey(records):
