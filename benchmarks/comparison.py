@@ -21,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from artifacts import read_json, write_json, write_text
 from benchmarks.common import keep, parser
 from benchmarks.zoo import Recipe, stages_of
+
+from artifacts import read_json, write_json, write_text
 from config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from eval import Eval
 from gcn import reuse_freed_memory

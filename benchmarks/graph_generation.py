@@ -14,10 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import alternating, line, peak_memory, random_data, ratio, run
+
 import torch
 from torch.nn import functional
 
-from benchmarks.common import alternating, line, peak_memory, random_data, ratio, run
 from config import GraphConfig
 from data import FEATURES, GraphGenerator
 from model import HookedMLPClassifier, capture

@@ -21,6 +21,8 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import alternating, keep, parser, peak_memory, ratio
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,7 +30,6 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from benchmarks.common import alternating, keep, parser, peak_memory, ratio
 from config import PROJECT_ROOT
 from image_tree import open_tree
 from utils_data import Images, LazyPixels, make_loader

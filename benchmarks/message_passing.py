@@ -1,37 +1,49 @@
 """How fast is message passing over the graph of one layer, in closed form against an explicit edge list?
 
     uv run benchmarks/message_passing.py [--full] [--json PATH] [--plot PATH]
+    uv run benchmarks/message_passing.py --busy [--json PATH]
 
 Forward + backward of `MaskingGCN` (3 rounds, width 32) on one graph, both forms in turn, in one process. The edge list
 of 128 x 512 (41.8 million edges) takes over a minute and about 9 GB, so by default it is timed on 64 x 128 and scaled
 by its number of edges (marked ~); --full times it once. The floor is what reading and writing the activations once per
 round costs at the memory bandwidth, measured by copying arrays far larger than the caches. Then a classifier head of
 1000 x 2048 from features to mask, and time and memory against the number of weights.
+
+--busy asks something else: what a pass over 64 x 128 takes on an idle machine and beside as many busy loops as there
+are cores, with OpenMP's own spin count and with the one that `main.py` sets, each in processes of their own.
 """
 
 import ctypes
+import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import alternating, keep, line, parser, peak_memory, ratio, seconds
+
 import torch
 
-from benchmarks.common import alternating, keep, line, parser, peak_memory, ratio, seconds
 from data import FEATURES
 from gcn import MaskingGCN, reuse_freed_memory
 from graph import layer_graph
+from main import SPIN_COUNT
 from masks import Mask, hard_topk, sinkhorn_topk
 
 ROUNDS, WIDTH = 3, 32
 SMALL, LARGE, HEAD = (64, 128), (128, 512), (1000, 2048)
 COPIED = 2**27  # float32 values: 512 MB, beyond any cache
 GROWTH = tuple(range(12, 22))
+SPIN_COUNTS = {"OpenMP's own": "300000", "main.py's": SPIN_COUNT}
+BUSY_PASSES = 25  # of each process, after the warm-up: few, because a single one may take a second
 
 
 def closed_pass(gcn: MaskingGCN, m: int, n: int) -> Callable[[], None]:
@@ -175,6 +187,49 @@ def show(figures: dict) -> None:
     print(f"time grows as N^{grown['exponent']:.2f}")
 
 
+@contextmanager
+def busy_loops(count: int) -> Generator[None]:
+    """Processes that do nothing but compute, for the length of the block."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def pass_in_a_process(spin_count: str) -> list[float]:
+    """Seconds of passes over 64 x 128 in a fresh process, where OpenMP reads its spin count anew."""
+    own = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+    command = [sys.executable, __file__, "--one-process"]
+    told = subprocess.run(command, env=own | {"GOMP_SPINCOUNT": spin_count}, capture_output=True, text=True, check=True)
+    return json.loads(told.stdout)
+
+
+def measure_busy(repeats: int = 3) -> dict:
+    """Seconds of a pass, for each spin count, on the machine as it is and beside busy loops."""
+    taken: dict[str, dict[str, list[float]]] = {name: {"idle": [], "busy": []} for name in SPIN_COUNTS}
+    cores = len(os.sched_getaffinity(0))
+    for _ in range(repeats):
+        for name, count in SPIN_COUNTS.items():
+            taken[name]["idle"] += pass_in_a_process(count)
+        with busy_loops(cores):
+            for name, count in SPIN_COUNTS.items():
+                taken[name]["busy"] += pass_in_a_process(count)
+    return taken
+
+
+def show_busy(taken: dict) -> None:
+    """A row for each spin count and load, then what the bounded count gains and costs."""
+    for name, loads in taken.items():
+        for load, values in loads.items():
+            line(f"{load}, {name} spin count ({SPIN_COUNTS[name]})", values)
+    before, after = ({load: statistics.median(taken[name][load]) for load in ("idle", "busy")} for name in SPIN_COUNTS)
+    print(f"busy / idle: {before['busy'] / before['idle']:.1f} before, {after['busy'] / after['idle']:.1f} after")
+    print(f"idle, after / before: {after['idle'] / before['idle']:.2f}")
+
+
 def plot(figures: dict, path: Path) -> None:
     """Time and memory against N."""
     import matplotlib
@@ -197,8 +252,19 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--full", action="store_true", help="time the edge list of 128 x 512 itself")
     made.add_argument("--plot", type=Path, help="draw time and memory against N into this file")
+    made.add_argument("--busy", action="store_true", help="measure a pass beside busy processes instead")
+    made.add_argument("--one-process", action="store_true", help="what --busy starts: the seconds of passes, as JSON")
     arguments = made.parse_args()
     reuse_freed_memory()  # as every run does
+    if arguments.one_process:
+        gcn = MaskingGCN(num_message_passing_rounds=ROUNDS, hidden_dim=WIDTH)
+        print(json.dumps(seconds(closed_pass(gcn, *SMALL), BUSY_PASSES)))
+        return
+    if arguments.busy:
+        taken = measure_busy()
+        show_busy(taken)
+        keep(arguments.json, taken)
+        return
     figures = measure(arguments.full)
     show(figures)
     keep(arguments.json, figures)

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import keep, parser
+
 from page import as_page
 from records import read_records
 from tables import Run, families, runs_of

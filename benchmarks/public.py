@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch.utils.data import DataLoader, TensorDataset
-
 from benchmarks.common import keep, parser
 from benchmarks.comparison import Plan, cell, table
+
+from torch.utils.data import DataLoader, TensorDataset
+
 from config import PROJECT_ROOT, SupportedVisionModels
 from gcn import reuse_freed_memory
 from methods import Context, Point, method

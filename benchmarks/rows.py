@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.zoo import SINGLES, Case, Cell, Recipe, Theta, cases, mean
+
 from scipy.stats import t as student
 
-from benchmarks.zoo import SINGLES, Case, Cell, Recipe, Theta, cases, mean
 from config import PROJECT_ROOT
 from unlearning import Checkpoint
 from write import as_text

@@ -18,9 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import peak_memory, random_data, run
+
 import torch
 
-from benchmarks.common import peak_memory, random_data, run
 from classifier import VisionModelTrainer
 from config import EvalConfig, PipelineConfig, Trackers, TrainConfig
 from distributed import Group, launch

@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import line, random_data, run, seconds
+
 import torch
 
-from benchmarks.common import line, random_data, run, seconds
 from config import PipelineConfig
 from eval import Eval
 from methods import Context, Point

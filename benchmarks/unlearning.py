@@ -21,10 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from torch import Tensor
-
-from artifacts import copy_file, write_json
 from benchmarks.common import keep, parser
 from benchmarks.rows import BATCHES, KAPPAS, RESNET_KAPPAS, SHIPPED, SHIPPED_RESNET, Bench, Row, judged_rows, on, show
 from benchmarks.zoo import (
@@ -43,6 +39,11 @@ from benchmarks.zoo import (
     refined,
     train,
 )
+
+import torch
+from torch import Tensor
+
+from artifacts import copy_file, write_json
 from budget import search
 from config import (
     PROJECT_ROOT,

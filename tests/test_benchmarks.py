@@ -28,3 +28,12 @@ def test_a_benchmark_finds_the_project(path: Path) -> None:
     for place, statement in enumerate(body):
         assert not imported(statement) & siblings, "say benchmarks.X: X alone is found from this folder only"
         assert place > added[0] or not imported(statement) & ROOMS
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_sets_the_spin_count_before_torch_is_loaded(path: Path) -> None:
+    """The package does, when its first module is imported; a script imports it ahead of torch and of the project."""
+    names = [imported(statement) for statement in ast.parse(path.read_text("utf-8")).body]
+    heavy = [place for place, found in enumerate(names) if found & (ROOMS - {"benchmarks"} | {"torch"})]
+    package = [place for place, found in enumerate(names) if "benchmarks" in found]
+    assert path not in SCRIPTS or not heavy or package[0] < heavy[0]

@@ -56,6 +56,30 @@ def tiny(tmp_path_factory) -> Path:
     return path
 
 
+# --- threads ----------------------------------------------------------------------------------------------
+
+SPINS = re.compile(r"GOMP_SPINCOUNT = '(\d+)'")
+
+
+@pytest.mark.parametrize(
+    "first", ["import main; main.main(['nonsense'])", "import benchmarks", "import tests.conftest"]
+)
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, main.SPIN_COUNT), ({"GOMP_SPINCOUNT": "777"}, "777"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+    ids=["bounded", "the user's count", "the user's policy"],
+)
+def test_waiting_threads_do_not_spin_for_long(first, given, expected, tmp_path):
+    """What the OpenMP library itself says that it has read, when torch loads it."""
+    own = environment(tmp_path) | {"OMP_DISPLAY_ENV": "verbose"}
+    bare = {name: value for name, value in own.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", f"{first}\nimport torch"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=bare | given, timeout=120)
+    counts = SPINS.findall(told.stderr)
+    assert counts, "this torch comes with another OpenMP library"
+    assert set(counts) == {expected}
+
+
 # --- help -------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """The simulation of many jobs on many workers, against schedules written out by hand."""
 
-import pytest
-
 from benchmarks.scaling import SimulatedJob, simulate
+
+import pytest
 
 A, B = (SimulatedJob(((key, 10.0),), 1.0) for key in "ab")
 CASES = {
