@@ -201,6 +201,24 @@ def appending_array(
         raise ValueError(f"{path} needs {math.prod(shape)} values, {written} were written")
 
 
+@contextmanager
+def extending(path: Path, begin: int) -> Generator[IO[bytes]]:
+    """A file to be written from its byte `begin` on; what lay behind that goes. On the disk when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with path.open("r+b") as file:
+        file.truncate(begin)
+        file.seek(begin)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def map_rows(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The first bytes of a file as a read-only memory map, uint8 of this shape. Raises OSError or ValueError."""
+    return np.memmap(path, np.uint8, "r", shape=shape)
+
+
 def read_array(path: Path) -> np.ndarray:
     """A .npy file as a read-only memory map.
 

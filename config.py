@@ -70,14 +70,24 @@ class DataConfig:
     """Side that images of a folder tree are scaled to (None: that of the dataset's spec, 128)."""
     num_workers: int | None = None
     """Threads that decode images of a folder tree (None: two for each core, 0: none besides the caller's)."""
+    cache_gb: float = 20.0
+    """Gigabytes of disk that the decoded pixels of folder trees may take (0: none, every epoch decodes them anew)."""
+    max_pixels: int = 178_956_970
+    """An image file of more pixels gives no image: decoding it takes 4 bytes a pixel, once for each thread."""
+    sample_bits: int | None = None
+    """Bits that grey levels of more than 8 bits take, such as 12 (None: those that the file says, or else 16)."""
     skip_bad_images: bool = False
     """Leave out the files of a folder tree that give no image; they are named in the log and in every record."""
 
     def __post_init__(self) -> None:
         _require(0 < self.val_fraction < 1, f"val_fraction is {self.val_fraction}", "give a share between 0 and 1")
-        for name in ("max_train_samples", "max_test_samples", "image_size"):
+        for name in ("max_train_samples", "max_test_samples", "image_size", "max_pixels"):
             if getattr(self, name) is not None:
                 _positive(self, name)
+        _positive(self, "cache_gb", zero_ok=True)
+        _require(self.cache_gb < float("inf"), f"cache_gb is {self.cache_gb}", "give a number of gigabytes")
+        bits = self.sample_bits
+        _require(bits is None or 8 < bits <= 16, f"sample_bits is {bits}", "give a number from 9 to 16")
         if self.num_workers is not None:
             _positive(self, "num_workers", zero_ok=True)
 

@@ -3,7 +3,7 @@
 Two layouts. `folders`: DIR/<class>/..., or DIR/{train,val,test}/<class>/... . `wnids` (ImageNet): DIR/<any shard>/...,
 where an image's class is the nearest folder named like a WordNet id, or else the last `_` token of its file name.
 Only folder times are compared when a cached index is loaded (a file added, removed or renamed changes its folder's);
-`changed` compares every file, and decoding compares the one it opens. No torch here.
+`image_check` looks at every file that is used. No torch here.
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 import unicodedata
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ import numpy as np
 from artifacts import read_tensors, write_tensors
 from config import UserError
 from hashes import code_key, key_of
-from image_files import CHANGED, EMPTY, UNREADABLE, BadImageError, decode, in_threads
+from image_files import DIGEST, EMPTY, UNREADABLE, mark_of, raise_if_machine
 from imagenet_classes import IMAGENET2012_CLASSES
-from observe import log, progress
+from observe import log
 
 UNSPLIT, TRAIN, VAL, TEST = range(4)
 SPLIT_FOLDERS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
@@ -35,7 +35,6 @@ LOOP, SPECIAL, HOMELESS, NO_IMAGES = "symlink loop", "not a regular file", "in n
 NO_CLASS = "no WordNet id in its path"
 UNKNOWN = "class outside the 1,000 of ImageNet"
 RACE_NS = 20_000_000  # a folder changed this shortly before it was read may change again without a new time
-CHECK_SPAN, SECONDS_BETWEEN_SAVES = 4096, 30
 
 
 @dataclass
@@ -50,7 +49,7 @@ class _Scan:
 
     # `os` rather than Path here: a Path for each of a million files is slow
     def walk(self, relative: str, above: tuple = ()) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
-        """(folder, [(file name, bytes, mtime in ns)]) of a folder and all below it, by name; links are followed."""
+        """(folder, [(file name, bytes, mark)]) of a folder and all below it, by name; links are followed."""
         path = f"{self.root}/{relative}"
         try:
             facts = os.stat(path)  # noqa: PTH116
@@ -62,6 +61,7 @@ class _Scan:
             with os.scandir(path) as entries:
                 found = sorted(entries, key=attrgetter("name"))
         except OSError as error:
+            raise_if_machine(error, path)
             self.problems.append((relative, f"{UNREADABLE} ({error.strerror})"))
             return
         files, below = [], []
@@ -72,10 +72,11 @@ class _Scan:
                     continue
                 about = entry.stat()
             except OSError as error:
+                raise_if_machine(error, entry.path)
                 self.problems.append((f"{relative}/{entry.name}", f"{UNREADABLE} ({error.strerror})"))
                 continue
             if stat.S_ISREG(about.st_mode) and about.st_size:
-                files.append((entry.name, about.st_size, about.st_mtime_ns))
+                files.append((entry.name, about.st_size, mark_of(about)))
             else:
                 reason = EMPTY if stat.S_ISREG(about.st_mode) else SPECIAL
                 self.problems.append((f"{relative}/{entry.name}", reason))
@@ -101,7 +102,7 @@ class _Scan:
         lengths = np.fromiter(map(len, names), np.int64, len(names)) + len(prefix)
         arrays: dict[str, np.ndarray] = {"lengths": lengths, "labels": labels}
         arrays["sizes"] = np.array([size for _, size, _ in files], np.int64)
-        arrays["times"] = np.array([stamp for _, _, stamp in files], np.int64)
+        arrays["marks"] = np.array([mark for _, _, mark in files], np.uint64)
         arrays["splits"] = np.full(len(files), split, np.uint8)
         arrays["hashes"] = np.array([zlib.crc32(name, start) for name in names], np.uint64)
         for name, values in arrays.items():
@@ -198,9 +199,12 @@ LAYOUTS = {"folders": _scan_folders, "wnids": _scan_wnids}
 class Tree:
     """Every image file of a tree, in the order of its path.
 
-    Arrays: paths (one blob and the end of each), sizes in bytes, times in ns, labels, splits (UNSPLIT, TRAIN, ...) and
-    hashes of file names (what splits are drawn by, so that neither order nor machine moves them), [S] each.
-    `problems`: (path, reason) of what can be no image whatever its content; `bad`: reason by row, from `check`.
+    Arrays: paths (one blob and the end of each), sizes in bytes, marks (`image_files.mark_of`), labels, splits
+    (UNSPLIT, TRAIN, ...) and hashes of file names (what splits are drawn by, so that neither order nor machine moves
+    them), [S] each.
+    `problems`: (path, reason) of what can be no image whatever its content.
+    Filled by `image_check.check`, where rows were checked: `bad`, reason by row; `digests` of the files' bytes [S, 16];
+    `bits` (`image_files.Seen`) [S].
     """
 
     root: str
@@ -208,7 +212,7 @@ class Tree:
     blob: np.ndarray
     ends: np.ndarray
     sizes: np.ndarray
-    times: np.ndarray
+    marks: np.ndarray
     labels: np.ndarray
     splits: np.ndarray
     hashes: np.ndarray
@@ -217,6 +221,8 @@ class Tree:
     made: int
     file: Path
     bad: dict[int, str] = field(default_factory=dict)
+    digests: np.ndarray = field(default_factory=lambda: np.zeros((0, DIGEST), np.uint8))
+    bits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -230,14 +236,12 @@ class Tree:
         return f"{self.root}/{self.name(row)}"
 
     def stamp(self, row: int) -> tuple[int, int]:
-        """(bytes, mtime in ns) of an image when it was indexed."""
-        return int(self.sizes[row]), int(self.times[row])
+        """(bytes, mark) of an image when it was looked at last."""
+        return int(self.sizes[row]), int(self.marks[row])
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
-        """uint64 [R], another one as soon as name, size or time differ."""
-        return mix(
-            mix(self.hashes[rows] ^ mix(self.sizes[rows].astype(np.uint64))) ^ self.times[rows].astype(np.uint64)
-        )
+        """uint64 [R], another one as soon as name, size or mark differ."""
+        return mix(mix(self.hashes[rows] ^ mix(self.sizes[rows].astype(np.uint64))) ^ self.marks[rows])
 
     @property
     def found(self) -> list[tuple[str, str]]:
@@ -252,19 +256,6 @@ class Tree:
             return False
         return times == self.folders and max(times.values(), default=0) < self.made - RACE_NS
 
-    def changed(self, rows: np.ndarray) -> list[str]:
-        """Paths, among these rows, of files that are gone or have another size or time."""
-        names = []
-        for row in rows.tolist():
-            try:
-                facts = os.stat(self.path(row))  # noqa: PTH116
-                same = (facts.st_size, facts.st_mtime_ns) == self.stamp(row)
-            except OSError:
-                same = False
-            if not same:
-                names.append(self.name(row))
-        return names
-
 
 def mix(values: np.ndarray) -> np.ndarray:
     """The splitmix64 finaliser: uint64 -> uint64, one to one, well mixed (Steele et al. 2014)."""
@@ -275,7 +266,7 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-ARRAYS = ("blob", "ends", "sizes", "times", "labels", "splits", "hashes")
+ARRAYS = ("blob", "ends", "sizes", "marks", "labels", "splits", "hashes")
 
 
 def scan_tree(root: Path, layout: str, file: Path) -> Tree:
@@ -309,7 +300,7 @@ def open_tree(root: Path, layout: str, store: Path) -> Tree:
         UserError: as `scan_tree`.
     """
     root = root.resolve()
-    code = code_key("image_tree.py", "imagenet_classes.py")
+    code = code_key("image_tree.py", "image_files.py", "imagenet_classes.py")
     file = store / f"{root.name}-{key_of({'root': str(root), 'layout': layout, 'code': code})[:12]}.safetensors"
     if file.exists():
         try:
@@ -322,60 +313,11 @@ def open_tree(root: Path, layout: str, store: Path) -> Tree:
         except (UserError, KeyError, TypeError, ValueError):
             log(f"{file} is damaged, indexing again")
     tree = scan_tree(root, layout, file)
-    facts = {name: getattr(tree, name) for name in ("folders", "problems", "made", "classes")}
-    write_tensors(file, {name: getattr(tree, name) for name in ARRAYS}, facts)
+    save_tree(tree)
     return tree
 
 
-# --- whether the images can be decoded --------------------------------------------------------------------
-
-
-def _checked(file: Path) -> tuple[np.ndarray, dict[str, str]]:
-    """What is known of earlier checks: keys of files that decode, and reason by key of those that do not."""
-    try:
-        arrays, reasons = read_tensors(file)
-        return arrays["good"], reasons
-    except (UserError, KeyError):
-        return np.empty(0, np.uint64), {}
-
-
-def _try_all(tree: Tree, rows: np.ndarray, size: int, threads: int) -> dict[int, str]:
-    """Decode these images; returns reason by row of those that cannot be."""
-    bad: dict[int, str] = {}
-
-    def try_one(place: int) -> None:
-        row = int(rows[place])
-        try:
-            decode(tree.path(row), size, tree.stamp(row))
-        except BadImageError as error:
-            bad[row] = str(error)
-
-    in_threads(try_one, len(rows), threads)
-    return bad
-
-
-def check(tree: Tree, rows: np.ndarray, size: int, threads: int) -> Tree:
-    """The tree with `bad` filled for these rows, by decoding each once.
-
-    What was found is kept beside the index every half minute, and holds as long as name, size and time of a file do;
-    a file that cannot be read is tried again next time.
-    """
-    file = tree.file.with_suffix(".checked.safetensors")
-    good, reasons = _checked(file)
-    keys = tree.keys(rows)
-    known = {int(key): reason for key, reason in reasons.items()}
-    seen = np.isin(keys, np.array(list(known), np.uint64))
-    bad = {int(row): known[int(key)] for row, key in zip(rows[seen], keys[seen], strict=True)}
-    bad |= {row: CHANGED for row in bad if tree.changed(np.array([row]))}  # repaired, perhaps
-    left, saved = rows[~seen & ~np.isin(keys, good)], time.monotonic()
-    spans = [left[begin : begin + CHECK_SPAN] for begin in range(0, len(left), CHECK_SPAN)]
-    for place, span in enumerate(progress(spans, f"checking images, {CHECK_SPAN} at a time"), 1):
-        fresh = _try_all(tree, span, size, threads)
-        bad |= fresh
-        good = np.concatenate([good, tree.keys(span[~np.isin(span, list(fresh))])])
-        lasting = [row for row, why in fresh.items() if why != CHANGED and not why.startswith(UNREADABLE)]
-        reasons |= {str(key): fresh[row] for row, key in zip(lasting, tree.keys(np.array(lasting, int)), strict=True)}
-        if place == len(spans) or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-            saved = time.monotonic()
-            write_tensors(file, {"good": good}, reasons)
-    return replace(tree, bad=bad)
+def save_tree(tree: Tree) -> None:
+    """Keep an index in its file."""
+    facts = {name: getattr(tree, name) for name in ("folders", "problems", "made", "classes")}
+    write_tensors(tree.file, {name: getattr(tree, name) for name in ARRAYS}, facts)

@@ -146,7 +146,7 @@ class Pipeline(Stages):
         seconds = self.seconds | {"evaluation": time.perf_counter() - begun}
         run = {"device": str(self.device), "started": self.started, "seconds": seconds}
         places = {"mask_path": paths[measured["answer"]], "mask_paths": paths}
-        record |= {**places, "provenance": provenance() | run, **measured, "skipped_images": self.data.skipped_images}
+        record |= {**places, "provenance": provenance() | run, **measured, **self.data.image_facts}
         write_json(path, record)
         return record
 

@@ -11,9 +11,11 @@ import numpy as np
 
 from choices import SupportedDatasets, UserError
 from config import DataConfig, derive_seed
-from image_files import CHANGED
-from image_tree import TEST, TRAIN, UNSPLIT, VAL, Tree, check, mix, open_tree
+from image_check import check
+from image_files import How
+from image_tree import TEST, TRAIN, UNSPLIT, VAL, Tree, mix, open_tree
 from observe import log
+from pixel_cache import PixelCache
 from readers import SPECS, dataset_root, how_to_get
 
 TEST_SHARE = 0.2
@@ -87,9 +89,9 @@ def split_rows(dataset: SupportedDatasets, tree: Tree, data: DataConfig) -> dict
 
 
 def usable_splits(
-    dataset: SupportedDatasets, path: Path | None, datasets_dir: Path, data: DataConfig, size: int, threads: int
-) -> tuple[Tree, dict[str, np.ndarray]]:
-    """A tree whose images were decoded once, and the rows of its splits, of which all give an image.
+    dataset: SupportedDatasets, path: Path | None, datasets_dir: Path, data: DataConfig, how: How, threads: int
+) -> tuple[Tree, dict[str, np.ndarray], PixelCache | None]:
+    """A tree whose images were read once, the rows of its splits, of which all give an image, and their kept pixels.
 
     Raises:
         UserError: files give no image (unless they are to be skipped), or a class has too few images.
@@ -97,19 +99,19 @@ def usable_splits(
     tree, reopened = open_tree_of(dataset, path, datasets_dir), False
     while True:
         parts = split_rows(dataset, tree, data)
-        checked = check(tree, np.unique(np.concatenate(list(parts.values()))), size, threads)
-        if CHANGED in checked.bad.values() and not reopened:
-            tree.file.unlink(missing_ok=True)
+        rows = np.unique(np.concatenate(list(parts.values())))
+        checked, cache = check(tree, rows, how, threads, data.cache_gb * 1e9)
+        if not reopened and not checked.is_fresh():  # files came or went since the index was opened
             tree, reopened = open_tree_of(dataset, path, datasets_dir), True
             continue
         fresh = checked.bad
-        tree = replace(tree, bad=tree.bad | fresh)
+        tree = replace(checked, bad=tree.bad | fresh)
         if not (fresh and data.skip_bad_images):
             break
     if tree.found:
         _name_them(dataset, tree, data.skip_bad_images)
     _enough_of_each(dataset, tree, parts)
-    return tree, parts
+    return tree, parts, cache
 
 
 def _name_them(dataset: SupportedDatasets, tree: Tree, skip: bool) -> None:
@@ -119,7 +121,7 @@ def _name_them(dataset: SupportedDatasets, tree: Tree, skip: bool) -> None:
     if len(tree.found) > MOST_NAMED:
         log(f"... and {len(tree.found) - MOST_NAMED} more")
     if not skip:
-        counts = Counter(reason for _, reason in tree.found)
+        counts = Counter(reason.partition(" (")[0] for _, reason in tree.found)
         summary = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
         raise UserError(
             f"{dataset.value} in {tree.root} has {len(tree.found)} paths that give no image ({summary}; "

@@ -1,13 +1,16 @@
 """Image datasets by name, and their splits: train / val / test, and in each the forget and the retain set.
 
-Nothing here downloads unless `download` is called. Images stay uint8 in memory, those of folder trees on disk until
-a batch asks for them; loaders normalise batches.
+Nothing here downloads unless `download` is called. Images stay uint8 in memory, those of folder trees decoded on the
+disk, until a batch asks for them; loaders normalise batches.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +21,16 @@ from torch.utils.data import DataLoader, Dataset
 from choices import SupportedDatasets, UserError
 from config import DataConfig, as_tuple, derive_seed
 from downloads import download
+from duplicates import find_duplicates, say_duplicates
 from hashes import sha256_arrays
-from image_files import CHANGED, decode_many
-from image_tree import Tree
+from image_files import DIGEST, How
+from lazy_pixels import LazyPixels
 from observe import log
 from readers import SPECS, Arrays, dataset_root, read_arrays, read_idx, resolve_classes, stratified
 from tree_splits import open_tree_of, usable_splits
 
 SPLITS = ("train", "val", "test")
+TREE_SETTINGS = ("image_size", "num_workers", "cache_gb", "max_pixels", "sample_bits", "skip_bad_images")
 __all__ = ["SPLITS", "SupportedDatasets", "UnlearningDataset", "download", "get_unlearning_dataset", "read_idx"]
 
 
@@ -36,71 +41,6 @@ def _cap(arrays: Arrays, most: int | None, seed: int) -> Arrays:
         return arrays
     chosen, _ = stratified(labels, most / len(labels), seed)
     return images[chosen], labels[chosen]
-
-
-@dataclass(frozen=True)
-class LazyPixels:
-    """Images of a folder tree, decoded when they are indexed: stands in for a uint8 tensor [S, 3, size, size].
-
-    Args:
-        tree: the index. rows: places in it, int64 [S]. threads: that decode at a time.
-    """
-
-    tree: Tree
-    rows: np.ndarray
-    size: int
-    threads: int
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def nbytes(self) -> int:
-        """What is held in memory."""
-        return self.rows.nbytes
-
-    def take(self, keep: Tensor | list[int] | slice) -> "LazyPixels":
-        """The subset at indices, or where a mask holds; nothing is decoded."""
-        return replace(self, rows=self.rows[keep.numpy() if isinstance(keep, Tensor) else keep])
-
-    def __getitem__(self, indices: Tensor | list[int] | slice) -> Tensor:
-        """Pixels, uint8 [B, 3, size, size].
-
-        Raises:
-            UserError: a file was changed, or can no longer be decoded.
-        """
-        return self._decoded(indices)
-
-    def normalised(self, indices: Tensor | list[int] | slice, mean: Tensor, std: Tensor) -> Tensor:
-        """(pixels - mean) / std, float32 [B, 3, size, size]; mean and std [3, 1, 1]. Raises as indexing does."""
-        return self._decoded(indices, (mean.numpy(), std.numpy()))
-
-    def _decoded(
-        self, indices: Tensor | list[int] | slice, scale: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> Tensor:
-        rows = self.take(indices).rows.tolist()
-        tree = self.tree
-        paths, stamps = [tree.path(row) for row in rows], [tree.stamp(row) for row in rows]
-        pixels, bad = decode_many(paths, stamps, self.size, self.threads, scale)
-        if bad:
-            place, reason = min(bad.items())
-            raise UserError(
-                f"{paths[place]}: {reason}, {len(bad)} such files in one batch: run again to check them all"
-            )
-        return torch.from_numpy(pixels)
-
-    def key(self) -> np.ndarray:
-        """What the pixels depend on: names, sizes and times of the files, and the side they are scaled to.
-
-        Raises:
-            UserError: files changed since they were indexed; the index is dropped.
-        """
-        if changed := self.tree.changed(self.rows):
-            self.tree.file.unlink(missing_ok=True)
-            raise UserError(
-                f"{len(changed)} files like {changed[0]} in {self.tree.root} {CHANGED}: run again to index it"
-            )
-        return np.concatenate([self.tree.keys(self.rows), np.array([self.size], np.uint64)])
 
 
 @dataclass(frozen=True)
@@ -120,8 +60,6 @@ class Images(Dataset):
 
     def batch(self, indices: Tensor | list[int] | slice) -> tuple[Tensor, Tensor]:
         """Normalised images [B, C, H, W] and labels [B]."""
-        if isinstance(self.pixels, LazyPixels):
-            return self.pixels.normalised(indices, self.mean, self.std), self.labels[indices]
         return self.pixels[indices].float().sub_(self.mean).div_(self.std), self.labels[indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -140,6 +78,20 @@ class Images(Dataset):
         """An array that differs as soon as an image does."""
         return self.pixels.key() if isinstance(self.pixels, LazyPixels) else self.pixels.numpy()
 
+    def digests(self) -> np.ndarray:
+        """A hash of each image, or of its file, uint8 [S, 16]."""
+        if isinstance(self.pixels, LazyPixels):
+            return self.pixels.key()
+        whole = self.pixels.numpy().reshape(len(self), -1)
+        hashes = b"".join(hashlib.sha256(image.data).digest()[:DIGEST] for image in whole)
+        return np.frombuffer(hashes, np.uint8).reshape(-1, DIGEST)
+
+    def name(self, place: int) -> str:
+        """What an image is called: its path below the tree, or else its number."""
+        return (
+            self.pixels.tree.name(int(self.pixels.rows[place])) if isinstance(self.pixels, LazyPixels) else str(place)
+        )
+
 
 class _Ahead(DataLoader):
     """A loader that prepares the next batch, in a thread, while the present one is worked on."""
@@ -156,8 +108,8 @@ class _Ahead(DataLoader):
 def make_loader(dataset: Dataset, batch_size: int, shuffle_seed: int | None = None) -> DataLoader:
     """A loader of whole batches (one indexing call each, last one may be short); shuffled if seeded."""
     generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-    lazy = isinstance(dataset, Images) and isinstance(dataset.pixels, LazyPixels)
-    return (_Ahead if lazy else DataLoader)(
+    decodes = isinstance(dataset, Images) and isinstance(dataset.pixels, LazyPixels) and dataset.pixels.cache is None
+    return (_Ahead if decodes else DataLoader)(
         dataset,
         batch_size=batch_size,
         shuffle=generator is not None,
@@ -224,15 +176,56 @@ class UnlearningDataset:
         """Path and reason of every file that was left out because it gives no image."""
         return [{"path": path, "reason": reason} for path, reason in (self.tree.found if self.tree else ())]
 
+    @property
+    def image_facts(self) -> dict:
+        """What a record says of the images: left out, twice there, not decided."""
+        return {
+            "skipped_images": self.skipped_images,
+            "duplicates": self.duplicates,
+            "image_notes": self.image_notes,
+        }
+
     def retained(self, seed: int) -> "UnlearningDataset":
         """The same without the images of the classes to forget: what a model is retrained on, in another order."""
         kept = {name: part.only(~self.is_forgotten(part.labels)) for name, part in self.splits.items()}
         return _Retained(self.name, kept, self.batch_size, self.forget_class, seed)
 
+    @cached_property
+    def duplicates(self) -> dict[str, dict]:
+        """Images that occur more than once, by kind (`duplicates.find_duplicates`)."""
+        digests = {name: self.splits[name].digests() for name in SPLITS}
+        labels = {name: self.splits[name].labels.numpy() for name in SPLITS}
+
+        def name_of(split: str, place: int) -> str:
+            name = self.splits[split].name(place)
+            return name if self.tree else f"{split} image {name}"
+
+        return find_duplicates(digests, labels, name_of)
+
+    @property
+    def image_notes(self) -> list[str]:
+        """What could not be decided about how the images of a tree are to be shown, a sentence each."""
+        rows = [part.pixels.rows for part in self.splits.values() if isinstance(part.pixels, LazyPixels)]
+        bits = self.tree.bits[np.concatenate(rows)] if self.tree else np.zeros(0, np.uint8)
+        most, count = int(bits.max(initial=0)), int((bits > 0).sum())
+        if not 0 < most < 16:
+            return []
+        return [
+            f"{count} images have levels of 16 bits, of which none uses more than {most}: they are shown dark, as by a "
+            f"viewer; if {most} bits are meant, say so with --data.sample-bits {max(most, 9)} (grey images)"
+        ]
+
     def fingerprint(self) -> str:
-        """SHA-256 of every image and label of every split (of a folder tree: names, sizes and times of its files)."""
+        """SHA-256 of what every image of every split holds, in order, with its label; of a tree with its class names.
+
+        Neither the paths nor the times of files have a part in it.
+        """
         parts = [self.splits[split] for split in SPLITS]
-        return sha256_arrays(array for part in parts for array in (part.key(), part.labels.numpy()))
+        arrays = [array for part in parts for array in (part.key(), part.labels.numpy())]
+        if isinstance(pixels := parts[0].pixels, LazyPixels):
+            shown = {"classes": self.classes, "size": pixels.how.size, "sample_bits": pixels.how.sample_bits}
+            arrays.append(np.frombuffer(json.dumps(shown).encode(), np.uint8))
+        return sha256_arrays(arrays)
 
     def get_train_loader(self) -> DataLoader:
         """Training images, shuffled by the run's seed."""
@@ -311,12 +304,13 @@ def dataset_facts(
 def _tree_splits(dataset: SupportedDatasets, path: Path | None, store: Path, data: DataConfig) -> dict[str, Images]:
     """The three splits of a folder tree."""
     spec = SPECS[dataset]
-    size = data.image_size or spec.size
+    how = How(data.image_size or spec.size, data.max_pixels, data.sample_bits)
     threads = 2 * len(os.sched_getaffinity(0)) if data.num_workers is None else data.num_workers
-    tree, parts = usable_splits(dataset, path, store, data, size, threads)
+    tree, parts, cache = usable_splits(dataset, path, store, data, how, threads)
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
     labels = {name: torch.from_numpy(tree.labels[rows].astype(np.int64)) for name, rows in parts.items()}
-    return {name: Images(LazyPixels(tree, parts[name], size, threads), labels[name], mean, std) for name in SPLITS}
+    pixels = {name: LazyPixels.kept(tree, parts[name], how, threads, cache) for name in SPLITS}
+    return {name: Images(pixels[name], labels[name], mean, std) for name in SPLITS}
 
 
 def get_unlearning_dataset(
@@ -346,12 +340,17 @@ def get_unlearning_dataset(
         splits = _tree_splits(dataset, dataset_path, datasets_dir, data)
     else:
         splits = _array_splits(dataset, dataset_root(dataset, dataset_path, datasets_dir), data)
-    return UnlearningDataset(dataset, splits, batch_size, forget_class, seed)
+    made = UnlearningDataset(dataset, splits, batch_size, forget_class, seed)
+    if made.duplicates:
+        log(f"{dataset.value}: {say_duplicates(made.duplicates)}")
+    for note in made.image_notes:
+        log(f"{dataset.value}: {note}")
+    return made
 
 
 def _name_ignored(dataset: SupportedDatasets, dataset_path: Path | None, data: DataConfig) -> None:
     """Say in the log which settings have no effect on this dataset."""
-    names = () if SPECS[dataset].layout else ("image_size", "num_workers", "skip_bad_images")
+    names = () if SPECS[dataset].layout else TREE_SETTINGS
     ignored = [f"data.{name}" for name in names if getattr(data, name) != getattr(DataConfig, name)]
     ignored += ["dataset_path"] * (dataset is SupportedDatasets.DIGITS and dataset_path is not None)
     if ignored:

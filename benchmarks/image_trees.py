@@ -31,8 +31,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from config import PROJECT_ROOT
+from image_files import How
 from image_tree import open_tree
-from utils_data import Images, LazyPixels, make_loader
+from lazy_pixels import LazyPixels
+from utils_data import Images, make_loader
 
 CLASSES, BATCH, SIZE = 100, 256, 128
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -86,7 +88,7 @@ def loading(root: Path, store: Path, batches: int, repeats: int) -> dict:
     theirs = DataLoader(folder, BATCH, shuffle=True, num_workers=2)
     tree = open_tree(root, "folders", store)
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    pixels = LazyPixels(tree, np.arange(len(tree)), SIZE, 4)
+    pixels = LazyPixels(tree, np.arange(len(tree)), How(SIZE), 4)
     ours = make_loader(Images(pixels, torch.from_numpy(tree.labels.astype(np.int64)), mean, std), BATCH, 0)
 
     def drain(loader: DataLoader) -> None:
@@ -132,7 +134,9 @@ def starting(root: Path, store: Path, repeats: int) -> dict:
 MEMORY = """
 import sys, time
 from pathlib import Path
+from image_files import How
 from image_tree import open_tree
+from lazy_pixels import LazyPixels
 begun = time.perf_counter()
 tree = open_tree(Path(sys.argv[1]), "folders", Path(sys.argv[2]))
 seconds, processor = time.perf_counter() - begun, time.process_time()

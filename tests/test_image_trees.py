@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 
 import image_tree
 from config import DataConfig, SupportedDatasets, UserError
-from image_files import BadImageError, decode
+from image_files import BadImageError, How, decode
 from image_tree import TEST, TRAIN, open_tree
 from imagenet_classes import IMAGENET2012_CLASSES
 from readers import SPECS, resolve_classes
@@ -62,9 +62,9 @@ def test_decoded_is_the_centre_square(tmp_path):
     left_to_right = np.zeros((20, 60, 3), np.uint8)
     left_to_right[:, 20:40] = 200
     Image.fromarray(left_to_right).save(tmp_path / "a.png")
-    assert (decode(str(tmp_path / "a.png"), 10)[:, :, 1:-1] == 200).all()  # filters reach over the edge
+    assert (decode(str(tmp_path / "a.png"), How(10))[:, :, 1:-1] == 200).all()  # filters reach over the edge
     photo(900, 700, 90).save(tmp_path / "b.jpg")
-    pixels = decode(str(tmp_path / "b.jpg"), 128)
+    pixels = decode(str(tmp_path / "b.jpg"), How(128))
     assert pixels.shape == (3, 128, 128)
     assert np.abs(pixels.astype(int) - 90).max() <= 1
 
@@ -74,7 +74,7 @@ def test_draft_is_close_to_a_full_decode(tmp_path):
     image = photo(512, 512)
     image.save(path, quality=95)
     whole = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
-    assert np.abs(decode(str(path), 64) - whole).mean() < 3
+    assert np.abs(decode(str(path), How(64)) - whole).mean() < 3
 
 
 ODD = {
@@ -95,7 +95,7 @@ ODD = {
 def test_decodable_oddities_are_converted(name, tmp_path):
     ODD[name](tmp_path / name)
     expected = 0 if name == "one_bit.png" else 100
-    pixels = decode(str(tmp_path / name), 16)
+    pixels = decode(str(tmp_path / name), How(16))
     assert (pixels.shape, pixels.dtype) == ((3, 16, 16), np.uint8)
     assert np.abs(pixels.astype(int) - expected).max() <= 9  # palettes are coarse
 
@@ -196,20 +196,66 @@ def test_cached_index_is_used_and_noticed_when_stale(tree, tmp_path, monkeypatch
     assert len(scans) == 3
 
 
-def test_file_changed_in_place_is_noticed(tree, tmp_path):
+def rewrite(path, data: bytes):
+    """New contents in place: the folder's time stays, and so does the file's."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.write(data)
+        file.truncate()
+    os.utime(path, ns=times)
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_touched_file_is_looked_at_again_and_is_the_same_image(tree, tmp_path, cache_gb, capsys):
     old(tree)
-    data = load(tree, tmp_path)
-    before = data.fingerprint()
-    assert load(tree, tmp_path).fingerprint() == before
-    path = tree / "cat/0.jpg"
-    with path.open("r+b") as file:  # the folder's time stays
-        file.write(path.read_bytes() + b"\0")
-    split = next(split for split in SPLITS if "cat/0.jpg" in names(data, split))
-    with pytest.raises(UserError, match="changed since it was indexed"):
+    data = load(tree, tmp_path, cache_gb=cache_gb)
+    before, pixels = data.fingerprint(), data.splits["train"].pixels[:]
+    for path in tree.rglob("*.jpg"):
+        path.touch()
+    assert torch.equal(data.splits["train"].pixels[:], pixels)  # the run that is under way goes on
+    again = load(tree, tmp_path, cache_gb=cache_gb)
+    assert again.fingerprint() == before
+    assert torch.equal(again.splits["train"].pixels[:], pixels)
+    assert "30 files were touched since they were indexed, such as cat/0.jpg" in capsys.readouterr().err
+    load(tree, tmp_path, cache_gb=cache_gb)
+    assert "touched" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_file_with_new_contents_is_never_taken_for_the_old_one(tree, tmp_path, cache_gb):
+    """Same size, same time: only the contents differ."""
+    old(tree)
+    paths = [tree / "cat/0.png", tree / "cat/1.png"]
+    for level, path in enumerate(paths):
+        Image.fromarray(np.full((16, 16, 3), 100 + level, np.uint8)).save(path, compress_level=0)
+    assert paths[0].stat().st_size == paths[1].stat().st_size
+    data = load(tree, tmp_path, cache_gb=cache_gb)
+    rewrite(paths[0], paths[1].read_bytes())
+    split = next(split for split in SPLITS if "cat/0.png" in names(data, split))
+    if cache_gb:  # the run has its own pixels
         data.splits[split].batch(slice(None))
-    with pytest.raises(UserError, match=r"1 files like cat/0.jpg .* changed since it was indexed: run again"):
-        data.fingerprint()
-    assert load(tree, tmp_path).fingerprint() != before
+    else:
+        with pytest.raises(UserError, match=r"cat/0.png was changed while this run used it: run again"):
+            data.splits[split].batch(slice(None))
+    again = load(tree, tmp_path, cache_gb=cache_gb)
+    assert again.fingerprint() != data.fingerprint()
+    place = sorted(names(again, split)).index("cat/0.png")
+    assert (again.splits[split].pixels[[place]] == 101).all()
+
+
+def test_identity_is_what_files_hold(tree, tmp_path):
+    """Not where they lie or when they were written; classes that change places are another dataset."""
+    before = load(tree, tmp_path / "store").fingerprint()
+    shutil.copytree(tree, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    assert load(tmp_path / "elsewhere", tmp_path / "store").fingerprint() == before
+    for a, b in (("cat", "aside"), ("dog", "cat"), ("aside", "dog")):
+        (tree / a).rename(tree / b)
+    swapped = load(tree, tmp_path / "store")
+    assert swapped.fingerprint() != before
+    (tree / "cat").rename(tree / "bat")
+    renamed = load(tree, tmp_path / "store")
+    assert renamed.classes == ("bat", "dog", "emu")
+    assert renamed.fingerprint() != swapped.fingerprint()
 
 
 @pytest.mark.parametrize("indices", [slice(None), [3, 0, 3], torch.tensor([2, 1])], ids=["all", "list", "tensor"])
@@ -225,14 +271,55 @@ def test_batches_are_normalised_pixels_bit_for_bit(indices, tree, tmp_path):
 def test_changed_file_is_checked_again(tree, tmp_path):
     old(tree)
     load(tree, tmp_path)
-    with (tree / "cat/0.jpg").open("r+b") as file:
-        file.truncate((tree / "cat/0.jpg").stat().st_size - 40)
-    with pytest.raises(UserError, match="run again to index it"):
-        load(tree, tmp_path).fingerprint()
+    whole = (tree / "cat/0.jpg").read_bytes()
+    rewrite(tree / "cat/0.jpg", whole[:-40])
     with pytest.raises(UserError, match=r"\(1 damaged image; e.g. cat/0.jpg\)"):
         load(tree, tmp_path)
-    photo().save(tree / "cat/0.jpg")
+    rewrite(tree / "cat/0.jpg", whole)
     load(tree, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["gone", "empty", "folder"])
+def test_file_that_vanishes_while_it_is_looked_at(tree, tmp_path, monkeypatch, what):
+    """The index is opened, then the file goes: the tree is looked at again, in the same call."""
+    old(tree)
+    load(tree, tmp_path)
+    opened, victim = image_tree.open_tree, tree / "cat/0.jpg"
+
+    def meanwhile(*given):
+        index = opened(*given)
+        if victim.is_file() and victim.stat().st_size:
+            victim.write_bytes(b"") if what == "empty" else victim.unlink()
+            if what == "folder":
+                victim.mkdir()
+        return index
+
+    monkeypatch.setattr("tree_splits.open_tree", meanwhile)
+    if what == "empty":
+        with pytest.raises(UserError, match=r"\(1 empty file; e.g. cat/0.jpg\)"):
+            load(tree, tmp_path)
+    else:
+        assert not set().union(*(names(load(tree, tmp_path), split) for split in SPLITS)) & {"cat/0.jpg"}
+
+
+def test_image_that_rots_is_checked_again_by_the_next_run(tree, tmp_path, monkeypatch):
+    """A disk that goes bad changes no stamp: the run that meets it says so, and the next one does not trust it."""
+    data = load(tree, tmp_path, cache_gb=0)
+    victim = tree / min(names(data, "train"))
+    monkeypatch.setattr("image_files.mark_of", lambda facts: 1)
+    for name in ("image_check.mark_of", "image_tree.mark_of"):
+        monkeypatch.setattr(name, lambda facts: 1)
+    data = load(tree, tmp_path, cache_gb=0)
+    with victim.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.truncate()
+        file.write(b"\0" * 100)
+    rows = data.splits["train"]
+    with pytest.raises(UserError, match=r"damaged image .* run again") as first:
+        rows.batch(slice(None))
+    assert str(victim) in str(first.value)
+    with pytest.raises(UserError, match=r"1 damaged image; e.g. "):
+        load(tree, tmp_path, cache_gb=0)
 
 
 def test_damaged_index_is_made_again(tree, tmp_path):
@@ -403,4 +490,4 @@ def test_folders_named_by_numbers_are_in_their_order(tmp_path):
 
 def test_unreadable_reason(tmp_path):
     with pytest.raises(BadImageError, match=r"unreadable \(Is a directory"):
-        decode(str(tmp_path), 8)
+        decode(str(tmp_path), How(8))
