@@ -14,6 +14,7 @@ from config import AutoConfig
 from intervals import normal_quantile, wilson
 from masks import masked
 from methods import Context, Point, mask_of
+from model import predictions
 
 Z = normal_quantile(0.95)
 
@@ -74,7 +75,7 @@ def _right(context: Context, is_forget_set: bool) -> Tensor:
     """Which validation images the classifier, as it is now, gets right. bool [S]."""
     h, labels = context.activations("val", is_forget_set)
     with torch.inference_mode():
-        return context.model.head(h, context.config.mask_layer).argmax(1) == labels
+        return predictions(context.model.head(h, context.config.mask_layer)) == labels
 
 
 def attempt(context: Context, point: Point, name: str, before: Tensor) -> Attempt:

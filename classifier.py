@@ -16,7 +16,7 @@ from artifacts import HISTORY, write_json
 from config import Trackers, TrainConfig, UserError
 from distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
 from gcn import reuse_freed_memory
-from model import HookedModel, inspecting
+from model import HookedModel, inspecting, predictions
 from observe import Tracker, log, progress
 from resume import Progress, StateFile, Training
 from utils_data import UnlearningDataset
@@ -36,7 +36,7 @@ def mean_loss_and_score(
         for images, labels in loader:
             logits, labels = model(images.to(device)).float(), labels.to(device)
             total += float(functional.cross_entropy(logits, labels, reduction="sum"))
-            correct += float((logits.argmax(1) == labels).sum())
+            correct += float((predictions(logits) == labels).sum())
             count += len(labels)
     total, correct, count = group.sum(
         torch.tensor([total, correct, count], dtype=torch.float64, device=device)

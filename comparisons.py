@@ -22,6 +22,7 @@ from metrics import (
     retain_score,
     unlearning_accuracy,
 )
+from model import NO_ANSWER
 
 Compare = Callable[[Evidence, Evidence], float | None]
 AVERAGED: tuple[Compute, ...] = (unlearning_accuracy, remaining_accuracy, retain_score, mia_efficacy)
@@ -138,17 +139,23 @@ def activation_distance(e: Evidence) -> float | None:
 
 
 def routes(outputs: Outputs) -> Tensor:
-    """Share of images that each class is predicted for. [C]."""
-    said = torch.bincount(outputs.logits.argmax(1), minlength=outputs.logits.shape[1])
+    """Share of images that each class is predicted for, and last of those without an answer. [C + 1]."""
+    count = outputs.logits.shape[1]
+    said = torch.bincount(outputs.predicted.where(outputs.predicted != NO_ANSWER, count), minlength=count + 1)
     return said.double() / said.sum()
 
 
 @metric("routing_TV", "share", "lower", group="retrain", target="0", source="total variation distance")
 def routing_tv(e: Evidence) -> float | None:
     """Where forgotten images go instead: total variation sum_c |n_u - n_r| / 2 between the shares n of T's images of
-    the forgotten classes that are predicted as class c.
+    the forgotten classes that are predicted as class c (those without an answer are one more class).
     """
-    return mean_over_retrained(e, lambda u, r: float(total_variation(routes(u.forget), routes(r.forget))))
+
+    def compare(u: Evidence, r: Evidence) -> float:
+        gaps = (routes(u.forget) - routes(r.forget)).abs()
+        return float((gaps[:-1].sum() + gaps[-1]) / 2)
+
+    return mean_over_retrained(e, compare)
 
 
 # --- uncertainty ------------------------------------------------------------------------------------------

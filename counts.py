@@ -9,6 +9,7 @@ from torch import Tensor
 from config import derive_seed
 from intervals import bootstrap_mean, wilson
 from metrics import Evidence, Outputs
+from model import NO_ANSWER
 
 MOST_CLASSES = 100  # of a class x class table in a record
 SHARES: dict[str, Callable[[Evidence], Tensor]] = {
@@ -21,11 +22,14 @@ SHARES: dict[str, Callable[[Evidence], Tensor]] = {
 
 
 def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
-    """Where images go: mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes."""
-    count = forget.logits.shape[1]
-    tables = {"class_probability": forget.log_p.exp().mean(0).tolist()}
-    if count <= MOST_CLASSES:
-        true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.logits, retain.logits]).argmax(1)
+    """Where images go: mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes.
+
+    Each is left out where logits are not finite: no table would then account for every image.
+    """
+    count, mean = forget.logits.shape[1], forget.log_p.exp().mean(0)
+    tables = {"class_probability": mean.tolist()} if mean.isfinite().all() else {}
+    true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.predicted, retain.predicted])
+    if count <= MOST_CLASSES and NO_ANSWER not in said:
         cells = torch.bincount(true * count + said, minlength=count * count)
         tables["confusion"] = cells.view(count, count).tolist()
     return tables
@@ -38,7 +42,7 @@ def intervals_of(e: Evidence, names: Iterable[str]) -> dict[str, dict]:
         if name in SHARES:
             right = SHARES[name](e)
             found[name] = asdict(wilson(int(right.sum()), len(right)).times(100))
-        elif name == "forget_probability":
+        elif name == "forget_probability" and e.forget.confidence.isfinite().all():
             seed = derive_seed(e.seed, "bootstrap")
             found[name] = asdict(bootstrap_mean(e.forget.confidence.cpu().numpy(), seed))
     return found

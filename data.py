@@ -106,6 +106,20 @@ class GraphDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def check_classes(self, num_classes: int) -> None:
+        """Check that every class of the dataset has graphs, and no other one.
+
+        Raises:
+            UserError: a class has none, or a label is not in 0..num_classes - 1.
+        """
+        found = set(self.labels.unique().tolist())
+        strange, lacking = sorted(found - set(range(num_classes))), sorted(set(range(num_classes)) - found)
+        if not strange and not lacking:
+            return
+        what = f"graphs of class {strange[0]}" if strange else f"no graph of class {lacking[0]}"
+        needed = f"the dataset has classes 0 to {num_classes - 1}"
+        raise UserError(f"{self.root} holds {what}, {needed}: leave graph_dir out to make graphs of all of them")
+
     def vectors(self, indices: Sequence[int] | np.ndarray | Tensor) -> Vectors:
         """h, z and delta of some samples; only these are read."""
         chosen = np.asarray(indices)
@@ -139,7 +153,7 @@ class GraphDataset(Dataset):
         """
         members = (self.labels == label).nonzero().flatten()
         if len(members) == 0:
-            raise UserError(f"{self.root} holds no graph of class {label}: make the graphs with more samples")
+            raise UserError(f"{self.root} holds no graph of class {label}: leave graph_dir out to make some of each")
         vectors = self.vectors(members)
         out = torch.empty(*self.graph.shape, len(FEATURES))
         out[..., 2] = self._standard_weight

@@ -47,20 +47,21 @@ class ClassStatistics:
     """Per-class means of a checkpoint's graphs, and its first-order importances t = -W * dL/dW.
 
     Args:
-        graphs: of the checkpoint. device: where columns are computed.
+        graphs: of the checkpoint. num_classes: of its dataset. device: where columns are computed.
 
     Attributes:
         h [C, n] and z [C, m] of each layer: mean activations. counts [C]: graphs of each class.
+
+    Raises:
+        UserError: a class has no graph, or a graph is of no class.
     """
 
-    def __init__(self, graphs: GraphDataset, device: torch.device | str = "cpu"):
+    def __init__(self, graphs: GraphDataset, num_classes: int, device: torch.device | str = "cpu"):
+        graphs.check_classes(num_classes)
         self.graphs, self.graph, self.device = graphs, graphs.graph, torch.device(device)
         self.weight = graphs.weight.to(self.device)
-        self.num_classes = int(graphs.labels.max()) + 1
-        self.counts = torch.bincount(graphs.labels, minlength=self.num_classes)
-        if int(self.counts.min()) == 0:
-            empty = int(self.counts.argmin())
-            raise UserError(f"{graphs.root} holds no graph of class {empty}: make the graphs with more samples")
+        self.num_classes = num_classes
+        self.counts = torch.bincount(graphs.labels, minlength=num_classes)
         vectors = graphs.vectors(torch.arange(len(graphs))).to(self.device)
         members = torch.nn.functional.one_hot(graphs.labels, self.num_classes).float()
         members = (members / self.counts).T.to(self.device)

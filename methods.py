@@ -18,7 +18,7 @@ from config import MaskStrategies, PipelineConfig, Starts, UserError, derive_see
 from features import centred_rank
 from graph import WeightGraph
 from masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask
-from model import HookedModel, inspecting
+from model import HookedModel, inspecting, predictions
 from observe import progress
 from trainer import SFTTrainer
 from unlearning import Checkpoint, Request, Unlearner, noise_start, refine, taylor_start
@@ -154,7 +154,7 @@ class Context:
         """Accuracy of the masked classifier on a set, percent."""
         h, labels = self.activations(split, is_forget_set)
         with masked(self.weights, mask), torch.inference_mode():
-            right = self.model.head(h, self.config.mask_layer).argmax(1) == labels
+            right = predictions(self.model.head(h, self.config.mask_layer)) == labels
         return 100 * float(right.double().mean())
 
 

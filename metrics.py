@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from attacks import caught, logistic_calls, separation, svc_calls
 from config import UserError
-from model import HookedModel
+from model import HookedModel, predictions
 
 OutputsOf = Callable[[str, bool], "Outputs"]
 Compute = Callable[["Evidence"], float | None]
@@ -46,9 +46,14 @@ class Outputs:
         return self.logits.double().log_softmax(1)
 
     @cached_property
+    def predicted(self) -> Tensor:
+        """The class that each image is taken for, or NO_ANSWER. [S]."""
+        return predictions(self.logits)
+
+    @cached_property
     def right(self) -> Tensor:
         """Which images are recognised, bool [S]."""
-        return self.logits.argmax(1) == self.labels
+        return self.predicted == self.labels
 
     def loss(self) -> float:
         """Mean cross-entropy of the true labels, nats."""

@@ -212,6 +212,20 @@ def load_state(model: nn.Module, tensors: dict, path: Path) -> None:
         raise UserError(f"{path} does not fit the model ({what}): give a checkpoint that `run` wrote") from None
 
 
+# --- answers ----------------------------------------------------------------------------------------------
+
+NO_ANSWER = -1
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """The class that each image is taken for: argmax of its logits [S, C] -> [S]; NO_ANSWER if one is not finite.
+
+    The one rule for every accuracy: `argmax` takes NaN for the largest, so that a model whose logits are no numbers
+    would always answer class 0, and be right about it. NO_ANSWER equals no label.
+    """
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER)
+
+
 # --- looking inside ---------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import derive_seed
 from metrics import Evidence, metric, retrained_mean
-from model import HookedModel, inspecting
+from model import HookedModel, inspecting, predictions
 
 LEARNING_RATE = 2e-3  # of the stack of linear layers
 EMBEDDING_RATE = 1e-4  # of what comes before it, if it has parameters: convolutions collapse at more
@@ -53,10 +53,10 @@ def training_images(e: Evidence, purpose: str, most: int, draw: Callable = drawn
 
 
 def accuracy(model: HookedModel, images: Tensor, labels: Tensor) -> float:
-    """Percent recognised; an image with a logit that is no finite number counts as not recognised."""
+    """Percent recognised."""
     with torch.inference_mode():
-        logits = torch.cat([model(part) for part in images.split(CHUNK)])
-    return 100 * float(((logits.argmax(1) == labels) & logits.isfinite().all(1)).double().mean())
+        said = torch.cat([predictions(model(part)) for part in images.split(CHUNK)])
+    return 100 * float((said == labels).double().mean())
 
 
 # --- relearning -------------------------------------------------------------------------------------------

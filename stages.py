@@ -269,7 +269,7 @@ class Stages:
         """The graphs.
 
         Raises:
-            UserError: they are of another layer, or of a classifier with other weights.
+            UserError: they are of another layer, of a classifier with other weights, or of other classes.
         """
         graphs = GraphDataset(self.run_gcn_graph_generation())
         weights = [weight.detach().cpu() for weight in self.classifier.weights(self.config.mask_layer)]
@@ -277,6 +277,7 @@ class Stages:
             raise UserError(
                 f"{graphs.root} holds graphs of another classifier or layer: leave graph_dir out to make them"
             )
+        graphs.check_classes(self.data.num_classes)
         return graphs
 
     @cached_property
@@ -366,7 +367,7 @@ class Stages:
     def checkpoint(self) -> Checkpoint:
         """The classifier with what is needed to answer requests."""
         graphs, begun = self.graphs, time.perf_counter()
-        made = Checkpoint(self.classifier, graphs, self.config.mask_layer, self.device)
+        made = Checkpoint(self.classifier, graphs, self.config.mask_layer, self.data.num_classes, self.device)
         self.seconds["checkpoint"] = time.perf_counter() - begun
         return made
 

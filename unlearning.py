@@ -27,6 +27,7 @@ STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
 MATCH_SHARE = 0.1  # of `match` in ForgetLosses.both: enough for its probabilities, too little to forget later
 MARGIN = 0.5  # by how much a forgotten class must lose, in logits, before the loss levels off
 MOST_RETAINED = 1536  # retained samples that a request looks at
+MOST_SIDES_BYTES = 2**27  # of requests' samples, kept for the next time: every pair of ten classes on an MLP
 KAPPA_SHARES = (0.004, 0.08)  # of all weights: what kappa is drawn from, log-uniformly, in training
 TYPICAL_SHARE = 0.02  # where the column log_kappa is 0
 PAIR_SHARE = 0.2  # of the training requests: two classes at once
@@ -53,33 +54,50 @@ class _Sides:
     labels: Tensor
     target: Tensor
 
+    @property
+    def bytes(self) -> int:
+        """Memory that they take."""
+        return sum(tensor.nbytes for tensor in (self.h, self.labels, self.target))
+
 
 class Checkpoint:
     """What is kept of a classifier to answer requests: its weights, and the activations h and labels of its graphs.
 
     Args:
         model: the classifier; used frozen, in eval mode. graphs: of its layers `mask_layer`.
+        num_classes: of the dataset.
     """
 
-    def __init__(self, model: HookedModel, graphs: GraphDataset, mask_layer: MaskLayer, device: torch.device):
+    def __init__(
+        self, model: HookedModel, graphs: GraphDataset, mask_layer: MaskLayer, num_classes: int, device: torch.device
+    ):
         self.model, self.mask_layer, self.graph, self.device = model, mask_layer, graphs.graph, device
-        self.statistics = ClassStatistics(graphs, device)
+        self.statistics = ClassStatistics(graphs, num_classes, device)
         self.num_classes, self.weight = self.statistics.num_classes, self.statistics.weight
         self.h = graphs.vectors(torch.arange(len(graphs))).h[0].to(device)
         self.labels = graphs.labels.to(device)
-        self._sides: dict[tuple[int, ...], _Sides] = {}
+        self._sides: dict[tuple[int, ...], _Sides] = {}  # least recently asked for first
 
     def sides(self, classes: tuple[int, ...]) -> _Sides:
-        """The samples to forget and those to retain."""
-        if classes not in self._sides:
-            forget = torch.isin(self.labels, torch.tensor(classes, device=self.device))
-            retain = (~forget).nonzero().flatten()[:MOST_RETAINED]
-            order = torch.cat([forget.nonzero().flatten(), retain])
-            h, count = self.h[order], int(forget.sum())
-            with torch.no_grad():
-                target = self._without(self.model.head(h[:count], self.mask_layer), classes)
-            self._sides[classes] = _Sides(h, count, self.labels[order], target.softmax(1))
-        return self._sides[classes]
+        """The samples to forget and those to retain.
+
+        Up to MOST_SIDES_BYTES of them are kept, those asked for last: training asks for many pairs of classes, and all
+        of a thousand classes' would fill the memory. What is made again has the same bits.
+        """
+        sides = self._sides.pop(classes, None) or self._made_sides(classes)
+        self._sides[classes] = sides
+        while len(self._sides) > 1 and sum(one.bytes for one in self._sides.values()) > MOST_SIDES_BYTES:
+            del self._sides[next(iter(self._sides))]
+        return sides
+
+    def _made_sides(self, classes: tuple[int, ...]) -> _Sides:
+        forget = torch.isin(self.labels, torch.tensor(classes, device=self.device))
+        retain = (~forget).nonzero().flatten()[:MOST_RETAINED]
+        order = torch.cat([forget.nonzero().flatten(), retain])
+        h, count = self.h[order], int(forget.sum())
+        with torch.no_grad():
+            target = self._without(self.model.head(h[:count], self.mask_layer), classes)
+        return _Sides(h, count, self.labels[order], target.softmax(1))
 
     def _without(self, logits: Tensor, classes: tuple[int, ...]) -> Tensor:
         """Logits [A, C] with those of some classes at -inf."""

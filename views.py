@@ -13,6 +13,7 @@ from torch import Tensor
 from counts import class_tables
 from masks import Mask
 from metrics import Outputs
+from model import NO_ANSWER
 from utils_data import UnlearningDataset
 
 SAMPLES = 8
@@ -48,25 +49,33 @@ def thumbnails(data: UnlearningDataset) -> dict[str, list]:
     return {"images": pictures, "labels": part.labels[places].tolist()}
 
 
-def said_of_samples(forget: Outputs) -> list[list[float]]:
-    """What a model says of the images of `thumbnails`: predicted class and its probability, for each."""
-    best = forget.log_p[sampled(forget.labels)].exp().max(1)
+def said_of_samples(forget: Outputs) -> list[list[float]] | None:
+    """What a model says of the images of `thumbnails`: predicted class and its probability, for each.
+
+    None if it has no answer for one of them.
+    """
+    places = sampled(forget.labels)
+    if NO_ANSWER in forget.predicted[places]:
+        return None
+    best = forget.log_p[places].exp().max(1)
     return [[int(label), round(float(p), 4)] for p, label in zip(best.values, best.indices, strict=True)]
 
 
 def many_classes(forget: Outputs, retain: Outputs) -> dict[str, list]:
-    """For classifiers with too many classes for a table of all pairs: accuracy of each class in percent [C] (None: no
-    image of it), and how many forgotten images are taken for each class [C].
+    """Where there is no table of all pairs: accuracy of each class in percent [C] (None: no image of it), and how many
+    forgotten images are taken for each class [C]; the latter only if all of them have an answer.
     """
     count = forget.logits.shape[1]
     labels, right = torch.cat([forget.labels, retain.labels]), torch.cat([forget.right, retain.right])
     seen, hits = torch.bincount(labels, minlength=count), torch.bincount(labels[right], minlength=count)
     scores = [round(100 * h / n, 2) if n else None for h, n in zip(hits.tolist(), seen.tolist(), strict=True)]
-    return {"class_score": scores, "taken_for": torch.bincount(forget.logits.argmax(1), minlength=count).tolist()}
+    if NO_ANSWER in forget.predicted:
+        return {"class_score": scores}
+    return {"class_score": scores, "taken_for": torch.bincount(forget.predicted, minlength=count).tolist()}
 
 
-def tables_of(forget: Outputs, retain: Outputs) -> dict[str, list]:
-    """Where images go: those of TABLES that a record has; with too many classes for all pairs, `many_classes`."""
+def tables_of(forget: Outputs, retain: Outputs) -> dict[str, list | None]:
+    """Where images go: those of TABLES that a record has; without a table of all pairs, `many_classes`."""
     tables = class_tables(forget, retain) | {"said_of_samples": said_of_samples(forget)}
     return tables if "confusion" in tables else tables | many_classes(forget, retain)
 

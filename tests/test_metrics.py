@@ -11,6 +11,7 @@ from attacks import caught, logistic_calls, separation, svc_calls
 from comparisons import AVERAGED, js, kl, total_variation
 from config import UserError
 from metrics import METRICS, Evidence, Outputs, chosen_metrics, forget_loss, metric
+from model import NO_ANSWER
 
 LN2, LOW = math.log(2), -1e4
 # Four classes, 0 is forgotten. Distributions by the class that they are for: two leaning ones of 1.75 bits, one-hots.
@@ -173,14 +174,26 @@ def test_dropped_logits_give_finite_numbers(name):
 
 @pytest.mark.parametrize("name", HERE)
 def test_logits_that_diverged_say_nothing_and_stop_nothing(name):
-    """NaN logits: figures of probabilities are None, not NaN, which JSON has no word for; answers count."""
-    nan = Outputs(torch.full((2, 4), math.nan), torch.tensor([1, 1]))
-    (gold,) = world().retrained
+    """NaN logits: figures of probabilities are None, not NaN, which JSON has no word for; nothing is recognised."""
+    nan = Outputs(torch.full((2, 4), math.nan), torch.tensor([0, 1]))
     sets = {"train": (nan, nan), "test": (nan, nan)}
-    gold = evidence(train=(right(2, 2, 1),) * 2, test=(right(2, 2, 1),) * 2, untrained=lambda *_: right(2, 2, 1))
+    sure = Outputs(9 * torch.eye(4)[[0, 1]], torch.tensor([0, 1]))
+    gold = evidence(train=(sure, sure), test=(sure, sure), untrained=lambda *_: sure)
     value = evidence(retrained=(gold,), untrained=gold.untrained, original=gold, **sets).figure(METRICS[name].compute)
-    of_answers = ("forget_score", "retain_score", "worst_retained_drop", "UA", "RA", "ToW", "routing_TV")
-    assert math.isfinite(value) if name in of_answers else value is None
+    nothing = {"forget_score": 0, "retain_score": 0, "worst_retained_drop": 100, "UA": 100, "RA": 0, "ToW": 0}
+    assert value == (nothing | {"routing_TV": 1}).get(name)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_image_with_a_logit_that_is_not_finite_is_recognised_by_no_accuracy(bad):
+    """`argmax` calls NaN the largest: every image would be of class 0. Only the images concerned are lost."""
+    logits = torch.tensor([[9.0, 0.0], [9.0, bad], [bad, 9.0], [bad, bad], [0.0, 9.0]])
+    outputs = Outputs(logits, torch.tensor([0, 0, 1, 0, 1]))
+    assert outputs.predicted.tolist() == [0, NO_ANSWER, NO_ANSWER, NO_ANSWER, 1]
+    assert outputs.right.tolist() == [True, False, False, False, True]
+    assert outputs.score() == 40
+    assert outputs.class_scores().tolist() == pytest.approx([100 / 3, 50])
+    assert comparisons.routes(outputs).tolist() == pytest.approx([0.2, 0.2, 0.6])
 
 
 # --- the parts --------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def tiny(request, tmp_path) -> tuple[Net, GraphDataset, Checkpoint]:
     data = UnlearningDataset(SupportedDatasets.MNIST, dict.fromkeys(("train", "val", "test"), images), 7, 1, 0)
     GraphGenerator(model, data, request.param, GraphConfig(num_samples=100)).generate(tmp_path)
     graphs = GraphDataset(tmp_path)
-    return model, graphs, Checkpoint(model, graphs, request.param, CPU)
+    return model, graphs, Checkpoint(model, graphs, request.param, 4, CPU)
 
 
 def class_gradient(model: Net, graphs: GraphDataset, mask_layer, label: int) -> Tensor:
@@ -112,8 +112,37 @@ def test_first_order_importances_are_those_of_autograd(tiny, classes):
 def test_kept_and_recomputed_gradients_agree(tiny, monkeypatch):
     _, graphs, checkpoint = tiny
     monkeypatch.setattr("features.MOST_KEPT", 0)
-    for ours, again in zip(checkpoint.statistics.gradients(), ClassStatistics(graphs).gradients(), strict=True):
+    for ours, again in zip(checkpoint.statistics.gradients(), ClassStatistics(graphs, 4).gradients(), strict=True):
         assert torch.equal(ours, again)
+
+
+def test_graphs_of_other_classes_are_refused_not_shifted(tiny):
+    """The count is the dataset's: without the last class's graphs, class 3 would be left out in silence."""
+    _, graphs, _ = tiny
+    with pytest.raises(UserError, match=r"holds no graph of class 4, the dataset has classes 0 to 4: leave graph_dir"):
+        ClassStatistics(graphs, 5)
+    with pytest.raises(UserError, match=r"holds graphs of class 3, the dataset has classes 0 to 2: leave graph_dir"):
+        ClassStatistics(graphs, 3)
+    graphs.labels[graphs.labels == 1] = 2
+    with pytest.raises(UserError, match="holds no graph of class 1"):
+        ClassStatistics(graphs, 4)
+
+
+def test_samples_of_requests_are_kept_within_a_bound_and_made_again_alike(tiny, monkeypatch):
+    _, _, checkpoint = tiny
+    requests = [(0,), (1,), (2,), (0, 1), (1, 2)]
+    first = [checkpoint.sides(classes) for classes in requests]
+    assert all(checkpoint.sides(classes) is sides for classes, sides in zip(requests, first, strict=True))
+    room = first[0].bytes + first[1].bytes + first[2].bytes
+    monkeypatch.setattr("unlearning.MOST_SIDES_BYTES", room)
+    again = [checkpoint.sides(classes) for classes in (*requests, *requests)]
+    for old, new in zip((*first, *first), again, strict=True):
+        assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in ("h", "labels", "target"))
+    kept = checkpoint._sides
+    assert sum(sides.bytes for sides in kept.values()) <= room
+    assert list(kept)[-1] == requests[-1]  # what was asked for last stays
+    assert checkpoint.sides(requests[-1]) is again[-1]
+    assert checkpoint.sides(requests[0]) is not again[5]
 
 
 @pytest.mark.parametrize("kind", FeatureSets)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from counts import MOST_CLASSES
 from graph import WeightGraph
 from masks import Mask
 from metrics import Outputs
-from model import HookedMLPClassifier
+from model import NO_ANSWER, HookedMLPClassifier, predictions
 from tests.common import APART
 from tests.test_reporter import record
 from utils_data import Images, UnlearningDataset
@@ -100,6 +101,7 @@ def test_said_is_what_the_model_says_of_the_very_images_shown():
         said = said_of_samples(Outputs(logits, torch.cat([labels for _, labels in batches])))
         shown = [torch.tensor(decoded(picture)).float()[None, None] for picture in thumbnails(data)["images"]]
         answers = [model((pixels - MEAN) / STD)[0].softmax(0) for pixels in shown]
+    assert said is not None
     assert len(said) == SAMPLES
     assert [label for label, _ in said] == [int(answer.argmax()) for answer in answers]
     assert [p for _, p in said] == pytest.approx([float(answer.max()) for answer in answers], abs=1e-4)
@@ -128,6 +130,18 @@ def test_the_table_of_all_pairs_gives_way_to_two_of_single_classes(classes):
     tables = tables_of(outputs([1, 0], [1, 1], classes), outputs([0], [0], classes))
     rest = {"class_score", "taken_for"} if classes > MOST_CLASSES else {"confusion"}
     assert set(tables) == {"class_probability", "said_of_samples"} | rest
+
+
+def test_an_image_without_an_answer_is_in_no_table_of_answers():
+    """A table that left it out would count too few images of its class; NaN has no place in a record either."""
+    forget, retain = outputs([1, 0], [1, 1], 3), outputs([0, 2], [0, 2], 3)
+    lost = Outputs(forget.logits.clone().index_fill_(0, torch.tensor([0]), math.nan), forget.labels)
+    assert predictions(lost.logits).tolist() == [NO_ANSWER, 0]
+    assert tables_of(lost, retain) == {"said_of_samples": None, "class_score": [100.0, 0.0, 100.0]}
+    gone = Outputs(retain.logits.clone().index_fill_(0, torch.tensor([1]), math.nan), retain.labels)
+    tables = tables_of(forget, gone)
+    assert set(tables) == {"class_probability", "said_of_samples", "class_score", "taken_for"}
+    assert (tables["class_score"], tables["taken_for"]) == ([100.0, 50.0, 0.0], [1, 1, 0])
 
 
 # --- maps of masks ----------------------------------------------------------------------------------------
