@@ -32,7 +32,7 @@ from choices import (
     UserError,
 )
 
-T = TypeVar("T", int, str, int | str)
+T = TypeVar("T", int, str, str | int)
 PROJECT_ROOT = Path(__file__).resolve().parent
 
 
@@ -159,8 +159,8 @@ class GCNConfig:
     """Unlearning: weight of the retained samples' loss."""
     requests_per_step: int = 4
     """Unlearning: random requests in each optimiser step."""
-    train_classes: tuple[int, ...] = ()
-    """Unlearning: classes that the random requests are drawn from (empty: all)."""
+    train_classes: tuple[str | int, ...] = ()
+    """Unlearning: classes that the random requests are drawn from (empty: all), written as in forget_class."""
     train_seeds: tuple[int, ...] = ()
     """Unlearning: learn on classifiers of these seeds (empty: on the run's own classifier) ..."""
     train_batch_sizes: tuple[int, ...] = ()
@@ -291,8 +291,9 @@ class PipelineConfig:
 
     model_architecture: SupportedVisionModels = SupportedVisionModels.HookedMLPClassifier
     vision_dataset: SupportedDatasets = SupportedDatasets.DIGITS
-    forget_class: tuple[int | str, ...] = (0,)
-    """The class to forget, or several at once, by number or by name; a run turns names into numbers."""
+    forget_class: tuple[str | int, ...] = (0,)
+    """The class to forget, or several at once: the name of a class, else a label; label:3 and name:3 say which is meant.
+    In Python an int is a label."""
     mask_layer: tuple[int, ...] | None = (-2,)
     """Which linear layers of the classifier's head are masked; -2 is the second to last, None means all of them."""
     topK_list: tuple[int, ...] = (2000,)
@@ -338,7 +339,7 @@ class PipelineConfig:
         object.__setattr__(self, "forget_class", classes)
         for one in classes:
             fits = isinstance(one, str) or (isinstance(one, int) and not isinstance(one, bool) and one >= 0)
-            _require(fits, f"forget_class is {one}", "give a number >= 0 or a name")
+            _require(fits, f"forget_class is {one}", "give a name or a label, a number >= 0")
         once = bool(classes) and len(set(classes)) == len(classes)
         _require(once, f"forget_class is {list(classes)}", "name one class or several, each once")
         for name in ("topK_list", "kappa_list"):

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from artifacts import write_text
+from class_requests import spelled
 from config import PROJECT_ROOT, plain
 from config_files import load_config
 from observe import visible
@@ -75,6 +76,8 @@ def _flags(values: Mapping, defaults: Mapping, prefix: str = "") -> list[str]:
 def command(run: Run) -> str:
     """The command that makes a run again, from the commit that its provenance names."""
     config = dict(run[0]["config"])
+    if "forget_class" in config:  # numbers, in older records, were labels
+        config["forget_class"] = list(spelled(config["forget_class"]))
     config["topK_list"] = sorted({record["top_k"] for record in run})
     if run[0]["auto"] is None:
         config["kappa_list"] = sorted({record["kappa"] for record in run})

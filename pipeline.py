@@ -11,6 +11,7 @@ from pathlib import Path
 
 from artifacts import SCHEMA, read_json, write_json
 from budget import Search, search
+from class_requests import written
 from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
 from eval import Eval
 from hashes import code_key, key_of, now, provenance, sha256_file
@@ -128,7 +129,7 @@ class Pipeline(Stages):
             "seed": config.seed,
             "classifier_path": self._relative(self.classifier_path),
             "gcn_path": self._relative(gcn_path),
-            "config": plain(replace(config, output_dir=Path(), topK_list=(topK,), kappa_list=(kappa,))),
+            "config": plain(written(replace(config, output_dir=Path(), topK_list=(topK,), kappa_list=(kappa,)))),
         }
         path = record_path(config.output_dir, record)
         if path.exists():

@@ -1,9 +1,7 @@
 """What is known of each dataset (one spec each), and how the files of those that fit into memory are read."""
 
-import difflib
 import gzip
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -236,45 +234,7 @@ def read_arrays(dataset: SupportedDatasets, root: Path, train: bool) -> Arrays:
     return images, labels
 
 
-# --- classes and samples ----------------------------------------------------------------------------------
-
-
-def _plainly(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
-
-
-def resolve_classes(
-    given: Sequence[int | str], classes: Sequence[str], ids: Sequence[str] = (), where: str = "the dataset"
-) -> tuple[int, ...]:
-    """Labels of classes that are given by number, name or id; case, spaces, `_` and `-` do not matter in a name.
-
-    An int is a label; a text of digits is a class of that name or else a label.
-
-    Raises:
-        UserError: there is no such class (with the closest names), a name fits several, or a class comes twice.
-    """
-    named: dict[str, list[int]] = {}
-    for names in (classes, ids):
-        for label, name in enumerate(names):
-            named.setdefault(_plainly(name), []).append(label)
-    labels = []
-    for one in given:
-        word = _plainly(str(one))
-        if isinstance(one, int) or (word.isdecimal() and word not in named):
-            labels.append(int(one))
-            continue
-        found = named.get(word, [])
-        if len(found) > 1:
-            which = ", ".join(f"{label} ({ids[label]})" if ids else str(label) for label in found)
-            raise UserError(f"forget_class {one!r} fits several classes of {where}, {which}: give one of these instead")
-        if not found:
-            close = [classes[named[key][0]] for key in difflib.get_close_matches(word, named, 3)]
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"e.g. {classes[0]!r}"
-            raise UserError(f"forget_class is {one!r}, which is no class of {where}: {hint}")
-        labels += found
-    if len(set(labels)) < len(labels):
-        raise UserError(f"forget_class is {list(given)}, which names a class twice: name each once")
-    return tuple(labels)
+# --- samples ---------------------------------------------------------------------------------------------
 
 
 def stratified(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

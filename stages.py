@@ -26,7 +26,7 @@ from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
 TREE_CODE = ("image_files.py", "image_tree.py", "pixel_cache.py", "image_check.py", "lazy_pixels.py", "tree_splits.py")
-DATA_CODE = ("readers.py", *TREE_CODE, "duplicates.py", "utils_data.py")
+DATA_CODE = ("class_requests.py", "readers.py", *TREE_CODE, "duplicates.py", "utils_data.py")
 TRAINING_CODE = ("distributed.py", "resume.py", "classifier.py", "trainer.py", "stages.py")
 CLASSIFIER_CODE = ("choices.py", "config.py", *DATA_CODE, "model.py", *TRAINING_CODE)
 GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
@@ -72,7 +72,9 @@ class Stages:
     def __init__(self, config: PipelineConfig):
         place, given = config.output_dir / "datasets", config.dataset_path
         facts = dataset_facts(config.vision_dataset, config.forget_class, given, place, config.data)
-        self.config = config = replace(config, forget_class=facts.forget)
+        taught = facts.labels(config.gcn.train_classes, "gcn.train_classes")
+        gcn = replace(config.gcn, train_classes=taught)
+        self.config = config = replace(config, forget_class=facts.forget, gcn=gcn)
         self.device = _choose_device(config.device)
         if config.train.use_ddp and by_torchrun():
             self.device = local_device(self.device)
@@ -87,10 +89,6 @@ class Stages:
         for name in ("topK_list", "kappa_list"):
             for value in getattr(config, name):
                 check_budget(value, self.graph.num_vertices, name)
-        taught = config.gcn.train_classes
-        if len(set(taught)) < len(taught) or not set(taught) <= set(range(len(facts.classes))):
-            needed = f"name classes from 0 to {len(facts.classes) - 1}, each once"
-            raise UserError(f"gcn.train_classes is {list(taught)}: {needed}")
         for path in (config.trained_vision_model_path, config.graph_dir, config.gcn_path):
             if path is not None and not path.exists():
                 raise UserError(f"there is nothing at {path}: check the path, or leave it out to compute it")

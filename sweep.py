@@ -19,7 +19,7 @@ from typing import Any
 
 from artifacts import read_json, write_json
 from config import PROJECT_ROOT, PipelineConfig, UserError, plain
-from config_files import load_config
+from config_files import AS_WRITTEN, load_config, names_as_written
 from hashes import code_key, key_of, versions
 from observe import log
 from write import as_text
@@ -97,7 +97,7 @@ def _typed(config: PipelineConfig, settings: dict[str, Any]) -> PipelineConfig:
 
     values: dict[str, Any] = {}
     for name, value in settings.items():
-        if name in ("mask_layer", "forget_class") and isinstance(value, int):
+        if name in ("mask_layer", *AS_WRITTEN) and isinstance(value, int | str):
             value = [value]
         *parents, last = name.split(".")
         inner = values
@@ -129,6 +129,8 @@ def load_sweep(paths: Sequence[Path]) -> tuple[SweepConfig, PipelineConfig]:
         values = OmegaConf.load(path.expanduser())
         if isinstance(values, DictConfig) and SECTION in values:
             section = values[SECTION] or {}
+            if isinstance(section, DictConfig) and isinstance(section.get("over"), DictConfig):
+                section["over"].update(names_as_written(path, f"{SECTION}.over"))
     section = OmegaConf.to_container(section) if isinstance(section, DictConfig) else section
     if not isinstance(section, dict):
         raise UserError("no file has a section `sweep` of fields: see configs/sweep_example.yaml")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from choices import SupportedDatasets, UserError
+from class_requests import Classes, resolve_classes
 from config import DataConfig, as_tuple, derive_seed
 from downloads import download
 from duplicates import find_duplicates, say_duplicates
@@ -26,7 +27,7 @@ from hashes import sha256_arrays
 from image_files import DIGEST, How
 from lazy_pixels import LazyPixels
 from observe import log
-from readers import SPECS, Arrays, dataset_root, read_arrays, read_idx, resolve_classes, stratified
+from readers import SPECS, Arrays, dataset_root, read_arrays, read_idx, stratified
 from tree_splits import open_tree_of, usable_splits
 
 SPLITS = ("train", "val", "test")
@@ -118,6 +119,18 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle_seed: int | None = No
     )
 
 
+def _to_forget(given: Classes, classes: Sequence[str], dataset: SupportedDatasets) -> tuple[int, ...]:
+    """Labels of the classes to forget, ascending.
+
+    Raises:
+        UserError: there is no such class, or none would be left.
+    """
+    labels = resolve_classes(given, classes, SPECS[dataset].ids, dataset.value)
+    if len(labels) == len(classes):
+        raise UserError(f"forget_class names all {len(classes)} classes of {dataset.value}: leave one to retain")
+    return labels
+
+
 class UnlearningDataset:
     """A dataset with classes to forget: three splits, each whole, by class, and as forget and retain set.
 
@@ -137,13 +150,7 @@ class UnlearningDataset:
         pixels = splits["train"].pixels
         self.tree = pixels.tree if isinstance(pixels, LazyPixels) else None
         self.classes = self.tree.classes if self.tree else SPECS[name].classes
-        self.forget_class = resolve_classes(as_tuple(forget_class), self.classes, SPECS[name].ids, name.value)
-        last = self.num_classes - 1
-        for label in self.forget_class:
-            if not 0 <= label <= last:
-                raise UserError(f"forget_class is {label}, but {name.value} has classes 0 to {last}: choose from them")
-        if len(set(self.forget_class)) > last:
-            raise UserError(f"forget_class names all {last + 1} classes of {name.value}: leave at least one to retain")
+        self.forget_class = _to_forget(as_tuple(forget_class), self.classes, name)
         self._check_classes()
 
     def _check_classes(self) -> None:
@@ -281,11 +288,20 @@ class DatasetFacts:
     channels: int
     size: int
     forget: tuple[int, ...]
+    dataset: SupportedDatasets
+
+    def labels(self, given: Classes, field: str) -> tuple[int, ...]:
+        """Labels of classes that a field names.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        return resolve_classes(given, self.classes, SPECS[self.dataset].ids, self.dataset.value, field)
 
 
 def dataset_facts(
     dataset: SupportedDatasets,
-    forget_class: Sequence[int | str],
+    forget_class: Classes,
     dataset_path: Path | None,
     datasets_dir: Path,
     data: DataConfig,
@@ -298,7 +314,7 @@ def dataset_facts(
     spec = SPECS[dataset]
     tree = open_tree_of(dataset, dataset_path, datasets_dir) if spec.layout else None
     classes, size = tree.classes if tree else spec.classes, (data.image_size if tree else None) or spec.size
-    return DatasetFacts(classes, spec.channels, size, resolve_classes(forget_class, classes, spec.ids, dataset.value))
+    return DatasetFacts(classes, spec.channels, size, _to_forget(forget_class, classes, dataset), dataset)
 
 
 def _tree_splits(dataset: SupportedDatasets, path: Path | None, store: Path, data: DataConfig) -> dict[str, Images]:

@@ -26,6 +26,7 @@ LAYERS = {
     "config": 0,
     "config_files": 0,
     "observe": 0,
+    "class_requests": 0,
     "hashes": 0,
     "artifacts": 0,
     "locks": 0,

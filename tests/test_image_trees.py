@@ -16,7 +16,6 @@ from config import DataConfig, SupportedDatasets, UserError
 from image_files import BadImageError, How, decode
 from image_tree import TEST, TRAIN, open_tree
 from imagenet_classes import IMAGENET2012_CLASSES
-from readers import SPECS, resolve_classes
 from tree_splits import by_hash
 from utils_data import SPLITS, get_unlearning_dataset
 
@@ -443,44 +442,6 @@ def test_imagenet_files_outside_the_thousand_are_named(tmp_path):
         load(tmp_path / "i", tmp_path, SupportedDatasets.IMAGENET_SMALL)
     with pytest.raises(UserError, match="no images of 999 of its 1000 classes, such as 'goldfish'"):
         load(tmp_path / "i", tmp_path, SupportedDatasets.IMAGENET_SMALL, skip_bad_images=True)
-
-
-# --- names ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "dataset", "labels"),
-    [
-        (["trouser"], "FASHION_MNIST", (1,)),
-        (["T-SHIRT/top", 3], "FASHION_MNIST", (0, 3)),
-        (["lawn mower", "0"], "CIFAR100", (41, 0)),
-        (["n01440764", "toilet tissue"], "IMAGENET_SMALL", (0, 999)),
-        ([12], "MNIST", (12,)),
-    ],
-)
-def test_classes_by_name(given, dataset, labels):
-    spec = SPECS[SupportedDatasets[dataset]]
-    assert resolve_classes(given, spec.classes, spec.ids) == labels
-
-
-@pytest.mark.parametrize(
-    ("given", "dataset", "message"),
-    [
-        (["trousers"], "FASHION_MNIST", "did you mean 'trouser'"),
-        (["n01440765"], "IMAGENET_SMALL", "did you mean 'tench'"),
-        (["qqqq"], "MNIST", "e.g. 'zero'"),
-        (["one", 1], "MNIST", "names a class twice"),
-    ],
-)
-def test_unknown_names(given, dataset, message):
-    spec = SPECS[SupportedDatasets[dataset]]
-    with pytest.raises(UserError, match=message):
-        resolve_classes(given, spec.classes, spec.ids, "X")
-
-
-def test_a_name_that_fits_twice_is_refused():
-    with pytest.raises(UserError, match=r"'a b' fits several classes of X, 0 \(n1\), 2 \(n3\): give one of these"):
-        resolve_classes(["a b"], ("a b", "c", "A_B"), ("n1", "n2", "n3"), "X")
 
 
 def test_folders_named_by_numbers_are_in_their_order(tmp_path):
