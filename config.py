@@ -292,7 +292,7 @@ class PipelineConfig:
     model_architecture: SupportedVisionModels = SupportedVisionModels.HookedMLPClassifier
     vision_dataset: SupportedDatasets = SupportedDatasets.DIGITS
     forget_class: tuple[str | int, ...] = (0,)
-    """The class to forget, or several at once: the name of a class, else a label; label:3 and name:3 say which is meant.
+    """The class to forget, or several at once: the name of a class, else a label; label:3 and name:3 say which.
     In Python an int is a label."""
     mask_layer: tuple[int, ...] | None = (-2,)
     """Which linear layers of the classifier's head are masked; -2 is the second to last, None means all of them."""

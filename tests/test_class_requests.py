@@ -139,7 +139,7 @@ def test_any_name_can_be_shown(name):
     [
         ("forget_class: 1", ("1",)),
         ("forget_class: 007", ("007",)),
-        ("forget_class: [010, 1_0, no, 1.50, '3', null_island, 0x1f]", ("010", "1_0", "no", "1.50", "3", "null_island", "0x1f")),
+        ("forget_class: [010, 1_0, no, 1.50, '3', 0x1f]", ("010", "1_0", "no", "1.50", "3", "0x1f")),
         ("forget_class: label:1", ("label:1",)),
         ("forget_class: &x [1, 2]", ("1", "2")),
         ("forget_class:\n- cat\n- 2", ("cat", "2")),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+from class_requests import written
 from config import PipelineConfig, TrainConfig, plain
 from config_files import load_config
 from page import DEFAULT_CONFIG, as_page, command, rounded, sentence
@@ -139,7 +140,7 @@ def test_command_gives_the_same_configuration_again():
     config = replace(
         default, forget_class=(3, 4), kappa_list=(70, 9), seed=5, train=TrainConfig(epochs=3, bf16=True, lr=0.5)
     )
-    config = replace(config, gcn=replace(config.gcn, residual=False, train_classes=(1, 2)))
+    config = written(replace(config, gcn=replace(config.gcn, residual=False, train_classes=(1, 2))))
     one = full(2000, 70, 12) | {"config": plain(replace(config, kappa_list=(70,)))}
     words = shlex.split(command([one, one | {"kappa": 9}]))
     assert words[:4] == ["uv", "run", "main.py", "run"]
