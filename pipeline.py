@@ -14,14 +14,15 @@ from budget import Search, search
 from class_requests import written
 from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
 from eval import Eval
-from hashes import code_key, key_of, now, provenance, sha256_file
+from hashes import code_key, key_of, now, provenance, sha256_file, versions
 from masks import Mask
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
 from observe import log, progress
 from records import record_path
 from reporter import Reporter
-from stages import GCN_CODE, Stages
+from resume import recipe
+from stages import GCN_CODE, GIVEN, Stages
 from utils_data import UnlearningDataset
 
 __all__ = ["Pipeline", "PipelineConfig"]
@@ -49,7 +50,7 @@ RECORD_CODE = (
     "records.py",
     "pipeline.py",
 )
-POINT_INPUTS = ("top_k", "kappa", "gcn", "auto")  # what may differ within one run
+SECTIONS = ("eval", "refine", "sft", "gcn")  # of the configuration, that figures depend on directly
 
 
 class Pipeline(Stages):
@@ -89,6 +90,30 @@ class Pipeline(Stages):
         made = (self.checkpoint, self.unlearner, retrain, self.untrained)
         return Eval(Context(*shared, *made, stage_seconds=self.seconds))
 
+    @cached_property
+    def run_inputs(self) -> dict:
+        """All that the figures of every point of this run depend on; a point adds topK, kappa and its GCN.
+
+        What is given by path counts by its contents, and so does that it is given: a run that trained a network itself
+        and one that was handed it are two runs.
+        """
+        config, automatic = self.config, self.config.kappa is KappaModes.auto
+        inputs = self.common | self.source | {name: plain(getattr(config, name)) for name in SECTIONS}
+        inputs |= {
+            "classes": list(self.data.classes),
+            "forget_class": config.forget_labels,
+            "given": [name for name in GIVEN if getattr(config, name)],
+            "kappa_mode": config.kappa.value,
+            "auto": plain(config.auto) if automatic else None,
+            "references": recipe(self.train_config) if config.eval.references else None,
+            "code": code_key(*RECORD_CODE),
+            "versions": versions(),
+        }
+        # The ELBO trains a network for each topK: one run has several, and what they are made from is in `inputs`.
+        if config.gcn_path or self.objective is not Objectives.elbo:
+            inputs["network"] = sha256_file(self.run_gcn_training(config.topK_list[0]))
+        return inputs
+
     def run_single_evaluation_round(self, topK: int, kappa: int, auto: Search | None = None) -> dict:
         """Measure every method at one point; write and return its record (or return the one that is there).
 
@@ -99,22 +124,11 @@ class Pipeline(Stages):
         config = self.config
         below_top = [place - self.depth for place in self.layers]
         chosen = auto.facts(config.auto) if auto else None
-        inputs = self.common | self.source
-        inputs |= {name: plain(getattr(config, name)) for name in ("eval", "refine", "sft")}
-        inputs |= {
-            "gcn": sha256_file(gcn_path),
-            "gcn_config": plain(config.gcn),
-            "forget_class": config.forget_labels,
-            "top_k": topK,
-            "kappa": kappa,
-            "auto": chosen,
-            "code": code_key(*RECORD_CODE),
-            "versions": provenance()["versions"],
-        }
+        point = {"top_k": topK, "kappa": kappa, "gcn": sha256_file(gcn_path), "chosen": chosen}
         record = {
             "schema": SCHEMA,
-            "id": key_of(inputs)[:12],
-            "run": key_of({key: value for key, value in inputs.items() if key not in POINT_INPUTS})[:12],
+            "id": key_of(self.run_inputs | point)[:12],
+            "run": key_of(self.run_inputs)[:12],
             "model": config.model_architecture.value,
             "dataset": config.vision_dataset.value,
             "objective": self.objective.value,

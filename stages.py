@@ -31,6 +31,8 @@ TRAINING_CODE = ("distributed.py", "resume.py", "classifier.py", "trainer.py", "
 CLASSIFIER_CODE = ("choices.py", "config.py", *DATA_CODE, "model.py", *TRAINING_CODE)
 GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
 GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py")
+GIVEN = ("trained_vision_model_path", "graph_dir", "gcn_path")
+"""Fields that hand a stage's product in instead of having it made."""
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
 
 
@@ -257,10 +259,13 @@ class Stages:
             "graph": plain(self.config.graph),
             "code": code_key(*GRAPH_CODE),
         }
-        generator = GraphGenerator(
-            self.classifier, self.data, self.config.mask_layer, self.config.graph, self.config.seed, self.device
-        )
-        return self._stage("graphs", "datasets/Graphs", self.label, inputs, generator.generate)
+
+        def make(folder: Path) -> dict:
+            config = self.config
+            images, layers = (self.classifier, self.data), (config.mask_layer, config.graph)
+            return GraphGenerator(*images, *layers, config.seed, self.device).generate(folder)
+
+        return self._stage("graphs", "datasets/Graphs", self.label, inputs, make)
 
     @cached_property
     def graphs(self) -> GraphDataset:
@@ -281,7 +286,8 @@ class Stages:
     @cached_property
     def source(self) -> dict:
         """What a GCN learns from, by hash."""
-        keys = {"classifier": sha256_file(self.classifier_path), "graphs": sha256_folder(self.graphs.root)}
+        graphs = self.run_gcn_graph_generation()
+        keys = {"classifier": sha256_file(self.classifier_path), "graphs": sha256_folder(graphs)}
         return keys | {"mask_layer": self.layers}
 
     def run_gcn_training(self, topK: int) -> Path:
@@ -353,7 +359,7 @@ class Stages:
         config, data = self.config, self.data
         if not config.gcn.train_seeds and not config.gcn.train_batch_sizes:
             return [self]
-        teachers, given = [], {"trained_vision_model_path": None, "graph_dir": None, "gcn_path": None}
+        teachers, given = [], dict.fromkeys(GIVEN)
         for seed in config.gcn.train_seeds or (config.seed,):
             for size in config.gcn.train_batch_sizes or (config.train.batch_size,):
                 other = replace(config, seed=seed, train=replace(config.train, batch_size=size), **given)
