@@ -28,7 +28,7 @@ from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 TREE_CODE = ("image_files.py", "image_tree.py", "pixel_cache.py", "image_check.py", "lazy_pixels.py", "tree_splits.py")
 DATA_CODE = ("class_requests.py", "readers.py", *TREE_CODE, "duplicates.py", "utils_data.py")
 TRAINING_CODE = ("distributed.py", "resume.py", "classifier.py", "trainer.py", "stages.py")
-CLASSIFIER_CODE = ("choices.py", "config.py", *DATA_CODE, "model.py", *TRAINING_CODE)
+CLASSIFIER_CODE = ("choices.py", "fields.py", "config.py", *DATA_CODE, "model.py", *TRAINING_CODE)
 GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
 GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py")
 GIVEN = ("trained_vision_model_path", "graph_dir", "gcn_path")

@@ -12,14 +12,15 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from artifacts import read_json, write_json
 from config import PROJECT_ROOT, PipelineConfig, UserError, plain
-from config_files import AS_WRITTEN, load_config, names_as_written
+from config_files import load_config, read_words, resolved, typed
+from fields import did_you_mean
 from hashes import code_key, key_of, versions
 from observe import log
 from write import as_text
@@ -75,45 +76,25 @@ class Job:
 # --- jobs -------------------------------------------------------------------------------------------------
 
 
-def _changed(config: Any, name: str, value: object, whole: str) -> Any:
-    """A frozen configuration with one (dotted) field replaced, its type as the field's."""
-    head, _, rest = name.partition(".")
-    if head not in {item.name for item in fields(config)}:
-        raise UserError(f"sweep.over names {whole}, which is no field: uv run main.py --help lists them")
-    old = getattr(config, head)
-    if rest:
-        if not is_dataclass(old):
-            raise UserError(f"sweep.over names {whole}, but {head} has no fields of its own")
-        return replace(config, **{head: _changed(old, rest, value, whole)})
-    if is_dataclass(old) or isinstance(value, dict):
-        raise UserError(f"sweep.over names {whole}, which is a section: name one of its fields")
-    return replace(config, **{head: value})
-
-
 def _typed(config: PipelineConfig, settings: dict[str, Any]) -> PipelineConfig:
     """The configuration with some fields replaced; values are checked as those of a file are."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    values: dict[str, Any] = {}
     for name, value in settings.items():
-        if name in ("mask_layer", *AS_WRITTEN) and isinstance(value, int | str):
-            value = [value]
-        *parents, last = name.split(".")
-        inner = values
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = value
-    try:
-        checked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PipelineConfig), values))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"sweep.over: {' '.join(str(error).split())}") from None
-    for name in settings:
-        value: Any = checked
-        for part in name.split("."):
-            value = getattr(value, part)
-        config = _changed(config, name, value, name)
+        nested: Any = value
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        if isinstance(value, dict):
+            raise UserError(f"sweep.over.{name} holds {value}, fields of a section: name each field by itself")
+        config = _changed(config, typed(nested, lambda _, text: UserError(f"sweep.over: {text}")))
     return config
+
+
+def _changed(config: Any, values: dict[str, Any]) -> Any:
+    """A frozen configuration with some fields replaced, those of its sections too."""
+    inner = {
+        name: _changed(getattr(config, name), value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return replace(config, **inner)
 
 
 def load_sweep(paths: Sequence[Path]) -> tuple[SweepConfig, PipelineConfig]:
@@ -122,23 +103,17 @@ def load_sweep(paths: Sequence[Path]) -> tuple[SweepConfig, PipelineConfig]:
     Raises:
         UserError: as `load_config`, or there is no such section, or it does not fit.
     """
-    from omegaconf import DictConfig, OmegaConf
-
-    base, section = load_config(paths, aside=(SECTION,)), None
-    for path in paths:
-        values = OmegaConf.load(path.expanduser())
-        if isinstance(values, DictConfig) and SECTION in values:
-            section = values[SECTION] or {}
-            if isinstance(section, DictConfig) and isinstance(section.get("over"), DictConfig):
-                section["over"].update(names_as_written(path, f"{SECTION}.over"))
-    section = OmegaConf.to_container(section) if isinstance(section, DictConfig) else section
+    base = load_config(paths, aside=(SECTION,))
+    said = [words for words in map(read_words, paths) if SECTION in words.values]
+    section = (said[-1].values[SECTION] or {}) if said else None
     if not isinstance(section, dict):
         raise UserError("no file has a section `sweep` of fields: see configs/sweep_example.yaml")
-    known = {item.name for item in fields(SweepConfig)}
-    if unknown := sorted(str(name) for name in set(section) - known):
-        raise UserError(f"sweep has no field {unknown[0]}: choose from {', '.join(sorted(known))}")
-    values: dict[str, Any] = {"over": {}} | {str(name): value for name, value in section.items()}
-    return SweepConfig(**values), base
+    known = [item.name for item in fields(SweepConfig)]
+    for name in section:
+        if name not in known:
+            raise said[-1].wrong(f"{SECTION}.{name}", f"sweep has no field {name!r}{did_you_mean(name, known)}")
+    over = section.get("over") or {}
+    return SweepConfig(**(resolved(section) | {"over": over})), base
 
 
 def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
@@ -155,7 +130,7 @@ def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
         config = _typed(base, settings)
         what = plain(replace(config, output_dir=Path(), resume=False))
         key = key_of({"config": what, "code": code, "versions": versions()})
-        jobs.setdefault(key, Job(settings, config, key))
+        jobs.setdefault(key, Job(resolved(settings, exactly=True), config, key))
     return list(jobs.values())
 
 

@@ -23,6 +23,7 @@ LAYERS = {
     "imagenet_classes": 0,
     "class_names": 0,
     "choices": 0,
+    "fields": 0,
     "config": 0,
     "config_files": 0,
     "observe": 0,

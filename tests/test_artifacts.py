@@ -1,14 +1,20 @@
 """Nothing half-written, nothing reused on doubt."""
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import get_args, get_origin
 
 import numpy as np
 import pytest
+import yaml
 
 from artifacts import read_json, read_tensors, write_json, write_tensors, write_text, writing
-from config import PROJECT_ROOT, GCNConfig, PipelineConfig, Trackers, UserError, derive_seed, plain
+from choices import GCNPriorDistribution, SupportedDatasets
+from config import PROJECT_ROOT, GCNConfig, PipelineConfig, Trackers, TrainConfig, UserError, derive_seed, plain
 from config_files import load_config
+from fields import bare, fit, hints
 from hashes import code_key, key_of, sha256_arrays
 from store import build_stage, sha256_folder
 
@@ -124,11 +130,11 @@ def test_yaml_is_layered_and_plain_gives_it_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("gcn: {stepz: 1}", "bad.yaml: Key 'stepz' not in 'GCNConfig'"),
-        ("seed: -1", "seed is -1: give a number >= 0"),
-        ("kappa_list: [0]", "kappa_list holds 0: every entry must be at least 1"),
+        ("gcn: {stepz: 1}", "bad.yaml, line 1: gcn has no field 'stepz': did you mean 'steps'?"),
+        ("seed: -1", "seed is -1: give a whole number from 0"),
+        ("kappa_list: [0]", "kappa_list is 0: give a whole number from 1"),
         ("kappa_list: [5, 5]", "name each value once"),
-        ("data: {val_fraction: 1.0}", "give a share between 0 and 1"),
+        ("data: {val_fraction: 1.0}", "data.val_fraction is 1.0: give a number from 1e-06 to 0.999999"),
         ("device: gpu", "choose auto, cpu, cuda or cuda:N"),
         ("reporter: {formats: [gif]}", "reporter.formats has gif: choose from png, svg, pdf"),
     ],
@@ -145,3 +151,174 @@ def test_python_and_command_line_start_from_the_same_values():
     """`PipelineConfig()` is what `uv run main.py` runs; the command line's file adds training curves, nothing else."""
     shipped = load_config([PROJECT_ROOT / "configs/default.yaml"])
     assert shipped == replace(PipelineConfig(), tracker=Trackers.trackio)
+
+
+# --- what people write in YAML files ----------------------------------------------------------------------
+
+TAKEN = {
+    "forget_class: no": ("forget_class", ("no",)),
+    "forget_class: 007": ("forget_class", ("007",)),
+    "forget_class: '7'": ("forget_class", ("7",)),
+    "forget_class: 7": ("forget_class", ("7",)),
+    "forget_class: 1e5": ("forget_class", ("1e5",)),
+    "forget_class: 2024-01-31": ("forget_class", ("2024-01-31",)),
+    "forget_class: [null_, yes, 3]": ("forget_class", ("null_", "yes", "3")),
+    "mask_layer: None": ("mask_layer", None),
+    "mask_layer: ~": ("mask_layer", None),
+    "mask_layer: -1": ("mask_layer", (-1,)),
+    "kappa_list: 200": ("kappa_list", (200,)),
+    "train: {lr: 1e-3}": ("train.lr", 0.001),
+    "train: {lr: 1}": ("train.lr", 1.0),
+    "resume: yes": ("resume", True),
+    "resume: Off": ("resume", False),
+    "vision_dataset: cifar10": ("vision_dataset", SupportedDatasets.CIFAR10),
+    "gcn: {prior: uniform}": ("gcn.prior", GCNPriorDistribution.UNIFORM),
+    "tracker: none": ("tracker", Trackers.none),
+    "dataset_path: 2024": ("dataset_path", Path("2024")),
+    "eval: {mask_strategy: None}": ("eval.mask_strategy", None),
+    "": ("seed", 0),
+    "# words only": ("seed", 0),
+}
+
+
+@pytest.mark.parametrize("text", TAKEN)
+def test_the_field_says_what_a_word_is(tmp_path, text):
+    """`no` is a switch where the field is one and a name where it takes names; so is every other word."""
+    (tmp_path / "good.yaml").write_text(text)
+    value = load_config([tmp_path / "good.yaml"])
+    name, wanted = TAKEN[text]
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert (value, type(value)) == (wanted, type(wanted))
+
+
+REFUSED = {
+    "mask_layer: second": (
+        "line 1: mask_layer is second: give a whole number, or several in brackets",
+        "mask_layer: [-2]",
+    ),
+    "mask_layer: {a: 1}": ("mask_layer is {'a': '1'}", "or null"),
+    "forget_class:": ("forget_class is null: give a text or a whole number, or several in brackets: [a, b]",),
+    "seed: [1, 2]": ("seed is ['1', '2']: give a whole number from 0", "e.g. `seed: 0`"),
+    "seed: 1.5": ("seed is 1.5: give a whole number",),
+    "seed: true": ("seed is true: give a whole number",),
+    "resume: maybe": ("resume is maybe: give true or false", "`resume: false`"),
+    "\nvision_dataset: NOPE": ("line 2: vision_dataset is NOPE: give one of DIGITS, FASHION_MNIST",),
+    "train:\n  epochs: .inf": ("line 2: train.epochs is .inf: give a whole number",),
+    "train: {lr: .nan}": ("train.lr is .nan: give a number",),
+    "train: {lr: nan}": ("train.lr is nan: give a number",),
+    "train: {lr: 1e308}": ("train.lr is 1e308: give a number above 0 to 1e+30",),
+    "train:": ("train is null: it is a section, write `train: {field: value}`",),
+    "train: 3": ("train is 3: it is a section",),
+    "epochs: 3": ("has no field 'epochs': did you mean train.epochs, written `train: {epochs: ...}`?",),
+    "train.epochs: 3": ("has no field 'train.epochs': did you mean train.epochs, written `train: {epochs: ...}`?",),
+    "train: {seed: 3}": ("train has no field 'seed': did you mean seed, written `seed: ...` at the margin?",),
+    "forget-class: 3": ("has no field 'forget-class': did you mean 'forget_class'?",),
+    "sweep: {over: {}}": ("main.py sweep",),
+    "seed: 1\ntracker: none\nseed: 2": ("line 1: seed stands in line 3 too",),
+    "train:\n\tepochs: 3": ("line 2 ('epochs: 3'): a tab stands in it",),
+    "a: [1": ("a bracket, quote, colon or indentation is missing",),
+    "seed: 1\n---\nseed: 2": ("a second document begins there",),
+    "- 1": ("holds ['1']: give fields and values",),
+    "words": ("holds words: give fields and values",),
+    "? [a]\n: b": ("a key that is no word",),
+    "seed: !!python/object:os.system x": ("seed carries the tag",),
+    "a: &a [*a]": ("a holds itself",),
+    "dataset_path: ${oc.env:HF_TOKEN}": (
+        "dataset_path is '${oc.env:HF_TOKEN}': a file's values",
+        "as they stand",
+    ),
+    "forget_class: ['${seed}']": ("a file's values are taken as they stand",),
+    "sweep: {over: {dataset_path: ['${oc.env:HF_TOKEN}']}}": ("taken as they stand",),
+    "dataset_path: ''": ("dataset_path is '': give a path",),
+    "kappa_list: []": ("kappa_list is empty",),
+    "[" * 3000: ("nested too deeply",),
+    "seed: \x01": ("control characters",),
+}
+FOREIGN = (
+    "$VALUE",
+    "ValidationError",
+    "full_key",
+    "object_type",
+    "ScalarNode",
+    "found character",
+    "expected",
+    "could not",
+)
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=range(len(REFUSED)))
+def test_what_a_file_gets_wrong_is_said_in_our_words(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_0123")
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config([path])
+    said = str(caught.value)
+    assert said.startswith(str(path))
+    assert [part for part in REFUSED[text] if part not in said] == [], said
+    assert [word for word in (*FOREIGN, "hf_0123", "\n") if word in said] == []
+
+
+def leaves(kind=PipelineConfig, prefix="") -> dict:
+    """Dotted name -> type of every field."""
+    found = {}
+    for name, hint in hints(kind).items():
+        found |= leaves(bare(hint), f"{prefix}{name}.") if is_dataclass(bare(hint)) else {prefix + name: hint}
+    return found
+
+
+WRONG = (
+    [[1]],
+    {"a": 1},
+    True,
+    -1,
+    1.5,
+    float("inf"),
+    float("nan"),
+    1e308,
+    -1e308,
+    2**63,
+    "word",
+    "",
+    None,
+    "2001-01-01",
+)
+
+
+@pytest.mark.parametrize("name", leaves())
+def test_any_value_fits_or_is_refused_by_name(tmp_path, name):
+    """Every field x values of every kind: a configuration, or one sentence with the file and the field in it."""
+    for value in WRONG:
+        nested = value
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        path = tmp_path / "some.yaml"
+        path.write_text(yaml.safe_dump(nested))
+        try:
+            assert isinstance(load_config([path]), PipelineConfig)
+        except UserError as error:
+            said = str(error)
+            assert name in said, (value, said)
+            assert str(path) in said
+            assert [word for word in (*FOREIGN, "\n") if word in said] == []
+
+
+def test_every_number_has_a_range_and_keeps_to_it(tmp_path):
+    """No field takes what is not finite, or an integer that no counter holds."""
+    for name, hint in leaves().items():
+        kinds = [part for part in (hint, *get_args(hint)) if bare(part) in (int, float)]
+        if not kinds or name == "forget_class":
+            continue
+        for value in (math.inf, -math.inf, math.nan, 1e308, -1e308):
+            with pytest.raises(UserError):
+                fit(value, hint, name)
+        if bare(kinds[0]) is int and get_origin(bare(hint)) is not tuple:
+            with pytest.raises(UserError):
+                fit(2**63, hint, name)
+
+
+def test_python_says_the_same_as_files():
+    with pytest.raises(UserError, match=r"train.epochs is 'many': give a whole number"):
+        TrainConfig(epochs="many")
+    assert PipelineConfig(vision_dataset="digits", forget_class=3) == PipelineConfig(forget_class=(3,))
