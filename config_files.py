@@ -234,45 +234,6 @@ def made(values: Mapping[str, Any], kind: type = PipelineConfig) -> Any:
     )
 
 
-AS_WRITTEN = ("forget_class", "gcn.train_classes")  # names of classes, whatever YAML takes them for
-
-
-def _text(node: Any) -> Any:
-    """A YAML node's scalars as they are written: 007, no and 1_0 stay what a person typed. None where it is null."""
-    from yaml import ScalarNode, SequenceNode
-
-    if isinstance(node, ScalarNode):
-        return None if node.tag.endswith(":null") else node.value
-    return [_text(item) for item in node.value] if isinstance(node, SequenceNode) else None
-
-
-def _below(node: Any, name: str) -> Any:
-    """The node of a (dotted) field below a mapping node, if it is there."""
-    pairs = node.value if isinstance(getattr(node, "value", None), list) else []
-    for key, value in (pair for pair in pairs if isinstance(pair, tuple)):
-        if key.value == name:
-            return value
-        if name.startswith(f"{key.value}.") and (found := _below(value, name.removeprefix(f"{key.value}."))):
-            return found
-    return None
-
-
-def names_as_written(path: Path, within: str = "") -> Mapping[str, Any]:
-    """Fields of a YAML file that hold names of classes -> their text (texts, lists of texts); null ones are left out.
-
-    YAML takes 007 for the number 7 and `no` for a truth value, which would be another class, or none.
-
-    Args:
-        within: dotted name of the mapping that holds the fields, as in "sweep.over"; by default the whole file.
-    """
-    from yaml import SafeLoader, compose
-
-    whole = compose(path.expanduser().read_text(encoding="utf-8"), Loader=SafeLoader)
-    nodes = {name: _below(whole, f"{within}.{name}" if within else name) for name in AS_WRITTEN}
-    texts = {name: _text(node) for name, node in nodes.items()}
-    return {name: text for name, text in texts.items() if text is not None}
-
-
 def load_config(paths: Sequence[Path], aside: Sequence[str] = ()) -> PipelineConfig:
     """Merge YAML files, in order, over the defaults; keys named in `aside` are someone else's.
 

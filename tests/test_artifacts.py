@@ -118,7 +118,7 @@ def test_yaml_is_layered_and_plain_gives_it_back(tmp_path):
     one.write_text("forget_class: 3\ngcn:\n  steps: 9\n  prior: UNIFORM\noutput_dir: ~/x\n")
     two.write_text("gcn: {steps: 11}\nkappa_list: [7, 8]\n")
     config = load_config([one, two])
-    assert (config.forget_class, config.gcn.steps, config.gcn.prior.value) == ((3,), 11, "UNIFORM")
+    assert (config.forget_class, config.gcn.steps, config.gcn.prior.value) == (("3",), 11, "UNIFORM")
     assert config.kappa_list == (7, 8)
     assert "~" not in str(config.output_dir)
     assert config.gcn == GCNConfig(steps=11, prior=config.gcn.prior)
