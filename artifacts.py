@@ -1,25 +1,126 @@
 """Everything that reaches the disk: files that appear whole or not at all, and how they are read back.
 
-No torch here, so that reports are rebuilt from JSON in a second.
+What is read back carries a digest of its content, which the writers here put in and the readers ask for: a file that
+was changed, cut or exchanged is told from one that was written. What is renamed to its final name is on the disk
+first, so that a power cut leaves no empty file under it. No torch here: reports are rebuilt from JSON in a second.
 """
 
+import errno
+import glob
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from config import UserError
+from choices import MachineError, UserError
+from hashes import key_of, sha256_arrays
 
 SCHEMA = "mimu/1"
 HISTORY = "history.json"
+DIGEST = "digest"
+
+# --- what goes wrong --------------------------------------------------------------------------------------
+
+_ROOM = "make room there"
+_FILES = "raise the limit of open files (ulimit -n)"
+ADVICE = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EIO: "check the disk",
+    errno.EROFS: "check the disk, which was writable before",
+    errno.ENOMEM: "free some memory",
+    errno.ESTALE: "check the network disk",
+    errno.ENOENT: "leave its folder alone while a run works there",
+}
+_wrote = [False]  # whether this process has written anything: then a disk that cannot be written has failed
+
+
+class DamagedError(UserError):
+    """A file that is not what was written; `found` names it and says what is wrong."""
+
+    def __init__(self, path: Path, why: str):
+        self.found = f"{path} is damaged ({why})"
+        super().__init__(f"{self.found}: give a whole one, or leave it out to make it anew")
+
+
+def _trouble(path: Path, error: OSError, doing: str) -> Exception:
+    """An operating system's error at a file, as one sentence that blames the right thing."""
+    what = f"cannot {doing} {path} ({error.strerror})"
+    if doing == "read" and error.errno not in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE):
+        missing = isinstance(error, FileNotFoundError)
+        found = f"there is no file {path}: check the path" if missing else f"{what}: check its permissions"
+        return UserError(f"{found}, or leave it out to compute it")
+    if error.errno in ADVICE and (error.errno != errno.EROFS or _wrote[0]):
+        return MachineError(f"{what}: {ADVICE[error.errno]} and run again, what is finished is kept")
+    return UserError(f"{what}: choose a folder that can be written with --output-dir")
+
+
+@contextmanager
+def told(path: Path, doing: str = "write") -> Generator[None]:
+    """Say in one sentence what goes wrong with a file inside the block.
+
+    Raises:
+        MachineError: the disk is full or broken, or some limit of the system is reached.
+        UserError: the place cannot be written (or read) at all.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _trouble(path, error, doing) from error
+
+
+# --- the few operations that change the disk --------------------------------------------------------------
+
+
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    """Write every byte: the system may take fewer at a time."""
+    while data:
+        data = data[os.write(file, data) :]
+    _wrote[0] = True
+
+
+def _put(path: Path, data: bytes, lasting: bool) -> None:
+    """Write a file; `lasting`: and wait until it is on the disk."""
+    file = _create(path)
+    try:
+        _write_all(file, memoryview(data))
+        if lasting:
+            os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Wait for all files below a folder, then for the folders that hold their names."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _sync(Path(place) / name)
+        _sync(Path(place))
 
 
 # --- what is not finished yet -----------------------------------------------------------------------------
@@ -30,7 +131,7 @@ def _host() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-def unfinished(path: Path, kind: str) -> Path:
+def _unfinished(path: Path, kind: str) -> Path:
     """Where this process makes a file or folder before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}-{_host()}.{kind}")
 
@@ -45,35 +146,39 @@ def _other_process_runs(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def clear_leftovers(path: Path, kind: str) -> None:
+def _clear_leftovers(path: Path, kind: str) -> None:
     """Remove what killed runs on this machine left of this file or stage: their process is gone, or had our number."""
-    for leftover in path.parent.glob(f".{path.name}.*-{_host()}.{kind}"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-{_host()}.{kind}"):
         pid = leftover.suffixes[-2][1:].partition("-")[0]
         if pid.isdigit() and _other_process_runs(int(pid)):
             continue
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
-# --- writing and reading ----------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def writing(path: Path) -> Generator[Path]:
-    """Yield a temporary path that becomes `path`, whole, when the block ends without an error.
+def writing(path: Path, lasting: bool = True) -> Generator[Path]:
+    """Yield a temporary path that becomes `path`, whole, when the block, which only writes it, ends without an error.
+
+    Args:
+        lasting: wait for the disk. Not needed for what is made from other files and checked when it is used again.
 
     Raises:
-        UserError: the place cannot be written.
+        MachineError, UserError: as `told`.
     """
-    temporary = unfinished(path, "tmp")
+    temporary = _unfinished(path, "tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(path, "tmp")
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror}): choose a folder that can be written with --output-dir"
-        ) from error
+        with told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _clear_leftovers(path, "tmp")
+            yield temporary
+            if lasting:
+                _sync(temporary)
+            os.replace(temporary, path)
+            if lasting:
+                _sync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -83,95 +188,110 @@ def writing(path: Path) -> Generator[Path]:
 def filling(folder: Path) -> Generator[Path]:
     """Yield a temporary folder that becomes `folder`, whole, when the block ends without an error.
 
+    A file system's errors inside the block are taken for errors of the folder.
+
     Raises:
-        UserError: the place cannot be written.
+        MachineError, UserError: as `told`.
     """
-    part = unfinished(folder, "part")
+    part = new_part(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(folder, "part")
-        part.mkdir()
-        yield part
-        os.replace(part, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder} ({error.strerror}): make room, or choose another folder") from error
+        with told(folder):
+            yield part
+        publish(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def new_part(folder: Path) -> Path:
+    """An empty folder beside `folder`, to be filled and then published under that name."""
+    part = _unfinished(folder, "part")
+    with told(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(folder, "part")
+        part.mkdir()
+    return part
+
+
+def publish(part: Path, folder: Path) -> None:
+    """Rename a filled folder to its final name, once all that it holds is on the disk."""
+    with told(folder):
+        _sync_tree(part)
+        os.replace(part, folder)
+        _sync(folder.parent)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write bytes into a folder that is being filled."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _put(path, data, lasting=False)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_bytes(path: Path, data: bytes, lasting: bool = True) -> None:
+    """Write bytes atomically; `lasting` as for `writing`."""
+    with writing(path, lasting) as temporary:
+        _put(temporary, data, lasting=False)
 
 
-def open_to_lock(path: Path) -> IO[str]:
-    """An open file that holds nothing and is there to be locked; made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a")
+def write_text(path: Path, text: str, lasting: bool = True) -> None:
+    """Write UTF-8 text atomically; `lasting` as for `writing`."""
+    write_bytes(path, text.encode(), lasting)
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's bytes, atomically."""
-    with writing(target) as temporary:
-        shutil.copyfile(source, temporary)
+    write_bytes(target, read_bytes(source))
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically, keys in the order given (a table's order survives); NaN is refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Mapping[str, object], lasting: bool = True) -> None:
+    """Write a JSON object with its digest, atomically, keys in the order given (a table's survives); no NaN."""
+    plain = json.loads(json.dumps(value, allow_nan=False))
+    plain.pop(DIGEST, None)
+    write_text(path, json.dumps(plain | {DIGEST: key_of(plain)}, indent=1) + "\n", lasting)
 
 
-def read_json(path: Path) -> dict:
-    """Read one JSON object.
-
-    Raises:
-        UserError: no such file, or not one JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} as JSON ({error}): delete it and run again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object: delete it and run again")
-    return value
+def _tensors_digest(tensors: Mapping[str, np.ndarray], facts: dict) -> str:
+    return key_of({"facts": facts, "tensors": {name: sha256_arrays([value]) for name, value in tensors.items()}})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, object]) -> None:
-    """Write arrays as safetensors, atomically; `facts` become JSON under one metadata key.
+    """Write arrays as safetensors with their digest, atomically; `facts` become JSON under one metadata key.
 
     One key, because the library writes several in an order that changes, and equal content must be equal bytes.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    plain = {"facts": json.dumps(dict(facts), sort_keys=True)}
-    with writing(path) as temporary:
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata=plain)
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    plain = json.loads(json.dumps(dict(facts)))
+    plain.pop(DIGEST, None)
+    plain |= {DIGEST: _tensors_digest(arrays, plain)}
+    write_bytes(path, save(arrays, metadata={"facts": json.dumps(plain, sort_keys=True)}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays and facts of a safetensors file.
+@contextmanager
+def extending(path: Path, begin: int) -> Generator[Callable[[memoryview], None]]:
+    """Yield what appends bytes to a file that is cut off at byte `begin`; all is on the disk when the block ends.
 
     Raises:
-        UserError: no such file, or not a whole safetensors file of this project.
+        MachineError, UserError: as `told`.
     """
-    from safetensors import SafetensorError, safe_open
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def append(data: memoryview) -> None:
+        with told(path):
+            _write_all(file, data.cast("B"))
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}: check the path, or leave it out to compute it") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        what = f"{path} is not a whole safetensors file of this project ({error})"
-        raise UserError(f"{what}: give one that `run` wrote, or leave the path out to compute it") from None
+        with told(path):
+            os.ftruncate(file, begin)
+            os.lseek(file, begin, os.SEEK_SET)
+        yield append
+        with told(path):
+            os.fsync(file)
+    finally:
+        os.close(file)
 
 
 @contextmanager
@@ -182,50 +302,127 @@ def appending_array(
 
     Raises:
         ValueError: another number of values was written than `shape` holds.
+        MachineError, UserError: as `told`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    header = io.BytesIO()
+    about = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, about)
     written = 0
-    with path.open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+    with extending(path, 0) as append_bytes:
 
         def append(rows: np.ndarray) -> None:
             nonlocal written
             written += rows.size
-            file.write(np.ascontiguousarray(rows, dtype).data)
+            append_bytes(np.ascontiguousarray(rows, dtype).data)
 
+        append_bytes(header.getbuffer())
         yield append
-        file.flush()
-        os.fsync(file.fileno())
     if written != math.prod(shape):
         raise ValueError(f"{path} needs {math.prod(shape)} values, {written} were written")
 
 
-@contextmanager
-def extending(path: Path, begin: int) -> Generator[IO[bytes]]:
-    """A file to be written from its byte `begin` on; what lay behind that goes. On the disk when the block ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    with path.open("r+b") as file:
-        file.truncate(begin)
-        file.seek(begin)
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    with told(path, "remove"):
+        path.unlink(missing_ok=True)
 
 
-def map_rows(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The first bytes of a file as a read-only memory map, uint8 of this shape. Raises OSError or ValueError."""
-    return np.memmap(path, np.uint8, "r", shape=shape)
+def open_to_lock(path: Path) -> int:
+    """An open, empty file that is there to be locked; made if it is not there.
+
+    Raises:
+        MachineError, UserError: as `told`, or something else than a file has its name.
+    """
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            kind = path.lstat().st_mode
+            if not stat.S_ISREG(kind):
+                what = "folder" if stat.S_ISDIR(kind) else "link" if stat.S_ISLNK(kind) else "special file"
+                raise UserError(f"{path} is a {what}, where a lock file has its place: remove it and run again")
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+        MachineError: as `told`.
+    """
+    with told(path, "read"):
+        return path.read_bytes()
+
+
+def _without_digest(path: Path, value: dict, digest: Callable[[dict], str], foreign: bool) -> dict:
+    """What was read less its digest, once that is found to be right."""
+    promised = value.pop(DIGEST, None)
+    if promised is None and not foreign:
+        raise DamagedError(path, "it has no digest, as files of earlier versions")
+    if promised is not None and promised != digest(value):
+        raise DamagedError(path, "its content is not what its digest says")
+    return value
+
+
+def read_json(path: Path, foreign: bool = False) -> dict:
+    """One JSON object, without its digest.
+
+    Args:
+        foreign: it may be of another origin, without a digest; one that it has is asked all the same.
+
+    Raises:
+        UserError, MachineError: as `read_bytes`.
+        DamagedError: it is not what `write_json` wrote.
+    """
+    data = read_bytes(path)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(path, f"no whole JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DamagedError(path, f"a JSON {type(value).__name__}, not an object")
+    return _without_digest(path, value, key_of, foreign)
+
+
+def read_tensors(path: Path, foreign: bool = False) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and facts of a safetensors file, the digest left out; `foreign` as for `read_json`.
+
+    Raises:
+        UserError, MachineError: as `read_bytes`.
+        DamagedError: it is not what `write_tensors` wrote.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with told(path, "read"), path.open("rb"):
+        pass  # the library's own errors do not tell a full table of open files from a damaged file
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise DamagedError(path, f"not a whole safetensors file of this project: {error}") from None
+    if not isinstance(facts, dict):
+        raise DamagedError(path, f"its facts are a JSON {type(facts).__name__}, not an object")
+    return tensors, _without_digest(path, facts, lambda plain: _tensors_digest(tensors, plain), foreign)
 
 
 def read_array(path: Path) -> np.ndarray:
     """A .npy file as a read-only memory map.
 
     Raises:
-        UserError: no such file, or cut off.
+        UserError, MachineError: as `read_bytes`.
+        DamagedError: cut off, or no array.
     """
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): give a folder of graphs that `run` wrote") from None
+    with told(path, "read"):
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DamagedError(path, f"no whole array: {error}") from None
+
+
+def map_rows(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The first bytes of a file as a read-only memory map, uint8 of this shape. Raises OSError or ValueError."""
+    return np.memmap(path, np.uint8, "r", shape=shape)

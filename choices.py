@@ -1,10 +1,14 @@
-"""The closed choices of a run, and the error that a user can put right. No torch here."""
+"""The closed choices of a run, and the errors that are said in one sentence. No torch here."""
 
 from enum import StrEnum
 
 
 class UserError(ValueError):
     """Something the user can put right. Its text is one sentence: found, needed, what to do. Exit code 2."""
+
+
+class MachineError(RuntimeError):
+    """A failure of the machine, such as a full disk. Its text is one sentence: what failed, why, what to do. Exit 1."""
 
 
 class Choice(StrEnum):

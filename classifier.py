@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from artifacts import HISTORY, write_json
+from artifacts import HISTORY, DamagedError, write_json
 from config import Trackers, TrainConfig, UserError
 from distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
 from gcn import reuse_freed_memory
@@ -78,7 +78,7 @@ class VisionModelTrainer:
         """Train; write the curves to `folder`/history.json; return the last epoch's figures.
 
         Raises:
-            UserError: the loss is no longer finite, or the state to go on from is of another training.
+            UserError: the loss is no longer finite, or the state to go on from cannot be read.
         """
         return self.train_ddp(folder) if self.config.use_ddp else self.fit(ALONE, folder)
 
@@ -146,17 +146,21 @@ class VisionModelTrainer:
                     training.save(self.state, Progress(epoch, step, self.tracker.history, figures))
                     saved = time.monotonic()
         if group.leads:
-            write_json(folder / HISTORY, self.tracker.history)
+            write_json(folder / HISTORY, {"history": self.tracker.history})
         return figures
 
     def _take_up(self, training: Training, group: Group) -> Progress:
         """Where to go on; the state in the file is taken up if that is asked for."""
         state = self.state
         if state and state.resume and state.path.exists():
-            done = training.load(state)
-            if group.leads:
-                log(f"classifier: going on after epoch {done.epoch}/{self.config.epochs}")
-            return done
+            try:
+                done = training.load(state)
+            except DamagedError as error:
+                log(f"classifier: {error.found}, so that the training begins anew")
+            else:
+                if group.leads:
+                    log(f"classifier: going on after epoch {done.epoch}/{self.config.epochs}")
+                return done
         if state and group.leads:
             state.clear()
         return Progress(0, 0, [], {})

@@ -20,6 +20,7 @@ from config import GraphConfig, UserError, derive_seed
 from graph import WeightGraph
 from model import HookedModel, MaskLayer, capture, inspecting
 from observe import log, progress
+from store import MANIFEST, read_manifest
 from utils_data import Images, UnlearningDataset, make_loader
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class GraphDataset(Dataset):
     """Graphs in a folder that `GraphGenerator` filled.
 
     Args:
-        root: the folder. transform: applied to each `Data` that indexing gives.
+        root: the folder; one with a manifest holds what the manifest lists, one without is of another origin.
+        transform: applied to each `Data` that indexing gives.
 
     Attributes:
         graph: its layers. h [S, sum of n], z and delta [S, sum of m]: memory-mapped, layer after layer.
@@ -90,10 +92,12 @@ class GraphDataset(Dataset):
 
     def __init__(self, root: Path, transform: "Callable[[Data], Data] | None" = None):
         self.root, self.transform = Path(root), transform
+        if (self.root / MANIFEST).exists():
+            read_manifest(self.root, foreign=True)
         arrays = {name: read_array(self.root / f"{name}.npy") for name in _ARRAYS}
         self.h, self.z, self.delta = arrays["h"], arrays["z"], arrays["delta"]
         self.labels = torch.from_numpy(np.array(arrays["labels"]))
-        layout = read_json(self.root / LAYOUT_FILE)
+        layout = read_json(self.root / LAYOUT_FILE, foreign=True)
         shapes = tuple((m, n) for m, n in layout["shapes"])
         self.graph = WeightGraph(shapes, tuple(layout["joined"]), tuple(layout["names"]))
         self.outs, self.ins = [m for m, _ in shapes], [n for _, n in shapes]

@@ -3,12 +3,13 @@
 Colours are Okabe and Ito's, distinct for colour-blind readers; markers and dashes tell methods apart in grey.
 """
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts import writing
+from artifacts import write_bytes
 from config import ReporterConfig
 from observe import visible
 from panels import Panel, Series
@@ -171,5 +172,6 @@ def save(panels: Sequence[Panel], folder: Path, name: str, config: ReporterConfi
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # what has been laid out once is not laid out again for every format
         for kind in config.formats:
-            with writing(folder / f"{name}.{kind}") as path:
-                figure.savefig(path, format=kind, dpi=config.dpi, metadata=METADATA[kind])
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=kind, dpi=config.dpi, metadata=METADATA[kind])
+            write_bytes(folder / f"{name}.{kind}", drawn.getvalue(), lasting=False)

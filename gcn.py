@@ -306,7 +306,7 @@ class MaskingGCN(nn.Module):
         Raises:
             UserError: not such a file.
         """
-        tensors, facts = read_tensors(path)
+        tensors, facts = read_tensors(path, foreign=True)
         shape = facts.get("masking_gcn")
         if not isinstance(shape, dict):
             raise UserError(f"{path} is no GCN: give a gcn.safetensors that `run` wrote, or leave it out to train one")

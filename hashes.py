@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -17,10 +18,26 @@ from config import PROJECT_ROOT
 PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors")
 
 
+RACE_NS = 50_000_000  # a file changed this shortly before it was read may change again without a new time
+
+
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """SHA-256 of a file's bytes, hexadecimal; read once by a process unless the file changes."""
+    about = path.stat()
+    if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) < RACE_NS:
+        return _sha256(path)
+    return _sha256_of(path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: Path, *_: int) -> str:
+    """As `_sha256`, kept under what the file system says of the file."""
+    return _sha256(path)
 
 
 def sha256_arrays(arrays: Iterable[np.ndarray]) -> str:

@@ -29,6 +29,7 @@ from typing import Annotated
 import tyro
 from dotenv import load_dotenv
 
+from choices import MachineError
 from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError
 from config_files import load_config
 from observe import be_quiet
@@ -131,12 +132,14 @@ def run(arguments: list[str]) -> int:
     flags = " --quiet: no progress on stderr. --json: the results as one JSON object on stdout."
     config = _configured(arguments, "run", "Run the pipeline." + flags)
     be_quiet(quiet)
+    from locks import running
     from pipeline import Pipeline
 
     pipeline = Pipeline(config)
     if pipeline.take_part():
         return 0
-    records = pipeline.run()
+    with running(config.output_dir):
+        records = pipeline.run()
     pipeline.dismiss()
     return _show(config, records, for_programs)
 
@@ -175,11 +178,13 @@ def train_gcn(arguments: list[str]) -> int:
         raise UserError(f"train-gcn needs one --out FILE, found {len(targets)}: name the .safetensors file to write")
     target = targets[0].expanduser()
     from artifacts import copy_file
+    from locks import running
     from stages import Stages
 
     stages = Stages(config)
     if not stages.take_part():
-        copy_file(stages.run_gcn_training(config.topK_list[0]), target)
+        with running(config.output_dir):
+            copy_file(stages.run_gcn_training(config.topK_list[0]), target)
         stages.dismiss()
         print(target)
     return 0
@@ -302,6 +307,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MachineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: finished stages are kept, the next run goes on from there", file=sys.stderr)
         return 130

@@ -189,7 +189,7 @@ class Mask:
         Raises:
             UserError: not such a file.
         """
-        tensors, facts = read_tensors(path)
+        tensors, facts = read_tensors(path, foreign=True)
         layout = facts.pop("layout", {})
         keys = layout.get("keys", ["mask"])
         if set(keys) != set(tensors) or any(t.ndim != 2 or t.max(initial=0) > 1 for t in tensors.values()):

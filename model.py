@@ -178,7 +178,7 @@ def vision_model_loader(
     model = VISION_MODELS[architecture](num_classes, channels, size)
     if path is None:
         return model
-    tensors, facts = read_tensors(path)
+    tensors, facts = read_tensors(path, foreign=True)
     needed = _classifier_facts(architecture, num_classes, channels, size)
     wrong = [f"{name} {facts.get(name)}, needed {value}" for name, value in needed.items() if facts.get(name) != value]
     if wrong:

@@ -230,4 +230,4 @@ def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Seq
 
 def write_page(path: Path, groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Sequence[Panel]]]) -> None:
     """Write the page, whole or not at all."""
-    write_text(path, as_page(groups, training))
+    write_text(path, as_page(groups, training), lasting=False)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from artifacts import SCHEMA, read_json, write_json
+from artifacts import SCHEMA, write_json
 from budget import Search, search
 from class_requests import written
 from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
@@ -19,7 +19,7 @@ from masks import Mask
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
 from observe import log, progress
-from records import record_path
+from records import read_whole, record_path
 from reporter import Reporter
 from resume import recipe
 from stages import GCN_CODE, GIVEN, Stages
@@ -146,10 +146,8 @@ class Pipeline(Stages):
             "config": plain(written(replace(config, output_dir=Path(), topK_list=(topK,), kappa_list=(kappa,)))),
         }
         path = record_path(config.output_dir, record)
-        if path.exists():
-            found = read_json(path)
-            if all((config.output_dir / mask).exists() for mask in found["mask_paths"].values()):
-                return found
+        if found := read_whole(config.output_dir, path):
+            return found
         log(f"evaluation: topK {topK}, kappa {kappa}")
         return self._measure(record, path)
 
@@ -157,10 +155,12 @@ class Pipeline(Stages):
         """Fill a record, write its masks and, last, the record itself."""
         begun = time.perf_counter()
         measured, masks = self.evaluation.eval(record["top_k"], record["kappa"])
-        paths = {name: self._relative(self._save_mask(name, mask, record, path)) for name, mask in masks.items()}
+        files = {name: self._save_mask(name, mask, record, path) for name, mask in masks.items()}
+        paths = {name: self._relative(file) for name, file in files.items()}
         seconds = self.seconds | {"evaluation": time.perf_counter() - begun}
         run = {"device": str(self.device), "started": self.started, "seconds": seconds}
         places = {"mask_path": paths[measured["answer"]], "mask_paths": paths}
+        places |= {"mask_sha256": {name: sha256_file(file) for name, file in files.items()}}
         record |= {**places, "provenance": provenance() | run, **measured, **self.data.image_facts}
         write_json(path, record)
         return record

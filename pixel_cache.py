@@ -156,9 +156,9 @@ class PixelCache:
         block = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST)
         _, first = np.unique(block, axis=0, return_index=True)
         new = np.sort(first[self.places(block[first]) < 0])
-        with extending(self.data, len(self) * self.row_bytes) as file:
+        with extending(self.data, len(self) * self.row_bytes) as append:
             for one in new:
-                file.write(pixels[one].data)
+                append(pixels[one].data)
         sums = np.array([zlib.crc32(pixels[one].data) for one in new], np.uint32)
         self.digests, self.sums = np.concatenate([self.digests, block[new]]), np.concatenate([self.sums, sums])
         self._forget_views()

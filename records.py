@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from artifacts import SCHEMA, read_json
+from artifacts import SCHEMA, DamagedError, read_json
 from config import UserError
+from hashes import sha256_file
 from observe import log
 
 RECORDS = Path("eval/metrics_and_plots/json")
@@ -22,22 +23,53 @@ def record_path(output_dir: Path, record: Mapping[str, object]) -> Path:
     return output_dir / RECORDS / point / f"{record['id']}.json"
 
 
+def read_record(output_dir: Path, path: Path) -> dict:
+    """The record in a file below `output_dir`.
+
+    Raises:
+        DamagedError: it is not what was written, or no record of this place.
+        UserError, MachineError: it cannot be read.
+    """
+    record = read_json(path)
+    try:
+        if record.get("schema") != SCHEMA or record_path(output_dir, record) != path:
+            raise DamagedError(path, f"no {SCHEMA} record of this place")
+        if missing := [name for name in NEEDED if name not in record]:
+            raise DamagedError(path, f"it has no {', '.join(missing)}")
+        if lacking := _without_scores(record):
+            raise DamagedError(path, f"it has no scores of {', '.join(lacking)}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(path, str(error)) from None
+    return record
+
+
 def read_records(output_dir: Path) -> list[dict]:
     """All records below `output_dir`, in path order; a broken or foreign file is named and left out."""
     records = []
     for path in sorted((output_dir / RECORDS).glob("*/*.json")):
         try:
-            record = read_json(path)
-            if record.get("schema") != SCHEMA or record_path(output_dir, record) != path:
-                raise UserError(f"{path} is no {SCHEMA} record of this place")
-            if missing := [name for name in NEEDED if name not in record]:
-                raise UserError(f"{path} has no {', '.join(missing)}: delete it and run again")
-            if lacking := _without_scores(record):
-                raise UserError(f"{path} has no scores of {', '.join(lacking)}: delete it and run again")
-            records.append(record)
-        except (UserError, KeyError, TypeError, AttributeError) as error:
-            log(f"left out: {error}")
+            records.append(read_record(output_dir, path))
+        except UserError as error:
+            log(f"left out: {error.found if isinstance(error, DamagedError) else error}")
     return records
+
+
+def read_whole(output_dir: Path, path: Path) -> dict | None:
+    """The record in a file, if it is there and whole, its masks included; damage is said in the log."""
+    if not path.exists():
+        return None
+    try:
+        record = read_record(output_dir, path)
+        for name, digest in record["mask_sha256"].items():
+            mask = output_dir / record["mask_paths"][name]
+            if not mask.is_file():
+                raise DamagedError(mask, "it is missing")
+            if sha256_file(mask) != digest:
+                raise DamagedError(mask, f"its content is not what {path.name} says")
+    except DamagedError as error:
+        log(f"evaluation: {error.found}, so that the point is measured anew")
+        return None
+    return record
 
 
 def _without_scores(record: Mapping[str, Mapping]) -> list[str]:

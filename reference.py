@@ -56,7 +56,7 @@ def extract(path: Path) -> dict:
     """
     if not path.is_file():
         raise UserError(f"there is no {path}: name a record below eval/metrics_and_plots/json")
-    record = {"settings": {}, "verdicts": {}} | read_json(path)  # records from before there were verdicts
+    record = {"settings": {}, "verdicts": {}} | read_json(path, foreign=True)  # records from before there were verdicts
     origin = record.get("provenance")
     if record.get("schema") != SCHEMA or not isinstance(origin, dict) or not _sound(record):
         raise UserError(f"{path} is no {SCHEMA} record: name one below eval/metrics_and_plots/json")
@@ -170,7 +170,7 @@ def write_docs(record: Path | None = None, folder: Path = DOCS) -> list[Path]:
     place = folder / EXAMPLE
     if record is None and not place.exists():
         raise UserError(f"there is no {place}: give --example RECORD.json, a record of a run")
-    example = read_json(place) if record is None else extract(record)
+    example = read_json(place, foreign=True) if record is None else extract(record)
     if not _sound(example):
         raise UserError(f"{place} is no extract of a record: give --example RECORD.json to make it anew")
     texts = pages(example)

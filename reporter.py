@@ -4,20 +4,19 @@
 page, `compare.py` holds runs against each other; this room says what is written where, and what is there already.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from artifacts import HISTORY, read_json, write_json, write_text
+from artifacts import HISTORY, DamagedError, read_json, write_text
 from compare import compared, find_side, in_words
 from config import ReporterConfig, UserError, plain
 from figures import save
-from hashes import code_key, key_of, sha256_file
+from hashes import code_key, key_of
 from observe import log, progress
 from page import write_page
 from panels import Panel, figures_of, training
 from records import read_records
-from store import MANIFEST
+from store import read_manifest, write_manifest
 from tables import (
     Run,
     caption,
@@ -39,31 +38,37 @@ PAGE = Path("reports/index.html")
 
 
 def is_drawn(folder: Path, key: str) -> bool:
-    """Whether a folder's manifest is for `key` and its files are there."""
+    """Whether a folder holds, whole, what `key` says; damage is said in the log."""
     try:
-        manifest = read_json(folder / MANIFEST)
-    except UserError:
+        manifest = read_manifest(folder) or {}
+    except DamagedError as error:
+        log(f"report: {error.found}, so that the folder is drawn anew")
         return False
-    return manifest.get("key") == key and all((folder / name).exists() for name in manifest.get("files", []))
+    return manifest.get("key") == key
 
 
-def _is_history(path: Path) -> bool:
-    """Whether a file holds training curves; if not, that is said in the log."""
+def _curves(path: Path) -> list[dict] | None:
+    """The training curves in a file; None, and a line in the log, if it holds none."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        sound = isinstance(entries, list) and all(isinstance(entry, dict) and "step" in entry for entry in entries)
-    except (OSError, ValueError):
-        sound = False
+        history = read_json(path).get("history")
+        sound = isinstance(history, list) and all(isinstance(entry, dict) and "step" in entry for entry in history)
+        found = f"{path} holds no training curves"
+    except UserError as error:
+        sound, history, found = False, None, error.found if isinstance(error, DamagedError) else str(error)
     if not sound:
-        log(f"left out: {path} holds no training curves")
-    return sound
+        log(f"left out: {found}")
+    return history if sound else None
+
+
+def _panels(name: str, history: list[dict]) -> list[Panel]:
+    return training(history, "gcn" if "gcn" in name else "classifier", name.removeprefix("training_"))
 
 
 def write_table(folder: Path, name: str, rows: list[list[str]], about: str) -> None:
     """One table as Markdown, CSV and LaTeX."""
-    write_text(folder / f"{name}.md", as_text(rows))
-    write_text(folder / f"{name}.csv", as_csv(rows))
-    write_text(folder / f"{name}.tex", as_latex(rows, about))
+    write_text(folder / f"{name}.md", as_text(rows), lasting=False)
+    write_text(folder / f"{name}.csv", as_csv(rows), lasting=False)
+    write_text(folder / f"{name}.tex", as_latex(rows, about), lasting=False)
 
 
 class Reporter:
@@ -96,33 +101,34 @@ class Reporter:
             raise UserError(f"there are no records below {self.output_dir}: make some with `uv run main.py`")
         known = {record["id"] for record in there}
         every = runs_of([*there, *(record for record in records if record["id"] not in known)])
-        drawn = [self._plot([run], self.run_name(run[0])) for run in progress(runs_of(records), "report")]
+        histories = {run[0]["run"]: self._histories(run) for run in every}
+        drawn = [
+            self._plot([run], self.run_name(run[0]), histories[run[0]["run"]])
+            for run in progress(runs_of(records), "report")
+        ]
         groups = families(every)
         for runs in groups:
             if len(runs) > 1:
-                self._plot(runs, self.family_name(runs))
+                self._plot(runs, self.family_name(runs), {})
         self._plot_grid(groups)
-        histories = {run[0]["run"]: self._histories(run) for run in every}
-        training = {run: {name: self._panels(name, path) for name, path in h.items()} for run, h in histories.items()}
+        training = {run: {name: _panels(name, curves) for name, curves in h.items()} for run, h in histories.items()}
         write_page(self.page, groups, training)
         log(f"report: {self.page}")
         return drawn
 
-    def _plot(self, runs: list[Run], name: str) -> Path:
-        """Tables and figures of one run, or of the runs of a family."""
+    def _plot(self, runs: list[Run], name: str, histories: dict[str, list[dict]]) -> Path:
+        """Tables and figures of one run with its training curves, or of the runs of a family."""
         folder = self.plots / name
-        histories = self._histories(runs[0]) if len(runs) == 1 else {}
-        inputs = {"runs": runs, "config": plain(self.config), "code": code_key(*CODE)}
-        key = key_of(inputs | {name: sha256_file(path) for name, path in histories.items()})
+        key = key_of({"runs": runs, "config": plain(self.config), "code": code_key(*CODE), "histories": histories})
         if is_drawn(folder, key):
             log(f"report: unchanged, {folder}")
             return folder
         write_table(folder, "table", table(*runs), caption(*runs))
         write_table(folder, "table_all", table(*runs, every=True), caption(*runs))
-        drawn = figures_of(runs) | {name: self._panels(name, path) for name, path in histories.items()}
+        drawn = figures_of(runs) | {name: _panels(name, curves) for name, curves in histories.items()}
         for figure, panels in drawn.items():
             save(panels, folder, figure, self.config)
-        write_json(folder / MANIFEST, {"key": key, "files": sorted(path.name for path in folder.glob("[!.]*.*"))})
+        write_manifest(folder, {"key": key})
         log(f"report: {len(drawn)} figures and tables of {sum(map(len, runs))} points in {folder}")
         return folder
 
@@ -168,16 +174,12 @@ class Reporter:
         first = runs[0][0]
         return f"{first['model']}_{first['dataset']}_over-runs_{family_key(first)}"
 
-    def _histories(self, records: Run) -> dict[str, Path]:
-        """Training curves that lie beside the classifier and each topK's GCN: name -> file."""
+    def _histories(self, records: Run) -> dict[str, list[dict]]:
+        """Training curves that lie beside the classifier and each topK's GCN."""
         files = {"training_classifier": records[0]["classifier_path"]}
         for record in records:
             name = f"training_gcn_top-{record['top_k']}" if record["objective"] == "elbo" else "training_gcn"
             files[name] = record["gcn_path"]
         paths = {name: self.output_dir / Path(file).parent / HISTORY for name, file in files.items()}
-        return {name: path for name, path in paths.items() if path.exists() and _is_history(path)}
-
-    @staticmethod
-    def _panels(name: str, path: Path) -> list[Panel]:
-        history = json.loads(path.read_text(encoding="utf-8"))
-        return training(history, "gcn" if "gcn" in name else "classifier", name.removeprefix("training_"))
+        found = {name: _curves(path) for name, path in paths.items() if path.exists()}
+        return {name: curves for name, curves in found.items() if curves is not None}

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from artifacts import read_tensors, write_tensors
-from config import TrainConfig, UserError, plain
+from artifacts import DamagedError, read_tensors, remove, write_tensors
+from config import TrainConfig, plain
 
 RNG, ORDER, HISTORY = "rng", "order", "history"
 
@@ -34,7 +34,7 @@ class StateFile:
 
     def clear(self) -> None:
         """Remove it: it is used up, or not wanted."""
-        self.path.unlink(missing_ok=True)
+        remove(self.path)
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Training:
         """Take up the state in a file.
 
         Raises:
-            UserError: it is damaged, or of another training.
+            DamagedError: it is damaged, or of another training.
         """
         arrays, facts = read_tensors(place.path)
         if facts.get("key") != place.key:
-            raise UserError(f"{place.path} is the state of another training: delete it, or leave --resume out")
+            raise DamagedError(place.path, "it is the state of another training")
         tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
         self.model.load_state_dict(_below("model.", tensors))
         state: dict[int, dict] = {}

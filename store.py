@@ -4,27 +4,67 @@ The folder appears by one rename, its manifest written last: a folder that exist
 no longer match its manifest is made again.
 """
 
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts import SCHEMA, clear_leftovers, unfinished, write_json
-from config import UserError
+from artifacts import SCHEMA, DamagedError, new_part, publish, read_json, told, write_json
 from hashes import key_of, now, provenance, sha256_file, versions
-from locks import locked
+from locks import clear_dead, locked
 from observe import log
 
 MANIFEST = "manifest.json"
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of a folder's files, its manifest and hidden ones apart."""
+    names = (path.name for path in folder.iterdir() if path.name != MANIFEST and not path.name.startswith("."))
+    return {name: sha256_file(folder / name) for name in sorted(names)}
+
+
 def sha256_folder(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's files (its manifest apart, which holds times)."""
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
-    return key_of({name: sha256_file(folder / name) for name in names})
+    return key_of(_hashes(folder))
+
+
+def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
+    """Write what a folder holds, and `facts`: it is written last, so that a folder with one is complete."""
+    with told(folder, "read"):
+        files = _hashes(folder)
+    write_json(folder / MANIFEST, {**facts, "files": files})
+
+
+def read_manifest(folder: Path, foreign: bool = False) -> dict | None:
+    """A folder's manifest; None if there is no such folder.
+
+    Args:
+        foreign: it may have been written by an earlier version, without a digest.
+
+    Raises:
+        DamagedError: the manifest is not what was written, or the folder holds other files than it lists.
+        UserError, MachineError: they cannot be read.
+    """
+    if not folder.is_dir():
+        return None
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DamagedError(path, "there is none")
+    manifest = read_json(path, foreign)
+    listed = manifest.get("files")
+    if not isinstance(listed, dict):
+        raise DamagedError(path, "it lists no files")
+    with told(folder, "read"):
+        found = _hashes(folder)
+    for name in sorted({*listed, *found}):
+        if name not in found:
+            raise DamagedError(folder / name, "it is missing")
+        if name not in listed:
+            raise DamagedError(folder / name, f"{MANIFEST} does not list it")
+        if found[name] != listed[name]:
+            raise DamagedError(folder / name, f"its content is not what {MANIFEST} says")
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -38,15 +78,17 @@ class Stage:
 
 
 def _finished(path: Path, key: str) -> Stage | None:
-    """The stage in `path` if its manifest is for `key` and every file still has its hash."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        intact = manifest["key"] == key and all(
-            sha256_file(path / name) == digest for name, digest in manifest["files"].items()
-        )
-        return Stage(path, key, manifest["facts"], manifest["seconds"]) if intact else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    """The stage in `path`, if there is one.
+
+    Raises:
+        DamagedError: it is not what was made.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
         return None
+    if manifest.get("key") != key:
+        raise DamagedError(path / MANIFEST, "it is of other inputs")
+    return Stage(path, key, manifest["facts"], manifest["seconds"])
 
 
 def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Callable[[Path], dict]) -> Stage:
@@ -59,43 +101,38 @@ def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Ca
         make: fills an empty folder and returns JSON-able facts.
 
     Raises:
-        UserError: the folder cannot be written.
+        MachineError, UserError: as `told`.
     """
     key = key_of({"versions": versions(), **inputs})
     path = folder / f"{label}-{key[:12]}"
-    if done := _finished(path, key):
-        log(f"{label}: unchanged, using {path}")
-        return done
-    with locked(path.with_name(f".{path.name}.lock")):  # jobs that need the same stage make it once
+    lock = path.with_name(f".{path.name}.lock")
+    try:
         if done := _finished(path, key):
-            log(f"{label}: made by another process, using {path}")
+            log(f"{label}: unchanged, using {path}")
+            clear_dead(lock)
             return done
+    except DamagedError as error:
+        log(f"{label}: {error.found}, so that it is made anew")
+    with locked(lock):  # jobs that need the same stage make it once
+        try:
+            if done := _finished(path, key):
+                log(f"{label}: made by another process, using {path}")
+                return done
+        except DamagedError:
+            with told(path):
+                shutil.rmtree(path)
         return _build(path, key, inputs, make)
 
 
 def _build(path: Path, key: str, inputs: Mapping[str, object], make: Callable[[Path], dict]) -> Stage:
-    """Make a stage in a folder beside `path` and rename it."""
-    part = unfinished(path, "part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(path, "part")
-        part.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another folder with --output-dir") from error
+    """Make a stage in a folder beside `path` and rename it; whoever calls this holds its lock."""
+    part = new_part(path)
     try:
         begun = time.perf_counter()
         facts = make(part)
-        seconds = time.perf_counter() - begun
-        files = {p.name: sha256_file(p) for p in sorted(part.iterdir())}
-        manifest = {"schema": SCHEMA, "key": key, "inputs": dict(inputs), "files": files, "facts": facts}
-        write_json(part / MANIFEST, manifest | {"seconds": seconds, "made": now(), "provenance": provenance()})
-        if path.exists() and _finished(path, key) is None:
-            shutil.rmtree(path)
-        try:
-            os.replace(part, path)
-        except OSError:
-            if _finished(path, key) is None:  # else another process made the same stage first
-                raise
+        about = {"seconds": time.perf_counter() - begun, "made": now(), "provenance": provenance()}
+        write_manifest(part, {"schema": SCHEMA, "key": key, "inputs": dict(inputs), "facts": facts, **about})
+        publish(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Stage(path, key, facts, seconds)
+    return Stage(path, key, facts, about["seconds"])

@@ -17,12 +17,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from artifacts import read_json, write_json
+from artifacts import DamagedError, read_json, write_json
 from config import PROJECT_ROOT, PipelineConfig, UserError, plain
 from config_files import load_config, read_words, resolved, typed
 from fields import did_you_mean
 from hashes import code_key, key_of, versions
+from locks import running
 from observe import log
+from records import read_whole
 from write import as_text
 
 SECTION = "sweep"
@@ -138,9 +140,17 @@ def finished(job: Job) -> dict | None:
     """What a job left, if it was done and its records are still there."""
     if not job.path.exists():
         return None
-    outcome = read_json(job.path)
-    there = outcome.get("key") == job.key and outcome.get("status") == "done"
-    return outcome if there and all((job.config.output_dir / path).exists() for path in outcome["records"]) else None
+    try:
+        outcome = read_json(job.path)
+        if outcome.get("key") != job.key or outcome.get("status") != "done":
+            return None
+        for path in outcome["records"]:
+            if read_whole(job.config.output_dir, job.config.output_dir / path) is None:
+                return None
+    except DamagedError as error:
+        log(f"sweep: {error.found}, so that the job is done again")
+        return None
+    return outcome
 
 
 def run_job(job: Job, threads: int | None = None) -> dict:
@@ -155,7 +165,9 @@ def run_job(job: Job, threads: int | None = None) -> dict:
     begun = time.time()
     outcome: dict[str, Any] = {"key": job.key, "settings": plain_settings(job), "status": "failed", "records": []}
     try:
-        records = Pipeline(job.config).eval()
+        pipeline = Pipeline(job.config)
+        with running(job.config.output_dir):
+            records = pipeline.eval()
         root = job.config.output_dir
         outcome["records"] = [str(record_path(root, record).relative_to(root)) for record in records]
         outcome["status"] = "done"
@@ -272,6 +284,12 @@ EXECUTORS = {"local": local, "slurm": slurm, "ray": ray}
 # --- the whole --------------------------------------------------------------------------------------------
 
 
+def _carried_out(jobs: list[Job], sweep: SweepConfig, output_dir: Path) -> Outcomes:
+    """Jobs as they end; the output folder is marked as one in which a run works."""
+    with running(output_dir):
+        yield from EXECUTORS[sweep.executor](jobs, sweep)
+
+
 def progress_line(done: int, failed: int, left: int, workers: int, seconds: float) -> str:
     """Where a sweep stands; the estimate takes the rest to go as fast as what has ended."""
     running = min(workers, left)
@@ -291,7 +309,7 @@ def run_sweep(sweep: SweepConfig, base: PipelineConfig) -> list[tuple[Job, dict]
     todo = [job for job in jobs if job.key not in outcomes]
     log(f"sweep: {len(jobs)} jobs, {len(outcomes)} of them are there already")
     begun, said, done, failed = time.monotonic(), -SECONDS_BETWEEN_LINES, 0, 0
-    for job, outcome in EXECUTORS[sweep.executor](todo, sweep) if todo else ():
+    for job, outcome in _carried_out(todo, sweep, base.output_dir) if todo else ():
         outcomes[job.key] = outcome
         failed, done = failed + (outcome["status"] == "failed"), done + (outcome["status"] == "done")
         left = len(todo) - done - failed

@@ -168,7 +168,7 @@ class GCNTrainer:
                 facts = {"grad_norm": norm, "temperature": temperature, "samples_per_second": rate}
                 self.tracker.log(step + 1, **terms, **facts)
         self.gcn.eval()
-        write_json(folder / HISTORY, self.tracker.history)
+        write_json(folder / HISTORY, {"history": self.tracker.history})
         last = self.tracker.history[-max(1, len(batches) // 10) :]
         figures = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "nll", "kl")}
         if figures["nll"] > DEAD_SHARE * math.log(self.model.target(-1).out_features):

@@ -323,7 +323,7 @@ class UnlearningTrainer:
                     raise UserError("the GCN's loss is no longer finite: lower gcn.lr")
                 self.tracker.log(step + 1, **terms, temperature=temperature, requests_per_second=rate)
         self.gcn.eval()
-        write_json(folder / HISTORY, self.tracker.history)
+        write_json(folder / HISTORY, {"history": self.tracker.history})
         last = self.tracker.history[-max(1, config.steps // 10) :]
         figures = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "forget", "retain")}
         log("GCN: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))

@@ -108,7 +108,7 @@ def cell(plan: Plan, seed: int, label: int) -> dict:
     inputs |= {"gcn": sha256_file(GCNS[plan.model]), "code": code_key(*RECORD_CODE)}
     name = f"{plan.model.value}_seed-{seed}_class-{label}_{key_of(inputs)[:12]}.json"
     path = plan.output_dir / "comparison" / name
-    found = read_json(path) if path.exists() else {"seed": seed, "class": label, "methods": {}}
+    found = read_json(path, foreign=True) if path.exists() else {"seed": seed, "class": label, "methods": {}}
     missing = [name for name in plan.methods if name not in found["methods"]]
     if missing:
         evaluation = evaluation_of(config)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from artifacts import read_tensors
+from artifacts import read_json, read_tensors
 from config import (
     Aggregations,
     DataConfig,
@@ -81,7 +81,7 @@ def untimed(value: Any) -> Any:
 
 
 def untimed_bytes(path: Path) -> str:
-    return json.dumps(untimed(json.loads(path.read_text())), indent=1, sort_keys=True)
+    return json.dumps(untimed(read_json(path)), indent=1, sort_keys=True)
 
 
 def figures(record: dict) -> object:
@@ -156,7 +156,7 @@ def test_stages_report_their_seconds(whole):
 def test_disk_holds_what_is_returned(whole):
     config, records = whole
     for record in records:
-        assert json.loads(json_path(config.output_dir, record).read_text()) == record
+        assert read_json(json_path(config.output_dir, record)) == record
     written = list((config.output_dir / "eval/metrics_and_plots/json").rglob("*"))
     assert sum(path.is_file() for path in written) == len(records)
 
@@ -322,7 +322,7 @@ def test_point_alone_on_a_fresh_pipeline(whole, tmp_path):
     config, records = whole
     record = Pipeline(replace(config, output_dir=tmp_path)).run_single_evaluation_round(300, 400)
     assert figures(record) == figures(records[1])
-    assert json.loads(json_path(tmp_path, record).read_text()) == record
+    assert read_json(json_path(tmp_path, record)) == record
 
 
 def test_products_passed_in_give_the_same_figures(whole, products, monkeypatch, tmp_path):

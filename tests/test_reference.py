@@ -116,8 +116,8 @@ def test_old_records_without_verdicts_serve_as_examples(tmp_path):
     ("content", "says"),
     [
         (None, "there is no"),
-        ("{", "cannot read"),
-        ("[1]", "holds a JSON list"),
+        ("{", "no whole JSON"),
+        ("[1]", "a JSON list, not an object"),
         ("{}", f"is no {SCHEMA} record"),
         (json.dumps(RECORD | {"schema": "another"}), f"is no {SCHEMA} record"),
         (json.dumps(RECORD | {"methods": {"sft": {"forget_score": "low"}}}), f"is no {SCHEMA} record"),

@@ -1,7 +1,6 @@
 """Reports from hand-made records: what is chosen, what is written, and that nothing is drawn twice."""
 
 import itertools
-import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from artifacts import SCHEMA, write_json
+from artifacts import SCHEMA, read_json, write_json
 from compare import compared, find_side, in_words, side
 from config import ReporterConfig, UserError
 from figures import COLUMN, draw
@@ -444,18 +443,32 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
     said = capsys.readouterr().err
     assert str(paths[0]) in said
     assert str(paths[1]) in said
-    assert json.loads(paths[2].read_text()) == records[2]
+    assert read_json(paths[2]) == records[2]
 
 
 def test_broken_training_curves_are_named_and_left_out(records, tmp_path, capsys):
     write_json(record_path(tmp_path, records[0]), records[0])
     history = (tmp_path / records[0]["classifier_path"]).with_name("history.json")
     history.parent.mkdir(parents=True)
-    for text in ("{", "{}", "[1]"):
+    write_json(history, {"history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]})
+    (folder,) = Reporter(tmp_path, ReporterConfig(formats=("png",), dpi=20)).plot()
+    assert (folder / "training_classifier.png").exists()
+    changed = history.read_text().replace("2.0", "3.0")
+    for text, why in (
+        (changed, "its digest says"),
+        ("{", "no whole JSON"),
+        ("{}", "no digest"),
+        ("[1]", "a JSON list"),
+    ):
+        (folder / "training_classifier.png").unlink()
         history.write_text(text)
         (folder,) = Reporter(tmp_path, ReporterConfig(formats=("png",), dpi=20)).plot()
-        assert f"left out: {history} holds no training curves" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"left out: {history} is damaged" in said
+        assert why in said
         assert not (folder / "training_classifier.png").exists()
+        write_json(history, {"history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]})
+        Reporter(tmp_path, ReporterConfig(formats=("png",), dpi=20)).plot()
 
 
 def test_no_records_says_what_to_run(tmp_path):

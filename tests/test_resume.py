@@ -10,7 +10,7 @@ import torch
 
 from artifacts import read_tensors
 from classifier import VisionModelTrainer
-from config import DataConfig, PipelineConfig, SupportedDatasets, Trackers, TrainConfig, UserError
+from config import DataConfig, PipelineConfig, SupportedDatasets, Trackers, TrainConfig
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from observe import Tracker
 from resume import StateFile
@@ -114,14 +114,29 @@ def test_state_is_saved_at_most_so_often(tmp_path):
     assert read_tensors(path)[1]["epoch"] == 3, "what comes after the last epoch is the checkpoint"
 
 
-def test_unfit_state_is_refused(tmp_path):
+def test_unfit_state_is_named_and_not_used(tmp_path, capsys):
     place = StateFile(tmp_path / "state.safetensors", "key", resume=True)
     trainer(HookedMLPClassifier, place).train(tmp_path)
-    with pytest.raises(UserError, match="is the state of another training: delete it, or leave --resume out"):
-        trainer(HookedMLPClassifier, replace(place, key="other")).train(tmp_path)
-    place.path.write_bytes(place.path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
-        trainer(HookedMLPClassifier, place).train(tmp_path)
+    data = place.path.read_bytes()
+    flipped = bytearray(data)
+    flipped[-5] ^= 0x40
+    late = data.replace(b'\\"epoch\\": 3', b'\\"epoch\\": 9')
+    assert late != data
+    whole = trainer(HookedMLPClassifier, None)
+    whole.train(tmp_path)
+    for content, key, why in (
+        (data, "other", "it is the state of another training"),
+        (data[:-100], "key", "not a whole safetensors file"),
+        (bytes(flipped), "key", "its content is not what its digest says"),
+        (late, "key", "its content is not what its digest says"),
+    ):
+        place.path.write_bytes(content)
+        again = trainer(HookedMLPClassifier, replace(place, key=key))
+        again.train(tmp_path)
+        said = capsys.readouterr().err
+        assert f"{place.path} is damaged ({why}" in said
+        assert "begins anew" in said
+        assert same(again, whole)
 
 
 # --- as a stage -------------------------------------------------------------------------------------------
