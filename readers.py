@@ -1,7 +1,10 @@
 """What is known of each dataset (one spec each), and how the files of those that fit into memory are read."""
 
 import gzip
+import math
+import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,33 +17,59 @@ from config import derive_seed
 from imagenet_classes import IMAGENET2012_CLASSES
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [S, C, H, W], labels int64 [S]
+MOST_BYTES = 2**30  # of a dataset that is held in memory; a .gz of 1 MB can unpack to as much
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 # --- formats ----------------------------------------------------------------------------------------------
 
 
-def read_idx(path: Path) -> np.ndarray:
+def read_idx(path: Path, item: tuple[int, ...] | None = None) -> np.ndarray:
     """Read an IDX file of unsigned bytes, plain or beside it as `.gz`.
 
+    No more is read, or unpacked, than its header says, and no more than `MOST_BYTES`.
+
+    Args:
+        item: shape of one item that is needed, () for numbers (None: any).
+
     Raises:
-        FileNotFoundError: neither file is there. ValueError: wrong magic number or length.
+        FileNotFoundError: neither file is there. ValueError: wrong magic number, shape or length, or a damaged .gz.
     """
     packed = path.with_name(path.name + ".gz")
-    data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path.name} does not begin like an IDX file of bytes")
-    shape = np.frombuffer(data, ">u4", count=data[3], offset=4).astype(np.int64)
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    if values.size != shape.prod():
-        raise ValueError(f"{path.name} holds {values.size} bytes of data, its header says {shape.prod()}")
-    return values.reshape(shape)
+    path = path if path.is_file() else packed
+    with path.open("rb") as plain, gzip.open(plain) if path == packed else nullcontext(plain) as file:
+        try:
+            shape = _idx_shape(file.read(4), file.read, path.name)
+            if item is not None and shape[1:] != item:
+                raise ValueError(f"{path.name} holds items of shape {shape[1:]}, needed is {item}")
+            size = math.prod(shape)
+            if size > MOST_BYTES:
+                raise ValueError(f"{path.name} says that it holds {size} bytes, more than any dataset of its kind")
+            data = bytearray()
+            while len(data) <= size and (block := file.read(min(2**20, size + 1 - len(data)))):
+                data += block
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path.name} is damaged: {error}") from None
+    if len(data) != size:
+        found = "more than that" if len(data) > size else f"only {len(data)}"
+        raise ValueError(f"{path.name} should hold {size} bytes of data by its header, and holds {found}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _idx_shape(magic: bytes, read: Callable[[int], bytes], name: str) -> tuple[int, ...]:
+    """The shape that the header of an IDX file says; `read` goes on behind its magic number."""
+    if len(magic) < 4 or magic[:3] != b"\0\0\x08" or magic[3] == 0:
+        raise ValueError(f"{name} is empty" if not magic else f"{name} does not begin like an IDX file of bytes")
+    sizes = read(4 * magic[3])
+    if len(sizes) < 4 * magic[3]:
+        raise ValueError(f"{name} ends within its header")
+    return tuple(int.from_bytes(sizes[place : place + 4], "big") for place in range(0, len(sizes), 4))
 
 
 def _read_mnist(root: Path, train: bool) -> Arrays:
     part = "train" if train else "t10k"
-    images = read_idx(root / f"{part}-images-idx3-ubyte")
-    return images[:, None], read_idx(root / f"{part}-labels-idx1-ubyte").astype(np.int64)
+    images = read_idx(root / f"{part}-images-idx3-ubyte", (28, 28))
+    return images[:, None], read_idx(root / f"{part}-labels-idx1-ubyte", ()).astype(np.int64)
 
 
 def _read_digits(root: Path, train: bool) -> Arrays:

@@ -125,7 +125,7 @@ def _name_them(dataset: SupportedDatasets, tree: Tree, skip: bool) -> None:
         summary = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
         raise UserError(
             f"{dataset.value} in {tree.root} has {len(tree.found)} paths that give no image ({summary}; "
-            f"e.g. {tree.found[0][0]}): repair or remove them, or leave them out with --skip-bad-images"
+            f"e.g. {' ('.join(tree.found[0])})): repair or remove them, or leave them out with --skip-bad-images"
         )
 
 

@@ -389,7 +389,7 @@ SENTENCES = {
     "forget name": ("--forget-class thre", "no class of DIGITS: did you mean 'three'?"),
     "tree missing": ("--vision-dataset FOLDER --dataset-path {material}/none", "there is no folder"),
     "dataset missing": ("--vision-dataset CIFAR10", "uv run main.py download CIFAR10"),
-    "dataset cut": ("--vision-dataset FASHION_MNIST --dataset-path {material}/cut", "holds 15650 bytes"),
+    "dataset cut": ("--vision-dataset FASHION_MNIST --dataset-path {material}/cut", "and holds only 15650"),
     "dataset cut gz": ("--vision-dataset FASHION_MNIST --dataset-path {material}/cut_gz", "cannot read FASHION_MNIST"),
     "dataset folder": ("--vision-dataset MNIST --dataset-path {material}/none", "cannot read MNIST"),
     "checkpoint missing": ("--trained-vision-model-path {material}/none", "nothing at"),

@@ -1,13 +1,17 @@
 """Datasets: true formats are read, wrong ones refused in a sentence, splits are splits."""
 
+import gzip
 import pickle
+import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from formats import write_cifar, write_mnist, write_svhn
+from formats import idx_bytes, write_cifar, write_mnist, write_svhn
 
 from config import DataConfig, SupportedDatasets, UserError
+from duplicates import find_duplicates
 from utils_data import SPLITS, download, get_unlearning_dataset, read_idx, stratified
 
 LABELS = np.arange(60) % 10
@@ -119,17 +123,109 @@ def test_subset_sizes(tmp_path):
     assert torch.bincount(data.splits["test"].labels).tolist() == [2] * 10
 
 
-def damage(path, how: str) -> None:
-    data = path.read_bytes()
-    path.write_bytes({"cut": data[:-5], "magic": b"\x00\x00\x09" + data[3:], "empty": b""}[how])
+HEADER = bytes([0, 0, 8, 3])
+DAMAGED = {
+    "cut": (lambda data: data[:-5], "by its header, and holds only 47035"),
+    "longer": (lambda data: data + b"\0", "and holds more than that"),
+    "magic": (lambda data: b"\0\0\x09" + data[3:], "does not begin like an IDX file"),
+    "empty": (lambda data: b"", "is empty"),
+    "cut header": (lambda data: data[:9], "ends within its header"),
+    "no dimensions": (lambda data: b"\0\0\x08\0" + data[4:], "does not begin like an IDX file"),
+    "other shape": (
+        lambda data: HEADER + b"\0\0\0\x3c\0\0\0\x0e\0\0\0\x38" + data[16:],
+        r"shape \(14, 56\), needed is",
+    ),
+    "absurd count": (lambda data: HEADER + b"\xff" * 4 + data[8:], "more than any dataset of its kind"),
+    "labels": (lambda data: b"\0\0\x08\1\0\0\0\x3c" + bytes(60), r"shape \(\), needed is"),
+}
+PACKED = {
+    "cut": (lambda data: data[:-50], "is damaged"),
+    "two parts": (
+        lambda data: gzip.compress(gzip.decompress(data)[:99]) + gzip.compress(gzip.decompress(data)[99:]),
+        "",
+    ),
+    "garbage behind": (lambda data: data + b"garbage", "is damaged: Not a gzipped file"),
+    "flipped": (lambda data: data[:200] + bytes([data[200] ^ 255]) + data[201:], "is damaged"),
+    "no gzip": (gzip.decompress, "is damaged: Not a gzipped file"),
+    "empty": (lambda data: b"", "is empty"),
+}
 
 
-@pytest.mark.parametrize("how", ["cut", "magic", "empty"])
+@pytest.mark.parametrize("how", DAMAGED)
 def test_damaged_file_is_named(tmp_path, how):
     write_mnist(tmp_path, LABELS)
-    damage(tmp_path / "train-images-idx3-ubyte", how)
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte .*download MNIST"):
+    spoil, said = DAMAGED[how]
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"train-images-idx3-ubyte .*{said}.*download MNIST"):
         get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_damaged_gz_is_named(tmp_path, how):
+    written = write_mnist(tmp_path, LABELS, pack=True)
+    spoil, said = PACKED[how]
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(spoil(path.read_bytes()))
+    if not said:
+        assert (read_idx(path.with_suffix("")) == written["t10k"]).all()
+        return
+    with pytest.raises(UserError, match=rf"t10k-images-idx3-ubyte.gz .*{said}.*download MNIST"):
+        get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
+
+
+@pytest.mark.parametrize("count", [60, 2**26])
+def test_a_gz_is_unpacked_no_further_than_its_header_says(tmp_path, count):
+    """30 MB of zeros in 30 KB, behind a header that says 47 KB, or 53 GB; memory is that of the header's size."""
+    write_mnist(tmp_path, LABELS, pack=True)
+    shape = np.array([count, 28, 28], ">u4").tobytes()
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(HEADER + shape + bytes(30_000_000), 9))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"more than that|more than any dataset of its kind"):
+            get_unlearning_dataset(SupportedDatasets.MNIST, 8, 3, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_copies_are_counted_and_said_once(tmp_path, capsys):
+    labels = np.arange(300) % 10
+    written = write_mnist(tmp_path, labels)
+    load = partial(get_unlearning_dataset, SupportedDatasets.MNIST, 8, 3, tmp_path)
+    assert load().duplicates == {}
+    assert "more than once" not in capsys.readouterr().err
+    written["t10k"][:5] = written["train"][:5]  # the same label, whatever split of train they are in
+    written["t10k"][7] = written["t10k"][16]  # another label
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(written["t10k"]))
+    found = load().duplicates
+    counts = {kind: one["images"] for kind, one in found.items()}
+    assert counts.pop("train/test", 0) + counts.pop("val/test", 0) == 5
+    assert counts == {"test": 1, "across classes": 2}
+    assert set(found["across classes"]["example"]) == {"test image 7", "test image 16"}
+    assert capsys.readouterr().err.count("the same image more than once") == 1
+
+
+def test_duplicates_are_those_of_a_naive_count():
+    random = np.random.default_rng(0)
+    digests = {name: np.zeros((size, 16), np.uint8) for name, size in (("train", 40), ("val", 9), ("test", 20))}
+    labels = {name: random.integers(0, 3, len(values)) for name, values in digests.items()}
+    for values in digests.values():
+        values[:, 15] = random.integers(0, 60, len(values))
+    every = [(s, i, v[15], labels[s][i]) for s, values in digests.items() for i, v in enumerate(values)]
+    wanted = {}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        wanted[f"{a}/{b}"] = sum(s == b and any(o[0] == a and o[2] == v for o in every) for s, _, v, _ in every)
+    for a in digests:
+        wanted[a] = sum(s == a and any(o[0] == a and o[1] < i and o[2] == v for o in every) for s, i, v, _ in every)
+    wanted["across classes"] = sum(any(o[2] == v and o[3] != y for o in every) for _, _, v, y in every)
+    found = find_duplicates(digests, labels, lambda split, place: f"{split} {place}")
+    assert {kind: one["images"] for kind, one in found.items()} == {k: n for k, n in wanted.items() if n}
+    for kind, one in found.items():
+        (a, i), (b, j) = (name.split() for name in one["example"])
+        assert (digests[a][int(i)] == digests[b][int(j)]).all()
+        assert (a, i) != (b, j)
+        assert {a, b} == set(kind.split("/")) or kind == "across classes"
 
 
 def test_missing_files_labels_out_of_range_and_unknown_classes(tmp_path):
