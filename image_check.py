@@ -32,7 +32,7 @@ from locks import locked
 from observe import log, progress
 from pixel_cache import EVERY_EPOCH, PixelCache
 
-CHECK_SPAN, SPAN_BYTES, SECONDS_BETWEEN_SAVES = 1024, 2**26, 15
+LEAST_SPAN, MOST_SPAN, SPAN_BYTES, SECONDS_BETWEEN_SAVES = 64, 1024, 2**26, 15
 TRIES = 3  # for a file that is being written
 
 
@@ -112,7 +112,7 @@ def check(tree: Tree, rows: np.ndarray, how: How, threads: int, limit: float) ->
     places = known.places(keys)
     sound = places >= 0
     tree.digests[rows[sound]], tree.bits[rows[sound]] = known.digests[places[sound]], known.bits[places[sound]]
-    if cache:
+    if cache is not None:
         cache.used()
     return replace(tree, bad=bad), cache
 
@@ -154,7 +154,7 @@ def _left(tree: Tree, rows: np.ndarray, known: _Known, cache: PixelCache | None)
     keys = tree.keys(rows)
     places = known.places(keys)
     missing = places < 0
-    if cache:
+    if cache is not None:
         missing |= cache.places(known.digests[places]) < 0 if len(known.keys) else True
     return rows[missing & ~np.isin(keys, np.array(list(known.reasons), np.uint64))]
 
@@ -185,7 +185,7 @@ def _examine_all(
 ) -> tuple[dict[int, str], PixelCache | None]:
     """Read these images; returns reason by row of those that are no images, and the cache if all went into it."""
     bad: dict[int, str] = {}
-    step = min(CHECK_SPAN, max(64, SPAN_BYTES // int(np.prod(how.shape))))
+    step = min(MOST_SPAN, max(LEAST_SPAN, SPAN_BYTES // int(np.prod(how.shape))))
     spans = [rows[begin : begin + step] for begin in range(0, len(rows), step)]
     saved = time.monotonic()
     for place, span in enumerate(progress(spans, f"reading images, {step} at a time"), 1):
@@ -211,7 +211,7 @@ def _examine_all(
         cache = _kept([seen[row] for row in good], cache)
         if place == len(spans) or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
             saved = time.monotonic()
-            if cache:
+            if cache is not None:
                 cache.save()
             known.save()
     return bad, cache

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 EMPTY, UNREADABLE, CHANGED = "empty file", "unreadable", "changed since it was indexed"
 FOREIGN, CUT, FLOATS = "not an image", "damaged image", "floating-point pixels"
-UNREAD, COLOURS = "format not read", "colours not read"
+UNREAD = "format not read"
 TOO_LARGE, NO_WHITE = "too many pixels", "32-bit levels, of which none is known to be white"
 MAX_PIXELS = 178_956_970  # an image of 512 MiB; the limit of PIL, which stands aside for ours
 MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's trouble, whatever the file holds
@@ -218,10 +218,7 @@ def _square(image: Image.Image, file: IO[bytes], how: How) -> tuple[np.ndarray, 
     elif image.mode == "1":
         image = image.convert("L")
     elif image.mode not in ("L", "RGB"):
-        try:
-            image = image.convert("RGB")
-        except ValueError:
-            raise BadImageError(f"{COLOURS} ({image.mode}: convert it to RGB)") from None
+        image = image.convert("RGB")
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2

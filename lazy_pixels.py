@@ -40,7 +40,12 @@ class LazyPixels:
     def kept(cls, tree: Tree, rows: np.ndarray, how: How, threads: int, cache: PixelCache | None) -> "LazyPixels":
         """The pixels of these rows, found in the cache."""
         return cls(
-            tree, rows, how, threads, cache, cache.places(tree.digests[rows]) if cache else np.zeros(0, np.int64)
+            tree,
+            rows,
+            how,
+            threads,
+            cache,
+            cache.places(tree.digests[rows]) if cache is not None else np.zeros(0, np.int64),
         )
 
     def __len__(self) -> int:
@@ -54,7 +59,9 @@ class LazyPixels:
     def take(self, keep: Tensor | list[int] | slice) -> "LazyPixels":
         """The subset at indices, or where a mask holds; nothing is read."""
         which = keep.numpy() if isinstance(keep, Tensor) else keep
-        return replace(self, rows=self.rows[which], places=self.places[which] if self.cache else self.places)
+        return replace(
+            self, rows=self.rows[which], places=self.places[which] if self.cache is not None else self.places
+        )
 
     def __getitem__(self, indices: Tensor | list[int] | slice) -> Tensor:
         """Pixels, uint8 [B, 3, size, size].

@@ -101,7 +101,7 @@ def usable_splits(
         parts = split_rows(dataset, tree, data)
         rows = np.unique(np.concatenate(list(parts.values())))
         checked, cache = check(tree, rows, how, threads, data.cache_gb * 1e9)
-        if not reopened and not checked.is_fresh():  # files came or went since the index was opened
+        if not reopened and not checked.stands():  # files came or went since the index was opened
             tree, reopened = open_tree_of(dataset, path, datasets_dir), True
             continue
         fresh = checked.bad
@@ -123,9 +123,11 @@ def _name_them(dataset: SupportedDatasets, tree: Tree, skip: bool) -> None:
     if not skip:
         counts = Counter(reason.partition(" (")[0] for _, reason in tree.found)
         summary = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+        path, reason = tree.found[0]
         raise UserError(
             f"{dataset.value} in {tree.root} has {len(tree.found)} paths that give no image ({summary}; "
-            f"e.g. {' ('.join(tree.found[0])})): repair or remove them, or leave them out with --skip-bad-images"
+            f"e.g. {path}{''.join(reason.partition(' (')[1:])}): repair or remove them, or leave them out with "
+            "--skip-bad-images"
         )
 
 
