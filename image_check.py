@@ -12,7 +12,7 @@ import numpy as np
 import PIL
 
 from artifacts import read_tensors, write_tensors
-from config import UserError
+from choices import MachineError, UserError
 from hashes import code_key, key_of
 from image_files import (
     CHANGED,
@@ -91,7 +91,7 @@ def check(tree: Tree, rows: np.ndarray, how: How, threads: int, limit: float) ->
         (the tree with the present sizes and marks of these files, `bad`, `digests` and `bits`; their pixels, if kept).
 
     Raises:
-        OSError: the machine lacks memory or file handles.
+        MachineError: memory, file handles or room for what was found are lacking.
     """
     tree, bad = _restamped(tree, rows)
     rows = rows[~np.isin(rows, list(bad))]
@@ -211,8 +211,7 @@ def _examine_all(
         cache = _kept([seen[row] for row in good], cache)
         if place == len(spans) or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
             saved = time.monotonic()
-            if cache is not None:
-                cache.save()
+            cache = _saved(cache)
             known.save()
     return bad, cache
 
@@ -223,8 +222,22 @@ def _kept(seen: list[Seen], cache: PixelCache | None) -> PixelCache | None:
         return cache
     try:
         cache.append([one.digest for one in seen], np.stack([one.pixels for one in seen]))
-    except OSError as error:
-        log(f"{EVERY_EPOCH}: cannot keep their pixels in {cache.data} ({error.strerror})")
-        cache.drop()
-        return None
+    except (MachineError, UserError) as error:
+        return _given_up(cache, error)
     return cache
+
+
+def _saved(cache: PixelCache | None) -> PixelCache | None:
+    """The cache, what it holds made to count; None, as above."""
+    try:
+        if cache is not None:
+            cache.save()
+    except (MachineError, UserError) as error:
+        return _given_up(cache, error)
+    return cache
+
+
+def _given_up(cache: PixelCache, error: Exception) -> None:
+    """Remove a cache that cannot be written: it is a help, and no reason to end a run."""
+    log(f"{EVERY_EPOCH}: {error}")
+    cache.drop()

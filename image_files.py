@@ -17,6 +17,9 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
+from artifacts import told
+from choices import MachineError
+
 EMPTY, UNREADABLE, CHANGED = "empty file", "unreadable", "changed since it was indexed"
 FOREIGN, CUT, FLOATS = "not an image", "damaged image", "floating-point pixels"
 UNREAD = "format not read"
@@ -114,7 +117,7 @@ def examine(path: str, how: How, stamp: tuple[int, int] | None = None, hashed: b
 
     Raises:
         BadImageError: it cannot be opened or decoded, or was changed.
-        OSError: the machine lacks memory or file handles.
+        MachineError: memory or file handles are lacking.
     """
     try:
         with Path(path).open("rb") as file:
@@ -130,16 +133,20 @@ def examine(path: str, how: How, stamp: tuple[int, int] | None = None, hashed: b
                 raise BadImageError(CHANGED)
             return Seen(pixels, digest, bits)
     except MemoryError:
-        raise OSError(errno.ENOMEM, "not enough memory to decode it: use a smaller data.max_pixels", path) from None
+        raise MachineError(
+            f"not enough memory to decode {path}: free some, decode fewer at a time (--data.num-workers), or leave "
+            "out what is as large (--data.max-pixels)"
+        ) from None
     except OSError as error:
         raise_if_machine(error, path)
         raise BadImageError(f"{UNREADABLE} ({error.strerror})") from None
 
 
 def raise_if_machine(error: OSError, path: str) -> None:
-    """Raise if the machine, not the file, is to blame: what would be called a bad image then may be a good one."""
+    """Raise `MachineError` if the machine, not the file, is to blame: what it cannot read now may be a good image."""
     if error.errno in MACHINE:
-        raise OSError(error.errno, error.strerror, path) from None
+        with told(Path(path), "read"):
+            raise error
 
 
 def decode(path: str, how: How, stamp: tuple[int, int] | None = None) -> np.ndarray:

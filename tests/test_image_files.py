@@ -15,6 +15,7 @@ import pytest
 from formats import images, photo
 from PIL import Image, ImageOps
 
+from choices import MachineError
 from config import PROJECT_ROOT
 from image_files import BadImageError, How, decode, examine, in_threads
 
@@ -205,7 +206,7 @@ def test_what_the_machine_lacks_is_no_fault_of_the_file(tmp_path, monkeypatch, n
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "open", lacks)
-    with pytest.raises(OSError, match=rf"{os.strerror(number)}.*a.png"):
+    with pytest.raises(MachineError, match=rf"a.png \({os.strerror(number)}\): .* and run again"):
         decode(str(tmp_path / "a.png"), How(16))
 
 
@@ -216,7 +217,7 @@ def test_memory_that_is_lacking_is_no_damage(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(Image.Image, "resize", lacks)
-    with pytest.raises(OSError, match=r"not enough memory .*a.png"):
+    with pytest.raises(MachineError, match=r"not enough memory .*a.png: free some"):
         decode(str(tmp_path / "a.png"), How(16))
 
 
