@@ -1,7 +1,8 @@
 """Runs held against each other: which is better on what, by paired differences with intervals.
 
 A *side* is some runs under one name: an output folder, or one run by its id. Two sides are paired run by run over the
-same model, dataset, classes and seed, each method at its chosen point. No torch, no dataset.
+same model, images, classes and seed, each method at its chosen point; what is not paired is named. A classifier that
+was given must be the same file's content on both sides. No torch, no dataset.
 """
 
 from collections.abc import Sequence
@@ -9,38 +10,48 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
+from families import SHORT, Run, dataset_of, differing, labels_of, runs_of
 from intervals import Estimate as Interval
-from intervals import difference
+from intervals import difference, minus, same
 from records import read_records
-from tables import ARROWS, Best, Estimate, Run, best_points, over_runs, runs_of, shown
+from tables import ARROWS, Best, Estimate, best_points, known, over_runs, shown
 
-Cell = tuple[str, str, str, int]  # model, dataset, classes, seed
+Cell = tuple[str, str, tuple[int, ...], int]  # model, fingerprint of the images, classes, seed
+Points = dict[str, Best]  # method -> its chosen point
+Pair = tuple[Points, Points]
+MOST_NAMED = 8  # runs that a message names
 
 
 @dataclass(frozen=True)
 class Side:
-    """Some runs under one name: cell -> method -> its chosen point."""
+    """Some runs under one name, by cell."""
 
     name: str
-    points: dict[Cell, dict[str, Best]]
+    runs: dict[Cell, list[Run]]
     metrics: dict[str, dict]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides paired: the table, and in words what it says and what it leaves out."""
+
+    rows: list[list[str]]
+    about: str
+
+
 def side(name: str, runs: Sequence[Run]) -> Side:
-    """Runs as one side; of several runs of a cell the one that started last."""
-    ordered = sorted(runs, key=lambda run: run[0].get("provenance", {}).get("started", ""))
-    points = {
-        (run[0]["model"], run[0]["dataset"], str(run[0]["forget_class"]), run[0]["seed"]): {
-            best.method: best for best in best_points(run)
-        }
-        for run in ordered
-    }
+    """Runs as one side."""
+    cells: dict[Cell, list[Run]] = {}
+    for run in runs:
+        first = run[0]
+        cell = (first["model"], first["images"], tuple(labels_of(first)), first["seed"])
+        cells.setdefault(cell, []).append(run)
     metrics = {metric: about for run in runs for metric, about in run[0]["metrics"].items()}
-    return Side(name, points, {metric: about for metric, about in metrics.items() if about.get("first", True)})
+    return Side(name, cells, {metric: about for metric, about in metrics.items() if about.get("first", True)})
 
 
 def find_side(name: str, output_dir: Path) -> Side:
-    """A side by the name of an output folder, or by (the beginning of) a run's id below `output_dir`.
+    """A side by the name of an output folder, or by (the beginning of) a run's id below `output_dir` or FOLDER/.
 
     Raises:
         UserError: there is neither, or the id is of several runs.
@@ -51,31 +62,123 @@ def find_side(name: str, output_dir: Path) -> Side:
         if not runs:
             raise UserError(f"there are no records below {folder}: make some with `uv run main.py --output-dir {name}`")
         return side(name, runs)
-    runs = runs_of(read_records(output_dir))
-    found = [run for run in runs if run[0]["run"].startswith(name)]
+    where = folder.parent if "/" in name and folder.parent.is_dir() else output_dir
+    runs = runs_of(read_records(where))
+    found = [run for run in runs if run[0]["run"].startswith(folder.name)]
     if len(found) != 1:
-        known = ", ".join(sorted(run[0]["run"] for run in runs)) or "none"
-        what = f"{name} is no folder and the id of {len(found)} runs below {output_dir}"
-        raise UserError(f"{what}: give an output folder or one of the runs {known}")
+        ids = ", ".join(sorted(run[0]["run"] for run in runs)) or "none"
+        what = f"{name} is no folder and the id of {len(found)} runs below {where}"
+        raise UserError(f"{what}: give an output folder or one of the runs {ids}")
     return side(name, found)
 
 
-def _loss(points: dict[str, Best], method: str, metric: str, better: str) -> float | None:
-    """How far from the best possible a method is: smaller is better."""
+# --- which runs are paired --------------------------------------------------------------------------------
+
+
+def _classifier(run: Run) -> str | None:
+    """The content of a classifier that was given; None where the run trained its own."""
+    return run[0]["given"]["classifier"]
+
+
+def _fits(one: Run, other: Run) -> bool:
+    """Whether two runs of a cell are of classifiers that may be paired: both trained by their runs, or the same one."""
+    return _classifier(one) == _classifier(other) or one[0]["classifier_sha256"] == other[0]["classifier_sha256"]
+
+
+def _pairs(a: Side, b: Side) -> list[tuple[Run, Run]]:
+    """Runs of the same cell whose classifiers fit.
+
+    Raises:
+        UserError: nothing is paired, or one run could be with several.
+    """
+    found = []
+    for cell in a.runs:
+        ours, theirs = a.runs[cell], b.runs.get(cell, [])
+        fitting = [(run, other) for run in ours for other in theirs if _fits(run, other)]
+        for run, other in fitting:
+            _only_one(a, [one for one, two in fitting if two is other])
+            _only_one(b, [two for one, two in fitting if one is run])
+        found += fitting
+    if not found:
+        raise UserError(f"{a.name} and {b.name} have nothing to pair: {_why(a, b)}")
+    return found
+
+
+def _only_one(one: Side, runs: Sequence[Run]) -> None:
+    """Raise `UserError` if a side has several runs that could be paired with the same run."""
+    if len(runs) == 1:
+        return
+    first = runs[0][0]
+    apart = differing([[run] for run in runs])
+    ids = [
+        f"{run[0]['run']} ({', '.join(f'{name} {values[place]}' for name, values in apart.items()) or 'a repeat'})"
+        for place, run in enumerate(runs)
+    ]
+    what = f"{one.name} has {len(runs)} runs of {first['model']} on {dataset_of(first)}, classes {labels_of(first)}"
+    raise UserError(
+        f"{what}, seed {first['seed']}: {'; '.join(ids)}: name the one to compare, as {one.name}/ID or with "
+        "--output-dir and its ID"
+    )
+
+
+def _images(run: Run) -> str:
+    first = run[0]
+    parts = "/".join(str(count) for count in first["split_sizes"].values())
+    size = f"{first['num_classes']} classes, {parts} images"
+    return f"{dataset_of(first)} ({size}, {first['images'][:SHORT]})"
+
+
+def _why(a: Side, b: Side) -> str:
+    """What keeps two sides apart: the first thing that no run of one has in common with a run of the other."""
+    told = {
+        "models": lambda run: run[0]["model"],
+        "images": _images,
+        "classes to forget": lambda run: str(labels_of(run[0])),
+        "seeds": lambda run: str(run[0]["seed"]),
+        "given classifiers": lambda run: (_classifier(run) or "none: it trains its own")[:SHORT],
+    }
+    keys = {**told, "images": lambda run: run[0]["images"], "given classifiers": _classifier}
+    both = [[run for runs in one.runs.values() for run in runs] for one in (a, b)]
+    for name, say in told.items():
+        held = [{keys[name](run) for run in runs} for runs in both]
+        if not held[0] & held[1]:
+            has = [", ".join(dict.fromkeys(map(say, runs))) for runs in both]
+            return f"their {name} differ, {a.name} has {has[0]}; {b.name} has {has[1]}"
+    return "no run of one has the model, images, classes, seed and given classifier of a run of the other"
+
+
+def _left_out(one: Side, paired: Sequence[Run]) -> str:
+    """The runs of a side that have no counterpart."""
+    ids = {run[0]["run"] for run in paired}
+    rest = [run[0] for runs in one.runs.values() for run in runs if run[0]["run"] not in ids]
+    named = [f"{first['run']} (classes {labels_of(first)}, seed {first['seed']})" for first in rest[:MOST_NAMED]]
+    more = f" and {len(rest) - MOST_NAMED} more" if len(rest) > MOST_NAMED else ""
+    return f"Without a counterpart in {one.name}: {', '.join(named)}{more}." if rest else ""
+
+
+# --- what a pair says -------------------------------------------------------------------------------------
+
+
+def _points(run: Run) -> Points:
+    return {best.method: best for best in best_points(run)}
+
+
+def _loss(points: Points, method: str, metric: str, better: str) -> float | None:
+    """How far from the best possible a method is: smaller is better. None if that is not known."""
     value = points[method].values.get(metric)
-    if value is None or better == "lower":
-        return value
-    if better == "higher":
-        return -value
     target = points["retrain"].values.get(metric) if "retrain" in points else None
-    return None if target is None else abs(value - target)
+    if better == "retrain":
+        return abs(minus(value, target)) if known(value) and known(target) else None
+    if not known(value):
+        return None
+    return -value if better == "higher" else value
 
 
 def _one_pair(a: Best, b: Best, metric: str) -> Estimate:
     """b - a of a single pair, from the intervals of both, if they have some (Newcombe's way)."""
     mine, theirs = a.interval(metric), b.interval(metric)
     if not mine or not theirs:
-        return over_runs([b.values[metric] - a.values[metric]])
+        return over_runs([minus(b.values[metric], a.values[metric])])
     found = difference(Interval(**theirs), Interval(**mine))
     return Estimate(found.value, found.low, found.high, 1)
 
@@ -83,52 +186,61 @@ def _one_pair(a: Best, b: Best, metric: str) -> Estimate:
 def _verdict(gain: Estimate, a: str, b: str) -> str:
     """Who is better, from b's gain over a (positive: b is better)."""
     if gain.low is None or gain.high is None:
-        first = "equal" if gain.value == 0 else f"{b if gain.value > 0 else a} ahead"
+        first = "equal" if same(gain.value, 0) else f"{b if gain.value > 0 else a} ahead"
         return f"{first}; one pair, no interval"
     return f"{b} better" if gain.low > 0 else f"{a} better" if gain.high < 0 else "no difference shown"
 
 
-def _row(a: Side, b: Side, method: str, metric: str) -> list[str] | None:
-    """One method on one metric; None unless both sides have figures of it in a common cell."""
+def _row(pairs: Sequence[Pair], sides: tuple[Side, Side], method: str, metric: str) -> list[str] | None:
+    """One method on one metric; None unless both sides have figures of it in some pair."""
+    a, b = sides
     better = a.metrics[metric]["better"]
-    cells = [cell for cell in a.points if cell in b.points and method in a.points[cell] and method in b.points[cell]]
-    losses = [[_loss(one.points[cell], method, metric, better) for cell in cells] for one in (a, b)]
-    kept = [place for place, pair in enumerate(zip(*losses, strict=True)) if None not in pair]
+    both = [pair for pair in pairs if all(method in points for points in pair)]
+    losses = [[_loss(points, method, metric, better) for points in pair] for pair in both]
+    kept = [(pair, loss) for pair, loss in zip(both, losses, strict=True) if None not in loss]
     if not kept:
         return None
-    pairs = [(a.points[cells[place]][method], b.points[cells[place]][method]) for place in kept]
-    gains = [losses[0][place] - losses[1][place] for place in kept]  # ty: ignore[unsupported-operator]
-    if len(pairs) == 1:
-        change = _one_pair(*pairs[0], metric)
-        signs = {"higher": (change.low, change.high), "lower": (_minus(change.high), _minus(change.low))}
+    found = [(one[method], two[method]) for (one, two), _ in kept]
+    gains = [minus(one, two) for _, (one, two) in kept]  # ty: ignore[invalid-argument-type]
+    if len(found) == 1:
+        change = _one_pair(*found[0], metric)
+        signs = {"higher": (change.low, change.high), "lower": (_negative(change.high), _negative(change.low))}
         gain = Estimate(gains[0], *signs.get(better, (None, None)), 1)
     else:
-        change, gain = over_runs([two.values[metric] - one.values[metric] for one, two in pairs]), over_runs(gains)
-    means = [over_runs([pair[place].values[metric] for pair in pairs]).value for place in (0, 1)]
+        change = over_runs([minus(two.values[metric], one.values[metric]) for one, two in found])
+        gain = over_runs(gains)
+    means = [over_runs([pair[place].values[metric] for pair in found]).value for place in (0, 1)]
     about = f"{metric} [{a.metrics[metric]['unit']}, {ARROWS[better]}]"
     figures = [f"{mean:.4g}" for mean in means]
-    return [pairs[0][0].label, about, str(len(pairs)), *figures, shown(change), _verdict(gain, a.name, b.name)]
+    return [found[0][0].label, about, str(len(found)), *figures, shown(change), _verdict(gain, a.name, b.name)]
 
 
-def _minus(value: float | None) -> float | None:
+def _negative(value: float | None) -> float | None:
     return None if value is None else -value
 
 
-def compared(a: Side, b: Side) -> list[list[str]]:
+def compared(a: Side, b: Side) -> Comparison:
     """Every method and metric that both sides have: means, b - a with its 95 % interval, and who is better.
 
     Raises:
-        UserError: they have no model, dataset, classes and seed in common.
+        UserError: they have nothing to pair, or one has several runs of the same model, images, classes and seed.
     """
-    common = [cell for cell in a.points if cell in b.points]
-    if not common:
-        what = f"{a.name} and {b.name} have no model, dataset, forget class and seed in common"
-        raise UserError(f"{what}: compare runs that differ in something else")
-    methods = dict.fromkeys(name for cell in common for name in a.points[cell] if name in b.points[cell])
+    pairs = _pairs(a, b)
+    points = [(_points(one), _points(two)) for one, two in pairs]
+    methods = dict.fromkeys(name for one, two in points for name in one if name in two)
     metrics = [metric for metric in a.metrics if metric in b.metrics]
-    rows = [_row(a, b, method, metric) for method in methods for metric in metrics]
+    rows = [_row(points, (a, b), method, metric) for method in methods for metric in metrics]
     head = ["method", "metric", "pairs", a.name, b.name, f"{b.name} - {a.name}", "95 % interval says"]
-    return [head, *(row for row in rows if row)]
+    table = [head, *(row for row in rows if row)]
+    ours, theirs = ([pair[place] for pair in pairs] for place in (0, 1))
+    apart = [f"{name} ({one} | {two})" for name, (one, two) in differing([ours, theirs]).items()]
+    said = [
+        in_words(table, a.name, b.name),
+        f"{a.name} | {b.name} differ in: {', '.join(apart) or 'nothing that a run records'}.",
+        _left_out(a, ours),
+        _left_out(b, theirs),
+    ]
+    return Comparison(table, " ".join(filter(None, said)))
 
 
 def in_words(rows: list[list[str]], a: str, b: str) -> str:
@@ -137,4 +249,7 @@ def in_words(rows: list[list[str]], a: str, b: str) -> str:
     for winner in (a, b):
         won = [f"{row[0]} on {row[1].split(' [')[0]}" for row in rows[1:] if row[-1] == f"{winner} better"]
         said.append(f"{winner} is better {len(won)} times" + (f" ({', '.join(won)})" if won else ""))
-    return f"Of {len(rows) - 1} comparisons {said[0]}; {said[1]}; the others show no difference."
+    ahead = sum(row[-1].endswith(" ahead; one pair, no interval") for row in rows[1:])
+    if ahead:
+        said.append(f"in {ahead} one is ahead in a single pair without an interval")
+    return f"Of {len(rows) - 1} comparisons {'; '.join(said)}; the others show no difference."

@@ -15,6 +15,7 @@ from config import UserError
 
 FEWEST_CELLS = 6  # with n pairs the smallest two-sided p of the exact signed-rank test is 2 / 2^n: .0625 for 5
 UNIT = "class x seed"
+CLOSE, DUST = 1e-9, 1e-12  # figures that differ by less, as a share of them or at all, differ by rounding alone
 RESAMPLED = 2**17  # values drawn at a time: they stay in the processor's cache
 Cell = tuple[int, int]
 Figures = Mapping[str, Mapping[Cell, float | None]]
@@ -32,6 +33,16 @@ class Estimate:
     def times(self, factor: float) -> "Estimate":
         """The same in another unit; factor > 0."""
         return replace(self, value=factor * self.value, low=factor * self.low, high=factor * self.high)
+
+
+def same(a: float, b: float) -> bool:
+    """Whether two figures are equal but for rounding: the one rule for every choice and comparison."""
+    return math.isclose(a, b, rel_tol=CLOSE, abs_tol=DUST)
+
+
+def minus(a: float, b: float) -> float:
+    """a - b; 0 where they are equal but for rounding."""
+    return 0.0 if same(a, b) else a - b
 
 
 @dataclass(frozen=True)

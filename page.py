@@ -15,13 +15,12 @@ from artifacts import write_text
 from class_requests import spelled
 from config import PROJECT_ROOT, plain
 from config_files import load_config
+from families import Run, dataset_of, family_key, told_apart
 from observe import visible
 from panels import Panel, figures_of, forgotten_taken_for
 from tables import (
-    Run,
     caption,
     choose,
-    family_key,
     grid,
     headline,
     metrics_of,
@@ -163,8 +162,8 @@ def _bold(rows: list[list[str]]) -> list[list[tuple[str, bool]]]:
     return [[(str(cell), isinstance(cell, Lead)) for cell in row] for row in rows]
 
 
-def _run_text(run: Run) -> dict:
-    """What the page says of a run in itself."""
+def _run_text(run: Run, apart: str) -> dict:
+    """What the page says of a run in itself; `apart`: what tells its family from others of the same name."""
     first = run[0]
     about = first.get("provenance", {})
     facts = {
@@ -177,12 +176,11 @@ def _run_text(run: Run) -> dict:
     }
     return {
         "id": first["run"],
-        "model": first["model"],
-        "dataset": first["dataset"],
+        "what": f"{first['model']} on {dataset_of(first)}" + (f" ({apart})" if apart else ""),
         "classes": named_classes(first),
         "seed": first["seed"],
         "headline": headline(run) if _answered(run) else "The answer or the untouched classifier was not measured.",
-        "caption": caption(run),
+        "caption": caption(run, apart=apart),
         "rows": _bold(table(run)),
         "all_rows": _bold(table(run, every=True)),
         "facts": facts,
@@ -206,7 +204,7 @@ def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Seq
     from jinja2 import Environment, StrictUndefined
 
     runs = [run for group in groups for run in group]
-    metrics = metrics_of(runs, every=False)
+    metrics, apart = metrics_of(runs, every=False), list(zip(groups, told_apart(groups), strict=True))
     data = [_run_data(run, training.get(run[0]["run"], {}), len(runs) <= ALL_FIGURES) for run in runs]
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
@@ -215,10 +213,10 @@ def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Seq
     for sign in "<>&":  # so that no text in it ends the script element
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        runs=[_run_text(run) for run in runs],
+        runs=[_run_text(run, differs) for group, differs in apart for run in group],
         families=[
-            {"caption": caption(*group), "rows": _bold(table(*group)), "key": family_key(group[0][0])}
-            for group in groups
+            {"caption": caption(*group, apart=differs), "rows": _bold(table(*group)), "key": family_key(group[0])}
+            for group, differs in apart
             if len(group) > 1
         ],
         grids=[(name, about, _bold(grid(groups, name))) for name, about in metrics.items()],

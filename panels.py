@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from tables import Estimate, Run, best_points, choose, chosen_in, classes_of, estimate, metrics_of, over_runs
+from families import Run
+from tables import Estimate, best_points, choose, chosen_in, classes_of, estimate, metrics_of, over_runs
 
 MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
 MOST_POINTS = 400  # of a training curve

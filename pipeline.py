@@ -132,6 +132,7 @@ class Pipeline(Stages):
             "model": config.model_architecture.value,
             "dataset": config.vision_dataset.value,
             "objective": self.objective.value,
+            **self._origin,
             "forget_class": _one_or_list(config.forget_labels),
             "forget_names": [self.data.classes[label] for label in config.forget_labels],
             "mask_layer": _one_or_list(below_top),
@@ -150,6 +151,24 @@ class Pipeline(Stages):
             return found
         log(f"evaluation: topK {topK}, kappa {kappa}")
         return self._measure(record, path)
+
+    @cached_property
+    def _origin(self) -> dict:
+        """What a run is of, by content: reports pool and pair runs by it, wherever files and folders lie."""
+        config, data, source = self.config, self.data, self.source
+        given = (config.trained_vision_model_path, config.graph_dir, config.gcn_path)
+        hashes = (source["classifier"], source["graphs"], config.gcn_path and sha256_file(config.gcn_path))
+        return {
+            "images": self.common["images"],
+            "num_classes": data.num_classes,
+            "split_sizes": {split: len(part.labels) for split, part in data.splits.items()},
+            "classifier_sha256": source["classifier"],
+            "given": {
+                name: digest if path else None
+                for name, path, digest in zip(("classifier", "graphs", "gcn"), given, hashes, strict=True)
+            },
+            "code": code_key(*RECORD_CODE),
+        }
 
     def _measure(self, record: dict, path: Path) -> dict:
         """Fill a record, write its masks and, last, the record itself."""

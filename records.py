@@ -11,6 +11,7 @@ from observe import log
 RECORDS = Path("eval/metrics_and_plots/json")
 NEEDED = (
     *("id", "run", "model", "dataset", "forget_class", "seed", "top_k", "kappa", "mask_layer", "num_graph_vertices"),
+    *("images", "num_classes", "split_sizes", "classifier_sha256", "given"),
     *("objective", "answer", "auto", "config", "classifier_path", "gcn_path"),
     *("methods", "validation", "metrics", "labels", "axes", "weight_histogram", "class_probability"),
 )  # of a record that can be reported

@@ -8,30 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from artifacts import HISTORY, DamagedError, read_json, write_text
-from compare import compared, find_side, in_words
+from compare import compared, find_side
 from config import ReporterConfig, UserError, plain
+from families import Run, families, family_key, runs_of, told_apart
 from figures import save
 from hashes import code_key, key_of
-from observe import log, progress
+from observe import log, progress, visible
 from page import write_page
 from panels import Panel, figures_of, training
 from records import read_records
 from store import read_manifest, write_manifest
 from tables import (
-    Run,
     caption,
-    families,
-    family_key,
     grid,
     metrics_of,
-    runs_of,
     table,
     without_records,
 )
 from write import as_csv, as_latex, as_text
 
 CODE = (
-    *("reporter.py", "write.py", "tables.py", "panels.py", "figures.py"),
+    *("reporter.py", "write.py", "families.py", "intervals.py", "tables.py", "panels.py", "figures.py"),
     *("hashes.py", "artifacts.py", "records.py", "observe.py"),
 )
 PAGE = Path("reports/index.html")
@@ -107,24 +104,25 @@ class Reporter:
             for run in progress(runs_of(records), "report")
         ]
         groups = families(every)
-        for runs in groups:
+        for runs, apart in zip(groups, told_apart(groups), strict=True):
             if len(runs) > 1:
-                self._plot(runs, self.family_name(runs), {})
+                self._plot(runs, self.family_name(runs), {}, apart)
         self._plot_grid(groups)
         training = {run: {name: _panels(name, curves) for name, curves in h.items()} for run, h in histories.items()}
         write_page(self.page, groups, training)
         log(f"report: {self.page}")
         return drawn
 
-    def _plot(self, runs: list[Run], name: str, histories: dict[str, list[dict]]) -> Path:
-        """Tables and figures of one run with its training curves, or of the runs of a family."""
+    def _plot(self, runs: list[Run], name: str, histories: dict[str, list[dict]], apart: str = "") -> Path:
+        """Tables and figures of one run with its training curves, or of a family; `apart`: from other families."""
         folder = self.plots / name
-        key = key_of({"runs": runs, "config": plain(self.config), "code": code_key(*CODE), "histories": histories})
+        inputs = {"runs": runs, "apart": apart, "config": plain(self.config), "code": code_key(*CODE)}
+        key = key_of(inputs | {"histories": histories})
         if is_drawn(folder, key):
             log(f"report: unchanged, {folder}")
             return folder
-        write_table(folder, "table", table(*runs), caption(*runs))
-        write_table(folder, "table_all", table(*runs, every=True), caption(*runs))
+        write_table(folder, "table", table(*runs), caption(*runs, apart=apart))
+        write_table(folder, "table_all", table(*runs, every=True), caption(*runs, apart=apart))
         drawn = figures_of(runs) | {name: _panels(name, curves) for name, curves in histories.items()}
         for figure, panels in drawn.items():
             save(panels, folder, figure, self.config)
@@ -144,12 +142,11 @@ class Reporter:
         if len(names) < 2:
             raise UserError(f"compare needs two runs or folders, found {len(names)}: name the other one too")
         first, *others = (find_side(name, self.output_dir) for name in names)
-        pairs = [(other, compared(first, other)) for other in others]
         said = []
-        for number, (other, rows) in enumerate(pairs, 1):
-            about = in_words(rows, first.name, other.name)
-            write_table(self.page.parent, f"compare-{number}", rows, about)
-            said.append(as_text(rows) + "\n" + about)
+        for number, found in enumerate([compared(first, other) for other in others], 1):
+            place = self.page.parent / f"compare-{number}"
+            write_table(place.parent, place.name, found.rows, found.about)
+            said.append(f"{as_text(found.rows)}\n{visible(found.about)}\nwritten to {place}.md, .csv and .tex")
         return "\n\n".join(said)
 
     def _plot_grid(self, groups: list[list[Run]]) -> None:
@@ -172,7 +169,7 @@ class Reporter:
     def family_name(runs: list[Run]) -> str:
         """Name of a family's folder."""
         first = runs[0][0]
-        return f"{first['model']}_{first['dataset']}_over-runs_{family_key(first)}"
+        return f"{first['model']}_{first['dataset']}_over-runs_{family_key(runs[0])}"
 
     def _histories(self, records: Run) -> dict[str, list[dict]]:
         """Training curves that lie beside the classifier and each topK's GCN."""

@@ -8,17 +8,16 @@ No torch, no dataset: everything is read from the records, so a new method or me
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from config import SupportedDatasets, SupportedVisionModels
-from hashes import key_of
-from intervals import t_interval
+from families import Run, dataset_of, labels_of, told_apart
+from intervals import DUST, minus, same, t_interval
+from observe import visible
 from write import Lead
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
-APART = ("seed", "forget_class", "topK_list", "kappa_list", "reporter", "tracker", "device", "output_dir")
-DUST = 1e-12  # what rounding leaves of equal figures
-Run = list[dict]
 
 
 @dataclass(frozen=True)
@@ -55,46 +54,32 @@ class Estimate:
 # --- runs and their chosen points -------------------------------------------------------------------------
 
 
-def runs_of(records: Iterable[dict]) -> list[Run]:
-    """Records by run, each in order of topK and kappa."""
-    runs: dict[str, Run] = {}
-    for record in records:
-        runs.setdefault(record["run"], []).append(record)
-    return [sorted(run, key=lambda record: (record["top_k"], record["kappa"])) for run in runs.values()]
-
-
-def family_key(record: dict) -> str:
-    """What the runs of a family share, hashed."""
-    settings = {key: value for key, value in record["config"].items() if key not in APART}
-    return key_of({"model": record["model"], "dataset": record["dataset"], "config": settings})[:8]
-
-
-def families(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs by family; of several runs with the same seed and classes (other code or versions) the last started."""
-    found: dict[str, dict[str, Run]] = {}
-    for run in sorted(runs, key=lambda run: run[0].get("provenance", {}).get("started", "")):
-        place = f"{run[0]['seed']} {run[0]['forget_class']}"
-        found.setdefault(family_key(run[0]), {})[place] = run
-    return [
-        sorted(family.values(), key=lambda run: (run[0]["seed"], str(run[0]["forget_class"])))
-        for family in found.values()
-    ]
+def known(value: object) -> TypeGuard[float]:
+    """Whether a figure can be compared: a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def choose(records: Iterable[dict], method: str) -> dict:
     """The record where a method does best on *validation* images.
 
-    That is the smallest Avg Gap to retraining, else (nothing was retrained) the largest retain minus forget score;
-    ties go to the smaller kappa, then the smaller topK.
+    One criterion for the whole run: the smallest Avg Gap to retraining if any method has one anywhere in it, else
+    (nothing was retrained) the largest retain minus forget score. A point without the figure, e.g. because training
+    diverged there, is the worst. Ties (but for rounding) go to the smaller kappa, then the smaller topK.
     """
+    run = list(records)
+    by_gap = any(known(values.get("avg_gap")) for record in run for values in record["validation"].values())
 
-    def rank(record: dict) -> tuple[float, int, int]:
+    def lost(record: dict) -> float:
         values = record["validation"][method]
-        gap = values.get("avg_gap")
-        lost = values["forget_score"] - values["retain_score"] if gap is None else gap
-        return lost, record["kappa"], record["top_k"]
+        gap, forget, retain = (values.get(name) for name in ("avg_gap", "forget_score", "retain_score"))
+        if by_gap:
+            return gap if known(gap) else math.inf
+        return forget - retain if known(forget) and known(retain) else math.inf
 
-    return min((r for r in records if method in r["validation"]), key=rank)
+    candidates = [record for record in run if method in record["validation"]]
+    least = min(map(lost, candidates))
+    tied = [record for record in candidates if same(lost(record), least)]
+    return min(tied, key=lambda record: (record["kappa"], record["top_k"]))
 
 
 def best_points(records: Run) -> list[Best]:
@@ -129,7 +114,7 @@ def over_runs(values: Sequence[float]) -> Estimate:
 
 def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
     """A metric over the chosen points of several runs; of one run with the record's own interval, if it has one."""
-    numbers = _known(points, metric)
+    numbers = _all(points, metric)
     if not numbers:
         return None
     if len(points) == 1 and (own := points[0].interval(metric)):
@@ -137,25 +122,25 @@ def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
     return over_runs(numbers)
 
 
-def _known(points: Sequence[Best], metric: str) -> list[float]:
+def _all(points: Sequence[Best], metric: str) -> list[float]:
     """A metric at every point; nothing if it is not known at one of them."""
     values = [point.values.get(metric) for point in points]
-    known = [value for value in values if value is not None]
-    return known if len(known) == len(values) else []
+    figures = [value for value in values if known(value)]
+    return figures if len(figures) == len(values) else []
 
 
 def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str, list[float]]:
     """method -> how far from the best possible it is in each run; methods without the figure are left out."""
     losses = {}
     for name, points in found.items():
-        values = _known(points, metric)
+        values = _all(points, metric)
         if name in REFERENCES or not values:
             continue
         if better == "retrain":
-            targets = _known(found.get("retrain", []), metric)
+            targets = _all(found.get("retrain", []), metric)
             if not targets:
                 return {}
-            losses[name] = [abs(value - target) for value, target in zip(values, targets, strict=True)]
+            losses[name] = [abs(minus(value, target)) for value, target in zip(values, targets, strict=True)]
         else:
             losses[name] = [-value if better == "higher" else value for value in values]
     return losses
@@ -174,9 +159,9 @@ def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
     first = min(means, key=lambda name: means[name])
 
     def tied(name: str) -> bool:
-        if math.isclose(means[name], means[first], rel_tol=1e-9, abs_tol=1e-12):
+        if same(means[name], means[first]):
             return True
-        differences = [a - b for a, b in zip(losses[name], losses[first], strict=True)]
+        differences = [minus(a, b) for a, b in zip(losses[name], losses[first], strict=True)]
         if len(differences) > 1:
             low = over_runs(differences).low
             return low is not None and low <= DUST
@@ -191,12 +176,12 @@ def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
 
 def shown(figure: Estimate | None) -> str:
     """ "12", "12 ± 3.1" over runs, "12 [9.2, 15.4]" where the interval is lopsided; "-" if there is none."""
-    if figure is None:
+    if figure is None or not known(figure.value):
         return "-"
     if figure.low is None or figure.high is None:
         return f"{figure.value:.4g}"
     low, high = (0.0 if side < DUST else side for side in (figure.value - figure.low, figure.high - figure.value))
-    if math.isclose(low, high, rel_tol=1e-6, abs_tol=1e-12):
+    if math.isclose(low, high, rel_tol=1e-6, abs_tol=DUST):
         return f"{figure.value:.4g} ± {high:.2g}"
     return f"{figure.value:.4g} [{figure.low:.3g}, {figure.high:.3g}]"
 
@@ -208,10 +193,10 @@ def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, dict]:
 
 
 def _budget(values: Sequence[int | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+    given = [value for value in values if value is not None]
+    if not given:
         return "-"
-    return str(known[0]) if min(known) == max(known) else f"{min(known)}-{max(known)}"
+    return str(given[0]) if min(given) == max(given) else f"{min(given)}-{max(given)}"
 
 
 def table(*runs: Run, every: bool = False) -> list[list[str]]:
@@ -228,38 +213,42 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
     for method, points in found.items():
         figures = {name: shown(estimate(points, name)) for name in metrics}
         marked = [Lead(text) if method in bold[name] else text for name, text in figures.items()]
-        changed = _budget([int(point.values["weights_changed"]) for point in points])
-        seconds = f"{over_runs([point.values['seconds'] for point in points]).value:.3f}"
+        changed = _budget([int(count) for count in _all(points, "weights_changed")])
+        spent = _all(points, "seconds")
+        seconds = f"{over_runs(spent).value:.3f}" if spent else "-"
         budgets = [_budget([point.top_k for point in points]), _budget([point.kappa for point in points])]
         said = [", ".join(one["key"] for one in points[0].verdicts) or "-"] * judged
         rows.append([points[0].label, *budgets, *marked, changed, seconds, *said])
     return rows
 
 
-def caption(*runs: Run) -> str:
-    """What the figures of a table are of, in words."""
+def caption(*runs: Run, apart: str = "") -> str:
+    """What the figures of a table are of, in words; `apart`: what tells them from others of the same name."""
     first = runs[0][0]
-    about = f"{first['model']} on {first['dataset']}"
+    about = f"{first['model']} on {dataset_of(first)}" + (f" ({apart})" if apart else "")
     if len(runs) == 1:
         what = f"{about}, forgetting {classes_of(first)}, seed {first['seed']}: test figures, one run"
         return f"{what}, [95 % interval over test images]" if first.get("intervals") else what
-    classes = sorted({str(run[0]["forget_class"]) for run in runs})
+    classes = sorted({tuple(labels_of(run[0])) for run in runs})
     seeds = sorted({run[0]["seed"] for run in runs})
-    named = f"classes {', '.join(classes)}; seeds {', '.join(map(str, seeds))}"
+    named = f"classes {', '.join('+'.join(map(str, labels)) for labels in classes)}; seeds {', '.join(map(str, seeds))}"
     return f"{about}: test figures, mean ± 95 % interval over n = {len(runs)} runs ({named})"
 
 
 def grid(groups: Sequence[list[Run]], metric: str) -> list[list[str]]:
     """One metric over every model and dataset: a row for each family, a column for each method."""
     labels = {name: label for runs in groups for run in runs for name, label in run[0]["labels"].items()}
-    rows = [["model", "dataset", "runs", *labels.values()]]
-    for runs in sorted(groups, key=lambda runs: (runs[0][0]["model"], runs[0][0]["dataset"])):
+    apart = told_apart(groups)
+    rows = [["model", "dataset", *["apart by"] * any(apart), "runs", *labels.values()]]
+    order = sorted(zip(groups, apart, strict=True), key=lambda one: (one[0][0][0]["model"], dataset_of(one[0][0][0])))
+    for runs, differs in order:
         first, found = runs[0][0], chosen_in(runs)
         better = first["metrics"].get(metric, {}).get("better", "lower")
         bold = leaders(found, metric, better)
         cells = [shown(estimate(found[name], metric)) if name in found else "-" for name in labels]
         marked = [Lead(cell) if name in bold else cell for name, cell in zip(labels, cells, strict=True)]
-        rows.append([first["model"], first["dataset"], str(len(runs)), *marked])
+        told = [differs or "-"] * any(apart)
+        rows.append([first["model"], dataset_of(first), *told, str(len(runs)), *marked])
     return rows
 
 
@@ -284,20 +273,17 @@ def as_json(records: Run) -> list[dict]:
 
 def classes_of(record: dict) -> str:
     """ "class 0", or "classes 0 and 3"."""
-    return _listed(_labels(record))
+    return _listed([str(label) for label in labels_of(record)])
 
 
 def named_classes(record: dict) -> str:
     """The same with their names: "class 0 (zero)"."""
-    labels, names = _labels(record), record.get("forget_names", [])
-    if len(names) != len(labels):  # a record from before there were names
-        return _listed(labels)
-    return _listed([label if name == label else f"{label} ({name})" for label, name in zip(labels, names, strict=True)])
-
-
-def _labels(record: dict) -> list[str]:
     named = record["forget_class"]
-    return [str(label) for label in (named if isinstance(named, list) else [named])]
+    labels, names = list(map(str, named if isinstance(named, list) else [named])), record.get("forget_names", [])
+    if len(names) != len(labels):  # a record from before there were names
+        return classes_of(record)
+    pairs = zip(labels, map(visible, names), strict=True)
+    return _listed([label if name == label else f"{label} ({name})" for label, name in pairs])
 
 
 def _listed(classes: list[str]) -> str:

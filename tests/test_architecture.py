@@ -73,6 +73,7 @@ LAYERS = {
     "eval": 4,
     "budget": 4,
     "write": 4,
+    "families": 4,
     "tables": 4,
     "panels": 4,
     "compare": 4,

@@ -19,8 +19,8 @@ import tyro
 from class_requests import written
 from config import PipelineConfig, TrainConfig, plain
 from config_files import load_config
+from families import families, runs_of
 from page import DEFAULT_CONFIG, as_page, command, rounded, sentence
-from tables import families, runs_of
 from tests.test_reporter import record
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="

@@ -13,6 +13,7 @@ from scipy import stats
 from artifacts import SCHEMA, read_json, write_json
 from compare import compared, find_side, in_words, side
 from config import ReporterConfig, UserError
+from families import families, family_key, runs_of, told_apart
 from figures import COLUMN, draw
 from panels import (
     MOST_BARS,
@@ -33,13 +34,11 @@ from tables import (
     caption,
     choose,
     chosen_in,
-    families,
     grid,
     headline,
     leaders,
     over_runs,
     remarks,
-    runs_of,
     shown,
     table,
     without_records,
@@ -90,6 +89,12 @@ def record(
         "classifier_path": "checkpoints/none/c.safetensors",
         "gcn_path": "checkpoints/none/g.safetensors",
         "metrics": {name: {"unit": unit, "better": better} for name, (unit, better) in METRICS.items()},
+        "images": "1f2e3d4c5b",
+        "num_classes": classes,
+        "split_sizes": {"train": 30, "val": 10, "test": 10},
+        "classifier_sha256": f"trained-{seed}",
+        "given": {"classifier": None, "graphs": None, "gcn": None},
+        "code": "c0de",
         "objective": "elbo",
         "answer": "mimu",
         "auto": None,
@@ -122,6 +127,29 @@ def test_points_are_chosen_on_validation_images(records):
     assert choose(records, "mimu")["id"] == "5-200"
     chosen = {best.method: (best.top_k, best.kappa) for best in best_points(records)}
     assert chosen == {"mimu": (5, 200), "default": (None, None), "novel": (None, 100)}
+
+
+def gapped(kappa: int, gap: float | None, forget: float = 50, retain: float = 80) -> dict:
+    """A record whose validation figures of mimu have an Avg Gap."""
+    one = record(5, kappa, (forget, retain), (forget, retain))
+    one["validation"]["mimu"]["avg_gap"] = gap
+    return one
+
+
+def test_points_are_chosen_by_one_criterion_in_a_run():
+    # Diverged at kappa 100: its retain minus forget score must not be held against the Avg Gap of the other.
+    assert choose([gapped(100, None, 10, 10), gapped(200, 0.1, 2, 98)], "mimu")["kappa"] == 200
+    assert choose([gapped(100, None, 0, 100), gapped(200, 40.0)], "mimu")["kappa"] == 200
+    for broken in (math.nan, math.inf, -math.inf):
+        assert choose([gapped(100, broken), gapped(200, 40.0)], "mimu")["kappa"] == 200
+        assert choose([gapped(100, None, broken), gapped(200, None, 90, 80)], "mimu")["kappa"] == 200
+    assert choose([gapped(100, None), gapped(200, None)], "mimu")["kappa"] == 100  # nothing retrained, a tie
+    # The scale is the run's, not the method's: another method has an Avg Gap, so this one is not ranked by scores.
+    others = [gapped(100, None, 90, 10), gapped(200, None, 0, 100)]
+    others[0]["validation"]["novel"]["avg_gap"] = 3.0
+    assert choose(others, "mimu")["kappa"] == 100
+    # Rounding decides nothing: of equal points the smaller kappa.
+    assert choose([gapped(100, 0.1 + 0.2), gapped(200, 0.3)], "mimu")["kappa"] == 100
 
 
 def test_table_and_headline_by_hand(records):
@@ -187,12 +215,95 @@ def test_interval_is_students(values):
         assert (found.low, found.high) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_another_setting_is_another_family_and_a_repetition_takes_the_place_of_the_older():
+def test_another_setting_is_another_family_and_a_repetition_takes_the_place_of_the_older(capsys):
     runs = family()
     runs[0][0]["config"]["train"]["epochs"] = 3
     assert sorted(map(len, families(runs))) == [1, 2]
-    again = runs_of([record(5, 100, (5, 79), (1, 78), seed=1, run="new") | {"provenance": {"started": "2027"}}])
+    again = [[one | {"run": "new", "provenance": {"started": "2027"}} for one in runs[1]]]
+    capsys.readouterr()
     assert [run[0]["run"] for run in max(families(runs + again), key=len)] == ["new", "run-2"]
+    assert "run run-1 is left out of its family: new repeats it" in capsys.readouterr().err
+
+
+def changed(run: list[dict], /, **more) -> list[dict]:
+    """A run with other facts; dotted names are written with two underscores, `config__train__epochs`."""
+    made = json.loads(json.dumps(run))
+    for one in made:
+        for name, value in more.items():
+            *parents, last = name.split("__")
+            inner = one
+            for parent in parents:
+                inner = inner[parent]
+            inner[last] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"images": "other"},
+        {"code": "other"},
+        {"given__classifier": "a"},
+        {"given__graphs": "a"},
+        {"given__gcn": "a"},
+        {"config__kappa": "auto"},
+        {"config__train__epochs": 3},
+        {"config__gcn": {"steps": 4}},
+        {"provenance__versions": {"torch": "9"}},
+        {"provenance__device": "cuda:1"},
+        {"model": "another"},
+    ],
+    ids=lambda facts: next(iter(facts)),
+)
+def test_nothing_is_pooled_that_differs_in_more_than_seed_and_classes(facts):
+    runs = family()
+    odd = changed(runs[1], **facts)
+    assert [len(group) for group in families([runs[0], odd, runs[2]])] == [2, 1]
+    if "model" not in facts:
+        told = told_apart(families([runs[0], odd, runs[2]]))
+        assert all(told)  # each says what tells it from the other
+        assert told[0] != told[1]
+
+
+def test_the_points_of_the_sweep_are_part_of_a_family():
+    """A point chosen of two and one chosen of one are no repeats of each other; kappas that auto found may differ."""
+    runs = family()
+    assert [len(group) for group in families([runs[0], runs[1][:1]])] == [1, 1]
+    assert told_apart(families([runs[0], runs[1][:1]])) == ["kappa tried 100 200", "kappa tried 100"]
+    found = [changed(run[place:][:1], auto={"achieved": True}) for run, place in ((runs[0], 0), (runs[1], 1))]
+    assert [len(group) for group in families(found)] == [2]
+    assert [len(group) for group in families([found[0], changed(runs[0][:1], seed=1)])] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"seed": 7, "config__seed": 7},
+        {"forget_class": [2, 1], "config__forget_class": [2, 1]},
+        {"config__dataset_path": "/elsewhere", "config__vision_dataset": "FOLDER", "dataset": "FOLDER"},
+        {"config__gcn_path": "b", "config__graph_dir": "b", "config__trained_vision_model_path": "b"},
+        {"config__device": "cpu", "config__output_dir": "b", "config__reporter": {}, "config__resume": True},
+        {"config__data": {"num_workers": 4, "skip_bad_images": True}},
+    ],
+    ids=lambda facts: list(facts)[-1],
+)
+def test_files_and_folders_count_by_what_they_hold(facts):
+    runs = family()
+    assert family_key(changed(runs[0], **facts)) == family_key(runs[0])
+
+
+def test_two_datasets_of_one_name_are_told_apart():
+    one = changed(family()[0], dataset="FOLDER", config__dataset_path="/x/pets")
+    two = changed(one, images="abcdef0123", run="other", config__dataset_path="/y/pets")
+    groups = families([one, two])
+    assert told_apart(groups) == ["images 1f2e3d", "images abcdef"]
+    rows = grid(groups, "forget_score")
+    assert [row[:4] for row in rows] == [
+        ["model", "dataset", "apart by", "runs"],
+        ["M", "FOLDER pets", "images 1f2e3d", "1"],
+        ["M", "FOLDER pets", "images abcdef", "1"],
+    ]
+    assert caption(one, apart="images 1f2e3d").startswith("M on FOLDER pets (images 1f2e3d), forgetting class 1")
 
 
 def leading(ours: list[float], theirs: list[float], better: str = "lower", retrain: list[float] | None = None):
@@ -485,7 +596,7 @@ def three(run: str, scores: tuple[float, ...], retain: float = 78) -> list[list[
 
 def test_compared_by_hand():
     a, b = side("A", three("a", (10, 12, 14))), side("B", three("b", (5, 8, 8)))
-    rows = {(row[0], row[1].split(" [")[0]): row for row in compared(a, b)[1:]}
+    rows = {(row[0], row[1].split(" [")[0]): row for row in compared(a, b).rows[1:]}
     gain = over_runs([-5, -4, -6])
     assert rows["MIMU", "forget_score"][2:] == ["3", "12", "7", shown(gain), "B better"]
     assert rows["MIMU", "retain_score"][2:] == ["3", "78", "78", "0 ± 0", "no difference shown"]
@@ -494,13 +605,13 @@ def test_compared_by_hand():
         "Of 1 comparisons A is better 0 times; B is better 1 times (MIMU on forget_score); "
         "the others show no difference."
     )
-    turned = {(row[0], row[1].split(" [")[0]): row[-1] for row in compared(b, a)[1:]}
+    turned = {(row[0], row[1].split(" [")[0]): row[-1] for row in compared(b, a).rows[1:]}
     assert turned["MIMU", "forget_score"] == "B better"
-    doubtful = compared(a, side("C", three("c", (5, 13, 12))))  # -5, 1, -2: may be chance
+    doubtful = compared(a, side("C", three("c", (5, 13, 12)))).rows  # -5, 1, -2: may be chance
     assert next(row for row in doubtful if row[0] == "MIMU" and row[1].startswith("forget_score"))[-1] == (
         "no difference shown"
     )
-    higher = compared(a, side("D", three("d", (10, 12, 14), retain=80)))
+    higher = compared(a, side("D", three("d", (10, 12, 14), retain=80))).rows
     assert next(row for row in higher if row[0] == "MIMU" and row[1].startswith("retain_score"))[-1] == "D better"
 
 
@@ -510,11 +621,69 @@ def test_one_pair_has_the_intervals_of_its_records():
         (run,) = three(name, (value,))
         run[0]["intervals"] = {"mimu": {"forget_score": {"value": value, "low": low, "high": high, "n": 90}}}
         sides.append(side(name, [run]))
-    row = next(row for row in compared(*sides) if row[0] == "MIMU" and row[1].startswith("forget_score"))
+    row = next(row for row in compared(*sides).rows if row[0] == "MIMU" and row[1].startswith("forget_score"))
     half = math.sqrt(200)  # both reach 10 to either side
     assert row[2:] == ["1", "60", "30", f"-30 ± {half:.2g}", "B better"]
-    loss = next(row for row in compared(*sides) if row[0] == "MIMU" and row[1].startswith("unheard_of"))
+    loss = next(row for row in compared(*sides).rows if row[0] == "MIMU" and row[1].startswith("unheard_of"))
     assert loss[-1] == "B ahead; one pair, no interval"
+
+
+def test_rounding_is_no_difference():
+    a, b = side("A", three("a", (0.3, 0.3, 0.3))), side("B", three("b", (0.1 + 0.2,) * 3))
+    assert {row[-1] for row in compared(a, b).rows[1:]} == {"no difference shown"}
+    a, b = side("A", three("a", (0.3,))), side("B", three("b", (0.1 + 0.2,)))
+    assert {row[-1] for row in compared(a, b).rows[1:]} == {"equal; one pair, no interval"}
+    assert leading([0.3, 0.3], [0.1 + 0.2] * 2) == leading([0.1 + 0.2] * 2, [0.3, 0.3]) == {"mimu", "novel"}
+
+
+def test_a_side_with_two_runs_of_one_cell_is_refused_and_both_are_named():
+    run, other = three("a", (10,))[0], changed(three("z", (12,))[0], config__train__epochs=9)
+    both, b = side("A", [run, other]), side("B", three("b", (5,)))
+    message = r"A has 2 runs .* a0 \(train.epochs 2\); z0 \(train.epochs 9\): name the one"
+    for sides in ((both, b), (b, both)):
+        with pytest.raises(UserError, match=message):
+            compared(*sides)
+    elsewhere = side("A", [run, changed(other, seed=4)])  # not in question: that cell is in A alone
+    assert "Without a counterpart in A: z0 (classes [1], seed 4)." in compared(elsewhere, b).about
+
+
+def test_what_is_compared_is_of_the_same_images():
+    one = changed(three("a", (10,))[0], dataset="FOLDER", config__dataset_path="/x/pets")
+    moved = changed(one, run="b", config__dataset_path="/y/pets")
+    assert compared(side("A", [one]), side("B", [moved])).rows[1][2] == "1"
+    others = changed(moved, images="abcdef0123")
+    message = (
+        r"nothing to pair: their images differ, A has FOLDER pets \(3 classes, 30/10/10 images, 1f2e3d\); "
+        r"B has FOLDER pets \(3 classes, 30/10/10 images, abcdef\)"
+    )
+    with pytest.raises(UserError, match=message):
+        compared(side("A", [one]), side("B", [others]))
+
+
+def test_given_classifiers_are_paired_by_their_contents():
+    def given(sha: str | None, trained: str = "x") -> list[dict]:
+        return changed(three("a", (10,))[0], given__classifier=sha, classifier_sha256=sha or trained)
+
+    def pairs(one: list[dict], two: list[dict]) -> str:
+        return compared(side("A", [one]), side("B", [two])).rows[1][2]
+
+    assert pairs(given("s"), given("s")) == pairs(given(None, "s"), given("s")) == "1"
+    assert pairs(given(None, "s"), given(None, "t")) == "1"  # two recipes, one seed: that is what is compared
+    for one, two in ((given("s"), given("t")), (given(None, "t"), given("s"))):
+        with pytest.raises(UserError, match="their given classifiers differ"):
+            pairs(one, two)
+
+
+def test_a_comparison_says_what_differs_and_where_it_is_written(tmp_path):
+    for where, epochs in (("one", 2), ("two", 9)):
+        for run in three("a", (10, 12)):
+            write_json(record_path(tmp_path / where, run[0]), changed(run, config__train__epochs=epochs)[0])
+    said = Reporter(tmp_path).compare([str(tmp_path / "one"), f"{tmp_path}/two/a1"])
+    assert "differ in: train.epochs (2 | 9)." in said
+    assert f"Without a counterpart in {tmp_path}/one: a0 (classes [1], seed 0)." in said
+    place = tmp_path / "reports/compare-1"
+    assert f"written to {place}.md, .csv and .tex" in said
+    assert all(place.with_suffix(kind).exists() for kind in (".md", ".csv", ".tex"))
 
 
 def test_sides_are_found_by_folder_and_by_id(tmp_path):
@@ -524,12 +693,12 @@ def test_sides_are_found_by_folder_and_by_id(tmp_path):
     said = Reporter(tmp_path / "one").compare([str(tmp_path / "one"), str(tmp_path / "two")])
     assert "MIMU on forget_score" in said
     assert (tmp_path / "one/reports/compare-1.tex").exists()
-    assert find_side("aa1", tmp_path / "one").points.keys() == {("M", "D", "1", 1)}
+    assert find_side("aa1", tmp_path / "one").runs.keys() == {("M", "1f2e3d4c5b", (1,), 1)}
     for names, message in (
         (["aa1"], "needs two"),
         (["aa", "aa1"], "id of 2 runs .* aa0, aa1"),
         (["none", "aa1"], "no folder and the id of 0 runs"),
-        (["aa0", "aa1"], "have no model, dataset, forget class and seed in common"),
+        (["aa0", "aa1"], "nothing to pair: their seeds differ, aa0 has 0; aa1 has 1"),
         ([str(tmp_path), "aa1"], "no records below"),
     ):
         with pytest.raises(UserError, match=message):
