@@ -1,5 +1,6 @@
 """Reports from hand-made records: what is chosen, what is written, and that nothing is drawn twice."""
 
+import copy
 import itertools
 import math
 from dataclasses import replace
@@ -227,7 +228,7 @@ def test_another_setting_is_another_family_and_a_repetition_takes_the_place_of_t
 
 def changed(run: list[dict], /, **more) -> list[dict]:
     """A run with other facts; dotted names are written with two underscores, `config__train__epochs`."""
-    made = json.loads(json.dumps(run))
+    made = copy.deepcopy(run)
     for one in made:
         for name, value in more.items():
             *parents, last = name.split("__")
