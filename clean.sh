@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Deletes what runs and tests leave behind in this project; downloaded datasets stay unless --all.
 #
-#   ./clean.sh            list, ask, delete
+#   ./clean.sh            list, ask, delete; without a terminal there is nobody to ask: list and delete
 #   ./clean.sh --dry-run  list only
 #   ./clean.sh --yes      list and delete without asking
-#   ./clean.sh --all      the downloads in datasets/ as well
+#   ./clean.sh --all      the downloads in datasets/ as well (without a terminal only with --yes)
 #
-# Nothing outside the folder of this script is touched, and nothing behind a symbolic link.
+# While a run works here nothing is deleted, and a run that starts meanwhile waits. Nothing outside the folder of this script is touched, and nothing behind a symbolic link.
 set -euo pipefail
 
 root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
@@ -24,6 +24,10 @@ done
 
 cd -- "$root"
 doomed=()
+if [[ ! -t 0 && $datasets == datasets ]] && ! $yes; then
+    echo "Kept: downloads in datasets/; without a terminal to ask on, --all needs --yes." >&2
+    datasets=datasets/Graphs
+fi
 
 # A folder counts only if every part of its path is a real folder: eval/ goes, eval.py is none, links are left.
 add_folder() {
@@ -32,6 +36,38 @@ add_folder() {
         echo "Left alone: $folder is or lies behind a symbolic link; delete it by hand if you mean it." >&2
     elif [[ -d $folder ]]; then
         doomed+=("$folder")
+    fi
+}
+
+# Process numbers of those that have a file open, as far as /proc tells.
+users_of() {
+    local link
+    for link in /proc/[0-9]*/fd/*; do
+        if [[ $link -ef $1 && $link != /proc/$$/* ]]; then
+            link=${link#/proc/}
+            echo "${link%%/*}"
+        fi
+    done 2>/dev/null | sort -un | paste -sd ' '
+}
+
+# Every run holds a shared lock on this file (locks.py): stop if there is one, else hold it alone until the end.
+marker=.running
+no_run_works_here() {
+    local busy=false
+    if [[ -L $marker || ( -e $marker && ! -f $marker ) ]]; then
+        echo "Nothing deleted: $root/$marker is no plain file; remove it." >&2
+        exit 1
+    elif command -v flock >/dev/null; then
+        exec 9>>"$marker"
+        if flock -n 9; then trap 'rm -f -- "$marker"' EXIT; else busy=true; fi
+    elif [[ -e $marker ]]; then
+        busy=true
+    fi
+    if $busy; then
+        local who
+        who=$(exec 9>&-; users_of "$marker")
+        echo "Nothing deleted: a run works in $root${who:+ (process $who)}; wait for it, or end it." >&2
+        exit 1
     fi
 }
 
@@ -53,11 +89,8 @@ if $dry_run; then
     echo "Dry run: nothing deleted."
     exit 0
 fi
-if ! $yes; then
-    if [[ ! -t 0 ]]; then
-        echo "Nothing deleted: there is no terminal to ask on; run ./clean.sh --yes to delete without asking." >&2
-        exit 1
-    fi
+no_run_works_here
+if ! $yes && [[ -t 0 ]]; then
     read -r -p "Delete all of these? [y/N] " answer || answer=no
     if [[ $answer != [yY] && $answer != [yY][eE][sS] ]]; then
         echo "Nothing deleted."

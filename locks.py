@@ -81,8 +81,16 @@ def clear_dead(path: Path) -> None:
 def running(output_dir: Path) -> Generator[None]:
     """Mark an output folder as one in which a run works, for the length of the block.
 
+    A folder that was not there before, and in which nothing was made, is gone afterwards.
+
     Raises:
         MachineError, UserError: as `told`; so a folder that cannot be written is refused before anything is made.
     """
-    with locked(output_dir / RUNNING, "clean.sh tidies this folder", shared=True):
-        yield
+    fresh = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    try:
+        with locked(output_dir / RUNNING, "clean.sh tidies this folder", shared=True):
+            yield
+    finally:
+        with suppress(OSError):
+            for folder in fresh:
+                folder.rmdir()

@@ -135,12 +135,12 @@ def run(arguments: list[str]) -> int:
     from locks import running
     from pipeline import Pipeline
 
-    pipeline = Pipeline(config)
-    if pipeline.take_part():
-        return 0
     with running(config.output_dir):
+        pipeline = Pipeline(config)
+        if pipeline.take_part():
+            return 0
         records = pipeline.run()
-    pipeline.dismiss()
+        pipeline.dismiss()
     return _show(config, records, for_programs)
 
 
@@ -181,12 +181,12 @@ def train_gcn(arguments: list[str]) -> int:
     from locks import running
     from stages import Stages
 
-    stages = Stages(config)
-    if not stages.take_part():
-        with running(config.output_dir):
+    with running(config.output_dir):
+        stages = Stages(config)
+        if not stages.take_part():
             copy_file(stages.run_gcn_training(config.topK_list[0]), target)
-        stages.dismiss()
-        print(target)
+            stages.dismiss()
+            print(target)
     return 0
 
 

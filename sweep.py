@@ -165,9 +165,8 @@ def run_job(job: Job, threads: int | None = None) -> dict:
     begun = time.time()
     outcome: dict[str, Any] = {"key": job.key, "settings": plain_settings(job), "status": "failed", "records": []}
     try:
-        pipeline = Pipeline(job.config)
         with running(job.config.output_dir):
-            records = pipeline.eval()
+            records = Pipeline(job.config).eval()
         root = job.config.output_dir
         outcome["records"] = [str(record_path(root, record).relative_to(root)) for record in records]
         outcome["status"] = "done"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from locks import RUNNING, running
+
 SCRIPT = Path(__file__).resolve().parent.parent / "clean.sh"
 ARTIFACTS = (
     "checkpoints/classifier/weights.safetensors",
@@ -99,13 +101,56 @@ def test_dry_run_lists_sizes_and_deletes_nothing(project: Path) -> None:
     assert all(size[0].isdigit() for size in listed.values())
 
 
-def test_without_a_terminal_it_lists_and_says_how(project: Path) -> None:
+def test_without_a_terminal_it_lists_what_it_deletes_and_goes_on(project: Path) -> None:
+    """As in `nohup bash -c "clear && bash clean.sh && uv run main.py" > output.log 2>&1 &`."""
+    result = clean(project)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert all(name in result.stdout for name in ("checkpoints", "eval", "reports", "datasets/Graphs"))
+    assert left(project) == {*DOWNLOADS, *KEPT}
+    command = 'nohup bash -c "clear && bash clean.sh && echo next" > output.log 2>&1'
+    write(project / "reports/again.html")
+    subprocess.run(["bash", "-c", command], cwd=project, stdin=subprocess.DEVNULL, env=os.environ | {"TERM": "xterm"})
+    assert (project / "output.log").read_text().endswith("Deleted.\nnext\n")
+
+
+def test_without_a_terminal_downloads_go_only_if_that_is_said_twice(project: Path) -> None:
+    result = clean(project, "--all")
+    assert result.returncode == 0
+    assert "Kept: downloads in datasets/" in result.stderr
+    assert left(project) == {*DOWNLOADS, *KEPT}
+
+
+def test_beside_a_live_run_nothing_goes(project: Path) -> None:
+    """Runs share the lock; it names their processes; the file of a killed run is no obstacle and goes."""
     before = left(project)
+    with running(project), running(project):
+        for options in ((), ("--yes",), ("--all", "--yes")):
+            result = clean(project, *options)
+            assert result.returncode == 1
+            said = f"Nothing deleted: a run works in {project} (process {os.getpid()}); wait for it, or end it.\n"
+            assert result.stderr == said
+        assert answer(project, "y\n") == 1
+        assert left(project) == {*before, RUNNING}
+    assert left(project) == before
+    (project / RUNNING).touch()
+    assert clean(project).returncode == 0
+    assert left(project) == {*DOWNLOADS, *KEPT}
+
+
+def test_a_person_who_says_no_leaves_no_trace(project: Path) -> None:
+    before = left(project)
+    assert answer(project, "n\n") == 1
+    assert left(project) == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_a_strange_marker_is_named(project: Path, kind: str) -> None:
+    marker = project / RUNNING
+    {"folder": marker.mkdir, "link": lambda: marker.symlink_to("eval.py"), "pipe": lambda: os.mkfifo(marker)}[kind]()
     result = clean(project)
     assert result.returncode == 1
-    assert "checkpoints" in result.stdout
-    assert "clean.sh --yes" in result.stderr
-    assert left(project) == before
+    assert result.stderr == f"Nothing deleted: {marker} is no plain file; remove it.\n"
+    assert (project / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("text", "code"), [("y\n", 0), ("yes\n", 0), ("n\n", 1), ("\n", 1), ("\x04", 1)])
