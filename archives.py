@@ -24,7 +24,7 @@ SPLIT_NAMES = ("train", "validation", "valid", "val", "test")
 def archives_in(root: Path) -> list[Path]:
     """Archives of a folder and of its `data` folder, by name; parquet files at any depth, hidden folders apart."""
     flat = (path for folder in (root, root / "data") if folder.is_dir() for path in folder.iterdir())
-    packed = [path for path in flat if path.name.endswith(SUFFIXES) and path.is_file()]
+    packed = [path for path in flat if path.name.lower().endswith(SUFFIXES) and path.is_file()]
     tables = [path for path in root.rglob("*.parquet") if not any(p.startswith(".") for p in path.parts)]
     return sorted(packed) + sorted(tables)
 
@@ -61,12 +61,12 @@ def unpack_all(root: Path) -> list[Path]:
 
 
 def _stem(path: Path) -> str:
-    return next(path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix))
+    return next(path.name[: -len(suffix)] for suffix in SUFFIXES if path.name.lower().endswith(suffix))
 
 
 def _unpack(path: Path, part: Path) -> None:
     try:
-        (_unzip if path.suffix == ".zip" else _untar)(path, part)
+        (_unzip if path.suffix.lower() == ".zip" else _untar)(path, part)
     # zipfile says RuntimeError of a password and NotImplementedError of a compression that it does not know.
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         what = " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,7 @@
 """The closed choices of a run, and the errors that are said in one sentence. No torch here."""
 
 from enum import StrEnum
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -9,6 +10,25 @@ class UserError(ValueError):
 
 class MachineError(RuntimeError):
     """A failure of the machine, such as a full disk. Its text is one sentence: what failed, why, what to do. Exit 1."""
+
+
+class NoHomeError(UserError):
+    """The home folder is needed, and nobody knows it."""
+
+
+def at_home(path: Path) -> Path:
+    """A path with a leading `~` replaced by the home folder.
+
+    Raises:
+        NoHomeError: there is no home folder to be found.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise NoHomeError(
+            f"{path} needs the home folder, of which neither HOME nor the password file knows: set HOME, or give a "
+            "path without ~"
+        ) from None
 
 
 class Choice(StrEnum):

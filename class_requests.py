@@ -11,22 +11,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from config import PipelineConfig, UserError
-from observe import log
+from observe import log, visible
 
 LABEL, NAME = "label:", "name:"
 NUMBER = re.compile(r"0|[1-9][0-9]*", re.ASCII)  # how a label is written: 007 is a name, or nothing
 Classes = Sequence[int | str]
 
 
-def shown(text: str) -> str:
-    r"""The text with bytes that are no UTF-8 written as `\xe9`, so that every stream and file can hold it."""
-    escaped = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
-    return escaped.encode("utf-8", "backslashreplace").decode()
-
-
 def same_form(name: str) -> str:
     """A name in one Unicode form and without case: two that look the same to a reader are equal then."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", shown(name)).casefold())
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", visible(name)).casefold())
 
 
 def _plainly(name: str) -> str:
@@ -79,7 +73,7 @@ class _Names:
         Raises:
             UserError: there is no such class (with the closest names), or a name fits several.
         """
-        text = shown(text)
+        text = visible(text)
         if text.startswith(LABEL) and NUMBER.fullmatch(text.removeprefix(LABEL).strip()):
             return self.label(int(text.removeprefix(LABEL)), text)
         name = text.removeprefix(NAME)  # of a class that is called `label:3` it is `name:label:3`
@@ -126,7 +120,7 @@ def resolve_classes(
     names = _Names(classes, ids, where, field)
     labels = [names.typed(one) if isinstance(one, str) else names.label(int(one), one) for one in given]
     if len(set(labels)) < len(labels):
-        said = [shown(one) if isinstance(one, str) else one for one in given]
+        said = [visible(one) if isinstance(one, str) else one for one in given]
         raise UserError(f"{field} is {said}, which names a class twice: name each once")
     return tuple(sorted(labels))
 

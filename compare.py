@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from choices import UserError, at_home
 from families import SHORT, Run, dataset_of, differing, labels_of, runs_of
 from intervals import Estimate as Interval
 from intervals import difference, minus, same
@@ -56,7 +56,7 @@ def find_side(name: str, output_dir: Path) -> Side:
     Raises:
         UserError: there is neither, or the id is of several runs.
     """
-    folder = Path(name).expanduser()
+    folder = at_home(Path(name))
     if folder.is_dir():
         runs = runs_of(read_records(folder))
         if not runs:

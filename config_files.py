@@ -9,7 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import PipelineConfig, UserError
+from choices import UserError, at_home
+from config import PipelineConfig
 from fields import Plain, bare, did_you_mean, fit, hints, shown
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def read_words(path: Path) -> Words:
 
     words = Words(path)
     try:
-        with path.expanduser().open("rb") as file:
+        with at_home(path).open("rb") as file:
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise UserError(f"{path} has more than {MOST_BYTES} bytes: give a YAML file of settings, see configs/")

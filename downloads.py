@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from archives import archives_in, unpack_all
-from choices import SupportedDatasets, UserError
+from choices import NoHomeError, SupportedDatasets, UserError
 from observe import log
 from readers import SPECS, DatasetSpec, dataset_root, how_to_get, read_arrays
 from tree_splits import open_tree_of
@@ -122,14 +122,17 @@ class Presence:
 
 def presence(dataset: SupportedDatasets, datasets_dir: Path, dataset_path: Path | None = None) -> Presence:
     """Look for a dataset and count its images; what cannot be read counts as absent, and `note` says why."""
-    spec, root = SPECS[dataset], dataset_root(dataset, dataset_path, datasets_dir)
-    classes, images, note = spec.num_classes, 0, spec.licence
+    spec = SPECS[dataset]
+    root, classes, images, note = Path(spec.folder), spec.num_classes, 0, spec.licence
     try:
+        root = dataset_root(dataset, dataset_path, datasets_dir)
         if spec.layout:
             tree = open_tree_of(dataset, root, datasets_dir)
             classes, images = len(tree.classes), len(tree)
         else:
             images = sum(len(read_arrays(dataset, root, train)[1]) for train in (True, False))
+    except NoHomeError as error:
+        note = str(error)
     except UserError as error:
         packed = bool(spec.layout) and root.is_dir() and bool(archives_in(root))
         note = f"`uv run main.py prepare {dataset.value}`" if packed else how_to_get(dataset)

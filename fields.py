@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from choices import UserError
+from choices import UserError, at_home
 
 WHOLE = re.compile(r"[-+]?[0-9]{1,40}")
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -168,7 +168,7 @@ def _converted(value: Any, kind: Any) -> Any:
         return str(value) if isinstance(value, str) and not isinstance(value, Enum) else None
     if kind is Path:
         usable = isinstance(value, str | Path) and str(value) and "\0" not in str(value)
-        return Path(value).expanduser() if usable else None
+        return at_home(Path(value)) if usable else None
     return None
 
 

@@ -27,10 +27,11 @@ from image_files import (
     mark_of,
     raise_if_machine,
 )
-from image_tree import SPECIAL, Tree, save_tree
+from image_tree import Tree, save_tree
 from locks import locked
 from observe import log, progress
 from pixel_cache import EVERY_EPOCH, PixelCache
+from tree_layouts import SPECIAL
 
 LEAST_SPAN, MOST_SPAN, SPAN_BYTES, SECONDS_BETWEEN_SAVES = 64, 1024, 2**26, 15
 TRIES = 3  # for a file that is being written

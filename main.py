@@ -29,7 +29,7 @@ from typing import Annotated
 import tyro
 from dotenv import load_dotenv
 
-from choices import MachineError
+from choices import MachineError, at_home
 from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError
 from config_files import load_config
 from observe import be_quiet
@@ -176,7 +176,7 @@ def train_gcn(arguments: list[str]) -> int:
     config = _configured(rest, "train-gcn", "Train the GCN. --out FILE: where to.")
     if len(targets) != 1:
         raise UserError(f"train-gcn needs one --out FILE, found {len(targets)}: name the .safetensors file to write")
-    target = targets[0].expanduser()
+    target = at_home(targets[0])
     from artifacts import copy_file
     from locks import running
     from stages import Stages
@@ -217,7 +217,7 @@ def report(
     """
     from reporter import Reporter
 
-    made = Reporter(output_dir.expanduser(), reporter)
+    made = Reporter(at_home(output_dir), reporter)
     if compare:
         print(made.compare(compare))
         return
@@ -230,7 +230,7 @@ def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> N
     """Write methods.md and metrics.md anew, from what is registered; --example: a record to take values from."""
     from reference import write_docs
 
-    for path in write_docs(example and example.expanduser(), folder.expanduser()):
+    for path in write_docs(example and at_home(example), at_home(folder)):
         print(path)
 
 
@@ -238,7 +238,7 @@ def dashboard(output_dir: Path = Path()) -> None:
     """Open trackio on the training curves of this project's runs."""
     from observe import TRACKIO_PROJECT
 
-    folder = _trackio_folder(output_dir.expanduser())
+    folder = _trackio_folder(at_home(output_dir))
     if not folder.is_dir():
         raise UserError(f"there are no training curves in {folder}: make some with `uv run main.py`")
     import trackio
@@ -250,7 +250,7 @@ def datasets(output_dir: Path = Path()) -> None:
     """List the datasets: which are here, where, how many images, and the command that gets the missing ones."""
     from downloads import listing
 
-    print(listing(output_dir.expanduser() / "datasets"))
+    print(listing(at_home(output_dir) / "datasets"))
 
 
 Dataset = Annotated[SupportedDatasets, tyro.conf.Positional]
@@ -260,14 +260,14 @@ def download(dataset: Dataset, output_dir: Path = Path(), dataset_path: Path | N
     """Fetch a dataset below datasets/; a tree of image files to its place below ~/Datasets (or --dataset-path)."""
     import downloads
 
-    print(downloads.download(dataset, output_dir.expanduser() / "datasets", dataset_path))
+    print(downloads.download(dataset, at_home(output_dir) / "datasets", dataset_path))
 
 
 def prepare(dataset: Dataset, output_dir: Path = Path(), dataset_path: Path | None = None) -> None:
     """Unpack the archives of a dataset of image files beside themselves, and index it."""
     import downloads
 
-    print(downloads.prepare(dataset, output_dir.expanduser() / "datasets", dataset_path))
+    print(downloads.prepare(dataset, at_home(output_dir) / "datasets", dataset_path))
 
 
 def _parsed(name: str, function: Callable[..., None]) -> Callable[[list[str]], int]:

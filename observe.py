@@ -39,6 +39,8 @@ def visible(text: str, keep: str = "") -> str:
 
 def _spelled(sign: str) -> str:
     obeyed = unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") or sign in TURNS
+    if "\udc80" <= sign <= "\udcff":  # a byte that is no UTF-8, as the file system gives it
+        return f"\\x{ord(sign) - 0xDC00:02x}"
     return ascii(sign)[1:-1] if obeyed else sign
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from choices import SupportedDatasets, UserError
+from choices import SupportedDatasets, UserError, at_home
 from class_names import CIFAR10_NAMES, CIFAR100_NAMES, DIGIT_NAMES, FASHION_NAMES
 from config import derive_seed
 from imagenet_classes import IMAGENET2012_CLASSES
@@ -86,14 +87,20 @@ def _read_digits(root: Path, train: bool) -> Arrays:
 def _read_cifar10(root: Path, train: bool) -> Arrays:
     from torchvision.datasets import CIFAR10
 
-    data = CIFAR10(str(root), train=train, download=False)
+    class Here(CIFAR10):
+        base_folder = ""
+
+    data = Here(str(root), train=train, download=False)
     return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets, np.int64)
 
 
 def _read_cifar100(root: Path, train: bool) -> Arrays:
     from torchvision.datasets import CIFAR100
 
-    data = CIFAR100(str(root), train=train, download=False)
+    class Here(CIFAR100):
+        base_folder = ""
+
+    data = Here(str(root), train=train, download=False)
     return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets, np.int64)
 
 
@@ -136,6 +143,10 @@ class DatasetSpec:
     """Normalisation, levels 0..255 per channel; empty: measured on the training images."""
     torchvision: str = ""
     """Class of torchvision that downloads it."""
+    inner: str = ""
+    """Folder in which torchvision keeps its files."""
+    marker: str = ""
+    """A file (plain or .gz) by which that folder is known."""
     hub: str = ""
     """Dataset of the Hugging Face hub that holds it."""
     pooled: bool = False
@@ -156,26 +167,35 @@ _FETCHED = {
         *(1, 28, "FashionMNIST/raw", _IDX, "MIT", "https://github.com/zalandoresearch/fashion-mnist"),
         *(_read_mnist, "", FASHION_NAMES),
         torchvision="FashionMNIST",
+        inner="raw",
+        marker="train-images-idx3-ubyte",
     ),
     SupportedDatasets.MNIST: DatasetSpec(
         *(1, 28, "MNIST/raw", _IDX, "CC BY-SA 3.0", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
         *(_read_mnist, "", DIGIT_NAMES),
         torchvision="MNIST",
+        inner="raw",
+        marker="train-images-idx3-ubyte",
     ),
     SupportedDatasets.CIFAR10: DatasetSpec(
         *(3, 32, "", "cifar-10-batches-py/", "none stated", "https://www.cs.toronto.edu/~kriz/cifar.html"),
         *(_read_cifar10, "", CIFAR10_NAMES),
         torchvision="CIFAR10",
+        inner="cifar-10-batches-py",
+        marker="data_batch_1",
     ),
     SupportedDatasets.CIFAR100: DatasetSpec(
         *(3, 32, "", "cifar-100-python/", "none stated", "https://www.cs.toronto.edu/~kriz/cifar.html"),
         *(_read_cifar100, "", CIFAR100_NAMES),
         torchvision="CIFAR100",
+        inner="cifar-100-python",
+        marker="train",
     ),
     SupportedDatasets.SVHN: DatasetSpec(
         *(3, 32, "", "{train,test}_32x32.mat", "non-commercial use", "http://ufldl.stanford.edu/housenumbers/"),
         *(_read_svhn, "", DIGIT_NAMES),
         torchvision="SVHN",
+        marker="train_32x32.mat",
     ),
 }
 SPECS: dict[SupportedDatasets, DatasetSpec] = {
@@ -225,10 +245,10 @@ def dataset_root(dataset: SupportedDatasets, dataset_path: Path | None, datasets
     """Where a dataset lies: the given folder, or its usual place."""
     folder = SPECS[dataset].folder
     if dataset_path is not None:
-        return dataset_path.expanduser()
+        return at_home(dataset_path)
     if dataset is SupportedDatasets.FASHION_MNIST and DEBIAN_FASHION_MNIST.is_dir():
         return DEBIAN_FASHION_MNIST
-    return Path(folder).expanduser() if folder.startswith("~") else datasets_dir / folder
+    return at_home(Path(folder)) if folder.startswith("~") else datasets_dir / folder
 
 
 def how_to_get(dataset: SupportedDatasets) -> str:
@@ -240,6 +260,42 @@ def how_to_get(dataset: SupportedDatasets) -> str:
     return f"{get}, or on Debian `apt-get install dataset-fashion-mnist`" if dataset == "FASHION_MNIST" else get
 
 
+def _places(spec: DatasetSpec, root: Path) -> list[Path]:
+    """Where the files of a dataset may lie below a folder: torchvision's ROOT, ROOT/<Name>, or the files' own folder.
+
+    A folder <Name> may be written in any case, and with dashes.
+    """
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\W_]", "", name).casefold()
+
+    below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    named = [path for path in below if plain(path.name) == plain(spec.torchvision)] or [root / spec.torchvision]
+    places = [root, root / spec.inner, *named, *(path / spec.inner for path in named)]
+    return list(dict.fromkeys(places))
+
+
+def _place(dataset: SupportedDatasets, root: Path) -> Path:
+    """The folder that holds a dataset's files.
+
+    Raises:
+        UserError: it is none of those where they are looked for.
+    """
+    spec = SPECS[dataset]
+    if not spec.marker:
+        return root
+    places = _places(spec, root)
+    for place in places:
+        if _holds(spec.marker, place):
+            return place
+    looked = f"no {spec.marker} in {', '.join(map(str, places))}" if root.is_dir() else f"there is no folder {root}"
+    raise UserError(f"cannot read {dataset.value} ({looked}): it needs {spec.files}; {how_to_get(dataset)}")
+
+
+def _holds(marker: str, place: Path) -> bool:
+    return any((place / name).is_file() for name in (marker, f"{marker}.gz"))
+
+
 def read_arrays(dataset: SupportedDatasets, root: Path, train: bool) -> Arrays:
     """Read one official split and check it against the spec.
 
@@ -248,6 +304,7 @@ def read_arrays(dataset: SupportedDatasets, root: Path, train: bool) -> Arrays:
     """
     spec, get = SPECS[dataset], how_to_get(dataset)
     assert spec.read is not None
+    root = _place(dataset, root)
     try:
         images, labels = spec.read(root, train)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AssertionError) as error:

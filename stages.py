@@ -25,7 +25,8 @@ from trainer import GCNTrainer, VisionModelTrainer
 from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
-TREE_CODE = ("image_files.py", "image_tree.py", "pixel_cache.py", "image_check.py", "lazy_pixels.py", "tree_splits.py")
+TREE_CODE = ("litter.py", "split_names.py", "tree_layouts.py", "image_files.py", "image_tree.py", "pixel_cache.py")
+TREE_CODE = (*TREE_CODE, "image_check.py", "lazy_pixels.py", "tree_splits.py")
 DATA_CODE = ("class_requests.py", "readers.py", *TREE_CODE, "duplicates.py", "utils_data.py")
 TRAINING_CODE = ("distributed.py", "resume.py", "classifier.py", "trainer.py", "stages.py")
 CLASSIFIER_CODE = ("choices.py", "fields.py", "config.py", *DATA_CODE, "model.py", *TRAINING_CODE)

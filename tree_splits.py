@@ -13,10 +13,12 @@ from choices import SupportedDatasets, UserError
 from config import DataConfig, derive_seed
 from image_check import check
 from image_files import How
-from image_tree import TEST, TRAIN, UNSPLIT, VAL, Tree, mix, open_tree
+from image_tree import Tree, mix, open_tree
 from observe import log
 from pixel_cache import PixelCache
 from readers import SPECS, dataset_root, how_to_get
+from split_names import TEST, TRAIN, UNSPLIT, VAL
+from tree_layouts import NoTreeError
 
 TEST_SHARE = 0.2
 MOST_NAMED = 1000
@@ -31,7 +33,7 @@ def open_tree_of(dataset: SupportedDatasets, path: Path | None, datasets_dir: Pa
     spec, root = SPECS[dataset], dataset_root(dataset, path, datasets_dir)
     try:
         tree = open_tree(root, spec.layout, datasets_dir / "index")
-    except UserError as error:
+    except NoTreeError as error:
         raise UserError(
             f"cannot read {dataset.value} ({error}): it needs {spec.files}; {how_to_get(dataset)}"
         ) from None
@@ -108,10 +110,20 @@ def usable_splits(
         tree = replace(checked, bad=tree.bad | fresh)
         if not (fresh and data.skip_bad_images):
             break
+    _say_what_was_decided(tree)
     if tree.found:
         _name_them(dataset, tree, data.skip_bad_images)
     _enough_of_each(dataset, tree, parts)
     return tree, parts, cache
+
+
+def _say_what_was_decided(tree: Tree) -> None:
+    """Say in the log how the layout was read and what litter was passed over."""
+    for note in tree.notes:
+        log(f"{tree.root}: {note}")
+    if tree.passed:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in tree.passed.items())
+        log(f"{tree.root}: passed over {sum(tree.passed.values())} files and folders that are no images ({kinds})")
 
 
 def _name_them(dataset: SupportedDatasets, tree: Tree, skip: bool) -> None:

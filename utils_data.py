@@ -7,9 +7,10 @@ disk, until a batch asks for them; loaders normalise batches.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from duplicates import find_duplicates, say_duplicates
 from hashes import sha256_arrays
 from image_files import DIGEST, How
 from lazy_pixels import LazyPixels
-from observe import log
+from observe import log, visible
 from readers import SPECS, Arrays, dataset_root, read_arrays, read_idx, stratified
 from tree_splits import open_tree_of, usable_splits
 
@@ -184,6 +185,25 @@ class UnlearningDataset:
         return [{"path": path, "reason": reason} for path, reason in (self.tree.found if self.tree else ())]
 
     @property
+    def understood(self) -> dict:
+        """What was understood of the dataset, as plain data.
+
+        `splits`: images of each; `forget`: labels with their names; `left_out`: reasons with their counts; `passed`:
+        kinds of litter with theirs; `notes`: how folders were read, a sentence each.
+        """
+        reasons = Counter(one["reason"].partition(" (")[0] for one in self.skipped_images)
+        return {
+            "dataset": self.name.value,
+            "root": self.tree and visible(self.tree.root),
+            "classes": list(self.classes),
+            "forget": {label: self.classes[label] for label in self.forget_class},
+            "splits": {split: len(self.splits[split]) for split in SPLITS},
+            "left_out": dict(sorted(reasons.items())),
+            "passed": dict(self.tree.passed) if self.tree else {},
+            "notes": list(self.tree.notes) if self.tree else [],
+        }
+
+    @property
     def image_facts(self) -> dict:
         """What a record says of the images: left out, twice there, not decided."""
         return {
@@ -282,13 +302,20 @@ def _statistics(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What can be said of a dataset without reading its images: class names in label order, and their shape."""
+    """What can be said of a dataset without reading its images: class names in label order, and their shape.
+
+    Of a folder tree also: `images`, how many files may be images; `passed`, kinds of litter with their counts; `notes`,
+    how the folders were understood, a sentence each.
+    """
 
     classes: tuple[str, ...]
     channels: int
     size: int
     forget: tuple[int, ...]
     dataset: SupportedDatasets
+    images: int | None = None
+    passed: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def labels(self, given: Classes, field: str) -> tuple[int, ...]:
         """Labels of classes that a field names.
@@ -314,7 +341,8 @@ def dataset_facts(
     spec = SPECS[dataset]
     tree = open_tree_of(dataset, dataset_path, datasets_dir) if spec.layout else None
     classes, size = tree.classes if tree else spec.classes, (data.image_size if tree else None) or spec.size
-    return DatasetFacts(classes, spec.channels, size, _to_forget(forget_class, classes, dataset), dataset)
+    facts = DatasetFacts(classes, spec.channels, size, _to_forget(forget_class, classes, dataset), dataset)
+    return replace(facts, images=len(tree), passed=tree.passed, notes=tree.notes) if tree else facts
 
 
 def _tree_splits(dataset: SupportedDatasets, path: Path | None, store: Path, data: DataConfig) -> dict[str, Images]:

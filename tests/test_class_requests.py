@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 import main
 import page
-from class_requests import resolve_classes, shown, spelled, written
+from class_requests import resolve_classes, spelled, written
 from config import GCNConfig, PipelineConfig, SupportedDatasets, UserError, plain
 from config_files import load_config
+from observe import visible
 from readers import SPECS
 from stages import Stages
 from sweep import expand, load_sweep
@@ -125,9 +126,9 @@ def test_spelled_labels_mean_the_same_whatever_the_classes_are_called(classes, d
 
 
 @given(st.binary(max_size=12))
-def test_any_name_can_be_shown(name):
-    text = shown(name.decode("utf-8", "surrogateescape"))
-    assert shown(text) == text
+def test_any_name_can_be_visible(name):
+    text = visible(name.decode("utf-8", "surrogateescape"))
+    assert visible(text) == text
     assert text.encode("utf-8").decode("utf-8") == text
 
 

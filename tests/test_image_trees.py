@@ -14,8 +14,9 @@ from torchvision.datasets import ImageFolder
 import image_tree
 from config import DataConfig, SupportedDatasets, UserError
 from image_files import BadImageError, How, decode
-from image_tree import TEST, TRAIN, open_tree
+from image_tree import open_tree
 from imagenet_classes import IMAGENET2012_CLASSES
+from split_names import TEST, TRAIN, UNSPLIT
 from tree_splits import by_hash
 from utils_data import SPLITS, get_unlearning_dataset
 
@@ -306,7 +307,7 @@ def test_image_that_rots_is_checked_again_by_the_next_run(tree, tmp_path, monkey
     data = load(tree, tmp_path, cache_gb=0)
     victim = tree / min(names(data, "train"))
     monkeypatch.setattr("image_files.mark_of", lambda facts: 1)
-    for name in ("image_check.mark_of", "image_tree.mark_of"):
+    for name in ("image_check.mark_of", "tree_layouts.mark_of"):
         monkeypatch.setattr(name, lambda facts: 1)
     data = load(tree, tmp_path, cache_gb=0)
     with victim.open("r+b") as file:
@@ -413,7 +414,7 @@ LAYOUTS = {
         **{f"val_images/ILSVRC2012_val_0000000{i}_{w}.JPEG": (w, TEST) for i, w in enumerate((A, B))},
     },
     "image folder": {f"{s}/{w}/{w}_7.JPEG": (w, c) for w in (A, B) for s, c in (("train", TRAIN), ("val", TEST))},
-    "class folders": {f"{w}/{w}_{i}.JPEG": (w, image_tree.UNSPLIT) for w in (A, B) for i in range(3)},
+    "class folders": {f"{w}/{w}_{i}.JPEG": (w, UNSPLIT) for w in (A, B) for i in range(3)},
 }
 
 
