@@ -11,8 +11,8 @@ from formats import photo, write_cifar, write_mnist, write_svhn, write_tree
 
 import artifacts
 import readers
-from choices import SupportedDatasets, UserError, at_home
-from config import DataConfig
+from choices import SupportedDatasets, UserError
+from config import DataConfig, PipelineConfig
 from downloads import listing, prepare
 from image_tree import open_tree
 from litter import litter_file
@@ -308,7 +308,7 @@ def test_a_store_that_cannot_be_written_is_blamed_itself(tmp_path):
 def test_a_dataset_is_only_read(tmp_path, monkeypatch):
     write_tree(tmp_path / "t", under("train", "test"), 4)
     written, writing = [], artifacts.writing
-    monkeypatch.setattr(artifacts, "writing", lambda path: written.append(path) or writing(path))
+    monkeypatch.setattr(artifacts, "writing", lambda path, *more: written.append(path) or writing(path, *more))
     before = sorted(str(path) for path in (tmp_path / "t").rglob("*"))
     load(tmp_path / "t", tmp_path / "store")
     assert sorted(str(path) for path in (tmp_path / "t").rglob("*")) == before
@@ -326,13 +326,14 @@ def without_home(monkeypatch) -> None:
 
 def test_no_home_folder(tmp_path, monkeypatch):
     without_home(monkeypatch)
+    monkeypatch.setattr(readers, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     lines = listing(tmp_path)
     assert "scikit-learn" in lines
     assert "~/Datasets/ImageNet-small needs the home folder" in lines
     with pytest.raises(UserError, match=r"~/Datasets/ImageNet-small needs the home folder, .* set HOME"):
         dataset_facts(SupportedDatasets.IMAGENET_SMALL, (0,), None, tmp_path, DataConfig())
     with pytest.raises(UserError, match="~/mine needs the home folder"):
-        at_home(readers.Path("~/mine"))
+        PipelineConfig(dataset_path=readers.Path("~/mine"))
     write_tree(tmp_path / "t", under("."), 8)
     assert load(tmp_path / "t", tmp_path / "store").classes == ANIMALS
 
