@@ -6,10 +6,14 @@ pickers and the figures are made by the script in `templates/report.html` from t
 
 import json
 import math
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+
+from markupsafe import Markup, escape
 
 from artifacts import write_text
 from class_requests import spelled
@@ -35,7 +39,8 @@ from write import Lead
 TEMPLATE = PROJECT_ROOT / "templates" / "report.html"
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
 DIGITS = 4  # significant ones that a figure keeps on the page
-NO_FLAGS = ("reporter", "output_dir", "tracker")  # say nothing about the results
+NO_FLAGS = ("reporter", "output_dir", "tracker", "resume")  # say nothing about the results
+PATHS = ("dataset_path", "trained_vision_model_path", "graph_dir", "gcn_path")
 ALL_FIGURES = 12  # runs, at most, whose every figure is on the page; of more, those that need no training history
 
 
@@ -68,12 +73,20 @@ def _flags(values: Mapping, defaults: Mapping, prefix: str = "") -> list[str]:
         elif isinstance(value, bool):
             flags.append(flag if value else f"--{prefix}no-{name.replace('_', '-')}")
         else:
-            flags += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+            flags += [flag, *(map(str, value) if isinstance(value, list) else [_typed(name, value)])]
     return flags
 
 
+def _typed(name: str, value: object) -> str:
+    """A value as it may be typed after its flag."""
+    text = str(value)
+    if name in PATHS and value is not None and (text[:1] in ("-", "~") or text == "None"):
+        return f"./{text}"  # else it would be a flag, the home folder or no path at all
+    return text
+
+
 def command(run: Run) -> str:
-    """The command that makes a run again, from the commit that its provenance names."""
+    """The command that makes a run again, from the commit that its provenance names: text for a POSIX shell."""
     config = dict(run[0]["config"])
     if "forget_class" in config:  # numbers, in older records, were labels
         config["forget_class"] = list(spelled(config["forget_class"]))
@@ -82,7 +95,20 @@ def command(run: Run) -> str:
         config["kappa_list"] = sorted({record["kappa"] for record in run})
     elif "kappa_list" in _defaults():
         config["kappa_list"] = _defaults()["kappa_list"]
-    return " ".join(["uv run main.py run", *_flags(config, _defaults())])
+    return " ".join(map(_quoted, ["uv", "run", "main.py", "run", *_flags(config, _defaults())]))
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell; bytes that are no UTF-8 are spelled out as bash, zsh and ksh read them."""
+    if word.isprintable() or not any("\ud800" <= sign <= "\udfff" for sign in word):
+        return shlex.quote(word)
+    codes = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
+    return f"$'{codes}'"
+
+
+def _pasted(text: str) -> Markup:
+    """Text that is copied from the page as it is: parsers of HTML make a line feed of a bare carriage return."""
+    return escape(text).replace("\r", Markup("&#13;"))
 
 
 # --- what the script draws from ---------------------------------------------------------------------------
@@ -209,6 +235,7 @@ def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Seq
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["pasted"] = _pasted
     text = json.dumps(rounded(data), separators=(",", ":"), allow_nan=False)
     for sign in "<>&":  # so that no text in it ends the script element
         text = text.replace(sign, f"\\u{ord(sign):04x}")

@@ -10,14 +10,18 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import tyro
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
+import main
 from class_requests import written
-from config import PipelineConfig, TrainConfig, plain
+from config import KappaModes, PipelineConfig, SupportedDatasets, TrainConfig, plain
 from config_files import load_config
 from families import families, runs_of
 from page import DEFAULT_CONFIG, as_page, command, rounded, sentence
@@ -147,6 +151,60 @@ def test_command_gives_the_same_configuration_again():
     again = tyro.cli(PipelineConfig, args=words[4:], default=default)
     assert replace(again, kappa_list=config.kappa_list) == config
     assert again.kappa_list == (9, 70)
+
+
+ODD_SIGNS = st.sampled_from(" '\"\\;$()`&|<>*?~#!-=\n\t{}é")
+ODD = st.text(st.one_of(ODD_SIGNS, st.characters(exclude_categories=["Cs"])), min_size=1)
+PATHS = st.builds(Path, ODD.filter(lambda text: "\0" not in text and not text.startswith("~")))
+CONFIGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "dataset_path": PATHS,
+        "gcn_path": PATHS,
+        "trained_vision_model_path": PATHS,
+        "forget_class": st.lists(ODD.map("name:{}".format), min_size=1, max_size=3, unique=True).map(tuple),
+        "mask_layer": st.sampled_from([None, (-1,), (-3, -2)]),
+        "seed": st.integers(0, 9),
+        "device": st.sampled_from(["cpu", "cuda:1"]),
+        "vision_dataset": st.sampled_from(list(SupportedDatasets)),
+        "kappa": st.sampled_from(list(KappaModes)),
+        "resume": st.booleans(),
+    },
+)
+
+
+def as_run(config: PipelineConfig) -> list[dict]:
+    """A run with this configuration, as records keep it."""
+    return [full(2000, 70, 12) | {"config": plain(replace(written(config), kappa_list=(70,)))}]
+
+
+def typed_again(words: list[str]) -> PipelineConfig:
+    """What main.py makes of the words of a command."""
+    assert words[:4] == ["uv", "run", "main.py", "run"]
+    return replace(main._configured(words[4:], "run", ""), kappa_list=(70,))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CONFIGS)
+@example({"dataset_path": Path("my photos; echo pwned")})
+@example({"dataset_path": Path("-x"), "gcn_path": Path("None"), "trained_vision_model_path": Path("--json")})
+@example({"dataset_path": Path("$(rm -rf x)\n'\"`id`")})
+def test_command_is_quoted_for_a_shell(changes):
+    config = replace(load_config([DEFAULT_CONFIG]), kappa_list=(70,), **changes)
+    again = typed_again(shlex.split(command(as_run(config))))
+    assert again == replace(written(config), resume=False)
+
+
+def test_command_may_be_pasted_from_the_page():
+    """What a browser shows of the page is read by a shell: odd paths come out as they were, nothing is run."""
+    config = replace(load_config([DEFAULT_CONFIG]), dataset_path=Path("a\nb\rc\td\x1b; echo 'pwned' $(id) \udce9"))
+    (shown,) = re.findall(r"<pre><code>(.*?)</code></pre>", page(as_run(config)), re.DOTALL)
+    line = unescape(shown.encode().decode())
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True).stdout.split(
+        b"\0"
+    )
+    assert os.fsencode(config.dataset_path) in words
+    assert words[:4] == [b"uv", b"run", b"main.py", b"run"]
 
 
 def test_five_hundred_points_stay_small():
