@@ -32,7 +32,7 @@ from dotenv import load_dotenv
 from choices import MachineError, at_home
 from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError
 from config_files import load_config
-from observe import be_quiet
+from observe import be_quiet, visible
 
 EXAMPLES = {"--config": "configs/default.yaml", "--out": "gcn.safetensors"}
 SHORT = {
@@ -144,17 +144,27 @@ def run(arguments: list[str]) -> int:
     return _show(config, records, for_programs)
 
 
+def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
+    """Where what a run leaves lies; the mask is that of its answer."""
+    from reporter import Reporter
+    from tables import answer_of
+
+    reporter, chosen = Reporter(config.output_dir), answer_of(records)
+    places = {"output": config.output_dir, "plots": reporter.plots / reporter.run_name(records[0])}
+    if chosen:
+        places["mask"] = config.output_dir / chosen["mask_path"]
+    return {name: str(path) for name, path in (places | {"page": reporter.page}).items()}
+
+
 def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> int:
     """Print a run's table, answer and places; returns the exit code."""
-    from reporter import Reporter
+    from records import RECORDS
     from tables import headline, remarks, table
     from write import as_text
 
-    reporter = Reporter(config.output_dir)
     code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
-    plots = reporter.plots / reporter.run_name(records[0])
+    places = _places(config, records)
     if for_programs:
-        places = {"output": str(config.output_dir), "plots": str(plots), "page": str(reporter.page)}
         print(_as_json(records, code, places))
         return code
     print(as_text(table(records)))
@@ -162,9 +172,15 @@ def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> in
         print(headline(records) + "\n")
     print("\n".join([*remarks(records), ""]))
     print("Test figures; each method's point was chosen on validation images.")
-    print(f"JSON   {config.output_dir / 'eval/metrics_and_plots/json'}")
-    print(f"plots  {plots}")
-    print(f"page   {reporter.page}")
+    if mask := places.get("mask"):
+        layers = records[0]["mask_layer"]
+        print(f"mask   {visible(mask)}")
+        print(
+            f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # from masks.py, see the README"
+        )
+    print(f"JSON   {visible(str(config.output_dir / RECORDS))}")
+    print(f"plots  {visible(places['plots'])}")
+    print(f"page   {visible(places['page'])}")
     if config.tracker is Trackers.trackio:
         print(f"logs   {os.environ['TRACKIO_DIR']} (uv run main.py dashboard)")
     return code
@@ -213,7 +229,7 @@ def report(
     """Rebuild every table, figure and the HTML page from the JSON records below a folder.
 
     Args:
-        compare: instead hold runs against the first one named: output folders, or ids of runs below output_dir.
+        compare: instead hold runs against the first one named: output folders, FOLDER/ID, or ids of runs below output_dir.
     """
     from reporter import Reporter
 

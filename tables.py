@@ -299,6 +299,14 @@ def remarks(records: Run) -> list[str]:
     return [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
 
 
+def answer_of(records: Run) -> dict | None:
+    """The record whose mask is the run's answer: the chosen point of its method; None if several were not measured."""
+    answer = records[0]["answer"]
+    if any(answer in record["validation"] for record in records):
+        return choose(records, answer)
+    return records[0] if len(records) == 1 else None
+
+
 def share_changed(record: dict) -> str:
     """How much of what is masked the answer's mask switches off: "20.0 % of the layer"."""
     share = 100 * record["methods"][record["answer"]]["weights_changed"] / record["num_graph_vertices"]

@@ -18,6 +18,7 @@ import torch
 import main
 from artifacts import write_tensors
 from config import PipelineConfig, SupportedVisionModels, UserError, plain
+from masks import Mask
 from model import save_classifier, vision_model_loader
 from tests.common import LOG_LINE, TINY
 
@@ -147,8 +148,11 @@ def test_run_prints_its_table(finished):
 
 def test_run_prints_where_things_lie(finished):
     folder, result = finished
-    places = dict(re.findall(r"^(JSON|plots|page|logs) +(\S+)", result.stdout, re.MULTILINE))
-    assert set(places) == {"JSON", "plots", "page", "logs"}
+    places = dict(re.findall(r"^(mask|JSON|plots|page|logs) +(\S+)", result.stdout, re.MULTILINE))
+    assert set(places) == {"mask", "JSON", "plots", "page", "logs"}
+    mask = Mask.load(Path(places.pop("mask")))
+    assert f"Switching off {mask.switched_off} weights" in result.stdout
+    assert re.search(r"with masked\(classifier.weights\(-2\), Mask.load\(path\)\)", result.stdout)
     assert "Switching off" in Path(places.pop("page")).read_text()
     assert all(Path(place).is_dir() and folder in Path(place).parents for place in places.values())
     assert len(list(Path(places["JSON"]).rglob("*.json"))) == 2
@@ -180,6 +184,7 @@ def test_quiet_json_is_all_that_is_said(finished, tiny):
         assert one["forget_score"] == record["methods"][one["method"]]["forget_score"]
     assert said["headline"].startswith("Switching off ")
     assert said["exit"] == 0
+    assert said["headline"].startswith(f"Switching off {Mask.load(Path(said['mask'])).switched_off} weights")
 
 
 def test_dashboard_serves_this_projects_data(finished):

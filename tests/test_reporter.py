@@ -31,6 +31,7 @@ from records import read_records, record_path
 from reporter import Reporter
 from tables import (
     Estimate,
+    answer_of,
     best_points,
     caption,
     choose,
@@ -151,6 +152,15 @@ def test_points_are_chosen_by_one_criterion_in_a_run():
     assert choose(others, "mimu")["kappa"] == 100
     # Rounding decides nothing: of equal points the smaller kappa.
     assert choose([gapped(100, 0.1 + 0.2), gapped(200, 0.3)], "mimu")["kappa"] == 100
+
+
+def test_the_answers_mask_is_that_of_its_chosen_point(records):
+    answer = answer_of(records)
+    assert answer
+    assert answer["id"] == "5-200"
+    unmeasured = [one | {"answer": "mimu_refined"} for one in records]
+    assert answer_of(unmeasured) is None  # three masks, and nothing to choose by
+    assert answer_of(unmeasured[:1]) == unmeasured[0]
 
 
 def test_table_and_headline_by_hand(records):
