@@ -229,7 +229,7 @@ def report(
     """Rebuild every table, figure and the HTML page from the JSON records below a folder.
 
     Args:
-        compare: instead hold runs against the first one named: output folders, runs by id below output_dir, or FOLDER/ID.
+        compare: instead hold runs against the first one named: output folders, ids below output_dir, or FOLDER/ID.
     """
     from reporter import Reporter
 
