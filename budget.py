@@ -4,19 +4,20 @@ The target: forget score <= tau and loss of retain score <= epsilon, each held b
 Every interval is valid for its own kappa; that the first of several is taken is not corrected for.
 """
 
-import math
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from config import AutoConfig
-from intervals import normal_quantile, wilson
+from config import AutoConfig, UserError
+from intervals import paired_difference, wilson
 from masks import masked
 from methods import Context, Point, mask_of
 from model import predictions
 
-Z = normal_quantile(0.95)
+MOST_IMAGES = 2**40  # where the search for a sufficient number of images ends
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,42 @@ class Search:
         return target | {"achieved": self.achieved, "attempts": [asdict(attempt) for attempt in self.attempts]}
 
 
-def wilson_upper(successes: int, count: int) -> float:
-    """Upper end of the 95 % score interval of a share (Wilson 1927, JASA 22:209)."""
-    return wilson(successes, count).high
+def fewest(meets: Callable[[int], bool]) -> int | None:
+    """The smallest number of images from which on `meets` holds; None: no number would do."""
+    most = 1
+    while not meets(most):
+        most *= 2
+        if most > MOST_IMAGES:
+            return None
+    return 1 + bisect_left(range(1, most), True, key=meets)
 
 
-def paired_drop_upper(lost: int, gained: int, count: int) -> float:
-    """Upper end of the 95 % interval of (lost - gained) / count, judgements of the same images before and after.
+def check_provable(auto: AutoConfig, forget_images: int, retain_images: int) -> None:
+    """Check that so many validation images can show the target at all, before anything is computed for it.
 
-    Half a pair is added to each of the four cells (Agresti and Min 2005, Statistics in Medicine 24:729), so that no
-    change at all does not pass for certainty.
+    The best that they can show of a mask: none of the forgotten ones is recognised, no other answer changes.
+
+    Raises:
+        UserError: they cannot; says how many would do.
     """
-    lost_, gained_, count_ = lost + 0.5, gained + 0.5, count + 2
-    drop = (lost_ - gained_) / count_
-    return drop + Z * math.sqrt(max(0.0, (lost_ + gained_) / count_ - drop * drop) / count_)
+    sides = (
+        ("tau", auto.tau, forget_images, "of the classes to forget show a forget score of {:.2g} %",
+         lambda n: 100 * wilson(0, n).high),
+        ("epsilon", auto.epsilon, retain_images, "of the others show a loss of {:.2g} points",
+         lambda n: 100 * paired_difference(0, 0, n).high),
+    )  # fmt: skip
+    short, names = [], []
+    for name, target, images, shown, best in sides:
+        if images and best(images) <= target:
+            continue
+        needed = fewest(lambda n, best=best, target=target: best(n) <= target)
+        would_do = f"{needed} would do" if needed else "no number would do"
+        said = shown.format(best(images) if images else 100)
+        short.append(f"{images} {said} at best, auto.{name} is {target:g} ({would_do})")
+        names.append(f"auto.{name}")
+    if short:
+        how = f"raise {' and '.join(names)}, or data.val_fraction"
+        raise UserError(f"kappa: auto has a target that validation images cannot show, {'; '.join(short)}: {how}")
 
 
 def kappas(size: int, auto: AutoConfig) -> list[int]:
@@ -86,9 +109,9 @@ def attempt(context: Context, point: Point, name: str, before: Tensor) -> Attemp
     return Attempt(
         point.kappa,
         100 * recognised / len(forget),
-        100 * wilson_upper(recognised, len(forget)),
+        100 * wilson(recognised, len(forget)).high,
         100 * (lost - gained) / len(after),
-        100 * paired_drop_upper(lost, gained, len(after)),
+        100 * paired_difference(lost, gained, len(after)).high,
     )
 
 

@@ -12,6 +12,10 @@ class MachineError(RuntimeError):
     """A failure of the machine, such as a full disk. Its text is one sentence: what failed, why, what to do. Exit 1."""
 
 
+class Diverged(UserError):
+    """A training whose loss or weights are no longer finite, with these settings."""
+
+
 class NoHomeError(UserError):
     """The home folder is needed, and nobody knows it."""
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from artifacts import HISTORY, DamagedError, write_json
+from choices import Diverged
 from config import Trackers, TrainConfig, UserError
 from distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
 from gcn import reuse_freed_memory
@@ -215,7 +216,7 @@ class VisionModelTrainer:
         loss.backward()
         norm = gradient_norm(self.model)
         if not math.isfinite(float(loss.detach())):
-            raise UserError("the classifier's loss is no longer finite: lower train.lr")
+            raise Diverged("the classifier's loss is no longer finite: lower train.lr")
         self.optimizer.step()
         return float(loss.detach()), norm
 

@@ -1,10 +1,5 @@
-"""Measure methods x sweep points: every chosen metric, on validation images (for choosing) and on test images.
+"""Measure methods x sweep points: every chosen metric, on validation images (for choosing) and on test images."""
 
-Only the target layers change under a mask, so the first one's input h is computed once per image set and kept; a
-masked model is then judged by `head(h, W)` alone. A model whose earlier layers differ takes the full forward pass.
-"""
-
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,24 +7,24 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
 import baselines  # noqa: F401 - registers its methods
 import edits  # noqa: F401 - registers its methods
 import probes  # noqa: F401 - registers its metrics
+from choices import Diverged
 from comparisons import avg_gap  # registers the metrics against the retrained models too
 from config import KappaModes
 from counts import intervals_of
-from finetuning import Diverged
-from integrity import COSTS, changed_outside, extent, state_hash, unchanged
+from integrity import COSTS, changed_outside, extent, unchanged
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, Settings, mask_of
-from metrics import Choose, Evidence, Outputs, OutputsOf, chosen_metrics
-from model import HookedModel, MaskLayer, inspecting
-from observe import log, progress
+from metrics import chosen_metrics
+from model import HookedModel
+from observe import log
 from records import SCORES
-from verdicts import References, as_facts, verdict
+from snapshots import Snapshots
+from verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
 from views import TABLES, mask_map, tables_of, thumbnails
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
@@ -39,18 +34,7 @@ Judged = TypeVar("Judged")
 Costs = dict[str, float | None]
 
 
-class _Head(nn.Module):
-    """The part of a classifier from the first target layer's input h [B, n] on."""
-
-    def __init__(self, model: HookedModel, mask_layer: MaskLayer):
-        super().__init__()
-        self.model, self.mask_layer = model, mask_layer
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.model.head(h, self.mask_layer)
-
-
-class Eval:
+class Eval(Snapshots):
     """Measures the methods of a context.
 
     Args:
@@ -58,127 +42,13 @@ class Eval:
     """
 
     def __init__(self, context: Context):
-        self.context, self.config = context, context.config
+        super().__init__(context)
         self.metrics = chosen_metrics((*self.config.eval.metrics, *SCORES))
-        self.untouched = copy.deepcopy(context.model)
-        """The classifier as it was, out of reach of every method."""
-        self.original = self.untouched.state_dict()
-        self.original_hash = state_hash(self.untouched)
-        place = context.model.layer_indices(self.config.mask_layer)[0]
-        self.after_prefix = tuple(f"linears.{index}." for index in range(place, len(context.model.linears)))
         self.about: dict[tuple, dict] = {}
         """By method key: settings and what tuning tried, integrity, and the tables that are no single number."""
         self._measured: dict[tuple, dict] = {}
         self._efficacy: dict[int, dict[str, float]] = {}
-        self._references: dict[tuple, Evidence] = {}
-        self._seen: dict[tuple, Outputs] = {}
-
-    # --- where logits come from ---
-
-    def prefix_activations(self, split: str, is_forget_set: bool) -> DataLoader:
-        """The forget or the retain set of a split as cached (h [B, n], label [B]) batches."""
-        tensors = TensorDataset(*self.context.activations(split, is_forget_set))
-        return DataLoader(tensors, batch_size=None, sampler=_spans(tensors))
-
-    def prefix_unchanged(self, model: HookedModel) -> bool:
-        """Whether every parameter and buffer ahead of the target layer is bit-identical to the original."""
-        return all(
-            torch.equal(value, self.original[name])
-            for name, value in model.state_dict().items()
-            if not name.startswith(self.after_prefix)
-        )
-
-    def _prefix_kept(self, model: HookedModel) -> bool:
-        """The same of an entered method's model: where it may change nothing there, `_enter` has just seen to it."""
-        allowed = self.context.allowed
-        kept = allowed is not None and all(name.startswith(self.after_prefix) for name in allowed)
-        return kept or self.prefix_unchanged(model)
-
-    def _may_differ(self, name: str, prefix_unchanged: bool) -> bool:
-        """Whether a tensor of the state dict may differ from the original's."""
-        return name.startswith(self.after_prefix) or not prefix_unchanged
-
-    def inference(self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str) -> Outputs:
-        """Outputs of a model on a whole loader, eval mode; last batches may be short.
-
-        Args:
-            model: maps the loader's inputs to logits [B, C].
-            is_forget_set: which set it is, for subclasses that treat them apart.
-            description: shown while it runs.
-        """
-        logits, labels = [], []
-        with inspecting(model), torch.inference_mode():
-            for inputs, true in progress(data_loader, description):
-                logits.append(model(inputs.to(self.context.device)).float())
-                labels.append(true.to(self.context.device))
-        return Outputs(torch.cat(logits), torch.cat(labels))
-
-    def outputs(
-        self,
-        model: HookedModel,
-        split: str,
-        is_forget_set: bool,
-        description: str,
-        prefix_unchanged: bool | None = None,
-    ) -> Outputs:
-        """Outputs on a set, through the prefix cache where the model's prefix allows it (None: compare and see)."""
-        if self.prefix_unchanged(model) if prefix_unchanged is None else prefix_unchanged:
-            head = _Head(model, self.config.mask_layer)
-            return self.inference(head, self.prefix_activations(split, is_forget_set), is_forget_set, description)
-        return self.inference(model, self.context.images(split, is_forget_set), is_forget_set, description)
-
-    # --- what models are compared with ---
-
-    def remembered(self, name: str, model: HookedModel, same: bool | None = None, keep: bool = True) -> OutputsOf:
-        """Outputs of a model by split and set, each computed when first asked for; `keep`: for the whole run."""
-        seen = self._seen if keep else {}
-
-        def of(split: str, is_forget_set: bool) -> Outputs:
-            key = (name, split, is_forget_set)
-            if key not in seen:
-                seen[key] = self.outputs(model, split, is_forget_set, f"{name} on {split}", same)
-            return seen[key]
-
-        return of
-
-    def evidence(self, model: HookedModel, outputs: OutputsOf, split: str, **more: object) -> Evidence:
-        """What the metrics are given of a model."""
-        config, data = self.config, self.context.data
-
-        def images(split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[Tensor, Tensor]:
-            part = data.splits[split]
-            places = (data.is_forgotten(part.labels) == is_forget_set).nonzero().squeeze(1)
-            if choose is not None:
-                places = places[choose if isinstance(choose, Tensor) else choose(part.labels[places])]
-            return part.batch(places)
-
-        shared = (config.mask_layer, config.forget_labels, config.seed, self.context.device)
-        return Evidence(model, outputs, split, *shared, images, **more)  # ty: ignore[invalid-argument-type]
-
-    def reference(self, split: str) -> Evidence:
-        """The untouched classifier."""
-        if ("default", split) not in self._references:
-            outputs = self.remembered("untouched", self.untouched, True)
-            self._references["default", split] = self.evidence(self.untouched, outputs, split)
-        return self._references["default", split]
-
-    def retrained(self, split: str) -> tuple[Evidence, ...]:
-        """The classifiers retrained without the classes, one per training seed; none if none was asked for."""
-        if self.context.retrain is None:
-            return ()
-        for index in range(self.config.eval.references):
-            if ("retrain", index, split) not in self._references:
-                model = self.context.retrain(index)
-                outputs = self.remembered(f"retrained {index}", model, False)
-                beside = {"original": self.reference(split), "untrained": self.untrained}
-                self._references["retrain", index, split] = self.evidence(model, outputs, split, **beside)
-        return tuple(self._references["retrain", index, split] for index in range(self.config.eval.references))
-
-    @cached_property
-    def untrained(self) -> OutputsOf | None:
-        """Outputs of a classifier that has learned nothing (for ZRF)."""
-        fresh = self.context.untrained
-        return None if fresh is None else self.remembered("untrained", fresh(), False)
+        self._right: dict[tuple, dict[str, Tensor]] = {}  # by method key and score: which test images are recognised
 
     # --- what is measured ---
 
@@ -188,7 +58,14 @@ class Eval:
         if key not in self._measured:
             for is_forget_set in (True, False):  # shared by all methods, so no method's seconds hold it
                 self.context.activations("val", is_forget_set)
-            self._measured[key] = self._enter(name, point, self.tuned(name, point), self._judge)
+            settings = self.tuned(name, point)
+            try:
+                self._measured[key] = self._enter(name, point, settings, self._judge)
+            except Diverged as error:  # this rival has no model here; all others have
+                log(f"{name} is recorded as diverged: {error}")
+                self.about[key]["diverged"] = str(error)
+                nothing = dict.fromkeys((*self.metrics, *COSTS))
+                self._measured[key] = {split: dict(nothing) for split in JUDGED}
         return self._measured[key]
 
     def _enter(
@@ -201,6 +78,7 @@ class Eval:
         """Enter a method, judge its model, leave it, and check that it kept to what it may change.
 
         Raises:
+            Diverged: its training did, or its weights are no finite numbers.
             RuntimeError: it changed what it must not, or left the classifier changed.
         """
         context, key = self.context, METHODS[name].key(self.context, point)
@@ -208,6 +86,8 @@ class Eval:
         with METHODS[name].enter(context, point, **settings) as model:
             costs: Costs = {"seconds": time.perf_counter() - begun + context.charged}
             costs["seconds_offline"] = context.learning_seconds(point.topK) if METHODS[name].learned else 0.0
+            if not all(bool(value.isfinite().all()) for value in model.parameters()):
+                raise Diverged(f"the weights that {name} leaves are no longer finite")
             free = context.allowed is None
             outside = 0 if free else changed_outside(model, self.original, context.allowed)
             if outside:
@@ -229,7 +109,8 @@ class Eval:
                 log(f"{name}: not tuned, its first settings are used; eval.references 1 tunes it")
                 return grid[0]
             gaps = [self._tried(name, point, settings) for settings in grid]
-            about["tuning"] = [dict(one) | {"avg_gap": gap} for one, gap in zip(grid, gaps, strict=True)]
+            known = [gap if math.isfinite(gap) else None for gap in gaps]  # JSON has no word for infinity
+            about["tuning"] = [dict(one) | {"avg_gap": gap} for one, gap in zip(grid, known, strict=True)]
             about["settings"] = dict(grid[min(range(len(grid)), key=lambda place: gaps[place])])
         return about["settings"]
 
@@ -248,7 +129,7 @@ class Eval:
     def _gap(self, name: str, key: tuple, model: HookedModel, costs: Costs) -> float:
         """Avg Gap on validation images; infinite where it is not a number."""
         outputs = self.remembered(name, model, self._prefix_kept(model), keep=False)
-        value = self.evidence(model, outputs, "val", retrained=self._others(name, "val")).figure(avg_gap)
+        value = self.evidence(model, outputs, "val", retrained=self.others(name, "val")).figure(avg_gap)
         return math.inf if value is None else value
 
     def _judge(self, name: str, key: tuple, model: HookedModel, costs: Costs) -> dict[str, dict]:
@@ -258,22 +139,15 @@ class Eval:
         extra = costs | {"weights_changed": weights, "edit_bytes": size}
         judged = {}
         for split in JUDGED:
-            references = {"original": self.reference(split), "retrained": self._others(name, split)}
+            references = {"original": self.reference(split), "retrained": self.others(name, split)}
             e = self.evidence(model, outputs, split, **references, untrained=self.untrained)
             asked = {name: entry for name, entry in self.metrics.items() if split == "test" or entry.group != "deep"}
             judged[split] = {name: e.figure(entry.compute) for name, entry in asked.items()} | extra
             if split == "test":
                 self.about[key]["intervals"] = intervals_of(e, asked)
+                self._right[key] = {"forget_score": e.forget.right, "retain_score": e.retain.right}
         self.about[key] |= tables_of(outputs("test", True), outputs("test", False))
         return judged
-
-    def _others(self, name: str, split: str) -> tuple[Evidence, ...]:
-        """The retrained models that a method is compared with: `retrain` with all but itself, the noise floor.
-
-        With a single one there are none: its gap to itself, 0, would pass for a floor.
-        """
-        references = self.retrained(split)
-        return references[1:] if name == "retrain" else references
 
     def eval_performance_degradation(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict]:
         """Each method's metrics minus the untouched model's, from {method: {metric: value}}."""
@@ -328,23 +202,45 @@ class Eval:
         names = dict.fromkeys((self.answer, *self.config.eval.methods))
         return {name: mask_of(name, self.context, point) for name in names if METHODS[name].mask}
 
+    def _against(self, name: str, other: str, point: Point, measured: Mapping[str, Mapping[str, dict]]) -> Other | None:
+        """What a method's test answers are, held against another method's at a point; None: that one has none."""
+        keys = [METHODS[one].key(self.context, point) for one in (name, other)]
+        if other not in measured or any(key not in self._right for key in keys):
+            return None
+        (mine, theirs) = (self._right[key] for key in keys)
+        pairs = (_pair(mine[score], theirs[score]) for score in SCORES)
+        return Other(measured[other]["test"], *pairs)
+
+    def _by_class(self, right: Tensor, before: Tensor) -> dict[int, Pair]:
+        """Answers to the retained test images, class by class. Both bool [S]."""
+        labels = self.reference("test").retain.labels
+        return {c: _pair(right[labels == c], before[labels == c]) for c in labels.unique().tolist()}
+
     def verdicts(self, measured: Mapping[str, Mapping[str, dict]], point: Point) -> dict[str, list[dict[str, str]]]:
-        """What is to be said against each measured method, in words, from its test figures at a point."""
-        untouched = self.eval_unlearning("default", Point(0, 0, point.seed))["test"]
-        base = self.about[METHODS["default"].key(self.context, point)]["intervals"]
-        figures = {name: values["test"] for name, values in measured.items()}
-        said = {}
+        """What is to be said against each measured method, in words, from its test answers at a point."""
+        measured = {**measured, "default": self.eval_unlearning("default", Point(0, 0, point.seed))}
+        sane, said = bool(self.references) and self.references[0]["sane"], {}
+        before = self._right[METHODS["default"].key(self.context, point)]["retain_score"]
+        gold = self.retrained("test")[:1]
+        drops = {c: p.points for one in gold for c, p in self._by_class(one.retain.right, before).items()}
         for name in measured:
+            key = METHODS[name].key(self.context, point)
+            untouched = self._against(name, "default", point, measured)
+            if untouched is None:
+                said[name] = as_facts([Verdict(DIVERGED, self.about[key]["diverged"])])
+                continue
             references = References(
-                *(int(base[score]["n"]) for score in SCORES),
                 self.context.data.num_classes,
                 untouched,
-                logit_drop=figures.get("logit_drop") if name != "logit_drop" else None,
+                logit_drop=self._against(name, "logit_drop", point, measured) if name != "logit_drop" else None,
+                random=self._against(name, "random", point, measured),
+                by_class=self._by_class(self._right[key]["retain_score"], before),
                 is_mask=METHODS[name].mask is not None and name != "random",
-                random=figures.get("random"),
-                retrained=figures.get("retrain"),
+                is_retrained=name == "retrain",
+                retrained=measured["retrain"]["test"] if sane and "retrain" in measured else None,
+                retrained_drop=drops,
             )
-            said[name] = as_facts(verdict(figures[name], references))
+            said[name] = as_facts(verdict(measured[name]["test"], references))
         return said
 
     def eval(self, topK: int, kappa: int) -> tuple[dict, dict[str, Mask]]:
@@ -360,7 +256,8 @@ class Eval:
             "labels": {name: METHODS[name].label for name in measured},
             "axes": {name: list(METHODS[name].axes_in(context)) for name in measured},
             "degradation": self.eval_performance_degradation(part["methods"]),
-            "verdicts": self.verdicts(measured, point),
+            "verdicts": {name: said for name, said in self.verdicts(measured, point).items() if name in measured},
+            "references": self.references,
             "mask_efficacy": self.eval_mask_efficacy(topK),
             "weight_histogram": self.weight_histogram(masks[self.answer]),
             "mask_map": mask_map(masks[self.answer]),
@@ -372,6 +269,6 @@ class Eval:
         }, masks
 
 
-def _spans(tensors: TensorDataset, size: int = 4096) -> list[slice]:
-    """Slices that cover a dataset: a `DataLoader` over them reads views, not single items."""
-    return [slice(begin, begin + size) for begin in range(0, len(tensors), size)]
+def _pair(right: Tensor, before: Tensor) -> Pair:
+    """What of the same images one model recognises and another does not. Both bool [S]."""
+    return Pair(int((before & ~right).sum()), int((right & ~before).sum()), len(right))

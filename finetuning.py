@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from config import UserError, derive_seed
+from choices import Diverged
+from config import derive_seed
 from model import HookedModel
 from utils_data import UnlearningDataset
 
@@ -18,10 +19,6 @@ BATCH, SMALLEST_BATCH = 128, 8
 STEPS = 20  # of an epoch over D_f, at least: where it is small its batches are, or a rival would end where it began
 RETAINED = 2  # images of D_r for each image of D_f, in one epoch: the same budget for every method
 Optimizing = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-class Diverged(UserError):
-    """A loss that is no longer finite, with these settings on this classifier."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Polarity, everywhere: 1 = weight kept, 0 = weight switched off. Symbols as in the README's table.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -244,21 +245,54 @@ def set_difference_mask(importance: Tensor, forget_class: int | Sequence[int], t
     return Mask(~(forget.any(0) & ~retain.any(0)), graph)
 
 
+def weights_sha256(weights: Sequence[Tensor]) -> str:
+    """SHA-256 of the target layers' weights [m, n], inputs first: types, shapes and bits, wherever they lie."""
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(f"{weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_parent(mask: Mask, weights: Sequence[Tensor]) -> None:
+    """Check that a mask from a file is applied to the weights that it was made for.
+
+    On other weights of the same shape it would switch off places that mean nothing there. A mask made in memory
+    carries no facts, and is not asked.
+
+    Raises:
+        UserError: the weights are others.
+    """
+    made_for = mask.facts.get("weights_sha256")
+    if made_for is None and "classifier_sha256" not in mask.facts:
+        return
+    found = weights_sha256(weights)
+    if made_for != found:
+        known = f"are {made_for[:12]}" if isinstance(made_for, str) else "its file does not name"
+        raise UserError(
+            f"the mask is of another classifier, {mask.facts.get('classifier_path')}, whose weights {known}, these are "
+            f"{found[:12]}: load that one, unmasked, or say masked(..., any_weights=True)"
+        )
+
+
 @contextmanager
-def masked(weights: nn.Parameter | Sequence[nn.Parameter], mask: Mask) -> Generator[None]:
+def masked(weights: nn.Parameter | Sequence[nn.Parameter], mask: Mask, any_weights: bool = False) -> Generator[None]:
     """Switch weights off for the length of the block; afterwards the parameters are bit-identical.
 
     Args:
         weights: the parameters [m, n] that the mask is for, one or (inputs first) several. mask: of the same shapes.
+        any_weights: apply a mask from a file to other weights than it was made for, too.
 
     Raises:
-        UserError: the shapes differ.
+        UserError: the shapes differ, or the mask's file says that it was made for other weights.
     """
     layers = [weights] if isinstance(weights, nn.Parameter) else list(weights)
     needed = tuple(tuple(weight.shape) for weight in layers)
     if mask.graph.shapes != needed:
         found, wanted = (", ".join(f"{m} x {n}" for m, n in shapes) for shapes in (mask.graph.shapes, needed))
         raise UserError(f"the mask is for {found}, the layers are {wanted}: use one made for this model and mask_layer")
+    if not any_weights:
+        check_parent(mask, layers)
     originals = [weight.detach().clone() for weight in layers]
     try:
         with torch.no_grad():

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 from artifacts import SCHEMA, write_json
-from budget import Search, search
+from budget import Search, check_provable, search
 from class_requests import written
 from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
 from eval import Eval
 from hashes import code_key, key_of, now, provenance, sha256_file, versions
-from masks import Mask
+from masks import Mask, weights_sha256
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
 from observe import log, progress
@@ -43,6 +43,7 @@ RECORD_CODE = (
     "views.py",
     "intervals.py",
     "verdicts.py",
+    "snapshots.py",
     "eval.py",
     "budget.py",
     "hashes.py",
@@ -189,6 +190,7 @@ class Pipeline(Stages):
         keys = ("schema", "id", "model", "dataset", "forget_class", "mask_layer", "top_k", "kappa", "seed")
         facts = {key: record[key] for key in (*keys, "auto", "classifier_path", "gcn_path")}
         facts |= {"method": name, "classifier_sha256": sha256_file(self.classifier_path)}
+        facts["weights_sha256"] = weights_sha256(self.classifier.weights(self.config.mask_layer))
         target = path.parents[2] / "masks" / path.parent.name / f"{path.stem}_{name}.safetensors"
         replace(mask, facts=facts).save(target)
         return target
@@ -205,6 +207,9 @@ class Pipeline(Stages):
         if config.kappa is KappaModes.list:
             points = [(k, kappa) for k in config.topK_list for kappa in config.kappa_list]
             return [self.run_single_evaluation_round(*point) for point in progress(points, "sweep")]
+        labels = self.data.splits["val"].labels
+        forgotten = int(self.data.is_forgotten(labels).sum())
+        check_provable(config.auto, forgotten, len(labels) - forgotten)
         found = [(topK, search(self.evaluation.context, topK)) for topK in config.topK_list]
         return [self.run_single_evaluation_round(topK, outcome.kappa, outcome) for topK, outcome in found]
 

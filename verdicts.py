@@ -1,15 +1,16 @@
 """Whether a method did what its scores suggest, in words: no-op, collapsed, suppressed at the head alone, and so on.
 
-Differences of scores count only beyond their 95 % intervals (`intervals.difference`); all scores are of test images,
-in percent.
+All scores are of test images, in percent. Two models are judged on the same images, so a difference of their scores
+counts only beyond the 95 % interval of the paired one (`intervals.paired_difference`).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from intervals import Estimate, difference, wilson
+from intervals import paired_difference, wilson
 
 FORGOTTEN = 5.0  # %: below it the published methods count a class as forgotten; chance among ten classes is 10
+CLASS_DROP = 10.0  # points of one retained class: retraining costs the worst of Fashion-MNIST 8 in the mean
 COLLAPSE_DROP = 10.0  # points of retain score: no method that anyone would use loses as much, retraining gains some
 NEAR_CHANCE = 5.0  # points above 100 / C: a broken classifier answers with one or two classes
 PROBE_GAP = 3.0  # points of recall: 20 retrained MLPs of Fashion-MNIST differed from others by 2.0 at most
@@ -27,35 +28,66 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Answers of a method and of another model to the same n images: how many it loses and gains against the other."""
+
+    lost: int
+    gained: int
+    n: int
+
+    def lower(self, level: float = 0.95) -> bool:
+        """Whether the method recognises fewer, beyond the interval of the difference."""
+        return self.n > 0 and paired_difference(self.lost, self.gained, self.n, level).low > 0
+
+    def higher(self) -> bool:
+        """Whether the method recognises more, beyond the interval."""
+        return self.n > 0 and paired_difference(self.lost, self.gained, self.n).high < 0
+
+    @property
+    def points(self) -> float:
+        """By how much its score is lower."""
+        return 100 * (self.lost - self.gained) / self.n if self.n else 0.0
+
+
+@dataclass(frozen=True)
+class Other:
+    """What a method is held against: another model's figures, and both models' answers to the same images."""
+
+    figures: Figures
+    forget: Pair
+    retain: Pair
+
+
+@dataclass(frozen=True)
 class References:
-    """What a method is held against: figures of other models on the same images; None: not measured.
+    """What a method is held against; None: not measured.
 
     Args:
-        forget_images, retain_images: how many test images the scores are of.
         classes: C, how many the classifier tells apart.
-        is_mask: whether a mask is judged. random: then, a random mask with as many weights.
-        retrained: a model retrained without the classes.
+        untouched: the classifier as it was. logit_drop: the trivial answer. random: a random mask of as many weights.
+        by_class: of each retained class, the method's answers against the untouched classifier's.
+        is_mask: whether a mask is judged. is_retrained: whether a model that never saw the classes is: held against
+            others of its kind it may be, but it need not be.
+        retrained: figures of a model retrained without the classes. retrained_drop: of each retained class, by how many
+            points that model's score is below the untouched one's.
     """
 
-    forget_images: int
-    retain_images: int
     classes: int
-    untouched: Figures
-    logit_drop: Figures | None = None
+    untouched: Other
+    logit_drop: Other | None = None
+    random: Other | None = None
+    by_class: Mapping[int, Pair] = field(default_factory=dict)
     is_mask: bool = False
-    random: Figures | None = None
+    is_retrained: bool = False
     retrained: Figures | None = None
+    retrained_drop: Mapping[int, float] = field(default_factory=dict)
 
-    def share(self, figures: Figures, score: str) -> Estimate:
-        """`forget_score` or `retain_score` with its interval, in [0, 1]."""
-        n = self.forget_images if score == "forget_score" else self.retain_images
-        value = figures[score]
-        assert value is not None, score
-        return wilson(round(value * n / 100), n)
 
-    def higher(self, a: Figures, b: Figures, score: str) -> bool:
-        """Whether a's score is higher than b's beyond the interval of their difference."""
-        return difference(self.share(a, score), self.share(b, score)).low > 0
+def _score(figures: Figures, name: str) -> float:
+    """A score that is always measured."""
+    value = figures[name]
+    assert value is not None, name
+    return value
 
 
 def _beside(a: Figures, b: Figures) -> str:
@@ -66,17 +98,27 @@ def _beside(a: Figures, b: Figures) -> str:
 
 def no_op(figures: Figures, r: References) -> str | None:
     """The forgotten classes are recognised as before: their score is not lower beyond the interval."""
-    if r.higher(r.untouched, figures, "forget_score"):
+    if r.untouched.forget.lower():
         return None
     changed = figures["weights_changed"]
     how = "no weight is changed" if changed == 0 else f"{changed:,} weights are changed"
-    scores = f"{figures['forget_score']:.1f} % against {r.untouched['forget_score']:.1f} %"
+    scores = f"{figures['forget_score']:.1f} % against {r.untouched.figures['forget_score']:.1f} %"
     return f"{how} and the forgotten classes are recognised as before: {scores}, no less beyond noise"
+
+
+def half_forgotten(figures: Figures, r: References) -> str | None:
+    """The forgotten classes are recognised less than before, but still FORGOTTEN % of the time or more."""
+    score, n = _score(figures, "forget_score"), r.untouched.forget.n
+    if score < FORGOTTEN or not r.untouched.forget.lower():
+        return None
+    return (
+        f"the forgotten classes are still recognised {score:.1f} % of the time ({round(score * n / 100)} of {n} images)"
+    )
 
 
 def outputs_only(figures: Figures, r: References) -> str | None:
     """No weight is changed, and yet the forgotten classes are recognised less: the outputs are edited."""
-    if figures["weights_changed"] != 0 or not r.higher(r.untouched, figures, "forget_score"):
+    if figures["weights_changed"] != 0 or not r.untouched.forget.lower():
         return None
     return "no weight is changed: what the model answers is edited, what it knows is all there"
 
@@ -85,22 +127,46 @@ def collapsed(figures: Figures, r: References) -> str | None:
     """The retained score is at most NEAR_CHANCE points above chance (100 / C), or more than COLLAPSE_DROP points below
     the untouched model's.
     """
-    score, before, chance = figures["retain_score"], r.untouched["retain_score"], 100 / r.classes
-    assert score is not None
-    assert before is not None
+    score, before = _score(figures, "retain_score"), _score(r.untouched.figures, "retain_score")
+    chance = 100 / r.classes
     if score > chance + NEAR_CHANCE and score >= before - COLLAPSE_DROP:
         return None
     how = f"{before - score:.1f} points below the untouched model, chance is {chance:.1f} %"
     return f"the retained classes score {score:.1f} %, {how}"
 
 
+def costs_a_class(figures: Figures, r: References) -> str | None:
+    """A retained class is recognised more than CLASS_DROP points less often than by the untouched model, beyond what
+    retraining costs that class, and beyond the interval (corrected for how many classes there are); not said of a
+    collapsed model.
+    """
+    if collapsed(figures, r) is not None or not r.by_class:
+        return None
+    excess = {c: pair.points - max(0.0, r.retrained_drop.get(c, 0.0)) for c, pair in r.by_class.items()}
+    level = 1 - 0.05 / len(r.by_class)  # Bonferroni: the worst of many classes is below 0 by chance alone
+    found = [c for c, pair in r.by_class.items() if excess[c] > CLASS_DROP and pair.lower(level)]
+    if not found:
+        return None
+    worst = max(found, key=lambda c: excess[c])
+    more = f", and {len(found) - 1} more classes lose as clearly" if len(found) > 1 else ""
+    return f"retained class {worst} is recognised {r.by_class[worst].points:.1f} points less often than before{more}"
+
+
+def suppressed(figures: Figures, r: References) -> str | None:
+    """The forget score is below FORGOTTEN % by a change of weights, but no probe has looked at the features: that the
+    outputs forget is all that is known.
+    """
+    forgets = _score(figures, "forget_score") < FORGOTTEN and r.untouched.forget.lower()
+    if r.is_retrained or not forgets or figures["weights_changed"] == 0 or figures.get("probe_gap") is not None:
+        return None
+    return "outputs only, features not checked: probe_gap, which needs a retrained model, was not measured"
+
+
 def head_suppression(figures: Figures, r: References) -> str | None:
     """The forget score is below FORGOTTEN %, but a linear probe on the target layer's output recognises the classes
     more than PROBE_GAP points more often than on a retrained model's.
     """
-    gap = figures.get("probe_gap")
-    score = figures["forget_score"]
-    assert score is not None
+    gap, score = figures.get("probe_gap"), _score(figures, "forget_score")
     if gap is None or gap <= PROBE_GAP or score >= FORGOTTEN:
         return None
     found = f"a linear probe on the features recognises them {gap:.0f} points more than after retraining"
@@ -110,19 +176,17 @@ def head_suppression(figures: Figures, r: References) -> str | None:
 def worse_than_logit_drop(figures: Figures, r: References) -> str | None:
     """It forgets less and retains less than the trivial answer, both beyond the intervals."""
     trivial = r.logit_drop
-    if trivial is None or not r.higher(figures, trivial, "forget_score"):
+    if trivial is None or not trivial.forget.higher() or not trivial.retain.lower():
         return None
-    if not r.higher(trivial, figures, "retain_score"):
-        return None
-    return f"never answering the classes does better: {_beside(figures, trivial)}"
+    return f"never answering the classes does better: {_beside(figures, trivial.figures)}"
 
 
 def no_better_than_random(figures: Figures, r: References) -> str | None:
     """It neither forgets nor retains more than a random mask of as many weights, beyond the intervals."""
     control = r.random if r.is_mask else None
-    if control is None or r.higher(control, figures, "forget_score") or r.higher(figures, control, "retain_score"):
+    if control is None or control.forget.lower() or control.retain.higher():
         return None
-    return f"a random mask of as many weights does no worse: {_beside(figures, control)}"
+    return f"a random mask of as many weights does no worse: {_beside(figures, control.figures)}"
 
 
 def too_random(figures: Figures, r: References) -> str | None:
@@ -139,21 +203,25 @@ def too_random(figures: Figures, r: References) -> str | None:
 
 CHECKS: dict[str, Callable[[Figures, References], str | None]] = {
     "no-op": no_op,
+    "half forgotten": half_forgotten,
     "outputs only": outputs_only,
     "collapsed": collapsed,
+    "costs a class": costs_a_class,
+    "suppressed": suppressed,
     "head suppression only": head_suppression,
     "worse than logit drop": worse_than_logit_drop,
     "no better than random": no_better_than_random,
     "too random": too_random,
 }
 """By key: what there may be to say, the sentence or None."""
-FINE = "fine"
+DIVERGED, UNCHECKED, FINE = "diverged", "unchecked", "fine"
 
 
 def meanings() -> dict[str, str]:
     """Every verdict in general terms, thresholds by value."""
     thresholds = {
         "FORGOTTEN": FORGOTTEN,
+        "CLASS_DROP": CLASS_DROP,
         "COLLAPSE_DROP": COLLAPSE_DROP,
         "NEAR_CHANCE": NEAR_CHANCE,
         "PROBE_GAP": PROBE_GAP,
@@ -162,18 +230,26 @@ def meanings() -> dict[str, str]:
     texts = {key: " ".join((check.__doc__ or "").split()) for key, check in CHECKS.items()}
     for name, value in thresholds.items():
         texts = {key: text.replace(name, f"{value:g}") for key, text in texts.items()}
-    return texts | {FINE: "None of these, as far as the figures that they need were measured."}
+    return texts | {
+        DIVERGED: "Its training diverged with every setting: there is no model, and there are no figures.",
+        UNCHECKED: "None of these, but not every figure that they need was measured.",
+        FINE: "None of these: every check was made and passed.",
+    }
 
 
 def _unmeasured(figures: Figures, r: References) -> list[str]:
     """What could not be checked, for want of which figure."""
-    lacking = [name for name in ("probe_gap", "entropy_gap", "entropy_forget") if figures.get(name) is None]
-    lacking += ["logit_drop"] * (r.logit_drop is None)
+    needed = () if r.is_retrained else ("probe_gap", "entropy_gap", "entropy_forget")
+    lacking = [name for name in needed if figures.get(name) is None]
+    lacking += ["per-class answers"] * (not r.by_class)
+    lacking += ["logit_drop"] * (r.logit_drop is None and figures["weights_changed"] != 0)
     return lacking + ["random"] * (r.is_mask and r.random is None)
 
 
 def verdict(figures: Figures, references: References) -> list[Verdict]:
-    """Everything there is to say against a method, in the order of CHECKS; "fine" alone if that is nothing.
+    """Everything there is to say against a method, in the order of CHECKS.
+
+    If that is nothing: "fine" where every check was made, else "unchecked".
 
     Args:
         figures: its test figures; `forget_score`, `retain_score` and `weights_changed` at least, of `probe_gap`,
@@ -183,7 +259,24 @@ def verdict(figures: Figures, references: References) -> list[Verdict]:
     if found:
         return found
     lacking = _unmeasured(figures, references)
-    return [Verdict(FINE, "nothing found" + (f"; not checked, for want of {', '.join(lacking)}" if lacking else ""))]
+    if lacking:
+        return [Verdict(UNCHECKED, f"nothing found; not checked, for want of {', '.join(lacking)}")]
+    return [Verdict(FINE, "nothing found")]
+
+
+def reference_fault(seen: float, images: int, retain_score: float, retained: int) -> str | None:
+    """Why a retrained model is no reference for what forgetting looks like; None if it is one.
+
+    Args:
+        seen: how many percent of the forgotten classes' training images it recognises, which it was not trained on;
+            `images` of them. retain_score: on validation images of the `retained` classes, in percent.
+    """
+    if 100 * wilson(round(seen * images / 100), images).low > FORGOTTEN:
+        return f"it still names the forgotten classes on {seen:.1f} % of {images} images that it was never trained on"
+    if retained > 1 and retain_score <= 100 / retained + NEAR_CHANCE:
+        by_chance = f"chance is {100 / retained:.1f} %"
+        return f"it names the retained classes on {retain_score:.1f} % of validation images, {by_chance}"
+    return None
 
 
 def as_facts(verdicts: list[Verdict]) -> list[dict[str, str]]:

@@ -73,6 +73,7 @@ LAYERS = {
     "views": 3,
     "probes": 3,
     "verdicts": 4,
+    "snapshots": 4,
     "eval": 4,
     "budget": 4,
     "write": 4,

@@ -1,6 +1,9 @@
 """Rivals that train: what they may change, which images they see, which way their losses go."""
 
+import copy
+import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -155,11 +158,51 @@ def test_settings_that_diverge_are_not_chosen(context, monkeypatch):
     from eval import Eval
 
     judge = Eval(replace(context, retrain=lambda index: context.untrained()))
+    monkeypatch.setattr("snapshots.reference_fault", lambda *_: None)  # what it is held against does not matter here
     diverging = replace(METHODS["finetune"], grid=({"lr": 1e30}, {"lr": 0.01}))
     monkeypatch.setitem(METHODS, "finetune", diverging)
     assert judge.tuned("finetune", POINT) == {"lr": 0.01}
     gaps = [tried["avg_gap"] for tried in judge.about["finetune", 0]["tuning"]]
-    assert gaps[0] == math.inf > gaps[1]
+    assert gaps[0] is None  # what JSON can hold
+    assert gaps[1] >= 0
+
+
+@pytest.mark.parametrize("grid", [({"lr": 1e30},), ({"lr": 1e30}, {"lr": 1e35})])
+def test_a_rival_whose_every_setting_diverges_is_recorded_and_stops_nobody(context, monkeypatch, grid):
+    from eval import COSTS, Eval
+
+    judged = replace(context.config.eval, methods=("finetune", "random", "default"), metrics=("core", "avg_gap"))
+    config = replace(context.config, eval=replace(judged, references=1))
+    monkeypatch.setattr("snapshots.reference_fault", lambda *_: None)
+    monkeypatch.setitem(METHODS, "finetune", replace(METHODS["finetune"], grid=grid))
+    made = {"retrain": lambda index: context.untrained(), "learn_importance": lambda topK: torch.rand(10, 64, 128)}
+    judge = Eval(replace(context, config=config, **made))
+    record, masks = judge.eval(POINT.topK, POINT.kappa)
+    json.dumps(record, allow_nan=False)
+    for part in ("methods", "validation"):
+        lost = record[part]["finetune"]
+        assert set(lost) == {*judge.metrics, *COSTS}
+        assert set(lost.values()) == {None}
+        assert record[part]["random"]["avg_gap"] is not None
+    assert [one["key"] for one in record["verdicts"]["finetune"]] == ["diverged"]
+    assert "no longer finite" in record["verdicts"]["finetune"][0]["sentence"]
+    assert record["intervals"]["finetune"] is None
+    assert "random" in masks
+
+
+def test_weights_that_end_as_no_numbers_have_diverged(context, monkeypatch):
+    """The last step can do it: no loss follows that would show it."""
+    from eval import Eval
+
+    def spoilt(context: Context, point: Point):
+        model = copy.deepcopy(context.model)
+        with torch.no_grad():
+            model.target(-1).weight[0, 0] = math.inf
+        yield model
+
+    monkeypatch.setitem(METHODS, "spoilt", replace(METHODS["finetune"], grid=({},), enter=contextmanager(spoilt)))
+    judge = Eval(replace(context, retrain=None))
+    assert judge.eval_unlearning("spoilt", POINT)["test"]["forget_score"] is None
 
 
 # --- every method -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from config import UserError
-from intervals import Estimate, against, bootstrap_mean, difference, holm, paired, t_interval, wilson
+from intervals import Estimate, against, bootstrap_mean, difference, holm, paired, paired_difference, t_interval, wilson
 
 
 def test_wilson_textbook_values():
@@ -31,6 +31,39 @@ def test_difference_of_shares_textbook_value():
     a, b = wilson(56, 70), wilson(48, 80)
     assert (difference(a, b).low, difference(a, b).high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
     assert (difference(b, a).low, difference(b, a).high) == pytest.approx((-0.3339, -0.0524), abs=5e-5)
+
+
+def test_paired_difference_by_hand():
+    """Half an image in each of the four cells: variance of (loses - gains) over 102 pseudo-images."""
+    z, drop, n = stats.norm.ppf(0.975), (5.5 - 2.5) / 102, 102
+    variance = (5.5 * (1 - drop) ** 2 + 2.5 * (-1 - drop) ** 2 + 94 * drop**2) / n
+    found = paired_difference(5, 2, 100)
+    assert (found.value, found.n) == (0.03, 100)
+    assert (found.low, found.high) == pytest.approx(
+        (drop - z * math.sqrt(variance / n), drop + z * math.sqrt(variance / n))
+    )
+    turned = paired_difference(2, 5, 100)
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+    assert paired_difference(0, 0, 100).high > 0  # no change at all is no certainty
+    assert paired_difference(5, 2, 100, 0.99).low < found.low
+
+
+@pytest.mark.parametrize("counts", [(-1, 0, 5), (0, -1, 5), (3, 3, 5), (0, 0, 0)])
+def test_paired_difference_of_counts_that_cannot_be(counts):
+    with pytest.raises(UserError, match="cannot be"):
+        paired_difference(*counts)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 600), (0.05, 200), (0.5, 60)])
+def test_upper_ends_cover(share, count):
+    """Simulated: the upper ends lie above the truth about 97.5 % of the time."""
+    generator = np.random.default_rng(0)
+    drawn = generator.binomial(count, share, 2000).tolist()
+    assert sum(wilson(x, count).high >= share for x in drawn) / 2000 >= 0.94
+    kinds = generator.random((2000, count))
+    lost, gained = (kinds < share / 2).sum(1), (kinds > 1 - share / 4).sum(1)
+    pairs = zip(lost.tolist(), gained.tolist(), strict=True)
+    assert sum(paired_difference(a, b, count).high >= share / 4 for a, b in pairs) / 2000 >= 0.94
 
 
 def test_times_changes_the_unit():

@@ -32,6 +32,7 @@ from masks import (
     random_mask,
     set_difference_mask,
     top_mask,
+    weights_sha256,
 )
 from methods import METHODS, Context, Point, chosen_methods, mask_of, method
 from model import vision_model_loader
@@ -241,6 +242,44 @@ def test_mask_file_round_trip_and_wrong_shape(tmp_path):
     (tmp_path / "bad").write_bytes(b"no")
     with pytest.raises(UserError, match="not a whole safetensors file"):
         Mask.load(tmp_path / "bad")
+
+
+def test_a_mask_from_a_file_knows_its_weights(tmp_path):
+    """Kinds of other weights: another classifier's, one changed bit, another type, the masked ones themselves."""
+    torch.manual_seed(0)
+    own = nn.Parameter(torch.randn(4, 5))
+    before = own.detach().clone()
+    facts = {"classifier_path": "c.safetensors", "classifier_sha256": "0" * 64, "weights_sha256": weights_sha256([own])}
+    replace(random_mask(layer_graph(4, 5), 7, torch.Generator().manual_seed(0)), facts=facts).save(tmp_path / "m")
+    mask = Mask.load(tmp_path / "m")
+    touched = before.clone()
+    touched[0, 0] = touched[0, 0].nextafter(torch.tensor(9.0))
+    others = [torch.randn(4, 5), touched, before.half(), before * mask.keep]
+    for other in map(nn.Parameter, others):
+        kept = other.detach().clone()
+        with (
+            pytest.raises(UserError, match=r"of another classifier, c\.safetensors, .* any_weights=True"),
+            masked(other, mask),
+        ):
+            pass
+        assert torch.equal(other, kept)
+        with masked(other, mask, any_weights=True):
+            assert not other[~mask.keep].any()
+        assert torch.equal(other, kept)
+    with masked(own, mask):
+        assert torch.equal(own, before * mask.keep)
+    assert torch.equal(own, before)
+    old = replace(mask, facts={"classifier_sha256": "0" * 64})  # of before masks said whose weights they are for
+    with pytest.raises(UserError, match="whose weights its file does not name"), masked(own, old):
+        pass
+
+
+def test_the_hash_of_weights_covers_types_shapes_and_order():
+    a, b = torch.zeros(2, 3), torch.zeros(3, 2)
+    hashes = {weights_sha256(of) for of in ([a], [b], [a, b], [b, a], [a.half()], [-a])}
+    assert len(hashes) == 6
+    assert weights_sha256([a.T.contiguous().T]) == weights_sha256([a])  # how they lie in memory does not matter
+    assert weights_sha256([a.bfloat16()]) == weights_sha256([a.bfloat16()])
 
 
 @pytest.mark.parametrize("mode", list(SFTModes))

@@ -119,9 +119,11 @@ def test_no_metric_depends_on_the_batch_size(models):
 def test_retraining_is_held_against_the_other_retrained_models_alone(count, floor):
     """The method `retrain` yields number 0: its gap to itself, 0, would pass for a noise floor."""
     references = ("r0", "r1", "r2")[:count]
-    evaluation = SimpleNamespace(retrained=lambda split: references)
-    assert Eval._others(evaluation, "retrain", "test") == floor
-    assert Eval._others(evaluation, "default", "test") == references
+    evaluation = SimpleNamespace(references=[{"index": i, "sane": True} for i in range(count)])
+    evaluation._retrained = lambda index, split: references[index]
+    evaluation.retrained = lambda split, but: Eval.retrained(evaluation, split, but)
+    assert Eval.others(evaluation, "retrain", "test") == floor
+    assert Eval.others(evaluation, "default", "test") == references
 
 
 # --- ranges and naive oracles -----------------------------------------------------------------------------

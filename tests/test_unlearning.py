@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import budget
 import main
 from artifacts import read_json, read_tensors, write_tensors
-from budget import Attempt, paired_drop_upper, wilson_upper
+from budget import Attempt
 from config import (
     AutoConfig,
     EvalConfig,
@@ -32,6 +32,7 @@ from config import (
 )
 from data import GraphDataset, GraphGenerator
 from features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log
+from intervals import paired_difference, wilson
 from masks import hard_topk
 from methods import TAYLOR_LAMBDAS, Point, mask_of
 from model import HookedModel
@@ -355,29 +356,32 @@ def test_gcn_file_round_trip_and_others_are_refused(checkpoint, tmp_path):
 # --- kappa by target --------------------------------------------------------------------------------------
 
 
-def test_intervals_by_hand():
-    z2 = budget.Z**2
-    assert wilson_upper(0, 100) == pytest.approx(z2 / (100 + z2))
-    for successes, count in ((3, 50), (50, 50), (20, 600)):  # the end p solves (x/n - p)^2 = z^2 p (1 - p) / n
-        p = wilson_upper(successes, count)
-        assert (successes / count - p) ** 2 == pytest.approx(z2 * p * (1 - p) / count, abs=1e-12)
-        assert p >= successes / count
-    drop, n = (5.5 - 2.5) / 102, 102
-    variance = (5.5 * (1 - drop) ** 2 + 2.5 * (-1 - drop) ** 2 + 94 * drop**2) / n
-    assert paired_drop_upper(5, 2, 100) == pytest.approx(drop + budget.Z * math.sqrt(variance / n))
-    assert paired_drop_upper(0, 0, 100) > 0
+def test_a_target_that_cannot_be_shown_is_refused_with_the_numbers_that_would_do():
+    """Against the intervals themselves, number by number."""
+    auto = AutoConfig(tau=2, epsilon=1)
+    forget = next(n for n in count(1) if 100 * wilson(0, n).high <= 2)
+    retain = next(n for n in count(1) if 100 * paired_difference(0, 0, n).high <= 1)
+    budget.check_provable(auto, forget, retain)
+    with pytest.raises(
+        UserError, match=rf"14 of the classes to forget show a forget score of 22 % at best.*{forget} wo"
+    ):
+        budget.check_provable(auto, 14, retain)
+    with pytest.raises(UserError, match=rf"130 of the others show a loss of 1.5 points at best.*\({retain} would do\)"):
+        budget.check_provable(auto, forget, 130)
+    for few in ((forget - 1, retain), (forget, retain - 1), (0, retain)):
+        with pytest.raises(UserError, match=r"raise auto\.(tau|epsilon), or data\.val_fraction"):
+            budget.check_provable(auto, *few)
+    with pytest.raises(UserError, match=r"auto\.tau is 0 \(no number would do\)"):
+        budget.check_provable(replace(auto, tau=0), 10**6, retain)
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.01, 600), (0.05, 200), (0.5, 60)])
-def test_intervals_cover(share, count):
-    """Simulated: the upper ends lie above the truth about 97.5 % of the time."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = (torch.rand(2000, count, generator=generator) < share).sum(1).tolist()
-    assert sum(wilson_upper(x, count) >= share for x in drawn) / 2000 >= 0.94
-    kinds = torch.rand(2000, count, generator=generator)
-    lost, gained = (kinds < share / 2).sum(1), (kinds > 1 - share / 4).sum(1)
-    pairs = zip(lost.tolist(), gained.tolist(), strict=True)
-    assert sum(paired_drop_upper(a, b, count) >= share / 4 for a, b in pairs) / 2000 >= 0.94
+def test_a_target_that_cannot_be_shown_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("nothing is to be trained")
+
+    monkeypatch.setattr("pipeline.Pipeline.run_vision_model_training", never)
+    with pytest.raises(UserError, match="14 of the classes to forget"):
+        Pipeline(PipelineConfig(output_dir=tmp_path, kappa=KappaModes.auto, device="cpu")).run()
 
 
 def test_kappas_are_log_spaced():
@@ -407,13 +411,13 @@ def test_the_smallest_kappa_that_meets_the_target_is_taken(whole, tmp_path):
 def test_a_target_out_of_reach_is_said_to_be(whole, tmp_path, capsys):
     yaml = tmp_path / "c.yaml"
     yaml.write_text(
-        "kappa: auto\nauto: {tau: 1.0, tries: 3}\ndevice: cpu\n"
+        "kappa: auto\nauto: {tau: 22.0, epsilon: 2.0, largest_share: 0.003, tries: 3}\ndevice: cpu\n"
         "train: {epochs: 12, batch_size: 64}\ngraph: {num_samples: 640}\n"
         "gcn: {steps: 2, hidden_dim: 4, requests_per_step: 1}\n"
     )
     assert main.main(["--config", str(yaml), "--output-dir", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().out
-    assert "Not achievable: no kappa tried shows forget score <= 1.0 %" in said
+    assert "Not achievable: no kappa tried shows forget score <= 22.0 %" in said
     (path,) = (tmp_path / "out").rglob("json/*/*.json")
     record = read_json(path)
     attempts = record["auto"]["attempts"]

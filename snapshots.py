@@ -1,0 +1,202 @@
+"""What models say about the image sets: the judged ones, the untouched classifier, and those retrained without a class.
+
+Only the target layers change under a mask, so the first one's input h is computed once per image set and kept; a
+masked model is then judged by `head(h, W)` alone. A model whose earlier layers differ takes the full forward pass.
+"""
+
+import copy
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from choices import Diverged
+from integrity import state_hash
+from methods import Context
+from metrics import Choose, Evidence, Outputs, OutputsOf
+from model import HookedModel, MaskLayer, inspecting
+from observe import log, progress
+from verdicts import reference_fault
+
+
+class _Head(nn.Module):
+    """The part of a classifier from the first target layer's input h [B, n] on."""
+
+    def __init__(self, model: HookedModel, mask_layer: MaskLayer):
+        super().__init__()
+        self.model, self.mask_layer = model, mask_layer
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.model.head(h, self.mask_layer)
+
+
+class Snapshots:
+    """What models say, computed when first asked for.
+
+    Args:
+        context: classifier, data and configuration.
+    """
+
+    def __init__(self, context: Context):
+        self.context, self.config = context, context.config
+        self.untouched = copy.deepcopy(context.model)
+        """The classifier as it was, out of reach of every method."""
+        self.original = self.untouched.state_dict()
+        self.original_hash = state_hash(self.untouched)
+        place = context.model.layer_indices(self.config.mask_layer)[0]
+        self.after_prefix = tuple(f"linears.{index}." for index in range(place, len(context.model.linears)))
+        self._references: dict[tuple, Evidence] = {}
+        self._models: dict[int, HookedModel] = {}
+        self._seen: dict[tuple, Outputs] = {}
+
+    # --- where logits come from ---
+
+    def prefix_activations(self, split: str, is_forget_set: bool) -> DataLoader:
+        """The forget or the retain set of a split as cached (h [B, n], label [B]) batches."""
+        tensors = TensorDataset(*self.context.activations(split, is_forget_set))
+        return DataLoader(tensors, batch_size=None, sampler=_spans(tensors))
+
+    def prefix_unchanged(self, model: HookedModel) -> bool:
+        """Whether every parameter and buffer ahead of the target layer is bit-identical to the original."""
+        return all(
+            torch.equal(value, self.original[name])
+            for name, value in model.state_dict().items()
+            if not name.startswith(self.after_prefix)
+        )
+
+    def _prefix_kept(self, model: HookedModel) -> bool:
+        """The same of an entered method's model: where it may change nothing there, `_enter` has just seen to it."""
+        allowed = self.context.allowed
+        kept = allowed is not None and all(name.startswith(self.after_prefix) for name in allowed)
+        return kept or self.prefix_unchanged(model)
+
+    def _may_differ(self, name: str, prefix_unchanged: bool) -> bool:
+        """Whether a tensor of the state dict may differ from the original's."""
+        return name.startswith(self.after_prefix) or not prefix_unchanged
+
+    def inference(self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str) -> Outputs:
+        """Outputs of a model on a whole loader, eval mode; last batches may be short.
+
+        Args:
+            model: maps the loader's inputs to logits [B, C].
+            is_forget_set: which set it is, for subclasses that treat them apart.
+            description: shown while it runs.
+        """
+        logits, labels = [], []
+        with inspecting(model), torch.inference_mode():
+            for inputs, true in progress(data_loader, description):
+                logits.append(model(inputs.to(self.context.device)).float())
+                labels.append(true.to(self.context.device))
+        return Outputs(torch.cat(logits), torch.cat(labels))
+
+    def outputs(
+        self,
+        model: HookedModel,
+        split: str,
+        is_forget_set: bool,
+        description: str,
+        prefix_unchanged: bool | None = None,
+    ) -> Outputs:
+        """Outputs on a set, through the prefix cache where the model's prefix allows it (None: compare and see)."""
+        if self.prefix_unchanged(model) if prefix_unchanged is None else prefix_unchanged:
+            head = _Head(model, self.config.mask_layer)
+            return self.inference(head, self.prefix_activations(split, is_forget_set), is_forget_set, description)
+        return self.inference(model, self.context.images(split, is_forget_set), is_forget_set, description)
+
+    # --- what models are compared with ---
+
+    def remembered(self, name: str, model: HookedModel, same: bool | None = None, keep: bool = True) -> OutputsOf:
+        """Outputs of a model by split and set, each computed when first asked for; `keep`: for the whole run."""
+        seen = self._seen if keep else {}
+
+        def of(split: str, is_forget_set: bool) -> Outputs:
+            key = (name, split, is_forget_set)
+            if key not in seen:
+                seen[key] = self.outputs(model, split, is_forget_set, f"{name} on {split}", same)
+            return seen[key]
+
+        return of
+
+    def evidence(self, model: HookedModel, outputs: OutputsOf, split: str, **more: object) -> Evidence:
+        """What the metrics are given of a model."""
+        config, data = self.config, self.context.data
+
+        def images(split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[Tensor, Tensor]:
+            part = data.splits[split]
+            places = (data.is_forgotten(part.labels) == is_forget_set).nonzero().squeeze(1)
+            if choose is not None:
+                places = places[choose if isinstance(choose, Tensor) else choose(part.labels[places])]
+            return part.batch(places)
+
+        shared = (config.mask_layer, config.forget_labels, config.seed, self.context.device)
+        return Evidence(model, outputs, split, *shared, images, **more)  # ty: ignore[invalid-argument-type]
+
+    def reference(self, split: str) -> Evidence:
+        """The untouched classifier."""
+        if ("default", split) not in self._references:
+            outputs = self.remembered("untouched", self.untouched, True)
+            self._references["default", split] = self.evidence(self.untouched, outputs, split)
+        return self._references["default", split]
+
+    @cached_property
+    def references(self) -> list[dict]:
+        """What is known of each retrained classifier: index, whether it is sane, why not, and the scores behind that.
+
+        A model that never saw the classes and answers them all the same (with a single class left nothing ever trains
+        the others' logits), or one that learned nothing, would make whatever does nothing look best.
+        """
+        count = self.config.eval.references if self.context.retrain is not None else 0
+        checked = [self._checked(index) for index in range(count)]
+        for one in checked:
+            if not one["sane"]:
+                log(f"retrained model {one['index']} is not used to choose or to compare with: {one['why']}")
+        if checked and not any(one["sane"] for one in checked):
+            log("no retrained model is left: points are chosen by retain score minus forget score")
+        return checked
+
+    def _checked(self, index: int) -> dict:
+        try:
+            e = self._retrained(index, "val")
+        except Diverged as error:
+            return {"index": index, "sane": False, "why": str(error), "forget_score": None, "retain_score": None}
+        seen, kept = e.train_forget, e.retain.score()
+        retained = self.context.data.num_classes - len(self.config.forget_labels)
+        why = reference_fault(seen.score(), len(seen.labels), kept, retained)
+        return {"index": index, "sane": why is None, "why": why, "forget_score": seen.score(), "retain_score": kept}
+
+    def _retrained(self, index: int, split: str) -> Evidence:
+        if ("retrain", index, split) not in self._references:
+            assert self.context.retrain is not None
+            model = self._models.get(index) or self.context.retrain(index)
+            self._models[index] = model
+            outputs = self.remembered(f"retrained {index}", model, False)
+            beside = {"original": self.reference(split), "untrained": self.untrained}
+            self._references["retrain", index, split] = self.evidence(model, outputs, split, **beside)
+        return self._references["retrain", index, split]
+
+    def retrained(self, split: str, but: int | None = None) -> tuple[Evidence, ...]:
+        """The sane ones of the classifiers retrained without the classes, one per training seed, all but one of them.
+
+        None if none was asked for, or none is sane.
+        """
+        chosen = [one["index"] for one in self.references if one["sane"] and one["index"] != but]
+        return tuple(self._retrained(index, split) for index in chosen)
+
+    def others(self, name: str, split: str) -> tuple[Evidence, ...]:
+        """The retrained models that a method is compared with: `retrain` with all but itself, the noise floor.
+
+        With a single one there are none: its gap to itself, 0, would pass for a floor.
+        """
+        return self.retrained(split, but=0 if name == "retrain" else None)
+
+    @cached_property
+    def untrained(self) -> OutputsOf | None:
+        """Outputs of a classifier that has learned nothing (for ZRF)."""
+        fresh = self.context.untrained
+        return None if fresh is None else self.remembered("untrained", fresh(), False)
+
+
+def _spans(tensors: TensorDataset, size: int = 4096) -> list[slice]:
+    """Slices that cover a dataset: a `DataLoader` over them reads views, not single items."""
+    return [slice(begin, begin + size) for begin in range(0, len(tensors), size)]
