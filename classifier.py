@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from artifacts import HISTORY, DamagedError, write_json
 from choices import Diverged
-from config import Trackers, TrainConfig, UserError
+from config import Trackers, TrainConfig
 from distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
 from gcn import reuse_freed_memory
 from model import HookedModel, inspecting, predictions

@@ -176,7 +176,10 @@ def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
     first, gap = runs[0][0], "avg_gap" in metrics_of(runs)
     series = []
     for method, points in chosen_in(runs).items():
-        seconds = over_runs([point.values["seconds"] for point in points]).value
+        times = [point.values["seconds"] for point in points]
+        if None in times:  # it diverged
+            continue
+        seconds = over_runs(times).value
         known = [quality for quality in (_quality(point.values, gap) for point in points) if quality is not None]
         if seconds > 0 and len(known) == len(points):
             place = [(seconds, over_runs(known))]
@@ -188,7 +191,10 @@ def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _quality(values: dict[str, float], gap: bool) -> float | None:
-    return values.get("avg_gap") if gap else values["retain_score"] - values["forget_score"]
+    """Avg Gap, or retain minus forget score; None for a method that diverged."""
+    if gap or values["retain_score"] is None:
+        return values.get("avg_gap")
+    return values["retain_score"] - values["forget_score"]
 
 
 # --- classes ----------------------------------------------------------------------------------------------

@@ -149,7 +149,8 @@ def metrics_page(metrics: Mapping[str, Metric], example: Example) -> str:
     tail = (
         "\n## Intervals and verdicts\n\nA record's `intervals` are 95 % intervals over the images of its one run: "
         "Wilson's for shares, the bootstrap's for the mean probability. They say nothing about other training seeds. "
-        "`verdicts` rest on them: one score is above another if the interval of their difference excludes 0.\n\n"
+        "`verdicts` rest on answers to the same images: one score is above another if the interval of the paired "
+        "difference excludes 0.\n\n"
     )
     costs = "\n## Costs\n\nBeside the metrics, every record has of each method:\n\n"
     costs += "".join(f"- **{name}**: {text}\n" for name, text in COSTS.items())

@@ -291,12 +291,18 @@ def _listed(classes: list[str]) -> str:
 
 
 def remarks(records: Run) -> list[str]:
-    """The verdicts in whole sentences, each with the methods that it is on; of faultless ones what was unchecked."""
+    """References that failed their check, then the verdicts in whole sentences, each with the methods that it is on."""
     said: dict[str, list[str]] = {}
     for best in best_points(records):
         for one in best.verdicts:
             said.setdefault(one["sentence"], []).append(best.label)
-    return [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
+    unfit = (one for one in records[0].get("references") or [] if not one["sane"])
+    left_out = [
+        f"Retrained model {one['index']}, not used to choose or to compare with: {one['why']}." for one in unfit
+    ]
+    return left_out + [
+        f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"
+    ]
 
 
 def answer_of(records: Run) -> dict | None:

@@ -25,6 +25,7 @@ from panels import (
     over,
     pareto,
     per_class,
+    time_against_quality,
     training,
 )
 from records import read_records, record_path
@@ -193,6 +194,31 @@ def test_verdicts_of_the_chosen_point_are_shown(records):
     for name in ("default", "novel"):
         records[0]["verdicts"][name] = [{"key": "fine", "sentence": "nothing found; not checked"}]
     assert remarks(records)[2:] == ["untouched, a novel method: nothing found; not checked."]
+
+
+def test_a_reference_that_failed_its_check_is_named(records):
+    for one in records:
+        one["references"] = [
+            {"index": 0, "sane": True, "why": None},
+            {"index": 1, "sane": False, "why": "it still knows"},
+        ]
+    assert remarks(records) == ["Retrained model 1, not used to choose or to compare with: it still knows."]
+
+
+def test_a_method_that_diverged_has_a_row_without_figures_and_no_place_in_figures(records):
+    for one in records:
+        for part in ("methods", "validation"):
+            one[part]["novel"] = dict.fromkeys(one[part]["novel"])
+        one["verdicts"] = {"novel": [{"key": "diverged", "sentence": "its loss is no longer finite"}]}
+        one["confusion"]["novel"] = one["class_probability"]["novel"] = None
+    row = table(records)[3]
+    assert (row[0], set(row[3:-1]), row[-1]) == ("a novel method", {"-"}, "diverged")
+    (panel,) = time_against_quality([records])
+    assert "a novel method" not in {series.label for series in panel.series}
+    assert figures_of([records])
+    assert remarks(records) == ["a novel method: its loss is no longer finite."]
+    half = dict(records[0], validation={**records[0]["validation"], "mimu": records[0]["validation"]["novel"]})
+    assert choose([half, records[1]], "mimu") is records[1]  # a point that diverged is chosen last
 
 
 def family() -> list[list[dict]]:
