@@ -121,6 +121,14 @@ def test_noise_depends_on_the_number_of_images_that_change():
     assert keys(figures(80, 88), forget=50, swapped=3) == ["no-op"]
 
 
+def test_two_images_show_nothing_either_way():
+    one, before = figures(0, 88), figures(100, 88, 0)
+    assert keys(one, before, forget=2) == ["too few images"]
+    assert keys(one, before, forget=3) == ["fine"]
+    assert keys(one, figures(5, 88, 0), forget=40) == ["too few images"]  # 2 of 40 recognised before
+    assert keys(before, before, forget=2) == ["no-op"]  # the same answers are the same
+
+
 def test_half_forgotten():
     assert keys(figures(50, 88)) == ["half forgotten"]
     assert keys(figures(FORGOTTEN, 88)) == ["half forgotten"]
