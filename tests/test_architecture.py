@@ -116,6 +116,21 @@ WRITERS = {
     *("numpy.memmap", "numpy.lib.format.open_memmap"),
     *("safetensors.torch.save_file", "safetensors.torch.save_model", "safetensors.numpy.save_file"),
 }
+# What runs code that it finds in a file, or hands a line to a shell. Records, masks and checkpoints come from others.
+RUNS_WHAT_IT_READS = (
+    *("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "runpy", "code"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "commands", "pty.spawn"),
+    *("yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.UnsafeLoader", "yaml.Loader", "yaml.FullLoader"),
+    *("yaml.full_load", "yaml.full_load_all", "torch.hub", "torch.jit.load", "torch.package", "pandas.read_pickle"),
+)
+RUN_BUILTINS = ("eval", "exec", "compile", "__import__")
+ALLOWED_TO_RUN = {
+    ("formats", "pickle"),  # writes CIFAR's files as their makers do
+    ("test_pixel_cache", "pickle"),  # what a worker process gets
+    ("test_utils_data", "pickle"),  # the oracle of the reader of those files, which needs no pickle
+    ("test_all_datasets", "exec"),  # a block of the README
+    ("sweep", "__import__"),  # names of two engines, written beside it
+}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -306,6 +321,38 @@ def loads_weights_only(room: Room) -> list[str]:
     ]
 
 
+def _unsafe_call(room: Room, call: ast.Call) -> str | None:
+    """What about a call would run what it reads; None if nothing does."""
+    name = room.dotted(call.func) or ""
+    given = {word.arg: word.value for word in call.keywords}
+    if any(word not in ("False", "None") for key in ("shell", "allow_pickle") for word in _words(given.get(key))):
+        return "shell or allow_pickle is not False"
+    if name == "torch.load" and "weights_only" not in given:
+        return "torch.load without weights_only=True"
+    if name in ("yaml.load", "yaml.load_all"):
+        loaders = [room.dotted(node) for node in (*call.args[1:2], given.get("Loader")) if node is not None]
+        return None if loaders in (["yaml.SafeLoader"], ["yaml.CSafeLoader"]) else f"{name} without SafeLoader"
+    builtin = call.func.id if isinstance(call.func, ast.Name) and not name else ""
+    return f"{builtin}(...)" if builtin in RUN_BUILTINS else None
+
+
+def _words(node: ast.AST | None) -> list[str]:
+    return [] if node is None else [ast.unparse(node)]
+
+
+def runs_nothing_that_it_reads(room: Room) -> list[str]:
+    allowed = {what for name, what in ALLOWED_TO_RUN if name == room.name}
+    found = [
+        (line, name)
+        for line, name in room.mentions()
+        for prefix in RUNS_WHAT_IT_READS
+        if within(name, prefix) and prefix not in allowed
+    ]
+    calls = (node for node in room.nodes if isinstance(node, ast.Call))
+    found += [(node.lineno, what) for node in calls if (what := _unsafe_call(room, node))]
+    return [f"line {line}: {what}" for line, what in found if what.partition("(")[0] not in allowed]
+
+
 # --- rules for the house ----------------------------------------------------------------------------------
 
 
@@ -338,6 +385,7 @@ FILE_RULES: list[Callable[[Room], list[str]]] = [
     has_no_wildcard_import,
     has_no_bare_except,
     loads_weights_only,
+    runs_nothing_that_it_reads,
 ]
 
 
@@ -425,6 +473,24 @@ BAD = [
     (has_no_bare_except, "main", "try:\n    pass\nexcept:\n    pass"),
     (loads_weights_only, "model", "load(path, weights_only=False)"),
     (loads_weights_only, "model", "load(path, weights_only=flag)"),
+    (runs_nothing_that_it_reads, "model", "import pickle"),
+    (runs_nothing_that_it_reads, "model", "def f():\n    from pickle import loads as l"),
+    (runs_nothing_that_it_reads, "test_model", "import joblib as j"),
+    (runs_nothing_that_it_reads, "model", "eval(text)"),
+    (runs_nothing_that_it_reads, "model", "exec(compile(text, 'a', 'exec'))"),
+    (runs_nothing_that_it_reads, "main", "import os\nos.system('ls')"),
+    (runs_nothing_that_it_reads, "main", "from os import popen"),
+    (runs_nothing_that_it_reads, "main", "import subprocess\nsubprocess.run('ls', shell=True)"),
+    (runs_nothing_that_it_reads, "main", "import subprocess\nsubprocess.run('ls', shell=flag)"),
+    (runs_nothing_that_it_reads, "main", "import subprocess\nsubprocess.getoutput('ls')"),
+    (runs_nothing_that_it_reads, "config", "import yaml\nyaml.load(text)"),
+    (runs_nothing_that_it_reads, "config", "import yaml\nyaml.load(text, yaml.Loader)"),
+    (runs_nothing_that_it_reads, "config", "import yaml\nyaml.load(text, Loader=yaml.FullLoader)"),
+    (runs_nothing_that_it_reads, "config", "from yaml import unsafe_load"),
+    (runs_nothing_that_it_reads, "model", "import torch\ntorch.load(path)"),
+    (runs_nothing_that_it_reads, "model", "from torch import load\nload(path, 'cpu')"),
+    (runs_nothing_that_it_reads, "artifacts", "import numpy as np\nnp.load(path, allow_pickle=True)"),
+    (runs_nothing_that_it_reads, "artifacts", "__import__(name)"),
 ]
 GOOD = [
     (imports_run_downwards, "artifacts", "import json\nfrom config import PROJECT_ROOT"),
@@ -444,6 +510,12 @@ GOOD = [
     (has_docstrings, "model", "'''Model.'''\ndef _f(): ...\nclass A:\n    '''A.'''\n    def f(self): ..."),
     (never_imports_eval_whole, "main", "from eval import Eval\nimport evaluate\nmodel.eval()"),
     (loads_weights_only, "model", "load(path, weights_only=True)"),
+    (runs_nothing_that_it_reads, "model", "import torch\ntorch.load(path, weights_only=True)\nmodel.eval()"),
+    (runs_nothing_that_it_reads, "config", "import yaml\nyaml.safe_load(a)\nyaml.load(a, Loader=yaml.SafeLoader)"),
+    (runs_nothing_that_it_reads, "artifacts", "import numpy as np\nnp.load(path, allow_pickle=False)"),
+    (runs_nothing_that_it_reads, "main", "import re\nimport subprocess\nre.compile('a')\nsubprocess.run(['ls'])"),
+    (runs_nothing_that_it_reads, "main", "from eval import Eval\nself.eval(1)\nhtml.compile(text)"),
+    (runs_nothing_that_it_reads, "formats", "import pickle\npickle.dumps(1)"),
 ]
 
 

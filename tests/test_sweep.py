@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -155,7 +156,7 @@ def test_takes_config_files_alone(words, capsys):
 
 @pytest.mark.parametrize("name", ["submitit", "ray"])
 def test_absent_engine_is_one_sentence(name, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, name, None)
+    monkeypatch.setitem(sys.modules, name, None)
     executor = {"submitit": "slurm", "ray": "ray"}[name]
     with pytest.raises(UserError, match=f"needs {name}, which is not here: uv sync --extra {executor}"):
         list(EXECUTORS[executor]([], SweepConfig({"seed": [0]}, executor)))
