@@ -2,10 +2,14 @@
 
     uv run benchmarks/image_trees.py                      20,000 JPEGs of 500x375 (about 1 GB in the folder --root)
     uv run benchmarks/image_trees.py --million 1280000    the index alone, of so many small files (5 GB)
+    uv run benchmarks/image_trees.py --pictures DIR       epochs of an MLP on real pictures at 32 pixels
 
 Speed: medians of alternating repeats, images/s of whole loaders (decoding to 128x128 and normalising, 2 worker
 processes there, 4 threads here), and seconds from nothing to a dataset that knows its paths and labels. `busy`: the
-share of the two cores' time left free by other processes that our loader used.
+share of the two cores' time left free by other processes that our loader used. Pictures: `first_pass_ratio`, the
+first look at a tree (decoded, hashed, kept) / decoding every file of it (by the wall's clock, and by the processor's);
+then images/s of epochs that train an MLP on
+batches of 512, from what was kept and with each image decoded anew.
 """
 
 import argparse
@@ -30,13 +34,17 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from choices import SupportedVisionModels
 from config import PROJECT_ROOT
-from image_files import How
+from image_check import check
+from image_files import How, decode_many
 from image_tree import open_tree
 from lazy_pixels import LazyPixels
+from model import vision_model_loader
+from pixel_cache import PixelCache
 from utils_data import Images, make_loader
 
-CLASSES, BATCH, SIZE = 100, 256, 128
+CLASSES, BATCH, SIZE, SMALL = 100, 256, 128, 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -131,12 +139,58 @@ def starting(root: Path, store: Path, repeats: int) -> dict:
     }
 
 
+def pictures(root: Path, store: Path, repeats: int) -> dict:
+    """What the first look at a tree costs, and images/s of epochs from then on."""
+    torch.set_num_threads(1)
+    tree, how, threads = open_tree(root, "folders", store), How(SMALL), 2 * len(os.sched_getaffinity(0))
+    rows = np.arange(len(tree))
+
+    def decode_all() -> None:
+        decode_many([tree.path(row) for row in rows], [tree.stamp(row) for row in rows], how, threads)
+
+    def first_look() -> None:
+        shutil.rmtree(store, ignore_errors=True)
+        check(open_tree(root, "folders", store), rows, how, threads, 20e9)
+
+    bare, first = [], []
+    for _ in range(repeats):  # no warm-up, which would cost minutes
+        for function, taken in ((decode_all, bare), (first_look, first)):
+            begun = time.perf_counter(), time.process_time()
+            function()
+            taken.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+    checked, cache = check(tree, rows, how, threads, 20e9)
+    sound = np.setdiff1d(rows, list(checked.bad))
+    labels = torch.from_numpy(tree.labels[sound].astype(np.int64))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, len(tree.classes), 3, SMALL)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def epoch(kept: PixelCache | None) -> float:
+        """Images per second."""
+        loader = make_loader(Images(LazyPixels.kept(checked, sound, how, threads, kept), labels, mean, std), 512, 0)
+        begun = time.perf_counter()
+        for images, targets in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), targets).backward()
+            optimizer.step()
+        return len(sound) / (time.perf_counter() - begun)
+
+    anew = epoch(None)
+    later = [epoch(cache) for _ in range(1 + repeats)][1:]
+    wall, processor = (ratio([one[part] for one in first], [one[part] for one in bare]) for part in (0, 1))
+    figures = {"images": len(sound), "decode_seconds": median(seconds for seconds, _ in bare)}
+    figures |= {"first_pass_ratio": wall, "first_pass_processor_ratio": processor}
+    return figures | {"epoch_images_per_second": median(later), "decoded_anew_images_per_second": anew}
+
+
 MEMORY = """
 import sys, time
 from pathlib import Path
 from image_files import How
 from image_tree import open_tree
 from lazy_pixels import LazyPixels
+from model import vision_model_loader
+from pixel_cache import PixelCache
 begun = time.perf_counter()
 tree = open_tree(Path(sys.argv[1]), "folders", Path(sys.argv[2]))
 seconds, processor = time.perf_counter() - begun, time.process_time()
@@ -168,11 +222,14 @@ def main() -> None:
     made.add_argument("--root", type=Path, default=Path("/tmp/mimu-trees"))
     made.add_argument("--count", type=int, default=20_000)
     made.add_argument("--million", type=int, help="index a tree of so many files instead")
+    made.add_argument("--pictures", type=Path, help="a folder of class folders with pictures, instead")
     made.add_argument("--batches", type=int, default=8)
     made.add_argument("--repeats", type=int, default=3)
     given: argparse.Namespace = made.parse_args()
     store = given.root / "store"
-    if given.million:
+    if given.pictures:
+        figures = pictures(given.pictures, store, given.repeats)
+    elif given.million:
         figures = million(make_tree(given.root, given.million, (32, 24)), store)
     else:
         root = make_tree(given.root, given.count, (500, 375))
