@@ -176,7 +176,10 @@ def _examine(tree: Tree, row: int, how: How) -> Seen:
         except BadImageError as error:
             if str(error) != CHANGED or left == 0:
                 raise
-        facts = os.stat(tree.path(row))  # noqa: PTH116
+        try:
+            facts = os.stat(tree.path(row))  # noqa: PTH116
+        except OSError as error:
+            raise BadImageError(f"{UNREADABLE} ({error.strerror})") from None
         tree.sizes[row], tree.marks[row] = facts.st_size, mark_of(facts)
     raise AssertionError
 

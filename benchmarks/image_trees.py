@@ -8,8 +8,7 @@ Speed: medians of alternating repeats, images/s of whole loaders (decoding to 12
 processes there, 4 threads here), and seconds from nothing to a dataset that knows its paths and labels. `busy`: the
 share of the two cores' time left free by other processes that our loader used. Pictures: `first_pass_ratio`, the
 first look at a tree (decoded, hashed, kept) / decoding every file of it (by the wall's clock, and by the processor's);
-then images/s of epochs that train an MLP on
-batches of 512, from what was kept and with each image decoded anew.
+then images/s of epochs that train an MLP on batches of 512, from what was kept and with each image decoded anew.
 """
 
 import argparse

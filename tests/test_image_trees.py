@@ -302,6 +302,28 @@ def test_file_that_vanishes_while_it_is_looked_at(tree, tmp_path, monkeypatch, w
         assert not set().union(*(names(load(tree, tmp_path), split) for split in SPLITS)) & {"cat/0.jpg"}
 
 
+@pytest.mark.parametrize("what", ["written to", "removed"])
+def test_file_that_changes_while_it_is_read(tree, tmp_path, monkeypatch, what):
+    """Between the look at its time and the reading of it: it is read again, or is one that cannot be read."""
+    stamps, victim = image_tree.Tree.stamp, tree / "cat/0.jpg"
+    black = tmp_path / "black.png"
+    Image.new("RGB", (20, 20)).save(black)
+
+    def meanwhile(self, row):
+        stamp = stamps(self, row)
+        if self.name(row) == "cat/0.jpg" and victim.exists() and victim.read_bytes() != black.read_bytes():
+            victim.write_bytes(black.read_bytes()) if what == "written to" else victim.unlink()
+        return stamp
+
+    monkeypatch.setattr(image_tree.Tree, "stamp", meanwhile)
+    data = load(tree, tmp_path)
+    found = set().union(*(names(data, split) for split in SPLITS))
+    assert ("cat/0.jpg" in found) == (what == "written to")
+    for split in SPLITS:
+        for place, name in enumerate(sorted(names(data, split))):
+            assert (data.splits[split].pixels[[place]] == 0).all() == (name == "cat/0.jpg")
+
+
 def test_image_that_rots_is_checked_again_by_the_next_run(tree, tmp_path, monkeypatch):
     """A disk that goes bad changes no stamp: the run that meets it says so, and the next one does not trust it."""
     data = load(tree, tmp_path, cache_gb=0)
