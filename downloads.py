@@ -101,7 +101,11 @@ def prepare(dataset: SupportedDatasets, datasets_dir: Path, dataset_path: Path |
     root = dataset_root(dataset, dataset_path, datasets_dir)
     unpack_all(root)
     tree = open_tree_of(dataset, root, datasets_dir)
-    log(f"{dataset.value}: {len(tree)} images of {len(set(tree.labels.tolist()))} classes in {root}")
+    present = sorted(set(tree.labels.tolist()))
+    first = ", ".join(tree.classes[label] for label in present[:10]) + ", ..." * (len(present) > 10)
+    for note in tree.notes:
+        log(f"{tree.root}: {note}")
+    log(f"{dataset.value}: {len(tree)} images of {len(present)} classes ({first}) in {tree.root}")
     return root
 
 

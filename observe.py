@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from config import Trackers
 
@@ -87,7 +87,7 @@ class Tracker:
         if self.kind is Trackers.trackio:
             plain = {"auto_log_gpu": False, "auto_log_cpu": False}
             with redirect_stdout(io.StringIO()):  # a banner in colours
-                _trackio().init(project=TRACKIO_PROJECT, name=self.name, config=self.config, **plain)
+                _trackio().init(project=TRACKIO_PROJECT, name=self.name, config=_all_visible(self.config), **plain)
         return self
 
     def log(self, step: int, **values: float) -> None:
@@ -110,6 +110,15 @@ class Tracker:
         if self.kind is Trackers.trackio:
             with redirect_stdout(io.StringIO()):
                 _trackio().finish()
+
+
+def _all_visible(value: Any) -> Any:
+    """The same with every text as it may be shown: trackio's database takes UTF-8 alone, paths hold any bytes."""
+    if isinstance(value, dict):
+        return {key: _all_visible(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_all_visible(item) for item in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def _trackio() -> ModuleType:

@@ -254,6 +254,8 @@ def dataset_root(dataset: SupportedDatasets, dataset_path: Path | None, datasets
 def how_to_get(dataset: SupportedDatasets) -> str:
     """The command that gets a dataset, or where it is."""
     spec = SPECS[dataset]
+    if dataset is SupportedDatasets.FOLDER:
+        return "name it with --dataset-path"
     if not spec.torchvision and not spec.hub:
         return "nothing to get" if spec.read else f"put it there by hand: {spec.source}"
     get = f"get it with `uv run main.py download {dataset.value}`"

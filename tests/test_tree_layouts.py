@@ -12,10 +12,11 @@ from formats import photo, write_cifar, write_mnist, write_svhn, write_tree
 import artifacts
 import readers
 from choices import SupportedDatasets, UserError
-from config import DataConfig, PipelineConfig
+from config import DataConfig, PipelineConfig, Trackers
 from downloads import listing, prepare
 from image_tree import open_tree
 from litter import litter_file
+from observe import Tracker
 from split_names import TEST, TRAIN, UNSPLIT, VAL, splits_by_name
 from tree_layouts import NoTreeError
 from utils_data import SPLITS, dataset_facts, get_unlearning_dataset
@@ -286,6 +287,18 @@ def test_names_that_are_no_utf8_are_shown_escaped(tmp_path, capsys):
     assert r"dog/bad\xe9.jpg" in capsys.readouterr().err
     assert all(path.name.startswith(r"ph\xf6to") for path in (tmp_path / "store/index").iterdir())
     assert len(data.splits["train"].batch(slice(None))[0]) > 0
+
+
+def test_a_tracker_is_given_text_that_its_database_takes(monkeypatch):
+    class Trackio:
+        init = staticmethod(lambda **given: asked.append(given))
+        finish = staticmethod(lambda: None)
+
+    asked: list[dict] = []
+    monkeypatch.setattr("observe._trackio", lambda: Trackio)
+    with Tracker(Trackers.trackio, "x", {"dataset_path": "ph\udcf6to", "forget_class": ["caf\udce9", 1]}):
+        pass
+    assert asked[0]["config"] == {"dataset_path": r"ph\xf6to", "forget_class": [r"caf\xe9", 1]}
 
 
 def test_long_names_make_no_file_name_too_long(tmp_path):
