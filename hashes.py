@@ -15,7 +15,7 @@ import numpy as np
 
 from config import PROJECT_ROOT
 
-PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors")
+PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors", "pillow")
 
 
 RACE_NS = 50_000_000  # a file changed this shortly before it was read may change again without a new time
