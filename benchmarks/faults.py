@@ -286,6 +286,8 @@ def measured(plan: Plan, folder: Path) -> Plan:
     """Run a plan twice undisturbed, and once more where everything is there."""
     first, second = folder / f"{plan.name}-first", folder / f"{plan.name}-second"
     plan.folder = first
+    first.mkdir()  # as each trial's is: operations have the same numbers there
+    second.mkdir()
     plan.operations = counted(plan, first, WRITES)
     before = os.times()
     plan.reads = counted(plan, second, ("read", *WRITES))
