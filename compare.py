@@ -47,7 +47,7 @@ def side(name: str, runs: Sequence[Run]) -> Side:
         cell = (first["model"], first["images"], tuple(labels_of(first)), first["seed"])
         cells.setdefault(cell, []).append(run)
     metrics = {metric: about for run in runs for metric, about in run[0]["metrics"].items()}
-    return Side(name, cells, {metric: about for metric, about in metrics.items() if about.get("first", True)})
+    return Side(name, cells, {metric: about for metric, about in metrics.items() if about["first"]})
 
 
 def find_side(name: str, output_dir: Path) -> Side:

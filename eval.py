@@ -22,7 +22,7 @@ from methods import METHODS, Context, Point, Settings, mask_of
 from metrics import chosen_metrics
 from model import HookedModel
 from observe import log
-from records import SCORES
+from record_schema import SCORES
 from snapshots import Snapshots
 from verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
 from views import TABLES, mask_map, tables_of, thumbnails

@@ -59,11 +59,11 @@ def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
 
 def identity(run: Run) -> dict[str, object]:
     """Everything that defines a run but its seed and its classes to forget, by name."""
-    first, about = run[0], run[0].get("provenance", {})
+    first, about = run[0], run[0]["provenance"]
     points = {"topK tried": sorted({record["top_k"] for record in run})}
     if first["auto"] is None:
         points["kappa tried"] = sorted({record["kappa"] for record in run})
-    made_by = {"code": first.get("code"), "device": str(about.get("device", "")).partition(":")[0]}
+    made_by = {"code": first["code"], "device": about["device"].partition(":")[0]}
     return {
         "model": first["model"],
         "images": first["images"],
@@ -71,7 +71,7 @@ def identity(run: Run) -> dict[str, object]:
         **{f"given {name}": value for name, value in first["given"].items()},
         **points,
         **made_by,
-        **about.get("versions", {}),
+        **about["versions"],
     }
 
 
@@ -83,7 +83,7 @@ def family_key(run: Run) -> str:
 def families(runs: Iterable[Run]) -> list[list[Run]]:
     """Runs by family. Of several with the same seed and classes as well, the one that started last; that is said."""
     found: dict[str, dict[str, Run]] = {}
-    for run in sorted(runs, key=lambda run: run[0].get("provenance", {}).get("started", "")):
+    for run in sorted(runs, key=lambda run: run[0]["provenance"]["started"]):
         place = f"{run[0]['seed']} {labels_of(run[0])}"
         family = found.setdefault(family_key(run), {})
         if place in family:

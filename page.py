@@ -133,7 +133,7 @@ def _map_row(row: Sequence[int], most: int) -> str:
 
 def _point(record: dict, metrics: Sequence[str]) -> dict:
     """One point of the sweep, for the slider."""
-    answer, layers = record["answer"], record.get("mask_map") or []
+    answer, layers = record["answer"], record["mask_map"]
     said = record.get("said_of_samples") or {}
     bars = forgotten_taken_for([[record]])
     return {
@@ -171,7 +171,7 @@ def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) ->
         "chosen": [best["kappa"], best["top_k"]],
         "points": [_point(record, metrics) for record in run] if _answered(run) else [],
         "samples": first.get("samples"),
-        "layers": [[layer["layer"], *layer["shape"]] for layer in first.get("mask_map") or []],
+        "layers": [[layer["layer"], *layer["shape"]] for layer in first["mask_map"]],
         "figures": {name: [_slim(panel) for panel in panels] for name, panels in panels.items() if panels},
     }
 
@@ -191,13 +191,13 @@ def _bold(rows: list[list[str]]) -> list[list[tuple[str, bool]]]:
 def _run_text(run: Run, apart: str) -> dict:
     """What the page says of a run in itself; `apart`: what tells its family from others of the same name."""
     first = run[0]
-    about = first.get("provenance", {})
+    about = first["provenance"]
     facts = {
-        "commit": f"{about.get('commit') or 'unknown'}{' (changed files)' if about.get('dirty') else ''}",
-        "started": about.get("started", "unknown"),
-        "device": about.get("device", "unknown"),
-        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in about.get("seconds", {}).items()),
-        "versions": ", ".join(f"{name} {value}" for name, value in about.get("versions", {}).items()),
+        "commit": f"{about['commit'] or 'unknown'}{' (changed files)' if about['dirty'] else ''}",
+        "started": about["started"],
+        "device": about["device"],
+        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in about["seconds"].items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in about["versions"].items()),
         "record": ", ".join(record["id"] for record in run[:12]) + (" ..." if len(run) > 12 else ""),
     }
     return {

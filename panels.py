@@ -70,7 +70,7 @@ def _at(runs: Sequence[Run], method: str, metric: str, **place: int) -> Estimate
     records = [record for record in found if record and record["methods"].get(method, {}).get(metric) is not None]
     if not records:
         return None
-    own = (records[0].get("intervals") or {}).get(method, {}).get(metric)
+    own = (records[0]["intervals"][method] or {}).get(metric)
     if len(records) == 1 and own:
         return Estimate(own["value"], own["low"], own["high"], own["n"])
     return over_runs([record["methods"][method][metric] for record in records])
@@ -202,7 +202,7 @@ def _quality(values: dict[str, float], gap: bool) -> float | None:
 
 def class_scores(record: dict, method: str) -> list[float | None] | None:
     """Accuracy of every class in percent, None for a class without images; None if the record has no such table."""
-    table = (record.get("confusion") or {}).get(method)
+    table = record["confusion"][method]
     if table:
         return [100 * row[place] / sum(row) if sum(row) else None for place, row in enumerate(table)]
     return (record.get("class_score") or {}).get(method)
@@ -210,7 +210,7 @@ def class_scores(record: dict, method: str) -> list[float | None] | None:
 
 def taken_for(record: dict, method: str) -> list[float] | None:
     """Share of the forgotten test images that is taken for each class, percent."""
-    table = (record.get("confusion") or {}).get(method)
+    table = record["confusion"][method]
     named = record["forget_class"] if isinstance(record["forget_class"], list) else [record["forget_class"]]
     if table:
         counts = [sum(table[row][place] for row in named) for place in range(len(table))]
@@ -291,7 +291,7 @@ def _blocks(table: list[list[float]], size: int) -> list[list[float]]:
 def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
     """Confusion matrix after minus before, each row in percent of its images."""
     record = choose(runs[0], runs[0][0]["answer"])
-    tables = record.get("confusion") or {}
+    tables = record["confusion"]
     before, after = tables.get("default"), tables.get(record["answer"])
     if not before or not after:
         return []
@@ -315,7 +315,7 @@ def mask_map(runs: Sequence[Run]) -> list[Panel]:
     """Where the answer's mask switches weights off, with the sums of rows and columns; one panel per layer."""
     record = choose(runs[0], runs[0][0]["answer"])
     found = []
-    for layer in record.get("mask_map") or []:
+    for layer in record["mask_map"]:
         (m, n), cells = layer["shape"], layer["cells"]
         block = f"{math.ceil(m / len(cells))} x {math.ceil(n / len(cells[0]))}"
         title = f"switched off in {layer['layer']},\n{m} x {n}, kappa {record['kappa']:,}"

@@ -19,6 +19,7 @@ from masks import Mask, weights_sha256
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
 from observe import log, progress
+from record_schema import complaint
 from records import read_whole, record_path
 from reporter import Reporter
 from resume import recipe
@@ -48,6 +49,7 @@ RECORD_CODE = (
     "budget.py",
     "hashes.py",
     "artifacts.py",
+    "record_schema.py",
     "records.py",
     "pipeline.py",
 )
@@ -182,6 +184,8 @@ class Pipeline(Stages):
         places = {"mask_path": paths[measured["answer"]], "mask_paths": paths}
         places |= {"mask_sha256": {name: sha256_file(file) for name, file in files.items()}}
         record |= {**places, "provenance": provenance() | run, **measured, **self.data.image_facts}
+        if wrong := complaint(record):
+            raise RuntimeError(f"this record does not fit record_schema.py: {wrong}")
         write_json(path, record)
         return record
 

@@ -7,15 +7,11 @@ from artifacts import SCHEMA, DamagedError, read_json
 from config import UserError
 from hashes import sha256_file
 from observe import log
+from record_schema import complaint
 
 RECORDS = Path("eval/metrics_and_plots/json")
-NEEDED = (
-    *("id", "run", "model", "dataset", "forget_class", "seed", "top_k", "kappa", "mask_layer", "num_graph_vertices"),
-    *("images", "num_classes", "split_sizes", "classifier_sha256", "given"),
-    *("objective", "answer", "auto", "config", "classifier_path", "gcn_path"),
-    *("methods", "validation", "metrics", "labels", "axes", "weight_histogram", "class_probability"),
-)  # of a record that can be reported
-SCORES = ("forget_score", "retain_score")  # always measured: points, verdicts and the answer rest on them
+SHARED = ("model", "dataset", "objective", "images", "num_classes", "forget_class", "seed", "mask_layer", "answer")
+"""What the records of one run have in common, beside their methods and metrics."""
 
 
 def record_path(output_dir: Path, record: Mapping[str, object]) -> Path:
@@ -32,24 +28,21 @@ def read_record(output_dir: Path, path: Path) -> dict:
         UserError, MachineError: it cannot be read.
     """
     record = read_json(path)
-    try:
-        if record.get("schema") != SCHEMA or record_path(output_dir, record) != path:
-            raise DamagedError(path, f"no {SCHEMA} record of this place")
-        if missing := [name for name in NEEDED if name not in record]:
-            raise DamagedError(path, f"it has no {', '.join(missing)}")
-        if lacking := _without_scores(record):
-            raise DamagedError(path, f"it has no scores of {', '.join(lacking)}")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(path, str(error)) from None
+    wrong = complaint(record)
+    if wrong or record["schema"] != SCHEMA or record_path(output_dir, record) != path:
+        raise DamagedError(path, wrong or f"no {SCHEMA} record of this place")
     return record
 
 
 def read_records(output_dir: Path) -> list[dict]:
     """All records below `output_dir`, in path order; a broken or foreign file is named and left out."""
-    records = []
+    records, runs = [], {}
     for path in sorted((output_dir / RECORDS).glob("*/*.json")):
         try:
-            records.append(read_record(output_dir, path))
+            record = read_record(output_dir, path)
+            if _of_its_run(record) != runs.setdefault(record["run"], _of_its_run(record)):
+                raise DamagedError(path, f"it says other things of run {record['run']} than the run's other records")
+            records.append(record)
         except UserError as error:
             log(f"left out: {error.found if isinstance(error, DamagedError) else error}")
     return records
@@ -73,7 +66,5 @@ def read_whole(output_dir: Path, path: Path) -> dict | None:
     return record
 
 
-def _without_scores(record: Mapping[str, Mapping]) -> list[str]:
-    """Methods that a record names without the figures that points are chosen by."""
-    figures = [record[part] for part in ("methods", "validation")]
-    return [name for name in record["labels"] if not all(set(part.get(name, ())) >= set(SCORES) for part in figures)]
+def _of_its_run(record: dict) -> list:
+    return [*(record[name] for name in SHARED), *(list(record[name]) for name in ("labels", "metrics"))]

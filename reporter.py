@@ -29,7 +29,7 @@ from write import as_csv, as_latex, as_text
 
 CODE = (
     *("reporter.py", "write.py", "families.py", "intervals.py", "tables.py", "panels.py", "figures.py"),
-    *("hashes.py", "artifacts.py", "records.py", "observe.py"),
+    *("hashes.py", "artifacts.py", "record_schema.py", "records.py", "observe.py"),
 )
 PAGE = Path("reports/index.html")
 

@@ -33,12 +33,12 @@ class Best:
 
     @property
     def verdicts(self) -> list[dict[str, str]]:
-        """What the record says against the method; nothing in records from before there were verdicts."""
-        return (self.record.get("verdicts") or {}).get(self.method, [])
+        """What the record says against the method."""
+        return self.record["verdicts"][self.method]
 
     def interval(self, metric: str) -> dict | None:
         """The metric's own interval {value, low, high, n}, where the record has one."""
-        return (self.record.get("intervals") or {}).get(self.method, {}).get(metric)
+        return (self.record["intervals"][self.method] or {}).get(metric)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def shown(figure: Estimate | None) -> str:
 def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, dict]:
     """What the records say of their metrics: all of them, or those that are shown first."""
     found = {name: about for run in runs for name, about in run[0]["metrics"].items()}
-    return {name: about for name, about in found.items() if every or about.get("first", True)}
+    return {name: about for name, about in found.items() if every or about["first"]}
 
 
 def _budget(values: Sequence[int | None]) -> str:
@@ -228,7 +228,7 @@ def caption(*runs: Run, apart: str = "") -> str:
     about = f"{first['model']} on {dataset_of(first)}" + (f" ({apart})" if apart else "")
     if len(runs) == 1:
         what = f"{about}, forgetting {classes_of(first)}, seed {first['seed']}: test figures, one run"
-        return f"{what}, [95 % interval over test images]" if first.get("intervals") else what
+        return f"{what}, [95 % interval over test images]" if any(first["intervals"].values()) else what
     classes = sorted({tuple(labels_of(run[0])) for run in runs})
     seeds = sorted({run[0]["seed"] for run in runs})
     named = f"classes {', '.join('+'.join(map(str, labels)) for labels in classes)}; seeds {', '.join(map(str, seeds))}"
@@ -263,7 +263,7 @@ def as_json(records: Run) -> list[dict]:
     """The run's table as objects: names as in the records, numbers as numbers."""
     return [
         {"method": best.method, "label": best.label, "topK": best.top_k, "kappa": best.kappa, **best.values}
-        | {"intervals": (best.record.get("intervals") or {}).get(best.method), "verdicts": best.verdicts}
+        | {"intervals": best.record["intervals"][best.method], "verdicts": best.verdicts}
         for best in best_points(records)
     ]
 
@@ -278,11 +278,7 @@ def classes_of(record: dict) -> str:
 
 def named_classes(record: dict) -> str:
     """The same with their names: "class 0 (zero)"."""
-    named = record["forget_class"]
-    labels, names = list(map(str, named if isinstance(named, list) else [named])), record.get("forget_names", [])
-    if len(names) != len(labels):  # a record from before there were names
-        return classes_of(record)
-    pairs = zip(labels, map(visible, names), strict=True)
+    pairs = zip(map(str, labels_of(record)), map(visible, record["forget_names"]), strict=True)
     return _listed([label if name == label else f"{label} ({name})" for label, name in pairs])
 
 

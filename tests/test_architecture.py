@@ -32,6 +32,7 @@ LAYERS = {
     "artifacts": 0,
     "locks": 0,
     "store": 0,
+    "record_schema": 0,
     "records": 0,
     "intervals": 1,
     "graph": 1,

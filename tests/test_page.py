@@ -61,7 +61,13 @@ def html() -> str:
     """Two seeds and another class, three kappas each."""
     kappas = ((100, 60.0), (200, 12.0), (400, 3.0))
     runs = [(0, 1, "a"), (1, 1, "b"), (0, 2, "c")]
-    return page([full(5, k, f, seed=s, run=run) | {"forget_class": c} for s, c, run in runs for k, f in kappas])
+    return page(
+        [
+            full(5, k, f, seed=s, run=run) | {"forget_class": c, "forget_names": [str(c)]}
+            for s, c, run in runs
+            for k, f in kappas
+        ]
+    )
 
 
 def attributes_of(html: str) -> list[tuple[str, str]]:
@@ -221,7 +227,7 @@ def test_five_hundred_points_stay_small():
         one["samples"] = {"images": ["A" * 4000] * 8, "labels": [1] * 8}
         one["said_of_samples"] = {name: [[1, 0.1234]] * 8 for name in ("mimu", "default")}
         for name in ("x", "y", "z"):
-            for part in ("methods", "validation", "labels", "axes"):
+            for part in ("methods", "validation", "labels", "axes", "verdicts", "intervals"):
                 one[part][name] = one[part]["mimu"]
     assert len(page(records).encode()) <= 5_000_000
 
@@ -276,17 +282,19 @@ def test_page_in_a_browser(browser, html, tmp_path, dark, width):
 def crowded(kappa: int, forgotten: int) -> dict:
     """A record of many classes with levels beside each other, small figures and intervals in its table."""
     one = full(5, kappa, 12, classes=100, run=f"run-{forgotten}")
-    one["forget_class"] = forgotten
+    one["forget_class"], one["forget_names"] = forgotten, [str(forgotten)]
     for name, label in (("retrain", "retrained"), ("sft", "SFT randomisation"), ("logit_drop", "logit drop")):
         one["labels"][name], one["axes"][name] = label, []
         for part in ("methods", "validation"):
             one[part][name] = dict(one[part]["default"])
     shown = ("worst_retained_drop", "avg_gap")  # with these, as many as a record of the pipeline shows first
     one["metrics"] = {name: about for name, about in one["metrics"].items() if name != "unheard_of"}
-    one["metrics"] |= {name: {"unit": "points", "better": "lower"} for name in shown}
+    one["metrics"] |= {name: {"unit": "points", "better": "lower", "first": True} for name in shown}
     for part in ("methods", "validation"):
         for place, values in enumerate(one[part].values()):
             values |= {"worst_retained_drop": 12.345, "avg_gap": 0.001 + 0.0005 * place}
+    one["verdicts"] = {name: [] for name in one["labels"]}
+    one["confusion"] = dict.fromkeys(one["labels"]) | one["confusion"]
     one["class_probability"] = {name: [c / 44850 for c in range(300)] for name in one["labels"]}
     limits = {"value": 98.76, "low": 97.65, "high": 99.87, "n": 100}
     one["intervals"] = {name: dict.fromkeys(one["metrics"], limits) for name in one["labels"]}

@@ -82,16 +82,24 @@ def record(
         "model": "M",
         "dataset": "D",
         "forget_class": 1,
+        "forget_names": ["1"],
         "seed": seed,
         "config": {"seed": seed, "kappa_list": [kappa], "train": {"epochs": 2}},
-        "provenance": {"started": f"2026-01-0{seed + 1}"},
+        "provenance": {
+            "commit": None,
+            "dirty": False,
+            "versions": {},
+            "device": "cpu",
+            "started": f"2026-01-0{seed + 1}",
+            "seconds": {"evaluation": 1.5},
+        },
         "top_k": top_k,
         "kappa": kappa,
         "mask_layer": -2,
         "num_graph_vertices": 1000,
         "classifier_path": "checkpoints/none/c.safetensors",
         "gcn_path": "checkpoints/none/g.safetensors",
-        "metrics": {name: {"unit": unit, "better": better} for name, (unit, better) in METRICS.items()},
+        "metrics": {name: {"unit": unit, "better": better, "first": True} for name, (unit, better) in METRICS.items()},
         "images": "1f2e3d4c5b",
         "num_classes": classes,
         "split_sizes": {"train": 30, "val": 10, "test": 10},
@@ -106,6 +114,8 @@ def record(
         "methods": {"mimu": values(*test, kappa), **others},
         "validation": {"mimu": values(*validation, kappa), **others},
         "weight_histogram": {"edges": [-1, 0, 1], "kept": [5, 4], "switched_off": [1, 0]},
+        "verdicts": {name: [] for name in ("mimu", "default", "novel")},
+        "intervals": {name: {} for name in ("mimu", "default", "novel")},
         "mask_map": [{"layer": "w", "shape": [4, 2], "cells": [[1, 0], [2, 5]]}],
         "confusion": {"mimu": confusion(2, classes), "default": confusion(9, classes), "novel": confusion(5, classes)},
         "class_probability": {name: [1 / classes] * classes for name in ("mimu", "default", "novel")},
@@ -183,8 +193,8 @@ def test_table_and_headline_by_hand(records):
 def test_verdicts_of_the_chosen_point_are_shown(records):
     assert (remarks(records), "verdict" in table(records)[0]) == ([], False)  # a record from before there were any
     bad, fine = {"key": "collapsed", "sentence": "too much is lost"}, {"key": "fine", "sentence": "nothing found"}
-    records[0]["verdicts"] = {"mimu": [fine]}  # not the point that is chosen
-    records[1]["verdicts"] = {"mimu": [bad, {"key": "too random", "sentence": "it guesses"}], "default": [fine]}
+    records[0]["verdicts"] |= {"mimu": [fine]}  # not the point that is chosen
+    records[1]["verdicts"] |= {"mimu": [bad, {"key": "too random", "sentence": "it guesses"}], "default": [fine]}
     rows = table(records)
     assert [row[-1] for row in rows] == ["verdict", "collapsed, too random", "-", "-"]
     assert rows[1][-3:-1] == ["200", "0.500"]
@@ -209,7 +219,7 @@ def test_a_method_that_diverged_has_a_row_without_figures_and_no_place_in_figure
     for one in records:
         for part in ("methods", "validation"):
             one[part]["novel"] = dict.fromkeys(one[part]["novel"])
-        one["verdicts"] = {"novel": [{"key": "diverged", "sentence": "its loss is no longer finite"}]}
+        one["verdicts"] |= {"novel": [{"key": "diverged", "sentence": "its loss is no longer finite"}]}
         one["confusion"]["novel"] = one["class_probability"]["novel"] = None
     row = table(records)[3]
     assert (row[0], set(row[3:-1]), row[-1]) == ("a novel method", {"-"}, "diverged")
@@ -256,7 +266,7 @@ def test_another_setting_is_another_family_and_a_repetition_takes_the_place_of_t
     runs = family()
     runs[0][0]["config"]["train"]["epochs"] = 3
     assert sorted(map(len, families(runs))) == [1, 2]
-    again = [[one | {"run": "new", "provenance": {"started": "2027"}} for one in runs[1]]]
+    again = [[one | {"run": "new", "provenance": one["provenance"] | {"started": "2027"}} for one in runs[1]]]
     capsys.readouterr()
     assert [run[0]["run"] for run in max(families(runs + again), key=len)] == ["new", "run-2"]
     assert "run run-1 is left out of its family: new repeats it" in capsys.readouterr().err
@@ -365,7 +375,7 @@ def test_leaders_by_hand():
 
 def test_interval_of_a_single_run_comes_from_the_record(records):
     for one in records:
-        one["intervals"] = {
+        one["intervals"] |= {
             "mimu": {"forget_score": {"value": 12, "low": 9, "high": 18, "n": 50}},
             "novel": {"forget_score": {"value": 40, "low": 17, "high": 60, "n": 50}},
         }
@@ -449,6 +459,7 @@ def test_bands_span_the_runs():
 def test_trade_off_has_front_and_star(records):
     for one in records:
         one["labels"]["retrain"], one["axes"]["retrain"] = "retrained", []
+        one["verdicts"]["retrain"], one["intervals"]["retrain"], one["confusion"]["retrain"] = [], {}, None
         one["methods"]["retrain"] = one["validation"]["retrain"] = values(0, 95, 50)
     (panel,) = figures_of([records])["trade_off"]
     kinds = {one.label: one for one in panel.series}
@@ -656,7 +667,7 @@ def test_one_pair_has_the_intervals_of_its_records():
     sides = []
     for name, (value, low, high) in (("A", (60, 50, 70)), ("B", (30, 20, 40))):
         (run,) = three(name, (value,))
-        run[0]["intervals"] = {"mimu": {"forget_score": {"value": value, "low": low, "high": high, "n": 90}}}
+        run[0]["intervals"] |= {"mimu": {"forget_score": {"value": value, "low": low, "high": high, "n": 90}}}
         sides.append(side(name, [run]))
     row = next(row for row in compared(*sides).rows if row[0] == "MIMU" and row[1].startswith("forget_score"))
     half = math.sqrt(200)  # both reach 10 to either side
