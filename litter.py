@@ -10,6 +10,7 @@ IMAGES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".ppm"),
     *(".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".ico", ".tga", ".pcx"),
 }
+COMMON = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")  # asked first: a tree may hold millions of these
 FILES = {
     *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"),
     *("picasa.ini", "pspbrwse.jbf", "zbthumbnail.info", "sync.ffs_db", "folder.ini"),
@@ -36,6 +37,8 @@ def litter_file(folder: str, name: str) -> str | None:
     A hidden file that is named as an image is read, but for the twin (`._x.jpg`) in which macOS keeps what other file
     systems cannot hold: that begins with its own mark, or is empty.
     """
+    if name.endswith(COMMON) and name[0] != ".":
+        return None
     if name[0] == ".":
         if name.startswith("._"):
             return "._*" if _is_apple_double(Path(folder, name)) else None
