@@ -250,7 +250,8 @@ def write_json(path: Path, value: Mapping[str, object], lasting: bool = True) ->
     write_text(path, json.dumps(plain | {DIGEST: key_of(plain)}, indent=1) + "\n", lasting)
 
 
-def _tensors_digest(tensors: Mapping[str, np.ndarray], facts: dict) -> str:
+def tensors_digest(tensors: Mapping[str, np.ndarray], facts: dict) -> str:
+    """The digest of a safetensors file that `write_tensors` writes."""
     return key_of({"facts": facts, "tensors": {name: sha256_arrays([value]) for name, value in tensors.items()}})
 
 
@@ -264,7 +265,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     plain = json.loads(json.dumps(dict(facts)))
     plain.pop(DIGEST, None)
-    plain |= {DIGEST: _tensors_digest(arrays, plain)}
+    plain |= {DIGEST: tensors_digest(arrays, plain)}
     write_bytes(path, save(arrays, metadata={"facts": json.dumps(plain, sort_keys=True)}))
 
 
@@ -406,7 +407,7 @@ def read_tensors(path: Path, foreign: bool = False) -> tuple[dict[str, np.ndarra
         raise DamagedError(path, f"not a whole safetensors file of this project: {error}") from None
     if not isinstance(facts, dict):
         raise DamagedError(path, f"its facts are a JSON {type(facts).__name__}, not an object")
-    return tensors, _without_digest(path, facts, lambda plain: _tensors_digest(tensors, plain), foreign)
+    return tensors, _without_digest(path, facts, lambda plain: tensors_digest(tensors, plain), foreign)
 
 
 def read_array(path: Path) -> np.ndarray:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from artifacts import read_tensors, write_tensors
+from artifacts import write_tensors
+from checkpoints import load_state, read_checkpoint
 from config import Activations, Aggregations, UserError
 from graph import Neurons, WeightGraph, layer_graph
-from model import load_state
 
 SPLITS = 32  # of a tall product A^T B: BLAS leaves one to a single core, a batch of them it shares out
 
@@ -306,16 +306,21 @@ class MaskingGCN(nn.Module):
         Raises:
             UserError: not such a file.
         """
-        tensors, facts = read_tensors(path, foreign=True)
-        shape = facts.get("masking_gcn")
+        stored = read_checkpoint(path)
+        facts, shape = stored.facts, stored.facts.get("masking_gcn")
         if not isinstance(shape, dict):
-            raise UserError(f"{path} is no GCN: give a gcn.safetensors that `run` wrote, or leave it out to train one")
+            kind = "a classifier, no GCN" if "architecture" in facts else "no GCN"
+            raise UserError(f"{path} is {kind}: give a gcn.safetensors that `run` wrote, or leave it out to train one")
         try:
             kinds = {"aggregation": Aggregations(shape["aggregation"]), "activation": Activations(shape["activation"])}
+            # What the facts ask for must be in the file, so that they cannot ask for more memory than it has.
+            room = sum(tensor.numel() for tensor in stored.tensors.values())
+            if any(isinstance(size, int) and size > room for size in shape.values()):
+                raise ValueError("its facts name more values than it holds")
             gcn = cls(**shape | kinds)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is a GCN of another version ({error!r}): train it anew") from None
-        load_state(gcn, tensors, path)
+        load_state(gcn, stored)
         return gcn, facts
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from artifacts import read_tensors, write_tensors
+from artifacts import write_tensors
+from checkpoints import FITTING, load_state, read_checkpoint
 from config import SupportedVisionModels, UserError
 from graph import WeightGraph
 
@@ -178,12 +179,18 @@ def vision_model_loader(
     model = VISION_MODELS[architecture](num_classes, channels, size)
     if path is None:
         return model
-    tensors, facts = read_tensors(path, foreign=True)
+    stored = read_checkpoint(path)
+    facts = stored.facts
+    if "masking_gcn" in facts:
+        raise UserError(f"{path} is a GCN, no classifier: name it with gcn_path, and the classifier here")
     needed = _classifier_facts(architecture, num_classes, channels, size)
-    wrong = [f"{name} {facts.get(name)}, needed {value}" for name, value in needed.items() if facts.get(name) != value]
+    wrong = [f"{name} {facts[name]}, needed {value}" for name, value in needed.items() if facts.get(name, value) != value]
     if wrong:
-        raise UserError(f"{path} has {'; '.join(wrong)}: give a checkpoint of this model and dataset")
-    load_state(model, tensors, path)
+        raise UserError(f"{path} has {'; '.join(wrong)}: {FITTING}")
+    outputs = stored.rows_of(f"linears.{len(model.linears) - 1}.weight")
+    if outputs not in (None, num_classes):
+        raise UserError(f"{path} tells {outputs} classes apart, the dataset has {num_classes}: {FITTING}")
+    load_state(model, stored)
     return model
 
 
@@ -197,33 +204,6 @@ def save_classifier(
     """Write a classifier as safetensors; `shape` is (classes, channels, size)."""
     arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in model.state_dict().items()}
     write_tensors(path, arrays, facts | _classifier_facts(architecture, *shape))
-
-
-def load_state(model: nn.Module, tensors: dict, path: Path) -> None:
-    """Fill a module from numpy arrays.
-
-    Raises:
-        UserError: names or shapes differ; `path` says whose.
-    """
-    try:
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
-    except RuntimeError as error:
-        what = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit the model ({what}): give a checkpoint that `run` wrote") from None
-
-
-# --- answers ----------------------------------------------------------------------------------------------
-
-NO_ANSWER = -1
-
-
-def predictions(logits: Tensor) -> Tensor:
-    """The class that each image is taken for: argmax of its logits [S, C] -> [S]; NO_ANSWER if one is not finite.
-
-    The one rule for every accuracy: `argmax` takes NaN for the largest, so that a model whose logits are no numbers
-    would always answer class 0, and be right about it. NO_ANSWER equals no label.
-    """
-    return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER)
 
 
 # --- looking inside ---------------------------------------------------------------------------------------
