@@ -15,9 +15,11 @@ import os
 import platform
 import shutil
 import stat
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -417,11 +419,15 @@ def read_array(path: Path) -> np.ndarray:
         UserError, MachineError: as `read_bytes`.
         DamagedError: cut off, or no array.
     """
-    with told(path, "read"):
+    with told(path, "read"), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # numpy guesses at a header that it cannot parse
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise DamagedError(path, f"no whole array: {error}") from None
+            array = np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, EOFError, SyntaxError, TypeError, OverflowError, TokenError, UserWarning) as error:
+            raise DamagedError(path, f"no whole array: {' '.join(str(error).split())}") from None
+        if array.offset + array.nbytes != path.stat().st_size:
+            raise DamagedError(path, "it holds more or less than its header says")
+    return array
 
 
 def map_rows(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,6 +4,7 @@ Two containers are read: safetensors, and what `torch.save` makes of a state dic
 """
 
 import json
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -87,7 +88,9 @@ def _pickled(path: Path, zipped: bool) -> dict[str, Tensor]:
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     raise UserError(f"{path} is a TorchScript program, which holds code: {HOW}")
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # what the library wonders about, this module checks and says
+            warnings.simplefilter("ignore")
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
         if isinstance(error, UnpicklingError) and (name := _code(str(error))):
             raise UserError(f"{path} is a pickled model, which needs code to be read ({name}): {HOW}") from None
@@ -155,7 +158,7 @@ def load_state(model: nn.Module, stored: Stored) -> None:
     path, needed = stored.path, model.state_dict()
     given = _renamed(stored.tensors, needed)
     _check_names(given, needed, path)
-    wrong = [name for name, value in needed.items() if given[name].shape != value.shape]
+    wrong = [name for name, value in needed.items() if _shape(given[name], value) != value.shape]
     if wrong:
         shown = [f"{name} {list(given[name].shape)}, needed {list(needed[name].shape)}" for name in wrong[:SHOWN]]
         raise UserError(f"{path} has {len(wrong)} tensors of other shapes ({'; '.join(shown)}): {FITTING}")
@@ -163,9 +166,16 @@ def load_state(model: nn.Module, stored: Stored) -> None:
     _check_finite(ready, path)
     if other := sorted({_kind(given[name]) for name, value in needed.items() if given[name].dtype != value.dtype}):
         _say(f"{path} holds {', '.join(other)}: converted to float32")
-    elif stored.digest and stored.digest != tensors_digest({key: one.numpy() for key, one in ready.items()}, stored.facts):
-        raise DamagedError(path, "its content is not what its digest says")
-    model.load_state_dict(ready)
+    elif stored.digest:
+        arrays = {name: value.numpy() for name, value in given.items()}
+        if stored.digest != tensors_digest(arrays, stored.facts):
+            raise DamagedError(path, "its content is not what its digest says")
+    model.load_state_dict({name: value.view_as(needed[name]) for name, value in ready.items()})
+
+
+def _shape(given: Tensor, needed: Tensor) -> torch.Size:
+    """A tensor's shape; that of a single number (BatchNorm's count) may be written as [] or [1]."""
+    return needed.shape if given.numel() == needed.numel() == 1 else given.shape
 
 
 def _kind(tensor: Tensor) -> str:
@@ -196,7 +206,7 @@ def _check_names(given: Iterable[str], needed: Iterable[str], path: Path) -> Non
             for names, what in ((missing, "missing"), (strange, "unexpected"))
             if names
         ]
-        raise UserError(f"{path} does not fit the model: {' and '.join(counted)} tensors; {_FITTING}")
+        raise UserError(f"{path} does not fit the model: {' and '.join(counted)} tensors; {FITTING}")
 
 
 def _as_needed(name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> Tensor:

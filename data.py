@@ -3,7 +3,7 @@
 Per sample and layer h [n], z [m] and delta [m] are stored, and W [m, n] once; node features are made on the fly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from artifacts import appending_array, read_array, read_json, write_json
+from artifacts import DamagedError, appending_array, read_array, read_json, write_json
 from config import GraphConfig, UserError, derive_seed
 from graph import WeightGraph
 from model import HookedModel, MaskLayer, capture, inspecting
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FEATURES = ("h", "z", "W", "g")
 EPSILON = 1e-8
+ROWS_AT_ONCE = 4096
+TOLERANCE = 1e-3  # between graphs and what their classifier gives now, of the largest value
 LAYOUT_FILE = "layout.json"
 _ARRAYS = ("h", "z", "delta", "labels", "weight")
 
@@ -94,18 +96,28 @@ class GraphDataset(Dataset):
         self.root, self.transform = Path(root), transform
         if (self.root / MANIFEST).exists():
             read_manifest(self.root, foreign=True)
+        self.graph = _layout(self.root / LAYOUT_FILE)
+        self.outs, self.ins = [m for m, _ in self.graph.shapes], [n for _, n in self.graph.shapes]
         arrays = {name: read_array(self.root / f"{name}.npy") for name in _ARRAYS}
+        self._check_arrays(arrays)
         self.h, self.z, self.delta = arrays["h"], arrays["z"], arrays["delta"]
         self.labels = torch.from_numpy(np.array(arrays["labels"]))
-        layout = read_json(self.root / LAYOUT_FILE, foreign=True)
-        shapes = tuple((m, n) for m, n in layout["shapes"])
-        self.graph = WeightGraph(shapes, tuple(layout["joined"]), tuple(layout["names"]))
-        self.outs, self.ins = [m for m, _ in shapes], [n for _, n in shapes]
-        count, outs = len(self.labels), sum(self.outs)
-        found = (self.h.shape, self.z.shape, self.delta.shape, arrays["weight"].shape)
-        if found != ((count, sum(self.ins)), (count, outs), (count, outs), self.graph.shape):
-            raise UserError(f"{root} holds arrays {found} that do not belong together: make the graphs again")
         self.weight = torch.from_numpy(np.array(arrays["weight"]))
+
+    def _check_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raise `UserError` unless the arrays are what `GraphGenerator` writes for these layers."""
+        count = arrays["labels"].shape[0] if arrays["labels"].ndim else 0
+        shapes = {"h": (count, sum(self.ins)), "weight": self.graph.shape, "labels": (count,)}
+        shapes |= dict.fromkeys(("z", "delta"), (count, sum(self.outs)))
+        for name, shape in shapes.items():
+            needed, found = np.dtype(np.int64 if name == "labels" else np.float32), arrays[name]
+            if (found.shape, found.dtype) != (shape, needed) or not count:
+                is_ = (
+                    f"is {found.dtype} {list(found.shape)}, needed {needed} {list(shape) if count else 'of any length'}"
+                )
+                raise UserError(
+                    f"{self.root / name}.npy {is_}: its arrays do not belong together, make the graphs again"
+                )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,6 +135,28 @@ class GraphDataset(Dataset):
         what = f"graphs of class {strange[0]}" if strange else f"no graph of class {lacking[0]}"
         needed = f"the dataset has classes 0 to {num_classes - 1}"
         raise UserError(f"{self.root} holds {what}, {needed}: leave graph_dir out to make graphs of all of them")
+
+    def check_numbers(self, model: HookedModel, mask_layer: MaskLayer) -> None:
+        """Check that the arrays are what this classifier makes: z = h W^T, and delta = dl/dz of the stored labels.
+
+        Whoever wrote them, arrays of another run do not fulfil that. Costs one pass over the vectors.
+
+        Raises:
+            UserError: a number is not finite, or the arrays are of another classifier, of other images than the
+                labels, or of several runs.
+        """
+        device = next(model.parameters()).device
+        for rows in torch.arange(len(self)).split(ROWS_AT_ONCE):
+            vectors = self.vectors(rows)
+            for name in ("h", "z", "delta"):
+                if not all(bool(part.isfinite().all()) for part in getattr(vectors, name)):
+                    raise UserError(f"{self.root / name}.npy holds values that are not finite: make the graphs again")
+            made = remade(model, mask_layer, vectors.h[0].to(device), self.labels[rows].to(device))
+            for name in ("h", "z", "delta"):
+                for found, expected in zip(getattr(vectors, name), getattr(made, name), strict=True):
+                    if not _close(found, expected.cpu()):
+                        what = f"{self.root / name}.npy is not what this classifier makes of h.npy and labels.npy"
+                        raise UserError(f"{what} (arrays of another run or images): leave graph_dir out to make them")
 
     def vectors(self, indices: Sequence[int] | np.ndarray | Tensor) -> Vectors:
         """h, z and delta of some samples; only these are read."""
@@ -186,6 +220,42 @@ class GraphDataset(Dataset):
     def __getitem__(self, index: int) -> "Data":
         data = self.to_pyg(index)
         return self.transform(data) if self.transform else data
+
+
+def _layout(path: Path) -> WeightGraph:
+    """The layers that a folder's graphs are of.
+
+    Raises:
+        UserError: the file does not say.
+    """
+    layout = read_json(path, foreign=True)
+    try:
+        shapes = tuple((int(m), int(n)) for m, n in layout["shapes"])
+        graph = WeightGraph(shapes, tuple(map(bool, layout["joined"])), tuple(map(str, layout["names"])))
+    except (KeyError, TypeError, ValueError, LookupError, AssertionError) as error:
+        raise DamagedError(path, f"no layout of layers: {error!r}") from None
+    if not shapes or min(min(shape) for shape in shapes) < 1:
+        raise DamagedError(path, f"no layout of layers: {shapes}")
+    return graph
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding, which differs by machine and by the size of a batch."""
+    return float((found - expected).abs().max()) <= TOLERANCE * float(expected.abs().max()) + EPSILON
+
+
+def remade(model: HookedModel, mask_layer: MaskLayer, h: Tensor, labels: Tensor) -> Vectors:
+    """h, z and delta of every target layer, from the first one's h [B, n] alone."""
+    places = model.layer_indices(mask_layer)
+    with inspecting(model), ExitStack() as stack:
+        layers = [model.target(place) for place in places]
+        records = [stack.enter_context(capture(layer, cut=layer is layers[0])) for layer in layers]
+        loss = torch.nn.functional.cross_entropy(model.head(h, places), labels, reduction="sum")
+        pairs = [record.take() for record in records]
+        gradients = torch.autograd.grad(loss, [outputs for _, outputs in pairs])
+    return Vectors(
+        [inputs.detach() for inputs, _ in pairs], [outputs.detach() for _, outputs in pairs], list(gradients)
+    )
 
 
 class GraphGenerator:

@@ -171,7 +171,7 @@ VISION_MODELS: dict[SupportedVisionModels, type] = {
 def vision_model_loader(
     architecture: SupportedVisionModels, num_classes: int, channels: int, size: int, path: Path | None = None
 ) -> HookedModel:
-    """A classifier, fresh or (with `path`) as `save_classifier` wrote it.
+    """A classifier, fresh or (with `path`) with the weights of a file: of `save_classifier`, or a state dict that fits.
 
     Raises:
         UserError: the file is of another architecture, class count or image shape, or damaged.
@@ -184,7 +184,9 @@ def vision_model_loader(
     if "masking_gcn" in facts:
         raise UserError(f"{path} is a GCN, no classifier: name it with gcn_path, and the classifier here")
     needed = _classifier_facts(architecture, num_classes, channels, size)
-    wrong = [f"{name} {facts[name]}, needed {value}" for name, value in needed.items() if facts.get(name, value) != value]
+    wrong = [
+        f"{name} {facts[name]}, needed {value}" for name, value in needed.items() if facts.get(name, value) != value
+    ]
     if wrong:
         raise UserError(f"{path} has {'; '.join(wrong)}: {FITTING}")
     outputs = stored.rows_of(f"linears.{len(model.linears) - 1}.weight")
@@ -204,6 +206,20 @@ def save_classifier(
     """Write a classifier as safetensors; `shape` is (classes, channels, size)."""
     arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in model.state_dict().items()}
     write_tensors(path, arrays, facts | _classifier_facts(architecture, *shape))
+
+
+# --- answers ----------------------------------------------------------------------------------------------
+
+NO_ANSWER = -1
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """The class that each image is taken for: argmax of its logits [S, C] -> [S]; NO_ANSWER if one is not finite.
+
+    The one rule for every accuracy: `argmax` takes NaN for the largest, so that a model whose logits are no numbers
+    would always answer class 0, and be right about it. NO_ANSWER equals no label.
+    """
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER)
 
 
 # --- looking inside ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from budget import Search, check_provable, search
 from class_requests import written
 from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
 from eval import Eval
+from given import GIVEN
 from hashes import code_key, key_of, now, provenance, sha256_file, versions
 from masks import Mask, weights_sha256
 from methods import METHODS, Context, chosen_methods
@@ -23,7 +24,7 @@ from record_schema import complaint
 from records import read_whole, record_path
 from reporter import Reporter
 from resume import recipe
-from stages import GCN_CODE, GIVEN, Stages
+from stages import GCN_CODE, Stages
 from utils_data import UnlearningDataset
 
 __all__ = ["Pipeline", "PipelineConfig"]

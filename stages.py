@@ -15,6 +15,7 @@ from config import Objectives, PipelineConfig, Trackers, TrainConfig, UserError,
 from data import FEATURES, GraphDataset, GraphGenerator
 from distributed import Meeting, by_torchrun, local_device, part, torchrun_meeting
 from gcn import MaskingGCN, reuse_freed_memory
+from given import GIVEN, check_answers, check_layout, check_paths, check_weights, given_objective
 from hashes import code_key, key_of, provenance, sha256_file, versions
 from masks import check_budget
 from model import HookedModel, save_classifier, vision_model_loader
@@ -22,34 +23,17 @@ from observe import Tracker, log
 from resume import StateFile, recipe
 from store import Stage, build_stage, sha256_folder
 from trainer import GCNTrainer, VisionModelTrainer
-from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer
+from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer, check_scores
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
 TREE_CODE = ("litter.py", "split_names.py", "tree_layouts.py", "image_files.py", "image_tree.py", "pixel_cache.py")
 TREE_CODE = (*TREE_CODE, "image_check.py", "lazy_pixels.py", "tree_splits.py")
 DATA_CODE = ("class_requests.py", "readers.py", *TREE_CODE, "duplicates.py", "utils_data.py")
 TRAINING_CODE = ("distributed.py", "resume.py", "classifier.py", "trainer.py", "stages.py")
-CLASSIFIER_CODE = ("choices.py", "fields.py", "config.py", *DATA_CODE, "model.py", *TRAINING_CODE)
+CLASSIFIER_CODE = ("choices.py", "fields.py", "config.py", *DATA_CODE, "checkpoints.py", "model.py", *TRAINING_CODE)
 GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
-GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py")
-GIVEN = ("trained_vision_model_path", "graph_dir", "gcn_path")
-"""Fields that hand a stage's product in instead of having it made."""
+GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py", "given.py")
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
-
-
-def _given_objective(path: Path) -> Objectives:
-    """What the GCN in a file was trained for.
-
-    Raises:
-        UserError: it is no GCN, or one that reads other node features than this version makes.
-    """
-    gcn, facts = MaskingGCN.load(path)
-    if facts.get("objective") == Objectives.unlearning:
-        Unlearner.load(path)
-        return Objectives.unlearning
-    if gcn.num_node_features != len(FEATURES):
-        raise UserError(f"{path} reads {gcn.num_node_features} node features, graphs have {len(FEATURES)}: train one")
-    return Objectives.elbo
 
 
 def _choose_device(name: str) -> torch.device:
@@ -92,15 +76,14 @@ class Stages:
         for name in ("topK_list", "kappa_list"):
             for value in getattr(config, name):
                 check_budget(value, self.graph.num_vertices, name)
-        for path in (config.trained_vision_model_path, config.graph_dir, config.gcn_path):
-            if path is not None and not path.exists():
-                raise UserError(f"there is nothing at {path}: check the path, or leave it out to compute it")
-        for path in (config.trained_vision_model_path, config.gcn_path):
-            if path is not None and not path.is_file():
-                raise UserError(f"{path} is a folder: name the .safetensors file in it")
+        check_paths(config)
         if config.trained_vision_model_path:
             vision_model_loader(config.model_architecture, *self.shape, config.trained_vision_model_path)
-        self.objective = _given_objective(config.gcn_path) if config.gcn_path else config.gcn.objective
+        if config.graph_dir:
+            check_layout(GraphDataset(config.graph_dir), self.graph, self.shape[0])
+            if config.trained_vision_model_path:
+                _ = self.graphs
+        self.objective = given_objective(config.gcn_path) if config.gcn_path else config.gcn.objective
 
     # --- inputs of every stage ---
 
@@ -243,7 +226,11 @@ class Stages:
     def classifier(self) -> HookedModel:
         """The trained classifier, eval mode."""
         model = vision_model_loader(self.config.model_architecture, *self.shape, self.classifier_path)
-        return model.to(self.device).eval()
+        model = model.to(self.device).eval()
+        if given := self.config.trained_vision_model_path:
+            images, _ = next(iter(self.data.get_val_loader()))
+            check_answers(model, images.to(self.device), given)
+        return model
 
     @cached_property
     def classifier_path(self) -> Path:
@@ -276,12 +263,10 @@ class Stages:
             UserError: they are of another layer, of a classifier with other weights, or of other classes.
         """
         graphs = GraphDataset(self.run_gcn_graph_generation())
-        weights = [weight.detach().cpu() for weight in self.classifier.weights(self.config.mask_layer)]
-        if graphs.graph != self.graph or not torch.equal(graphs.weight, self.graph.join(weights)):
-            raise UserError(
-                f"{graphs.root} holds graphs of another classifier or layer: leave graph_dir out to make them"
-            )
-        graphs.check_classes(self.data.num_classes)
+        check_layout(graphs, self.graph, self.shape[0])
+        check_weights(graphs, self.classifier, self.config.mask_layer)
+        if self.config.graph_dir:
+            graphs.check_numbers(self.classifier, self.config.mask_layer)
         return graphs
 
     @cached_property
@@ -382,6 +367,7 @@ class Stages:
         if self.objective is Objectives.elbo:
             return None
         unlearner, _ = Unlearner.load(self.run_gcn_training(self.config.topK_list[0]))
+        unlearner.given = self.config.gcn_path
         unlearner.gcn.to(self.device).eval()
         return unlearner
 
@@ -401,4 +387,4 @@ class Stages:
             return gcn(self.graphs.class_features(label).unsqueeze(0).to(self.device), self.graph).cpu()
 
         with torch.inference_mode():
-            return torch.cat([theta(label) for label in classes])
+            return check_scores(torch.cat([theta(label) for label in classes]), self.config.gcn_path)

@@ -144,6 +144,19 @@ def taylor_start(checkpoint: Checkpoint, classes: tuple[int, ...]) -> Tensor:
     return 2 * centred_rank(checkpoint.statistics.contributions(classes).signed_taylor())
 
 
+def check_scores(theta: Tensor, given: Path | None) -> Tensor:
+    """Return the scores of a GCN, which are numbers.
+
+    Raises:
+        UserError: one is not finite; the blame is on the file, if the GCN was given by path.
+    """
+    if bool(theta.isfinite().all()):
+        return theta
+    if given:
+        raise UserError(f"{given} gives scores that are not finite for this classifier: give another GCN, or train one")
+    raise UserError("the GCN's scores are not finite, its training diverged: lower gcn.lr, or train.lr")
+
+
 class Unlearner:
     """A GCN and how it is used: theta for a request, in `passes` passes over the graph.
 
@@ -153,6 +166,8 @@ class Unlearner:
 
     def __init__(self, gcn: MaskingGCN, features: FeatureSets, passes: int, taylor_prior: bool = True):
         self.gcn, self.features, self.passes, self.taylor_prior = gcn, features, passes, taylor_prior
+        self.given: Path | None = None
+        """The file, where the user gave it: it is to blame for what cannot be used."""
 
     @staticmethod
     def num_node_features(features: FeatureSets) -> int:
@@ -211,7 +226,7 @@ class Unlearner:
                 degrees = soft_mask(theta.detach(), request.kappa, LOOK_TEMPERATURE)
             columns = torch.cat([static, _state(checkpoint, request, theta.detach(), degrees)], -1)
             theta = theta + self.gcn(columns.unsqueeze(0), checkpoint.graph)[0]
-        return theta
+        return theta if torch.is_grad_enabled() else check_scores(theta, self.given)
 
 
 def _state(checkpoint: Checkpoint, request: Request, theta: Tensor, degrees: Tensor) -> Tensor:

@@ -398,8 +398,11 @@ SENTENCES = {
     "dataset cut gz": ("--vision-dataset FASHION_MNIST --dataset-path {material}/cut_gz", "cannot read FASHION_MNIST"),
     "dataset folder": ("--vision-dataset MNIST --dataset-path {material}/none", "cannot read MNIST"),
     "checkpoint missing": ("--trained-vision-model-path {material}/none", "nothing at"),
-    "checkpoint garbage": ("--trained-vision-model-path {material}/garbage.safetensors", "not a whole safetensors"),
-    "checkpoint foreign": ("--trained-vision-model-path {material}/foreign.safetensors", "needed HookedMLPClassifier"),
+    "checkpoint garbage": ("--trained-vision-model-path {material}/garbage.safetensors", "neither a whole safetensors"),
+    "checkpoint foreign": (
+        "--trained-vision-model-path {material}/foreign.safetensors",
+        "3 missing (linears.0.weight, ",
+    ),
     "checkpoint classes": ("--trained-vision-model-path {material}/seven.safetensors", "num_classes 7, needed 10"),
     "checkpoint folder": ("--trained-vision-model-path {material}", "safetensors"),
     "gcn missing": ("--gcn-path {material}/none", "nothing at"),
@@ -438,7 +441,7 @@ def test_unusable_gcn_is_refused(tiny, material, tmp_path, capsys):
     """Refused before anything is written."""
     out = tmp_path / "out"
     arguments = ["--config", str(tiny), "--tracker", "none", "--output-dir", str(out)]
-    for name, message in (("garbage", "not a whole safetensors"), ("seven", "is no GCN")):
+    for name, message in (("garbage", "neither a whole safetensors"), ("seven", "no GCN")):
         assert main.main(["run", *arguments, "--gcn-path", str(material / f"{name}.safetensors")]) == 2
         assert message in sentence(capsys.readouterr().err)
     assert not [path for path in out.rglob("*") if path.suffix in (".part", ".tmp")]

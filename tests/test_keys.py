@@ -27,6 +27,7 @@ from config import (
     TrainConfig,
 )
 from data import GraphGenerator
+from given import GIVEN
 from hashes import key_of
 from model import save_classifier, vision_model_loader
 from pipeline import Pipeline
@@ -184,7 +185,7 @@ def base(folder: Path, name: str, given: dict[str, Path]) -> PipelineConfig:
 @pytest.mark.parametrize("name", list(names(PipelineConfig())))
 def test_every_field_counts_or_cannot_matter(name, given, stand_ins, tmp_path):
     config = base(tmp_path, name, given)
-    if name in stages.GIVEN:
+    if name in GIVEN:
         other = replace(config, **{name: given[name]})
     elif name == "vision_dataset":
         other = replace(config, vision_dataset=SupportedDatasets.FOLDER, dataset_path=tree(tmp_path / "a", 0))

@@ -114,7 +114,7 @@ def test_classifier_file_round_trip_and_refusals(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(UserError, match="num_classes 10, needed 100; channels 1, needed 3"):
         vision_model_loader(architecture, 100, 3, 8, path)
-    with pytest.raises(UserError, match="is no GCN"):
+    with pytest.raises(UserError, match="is a classifier, no GCN"):
         MaskingGCN.load(path)
 
 

@@ -351,13 +351,13 @@ def test_graphs_of_another_classifier(products, tmp_path):
 
 
 def test_graphs_of_another_layer(products, tmp_path):
-    with pytest.raises(UserError, match="graphs of another classifier or layer"):
+    with pytest.raises(UserError, match="graphs of another layer"):
         Pipeline(tiny(tmp_path, mask_layer=0, graph_dir=products["graph_dir"])).run()
 
 
 def test_classifier_in_place_of_a_gcn(products, tmp_path):
     wrong = products | {"gcn_path": products["trained_vision_model_path"]}
-    with pytest.raises(UserError, match="is no GCN"):
+    with pytest.raises(UserError, match="is a classifier, no GCN"):
         Pipeline(tiny(tmp_path, **wrong)).run()
 
 
