@@ -136,7 +136,7 @@ class VisionModelTrainer:
                 group.average_buffers(self.model)
                 val_loss, val_score = mean_loss_and_score(self.model, val_loader, self.device, group)
                 if not math.isfinite(val_loss):
-                    raise UserError("the classifier's loss on validation images is not finite: lower train.lr")
+                    raise Diverged("the classifier's loss on validation images is not finite: lower train.lr")
                 figures = {"epoch": epoch, "val_loss": val_loss, "val_score": val_score}
                 self.tracker.log(step, **figures, images_per_second=rate)
                 last = epoch == self.config.epochs
