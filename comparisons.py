@@ -65,8 +65,10 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
     return (p - q).abs().sum(-1) / 2
 
 
-def _mean(per_image: Tensor) -> float:
-    return float(per_image.mean())
+def mean_between(measure: Callable[[Tensor, Tensor], Tensor], a: Outputs, b: Outputs) -> float:
+    """Mean over a set's images of a measure of two models' log-probabilities there, [S, C], [S, C] -> [S]."""
+    pairs = zip(a.log_p(), b.log_p(), strict=True)
+    return float(torch.cat([measure(one, other) for one, other in pairs]).mean())
 
 
 # --- accuracies -------------------------------------------------------------------------------------------
@@ -105,13 +107,13 @@ def tug_of_war(e: Evidence) -> float | None:
 @metric("KL_forget", "nats", "lower", group="retrain", target="0", source="2205.08096")
 def kl_forget(e: Evidence) -> float | None:
     """Mean KL(p_r || p_u) = sum_c p_r (log p_r - log p_u) over T's images of the forgotten classes."""
-    return mean_over_retrained(e, lambda u, r: _mean(kl(r.forget.log_p, u.forget.log_p)))
+    return mean_over_retrained(e, lambda u, r: mean_between(kl, r.forget, u.forget))
 
 
 @metric("KL_test", "nats", "lower", group="retrain", target="0", source="2205.08096")
 def kl_test(e: Evidence) -> float | None:
     """Mean KL(p_r || p_u) = sum_c p_r (log p_r - log p_u) over T's images of the retained classes."""
-    return mean_over_retrained(e, lambda u, r: _mean(kl(r.retain.log_p, u.retain.log_p)))
+    return mean_over_retrained(e, lambda u, r: mean_between(kl, r.retain, u.retain))
 
 
 @metric("JS_forget", "bits", "lower", group="retrain", target="0", source="2205.08096")
@@ -119,28 +121,32 @@ def js_forget(e: Evidence) -> float | None:
     """Mean JS(p_u, p_r) = (KL(p_u || m) + KL(p_r || m)) / 2, m = (p_u + p_r) / 2, to base 2 (so at most 1), over T's
     images of the forgotten classes.
     """
-    return mean_over_retrained(e, lambda u, r: _mean(js(u.forget.log_p, r.forget.log_p)))
+    return mean_over_retrained(e, lambda u, r: mean_between(js, u.forget, r.forget))
 
 
 @metric("TV_forget", "share", "lower", group="retrain", target="0", source="total variation distance")
 def tv_forget(e: Evidence) -> float | None:
     """Mean total variation sum_c |p_u - p_r| / 2 over T's images of the forgotten classes."""
-    return mean_over_retrained(e, lambda u, r: _mean(total_variation(u.forget.log_p.exp(), r.forget.log_p.exp())))
+
+    def distance(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return total_variation(log_p.exp(), log_q.exp())
+
+    return mean_over_retrained(e, lambda u, r: mean_between(distance, u.forget, r.forget))
 
 
 @metric("activation_distance", "L2", "lower", group="retrain", target="0", source="2205.08096")
 def activation_distance(e: Evidence) -> float | None:
     """Mean Euclidean distance ||p_u - p_r|| over D_f (at most sqrt 2)."""
 
-    def compare(u: Evidence, r: Evidence) -> float:
-        return _mean((u.train_forget.log_p.exp() - r.train_forget.log_p.exp()).norm(dim=1))
+    def distance(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() - log_q.exp()).norm(dim=1)
 
-    return mean_over_retrained(e, compare)
+    return mean_over_retrained(e, lambda u, r: mean_between(distance, u.train_forget, r.train_forget))
 
 
 def routes(outputs: Outputs) -> Tensor:
     """Share of images that each class is predicted for, and last of those without an answer. [C + 1]."""
-    count = outputs.logits.shape[1]
+    count = outputs.num_classes
     said = torch.bincount(outputs.predicted.where(outputs.predicted != NO_ANSWER, count), minlength=count + 1)
     return said.double() / said.sum()
 
@@ -174,7 +180,7 @@ def zero_retrain_forgetting(e: Evidence) -> float | None:
     """
     if e.untrained is None:
         return None
-    return 1 - _mean(js(e.train_forget.log_p, e.untrained("train", True).log_p))
+    return 1 - mean_between(js, e.train_forget, e.untrained("train", True))
 
 
 @metric("ZRF_gap", "index", "lower", group="retrain", target="0", source="2205.08096")

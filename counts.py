@@ -26,7 +26,7 @@ def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
 
     Each is left out where logits are not finite: no table would then account for every image.
     """
-    count, mean = forget.logits.shape[1], forget.log_p.exp().mean(0)
+    count, mean = forget.num_classes, forget.mean_p
     tables = {"class_probability": mean.tolist()} if mean.isfinite().all() else {}
     true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.predicted, retain.predicted])
     if count <= MOST_CLASSES and NO_ANSWER not in said:

@@ -7,8 +7,8 @@ against the retrained models are in `comparisons.py`.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
@@ -33,22 +33,122 @@ class ImagesOf(Protocol):
     def __call__(self, split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[Tensor, Tensor]: ...
 
 
+MOST_VALUES = 2**20  # of the logits of one set that are held at once: 100,000 images of ten classes
+
+
+def blocks(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The rows of batches [b, C] again, in blocks of as many as make MOST_VALUES values; the last may be smaller.
+
+    Two models' blocks of one set fit each other, whatever batches they come from.
+    """
+    held, rows = [], 0
+    for part in parts:
+        size = max(1, MOST_VALUES // part.shape[1])
+        held, rows = [*held, part], rows + len(part)
+        while rows >= size:
+            whole = torch.cat(held)
+            yield whole[:size]
+            held, rows = [whole[size:]], rows - size
+    if rows:
+        yield torch.cat(held)
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """What most metrics read of a model's logits: one number for each image. All [S], the latter three float64.
+
+    predicted: the class that an image is taken for, or NO_ANSWER. true: log-probability of its label. entropy: H(p) =
+    -sum_c p_c log p_c, nats; classes with p_c = 0 add nothing. largest: max_c p_c.
+    """
+
+    predicted: Tensor
+    true: Tensor
+    entropy: Tensor
+    largest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, log_p: Tensor, labels: Tensor) -> "PerImage":
+        """From logits [S, C], their log-softmax and labels [S]."""
+        p = log_p.exp()
+        entropy = -torch.where(p == 0, 0, p * log_p).sum(1)
+        true = log_p.gather(1, labels[:, None]).squeeze(1)
+        return cls(predictions(logits), true, entropy, log_p.amax(1).exp())
+
+    @classmethod
+    def joined(cls, parts: Sequence["PerImage"]) -> "PerImage":
+        """Of the images of all parts, in order."""
+        names = [one.name for one in fields(cls)]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass(frozen=True)
+class Again:
+    """Logits that are not held: what makes them, batch by batch [b, C] in the order of the set."""
+
+    make: Callable[[], Iterable[Tensor]]
+    num_classes: int
+
+
 @dataclass(frozen=True)
 class Outputs:
-    """What a model said about one set: logits [S, C] and true labels [S]."""
+    """What a model said about one set: logits [S, C] and true labels [S].
 
-    logits: Tensor
+    Logits of more than MOST_VALUES values are not held: images x classes of them, for every method and set, would take
+    memory that grows with the square of the number of classes. `logits` then says how to make them again, and `made`
+    is what has been read of them.
+    """
+
+    logits: Tensor | Again
     labels: Tensor
+    made: PerImage | None = None
 
     @cached_property
-    def log_p(self) -> Tensor:
-        """Log-probabilities [S, C], float64."""
+    def _log_p(self) -> Tensor:
+        """Log-probabilities [S, C], float64, of logits that are held."""
+        assert isinstance(self.logits, Tensor)
         return self.logits.double().log_softmax(1)
 
+    def log_p(self) -> Iterator[Tensor]:
+        """Log-probabilities of the images in order, in blocks [b, C], float64: a single one where they are held."""
+        if isinstance(self.logits, Tensor):
+            yield self._log_p
+        else:
+            yield from (block.double().log_softmax(1) for block in blocks(self.logits.make()))
+
     @cached_property
+    def per_image(self) -> PerImage:
+        """One number of each kind for each image."""
+        if self.made is not None:
+            return self.made
+        assert isinstance(self.logits, Tensor)
+        return PerImage.of(self.logits, self._log_p, self.labels)
+
+    @cached_property
+    def mean_p(self) -> Tensor:
+        """Mean probability of each class. [C]."""
+        if isinstance(self.logits, Tensor):
+            return self._log_p.exp().mean(0)
+        return torch.stack([block.exp().sum(0) for block in self.log_p()]).sum(0) / len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.logits.shape[1] if isinstance(self.logits, Tensor) else self.logits.num_classes
+
+    def at(self, places: Sequence[int]) -> Tensor:
+        """Log-probabilities of some images [k, C]; places ascend."""
+        if isinstance(self.logits, Tensor):
+            return self._log_p[list(places)]
+        chosen, begin = [], 0
+        for block in self.log_p():
+            chosen.append(block[[place - begin for place in places if begin <= place < begin + len(block)]])
+            begin += len(block)
+        return torch.cat(chosen)
+
+    @property
     def predicted(self) -> Tensor:
         """The class that each image is taken for, or NO_ANSWER. [S]."""
-        return predictions(self.logits)
+        return self.per_image.predicted
 
     @cached_property
     def right(self) -> Tensor:
@@ -57,7 +157,7 @@ class Outputs:
 
     def loss(self) -> float:
         """Mean cross-entropy of the true labels, nats."""
-        return float(functional.nll_loss(self.log_p, self.labels))
+        return float(functional.nll_loss(self.per_image.true[:, None], torch.zeros_like(self.labels)))
 
     def score(self) -> float:
         """Accuracy, percent."""
@@ -66,13 +166,12 @@ class Outputs:
     @cached_property
     def confidence(self) -> Tensor:
         """Probability of the true class, per image. [S]."""
-        return self.log_p.gather(1, self.labels[:, None]).squeeze(1).exp()
+        return self.per_image.true.exp()
 
-    @cached_property
+    @property
     def entropy(self) -> Tensor:
-        """H(p) = -sum_c p_c log p_c per image, nats; classes with p_c = 0 add nothing. [S]."""
-        p = self.log_p.exp()
-        return -torch.where(p == 0, 0, p * self.log_p).sum(1)
+        """H(p) per image, nats. [S]."""
+        return self.per_image.entropy
 
     def probability(self) -> float:
         """Mean probability of the true class, over the whole set."""
@@ -80,7 +179,7 @@ class Outputs:
 
     def class_scores(self) -> Tensor:
         """Accuracy per class, percent; NaN for a class without images. [C]."""
-        count = self.logits.shape[1]
+        count = self.num_classes
         images, right = (torch.bincount(labels, minlength=count) for labels in (self.labels, self.labels[self.right]))
         return 100 * right.double() / images
 
@@ -282,14 +381,14 @@ def remaining_accuracy(e: Evidence) -> float:
 @metric("entropy_forget", "share of log C", "retrain", group="train", target="as retrained", source="Shannon entropy")
 def entropy_forget(e: Evidence) -> float:
     """Mean of H(p) / log C on D_f, H(p) = -sum_c p_c log p_c: 0 certain, 1 uniform over all C classes."""
-    return float(e.train_forget.entropy.mean()) / math.log(e.train_forget.logits.shape[1])
+    return float(e.train_forget.entropy.mean()) / math.log(e.train_forget.num_classes)
 
 
 @metric("confident_wrong", "%", "retrain", group="train", target="as retrained", source="maximum softmax probability")
 def confident_wrong(e: Evidence) -> float:
     """Share of D_f that is misclassified with max_c p_c > 0.9."""
     said = e.train_forget
-    largest = said.log_p.amax(1).exp()
+    largest = said.per_image.largest
     wrong = ((largest > CONFIDENT) & ~said.right).double()
     return 100 * float(torch.where(largest.isnan(), math.nan, wrong).mean())
 

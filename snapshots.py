@@ -5,6 +5,7 @@ masked model is then judged by `head(h, W)` alone. A model whose earlier layers 
 """
 
 import copy
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from choices import Diverged
 from integrity import state_hash
 from methods import Context
-from metrics import Choose, Evidence, Outputs, OutputsOf
+from metrics import MOST_VALUES, Again, Choose, Evidence, Outputs, OutputsOf, PerImage
 from model import HookedModel, MaskLayer, inspecting
 from observe import log, progress
 from verdicts import reference_fault
@@ -79,16 +80,38 @@ class Snapshots:
         """Outputs of a model on a whole loader, eval mode; last batches may be short.
 
         Args:
-            model: maps the loader's inputs to logits [B, C].
+            model: maps the loader's inputs to logits [B, C]; with many images and classes it is asked again, so it and
+                the loader stay as they are for as long as the outputs are read.
             is_forget_set: which set it is, for subclasses that treat them apart.
             description: shown while it runs.
         """
-        logits, labels = [], []
+        device, logits, labels, made, values, classes = self.context.device, [], [], [], 0, 0
+
+        def read(part: Tensor, true: Tensor) -> PerImage:
+            rows = max(1, MOST_VALUES // part.shape[1])
+            pairs = zip(part.split(rows), true.split(rows), strict=True)
+            return PerImage.joined([PerImage.of(one, one.double().log_softmax(1), two) for one, two in pairs])
+
         with inspecting(model), torch.inference_mode():
             for inputs, true in progress(data_loader, description):
-                logits.append(model(inputs.to(self.context.device)).float())
-                labels.append(true.to(self.context.device))
-        return Outputs(torch.cat(logits), torch.cat(labels))
+                logits.append(model(inputs.to(device)).float())
+                labels.append(true.to(device))
+                values, classes = values + logits[-1].numel(), logits[-1].shape[1]
+                if values > MOST_VALUES:  # no more are held: what is read of them is
+                    begin = len(labels) - len(logits)
+                    made += [read(*pair) for pair in zip(logits, labels[begin:], strict=True)]
+                    logits.clear()
+        if not made:
+            return Outputs(torch.cat(logits), torch.cat(labels))
+
+        def again() -> Iterator[Tensor]:
+            for inputs, _ in data_loader:
+                # Not around the loop: of two models read in turn, the one that ends last would leave its mode behind.
+                with inspecting(model), torch.inference_mode():
+                    part = model(inputs.to(device)).float()
+                yield part
+
+        return Outputs(Again(again, classes), torch.cat(labels), PerImage.joined(made))
 
     def outputs(
         self,
@@ -99,10 +122,27 @@ class Snapshots:
         prefix_unchanged: bool | None = None,
     ) -> Outputs:
         """Outputs on a set, through the prefix cache where the model's prefix allows it (None: compare and see)."""
+        head = _Head(model, self.config.mask_layer)
         if self.prefix_unchanged(model) if prefix_unchanged is None else prefix_unchanged:
-            head = _Head(model, self.config.mask_layer)
             return self.inference(head, self.prefix_activations(split, is_forget_set), is_forget_set, description)
-        return self.inference(model, self.context.images(split, is_forget_set), is_forget_set, description)
+        images = self.context.images(split, is_forget_set)
+        labels = self.context.data.splits[split].labels
+        count = int((self.context.data.is_forgotten(labels) == is_forget_set).sum())
+        compared = split != "train" or is_forget_set  # image by image, with other models
+        if compared and count * self.context.data.num_classes > MOST_VALUES:
+            tensors = TensorDataset(*self._activations(model, images, description))
+            own = DataLoader(tensors, batch_size=None, sampler=_spans(tensors))
+            return self.inference(head, own, is_forget_set, description)
+        return self.inference(model, images, is_forget_set, description)
+
+    def _activations(self, model: HookedModel, images: DataLoader, description: str) -> tuple[Tensor, Tensor]:
+        """A model's own h [S, n] and labels [S]: logits that are asked for again cost no pass over the images."""
+        h, labels = [], []
+        with inspecting(model), torch.inference_mode():
+            for batch, true in progress(images, description):
+                h.append(model.prefix(batch.to(self.context.device), self.config.mask_layer))
+                labels.append(true)
+        return torch.cat(h), torch.cat(labels)
 
     # --- what models are compared with ---
 

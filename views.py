@@ -57,7 +57,7 @@ def said_of_samples(forget: Outputs) -> list[list[float]] | None:
     places = sampled(forget.labels)
     if NO_ANSWER in forget.predicted[places]:
         return None
-    best = forget.log_p[places].exp().max(1)
+    best = forget.at(places).exp().max(1)
     return [[int(label), round(float(p), 4)] for p, label in zip(best.values, best.indices, strict=True)]
 
 
@@ -65,7 +65,7 @@ def many_classes(forget: Outputs, retain: Outputs) -> dict[str, list]:
     """Where there is no table of all pairs: accuracy of each class in percent [C] (None: no image of it), and how many
     forgotten images are taken for each class [C]; the latter only if all of them have an answer.
     """
-    count = forget.logits.shape[1]
+    count = forget.num_classes
     labels, right = torch.cat([forget.labels, retain.labels]), torch.cat([forget.right, retain.right])
     seen, hits = torch.bincount(labels, minlength=count), torch.bincount(labels[right], minlength=count)
     scores = [round(100 * h / n, 2) if n else None for h, n in zip(hits.tolist(), seen.tolist(), strict=True)]

@@ -28,6 +28,12 @@ APART = WeightGraph(((4, 5), (2, 3)), (False,))
 MIXED = WeightGraph(((4, 5), (7, 6), (3, 7)), (False, True))
 
 
+def held(outputs: Outputs) -> torch.Tensor:
+    """Logits [S, C] of outputs that hold theirs."""
+    assert isinstance(outputs.logits, torch.Tensor)
+    return outputs.logits
+
+
 def evidence(split: str = "test", model: HookedModel | None = None, **given: Any) -> Evidence:
     """Evidence of a model from outputs written down: test=(forget, retain), val=..., train=...
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import evidence
+from common import evidence, held
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from config import derive_seed
 from eval import Eval
 from graph import layer_graph
 from masks import random_mask
-from metrics import METRICS, Evidence, Outputs, entropy_mia
+from metrics import METRICS, Again, Evidence, Outputs, blocks, entropy_mia
+from views import tables_of
 
 HERE = [name for name, entry in METRICS.items() if entry.compute.__module__ in ("metrics", "comparisons")]
 SETS = [(split, part) for split in ("train", "test") for part in (True, False)]
@@ -69,7 +70,7 @@ def shuffled(sets: dict[str, Drawn], seed: int) -> dict[str, Drawn]:
         count = len(sets["u"][key].labels)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + place))
         for who in sets:
-            changed[who][key] = Outputs(sets[who][key].logits[order], sets[who][key].labels[order])
+            changed[who][key] = Outputs(held(sets[who][key])[order], sets[who][key].labels[order])
     return changed
 
 
@@ -113,6 +114,49 @@ def test_no_metric_depends_on_the_batch_size(models):
     for other in found[:-1]:
         assert other == pytest.approx(found[-1], rel=1e-5, abs=1e-6)
     assert len({f"{value:.6f}" for value in found[-1].values()}) > len(HERE) / 2  # not all trivially equal
+
+
+@pytest.mark.parametrize("most", [1, 10, 40])
+def test_no_metric_depends_on_how_many_logits_are_held(models, monkeypatch, most):
+    """Sets of more values are read batch by batch and asked for again; batches of 7 and of 16 make the same blocks."""
+    images = {}
+    for split, part in SETS:
+        labels = drawn(0, "u")[split, part].labels
+        draw = torch.Generator().manual_seed(len(labels))
+        images[split, part] = 2 * torch.randn(len(labels), 6, generator=draw) + labels[:, None], labels
+
+    def outputs() -> dict[str, Drawn]:
+        sizes = dict(zip(WHO, (7, 16, 16, 5, 40), strict=True))
+        return {who: {k: inferred(models[who], *v, sizes[who]) for k, v in images.items()} for who in WHO}
+
+    whole = outputs()
+    monkeypatch.setattr("metrics.MOST_VALUES", most)
+    monkeypatch.setattr("snapshots.MOST_VALUES", most)
+    parts = outputs()
+    assert all(isinstance(parts[who][key].logits, Again) for who in WHO for key in SETS)
+    assert all(block.numel() <= max(most, CLASSES) for block in parts["u"]["test", False].log_p())
+    assert figures(parts) == pytest.approx(figures(whole), rel=1e-9, abs=1e-12)
+    assert not torch.is_inference_mode_enabled()
+    for key in SETS:
+        one, other = parts["u"][key], whole["u"][key]
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.predicted, other.predicted)
+        torch.testing.assert_close(torch.cat(list(one.log_p())), torch.cat(list(other.log_p())), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one.at([0, 3, 9]), other.at([0, 3, 9]), rtol=1e-12, atol=1e-12)
+        assert one.num_classes == CLASSES
+    pairs = [tables_of(who["u"]["test", True], who["u"]["test", False]) for who in (parts, whole)]
+    assert pairs[0].keys() == pairs[1].keys()
+    assert pairs[0].pop("class_probability") == pytest.approx(pairs[1].pop("class_probability"), rel=1e-12)
+    assert pairs[0] == pairs[1]
+
+
+def test_blocks_hold_all_rows_in_order(monkeypatch):
+    monkeypatch.setattr("metrics.MOST_VALUES", 10)
+    rows = torch.arange(39.0).view(13, 3)
+    for sizes in ([13], [1] * 13, [2, 5, 6], [4, 9]):
+        found = list(blocks(rows.split(sizes)))
+        assert [len(block) for block in found] == [3, 3, 3, 3, 1]
+        assert torch.equal(torch.cat(found), rows)
 
 
 @pytest.mark.parametrize(("count", "floor"), [(0, ()), (1, ()), (2, ("r1",)), (3, ("r1", "r2"))])
@@ -194,10 +238,10 @@ def test_defect_entropy_of_an_image_depends_on_the_rest_of_the_batch():
     outputs = Outputs(
         torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]).log(), torch.tensor([0, 1, 2])
     )
-    naive = [-sum(p * math.log(p) for p in row) for row in outputs.logits.exp().tolist()]
+    naive = [-sum(p * math.log(p) for p in row) for row in held(outputs).exp().tolist()]
     assert outputs.entropy.tolist() == pytest.approx(naive, rel=1e-6)
     for place in range(3):
-        alone = Outputs(outputs.logits[place : place + 1], outputs.labels[place : place + 1])
+        alone = Outputs(held(outputs)[place : place + 1], outputs.labels[place : place + 1])
         assert alone.entropy.tolist() == outputs.entropy[place : place + 1].tolist()
         assert alone.confidence.tolist() == outputs.confidence[place : place + 1].tolist()
 

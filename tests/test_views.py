@@ -17,7 +17,7 @@ from graph import WeightGraph
 from masks import Mask
 from metrics import Outputs
 from model import NO_ANSWER, HookedMLPClassifier, predictions
-from tests.common import APART
+from tests.common import APART, held
 from tests.test_reporter import record
 from utils_data import Images, UnlearningDataset
 from views import MAP_SIDE, SAMPLES, WIDEST, many_classes, mask_map, said_of_samples, sampled, tables_of, thumbnails
@@ -135,10 +135,10 @@ def test_the_table_of_all_pairs_gives_way_to_two_of_single_classes(classes):
 def test_an_image_without_an_answer_is_in_no_table_of_answers():
     """A table that left it out would count too few images of its class; NaN has no place in a record either."""
     forget, retain = outputs([1, 0], [1, 1], 3), outputs([0, 2], [0, 2], 3)
-    lost = Outputs(forget.logits.clone().index_fill_(0, torch.tensor([0]), math.nan), forget.labels)
-    assert predictions(lost.logits).tolist() == [NO_ANSWER, 0]
+    lost = Outputs(held(forget).clone().index_fill_(0, torch.tensor([0]), math.nan), forget.labels)
+    assert predictions(held(lost)).tolist() == [NO_ANSWER, 0]
     assert tables_of(lost, retain) == {"said_of_samples": None, "class_score": [100.0, 0.0, 100.0]}
-    gone = Outputs(retain.logits.clone().index_fill_(0, torch.tensor([1]), math.nan), retain.labels)
+    gone = Outputs(held(retain).clone().index_fill_(0, torch.tensor([1]), math.nan), retain.labels)
     tables = tables_of(forget, gone)
     assert set(tables) == {"class_probability", "said_of_samples", "class_score", "taken_for"}
     assert (tables["class_score"], tables["taken_for"]) == ([100.0, 50.0, 0.0], [1, 1, 0])
