@@ -28,6 +28,7 @@ MOST_STEPS = 32  # of regaining
 MOST_TAUGHT = 400  # images of D_f for AIN, and as many of D_r
 MOST_JUDGED = 128  # images of D_f that AIN is read from at every step
 MOST_PROBED = 200  # images of each class that a probe is fitted to
+MOST_PROBED_CLASSES = 20  # retained classes among them: a fit to a thousand classes would take minutes for each method
 CHUNK = 256
 
 
@@ -35,6 +36,17 @@ def drawn(labels: Tensor, most: int, seed: int) -> Tensor:
     """Positions of at most `most` images of every class among labels [S]; with a larger `most`, the same and more."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[labels[order] == label][:most] for label in labels.unique()])
+
+
+def drawn_of_some(labels: Tensor, most: int, seed: int) -> Tensor:
+    """The same of at most MOST_PROBED_CLASSES classes, drawn at random where there are more."""
+    classes = labels.unique()
+    if len(classes) <= MOST_PROBED_CLASSES:
+        return drawn(labels, most, seed)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "classes"))
+    chosen = classes[torch.randperm(len(classes), generator=generator)[:MOST_PROBED_CLASSES]]
+    places = torch.isin(labels, chosen).nonzero().flatten()
+    return places[drawn(labels[places], most, seed)]
 
 
 def drawn_of_all(labels: Tensor, most: int, seed: int) -> Tensor:
@@ -190,7 +202,11 @@ def features_of(e: Evidence, images: Tensor, labels: Tensor) -> Features:
 
 
 def _training_features(e: Evidence) -> Features:
-    return features_of(e, *training_images(e, "probe", MOST_PROBED))
+    forgotten = partial(drawn, most=MOST_PROBED, seed=derive_seed(e.seed, "probe", True))
+    retained = partial(drawn_of_some, most=MOST_PROBED, seed=derive_seed(e.seed, "probe", False))
+    sides = [e.images("train", True, forgotten), e.images("train", False, retained)]
+    images, labels = (torch.cat(parts).to(e.device) for parts in zip(*sides, strict=True))
+    return features_of(e, images, labels)
 
 
 def _judged_features(e: Evidence) -> Features:
@@ -216,8 +232,8 @@ def probe_recall(features: Tensor, labels: Tensor, asked: Tensor, true: Tensor) 
 @metric("probe_input", "%", "retrain", group="deep", target="as retrained, not chance", source="1610.01644")
 def probe_input(e: Evidence) -> float | None:
     """Recall of the forgotten classes on T by a linear probe on the target layer's input (of several: the first's):
-    multinomial logistic regression (C = 1, standardised) fitted to up to 200 training images of every class. A mask of
-    the target layer leaves this as it was.
+    multinomial logistic regression (C = 1, standardised) fitted to up to 200 training images of every class (of more
+    than 20 retained classes: of 20). A mask of the target layer leaves this as it was.
     """
     train, asked = e.figure(_training_features), e.figure(_judged_features)
     return probe_recall(train.input, train.labels, asked.input, asked.labels)

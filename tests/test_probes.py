@@ -14,8 +14,10 @@ from edits import DroppedLogits
 from metrics import METRICS, Choose, Evidence, Outputs
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from probes import (
+    MOST_PROBED_CLASSES,
     accuracy,
     drawn,
+    drawn_of_some,
     features_of,
     linear_cka,
     probe_recall,
@@ -97,6 +99,17 @@ def test_a_larger_draw_holds_the_smaller_and_every_class_counts_alike():
     assert set(few.tolist()) < set(more.tolist())
     assert len(set(more.tolist())) == 7
     assert drawn(labels, 3, seed=4).tolist() != more.tolist()
+
+
+def test_a_probe_is_fitted_to_a_few_of_many_classes():
+    few, many = torch.arange(MOST_PROBED_CLASSES).repeat(5), torch.arange(300).repeat(5)
+    assert torch.equal(drawn_of_some(few, 3, seed=1), drawn(few, 3, seed=1))
+    places = drawn_of_some(many, 3, seed=1)
+    counts = torch.bincount(many[places])
+    assert sorted(counts[counts > 0].tolist()) == [3] * MOST_PROBED_CLASSES
+    assert len(set(places.tolist())) == len(places)
+    assert torch.equal(places, drawn_of_some(many, 3, seed=1))
+    assert set(many[places].tolist()) != set(many[drawn_of_some(many, 3, seed=2)].tolist())
 
 
 def test_training_images_are_forgotten_ones_first(judged):
