@@ -392,7 +392,8 @@ def ill_said(ended: Ended, out: Path) -> list[str]:
     ill = [] if ended.code in (1, 2) else [f"exit code {ended.code}: {lines[-1][:200]}"]
     ill += ["a traceback"] if "Traceback" in ended.said else []
     ill += [] if lines[-1].startswith("error: ") else [f"the last line is no error: {lines[-1][:200]}"]
-    return ill + ([] if str(out) in lines[-1] else [f"no path is named: {lines[-1][:200]}"])
+    named = str(out.parent) in lines[-1]  # below the output folder, or of an image beside it
+    return ill + ([] if named else [f"no path is named: {lines[-1][:200]}"])
 
 
 def errors(plans: list[Plan], count: int, folder: Path, chance: random.Random) -> list[Row]:
