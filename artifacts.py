@@ -284,7 +284,7 @@ def extending(path: Path, begin: int) -> Generator[Callable[[memoryview], None]]
 
     def append(data: memoryview) -> None:
         with told(path):
-            _write_all(file, data.cast("B"))
+            _write_all(file, data.cast("B") if data.nbytes else memoryview(b""))
 
     try:
         with told(path):
@@ -405,7 +405,7 @@ def read_tensors(path: Path, foreign: bool = False) -> tuple[dict[str, np.ndarra
         with safe_open(path, framework="numpy") as file:
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise DamagedError(path, f"not a whole safetensors file of this project: {error}") from None
     if not isinstance(facts, dict):
         raise DamagedError(path, f"its facts are a JSON {type(facts).__name__}, not an object")

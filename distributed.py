@@ -31,7 +31,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
-from config import UserError
+from choices import Diverged, MachineError, UserError
+from hashes import check_same_code, whole_code
 from observe import log
 
 PRELOAD = ["numpy", "torch", "torch._dynamo", "torch.nn.parallel", "torch.distributed", "torch.utils.data"]
@@ -215,11 +216,18 @@ def _lost_a_peer(error: BaseException) -> bool:
 
 @record
 def _worker(
-    function: Callable[..., dict], launcher: Connection, device: torch.device, threads: int, seconds: float, *given: Any
+    function: Callable[..., dict],
+    launcher: Connection,
+    code: str,
+    device: torch.device,
+    threads: int,
+    seconds: float,
+    *given: Any,
 ) -> dict:
-    """What each started process runs: join, work, leave."""
+    """What each started process runs: see that it has the launcher's code, join, work, leave."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole terminal: go without a traceback
     torch.set_num_threads(threads)
+    check_same_code(code)
     try:
         own = local_device(device)
         return function(meet(own, seconds).group, own, lambda: _leave_without(launcher), *given)
@@ -283,7 +291,7 @@ def _launch_once(function: Callable[..., dict], worker: tuple, workers: int) -> 
             signals_to_handle="SIGTERM,SIGINT,SIGHUP",
         )
         multiprocessing.set_forkserver_preload(PRELOAD)
-        return elastic_launch(config, _worker)(function, theirs, *worker)[0]
+        return elastic_launch(config, _worker)(function, theirs, whole_code(), *worker)[0]
 
 
 def launch(
@@ -337,7 +345,8 @@ def _one_line(rank: int, failure: ProcessFailure) -> Exception:
     told: Any = failure.message  # text, or a mapping that holds it
     text = " ".join(str(told["message"] if isinstance(told, dict) else told).split())
     kind, _, rest = text.partition(": ")
-    return UserError(rest) if kind == UserError.__name__ else RuntimeError(f"worker {rank} failed: {text}")
+    said = {error.__name__: error for error in (UserError, Diverged, MachineError)}
+    return said[kind](rest) if kind in said else RuntimeError(f"worker {rank} failed: {text}")
 
 
 def check_shared_memory(sets: Any) -> None:

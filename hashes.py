@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import PROJECT_ROOT
+from config import PROJECT_ROOT, UserError
 
 PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors", "pillow")
 
@@ -45,7 +45,7 @@ def sha256_arrays(arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data.cast("B"))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -54,10 +54,50 @@ def key_of(inputs: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
+def _sources() -> dict[str, str]:
+    return {path.name: _sha256(path) for path in PROJECT_ROOT.glob("*.py")}
+
+
+_BEGAN = _sources()  # the source files when this process began to import them: what it runs, whatever is edited later
+
+
+@lru_cache
+def _imported() -> dict[str, str]:
+    """Hashes of the source files that this process runs, by name.
+
+    Raises:
+        UserError: they were changed while they were imported (this is first asked for soon after), so that nobody
+            knows which of two versions runs.
+    """
+    now = _sources()
+    if changed := sorted(name for name in {*now, *_BEGAN} if now.get(name) != _BEGAN.get(name)):
+        raise UserError(f"{changed[0]} was changed while this run started: run it again")
+    return _BEGAN
+
+
 @lru_cache
 def code_key(*names: str) -> str:
-    """Hash of some of this project's source files: changed code is a changed input of a stage."""
-    return key_of({name: sha256_file(PROJECT_ROOT / name) for name in names})
+    """Hash of some of the source files that this process runs: changed code is a changed input of a stage.
+
+    Raises:
+        UserError: as `_imported`.
+    """
+    return key_of({name: _imported()[name] for name in names})
+
+
+def whole_code() -> str:
+    """Hash of all source files that this process runs."""
+    return code_key(*sorted(_imported()))
+
+
+def check_same_code(other: str) -> None:
+    """See that this process runs the code of the one that started it, whose `whole_code` is given.
+
+    Raises:
+        UserError: files were edited in between.
+    """
+    if whole_code() != other:
+        raise UserError("source files were changed since this run began, so that its processes differ: start it again")
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from data import FEATURES, GraphDataset, GraphGenerator
 from distributed import Meeting, by_torchrun, local_device, part, torchrun_meeting
 from gcn import MaskingGCN, reuse_freed_memory
 from given import GIVEN, check_answers, check_layout, check_paths, check_weights, given_objective
-from hashes import code_key, key_of, provenance, sha256_file, versions
+from hashes import check_same_code, code_key, key_of, provenance, sha256_file, versions, whole_code
 from masks import check_budget
 from model import HookedModel, save_classifier, vision_model_loader
 from observe import Tracker, log
@@ -179,7 +179,7 @@ class Stages:
         state = StateFile(path, key, self.config.resume)
 
         def make(folder: Path) -> dict:
-            job = {"seed": seed, "retained": bool(without), "train": plain(train)}
+            job = {"seed": seed, "retained": bool(without), "train": plain(train), "code": whole_code()}
             job["state"] = [str(path), key, state.resume and path.exists()]
             if meeting:
                 meeting.announce(job)
@@ -195,6 +195,7 @@ class Stages:
 
     def _trainer(self, job: dict, tracker: Tracker) -> VisionModelTrainer:
         """A fresh classifier and what it is to be trained on; `job` is plain, and the same for every process."""
+        check_same_code(job["code"])
         train, seed, (path, key, resume) = TrainConfig(**job["train"]), job["seed"], job["state"]
         data = self.data
         if (train.batch_size, seed) != (data.batch_size, data.seed):
@@ -320,11 +321,7 @@ class Stages:
             checkpoints = [teacher.checkpoint for teacher in teachers]
             seed, tracker = self.config.seed, self._tracker("gcn")
             facts = UnlearningTrainer(unlearner, checkpoints, config, seed, self.device, tracker).train(folder)
-            trained_on = {
-                "model": self.common["model"],
-                "dataset": self.common["dataset"],
-                "shapes": self.graph.shapes,
-            }
+            trained_on = {name: self.common[name] for name in ("model", "dataset")} | {"shapes": self.graph.shapes}
             trained_on["classifiers"] = [
                 {"seed": teacher.config.seed, "train": plain(teacher.config.train)} for teacher in teachers
             ]

@@ -20,8 +20,8 @@ MANIFEST = "manifest.json"
 
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 by name of a folder's files, its manifest and hidden ones apart."""
-    names = (path.name for path in folder.iterdir() if path.name != MANIFEST and not path.name.startswith("."))
-    return {name: sha256_file(folder / name) for name in sorted(names)}
+    paths = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST and not path.name.startswith("."))
+    return {path.name: sha256_file(path) if path.is_file() else "no file" for path in paths}
 
 
 def sha256_folder(folder: Path) -> str:
@@ -31,7 +31,7 @@ def sha256_folder(folder: Path) -> str:
 
 def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
     """Write what a folder holds, and `facts`: it is written last, so that a folder with one is complete."""
-    with told(folder, "read"):
+    with told(folder):
         files = _hashes(folder)
     write_json(folder / MANIFEST, {**facts, "files": files})
 
@@ -109,7 +109,8 @@ def build_stage(folder: Path, label: str, inputs: Mapping[str, object], make: Ca
     try:
         if done := _finished(path, key):
             log(f"{label}: unchanged, using {path}")
-            clear_dead(lock)
+            for left in folder.glob(".*.lock"):  # by runs that were killed
+                clear_dead(left)
             return done
     except DamagedError as error:
         log(f"{label}: {error.found}, so that it is made anew")

@@ -21,7 +21,7 @@ from artifacts import DamagedError, read_json, write_json
 from config import PROJECT_ROOT, PipelineConfig, UserError, plain
 from config_files import load_config, read_words, resolved, typed
 from fields import did_you_mean
-from hashes import code_key, key_of, versions
+from hashes import check_same_code, key_of, versions, whole_code
 from locks import running
 from observe import log
 from records import read_whole
@@ -64,6 +64,7 @@ class Job:
     settings: dict[str, Any]
     config: PipelineConfig
     key: str
+    code: str
 
     @property
     def path(self) -> Path:
@@ -125,14 +126,14 @@ def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
         UserError: a field or a value does not exist.
     """
     # Every source file counts: a job is skipped only if nothing that could move its numbers has changed.
-    code = code_key(*sorted(path.name for path in PROJECT_ROOT.glob("*.py")))
+    code = whole_code()
     jobs: dict[str, Job] = {}
     for values in product(*sweep.over.values()):
         settings = dict(zip(sweep.over, values, strict=True))
         config = _typed(base, settings)
         what = plain(replace(config, output_dir=Path(), resume=False))
         key = key_of({"config": what, "code": code, "versions": versions()})
-        jobs.setdefault(key, Job(resolved(settings, exactly=True), config, key))
+        jobs.setdefault(key, Job(resolved(settings, exactly=True), config, key, code))
     return list(jobs.values())
 
 
@@ -165,6 +166,7 @@ def run_job(job: Job, threads: int | None = None) -> dict:
     begun = time.time()
     outcome: dict[str, Any] = {"key": job.key, "settings": plain_settings(job), "status": "failed", "records": []}
     try:
+        check_same_code(job.code)
         with running(job.config.output_dir):
             records = Pipeline(job.config).eval()
         root = job.config.output_dir
