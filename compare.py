@@ -147,13 +147,13 @@ def _why(a: Side, b: Side) -> str:
     return "no run of one has the model, images, classes, seed and given classifier of a run of the other"
 
 
-def _left_out(one: Side, paired: Sequence[Run]) -> str:
+def _left_out(one: Side, other: Side, paired: Sequence[Run]) -> str:
     """The runs of a side that have no counterpart."""
     ids = {run[0]["run"] for run in paired}
     rest = [run[0] for runs in one.runs.values() for run in runs if run[0]["run"] not in ids]
     named = [f"{first['run']} (classes {labels_of(first)}, seed {first['seed']})" for first in rest[:MOST_NAMED]]
     more = f" and {len(rest) - MOST_NAMED} more" if len(rest) > MOST_NAMED else ""
-    return f"Without a counterpart in {one.name}: {', '.join(named)}{more}." if rest else ""
+    return f"Of {one.name} without a counterpart in {other.name}: {', '.join(named)}{more}." if rest else ""
 
 
 # --- what a pair says -------------------------------------------------------------------------------------
@@ -237,8 +237,8 @@ def compared(a: Side, b: Side) -> Comparison:
     said = [
         in_words(table, a.name, b.name),
         f"{a.name} | {b.name} differ in: {', '.join(apart) or 'nothing that a run records'}.",
-        _left_out(a, ours),
-        _left_out(b, theirs),
+        _left_out(a, b, ours),
+        _left_out(b, a, theirs),
     ]
     return Comparison(table, " ".join(filter(None, said)))
 

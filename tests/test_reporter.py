@@ -692,7 +692,7 @@ def test_a_side_with_two_runs_of_one_cell_is_refused_and_both_are_named():
         with pytest.raises(UserError, match=message):
             compared(*sides)
     elsewhere = side("A", [run, changed(other, seed=4)])  # not in question: that cell is in A alone
-    assert "Without a counterpart in A: z0 (classes [1], seed 4)." in compared(elsewhere, b).about
+    assert "Of A without a counterpart in B: z0 (classes [1], seed 4)." in compared(elsewhere, b).about
 
 
 def test_what_is_compared_is_of_the_same_images():
@@ -728,7 +728,7 @@ def test_a_comparison_says_what_differs_and_where_it_is_written(tmp_path):
             write_json(record_path(tmp_path / where, run[0]), changed(run, config__train__epochs=epochs)[0])
     said = Reporter(tmp_path).compare([str(tmp_path / "one"), f"{tmp_path}/two/a1"])
     assert "differ in: train.epochs (2 | 9)." in said
-    assert f"Without a counterpart in {tmp_path}/one: a0 (classes [1], seed 0)." in said
+    assert f"Of {tmp_path}/one without a counterpart in {tmp_path}/two/a1: a0 (classes [1], seed 0)." in said
     place = tmp_path / "reports/compare-1"
     assert f"written to {place}.md, .csv and .tex" in said
     assert all(place.with_suffix(kind).exists() for kind in (".md", ".csv", ".tex"))
