@@ -117,10 +117,9 @@ def _configured(arguments: list[str], command: str, about: str) -> PipelineConfi
 def _as_json(records: list[dict], code: int, places: dict[str, str]) -> str:
     """What a run says, for programs: the table as objects, the answer, remarks, every record's id and place."""
     from records import record_path
-    from tables import as_json, headline, remarks
+    from tables import as_json, headline, is_answered, remarks
 
-    answered = {records[0]["answer"], "default"} <= set(records[0]["labels"])
-    said = {"exit": code, "headline": headline(records) if answered else None, "remarks": remarks(records)}
+    said = {"exit": code, "headline": headline(records) if is_answered(records) else None, "remarks": remarks(records)}
     files = [str(record_path(Path(places["output"]), record)) for record in records]
     return json.dumps(said | {"methods": as_json(records), "records": files, **places}, indent=1)
 
@@ -159,7 +158,7 @@ def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
 def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> int:
     """Print a run's table, answer and places; returns the exit code."""
     from records import RECORDS
-    from tables import headline, remarks, table
+    from tables import headline, is_answered, remarks, table
     from write import as_text
 
     code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
@@ -168,7 +167,7 @@ def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> in
         print(_as_json(records, code, places))
         return code
     print(as_text(table(records)))
-    if {records[0]["answer"], "default"} <= set(records[0]["labels"]):
+    if is_answered(records):
         print(headline(records) + "\n")
     print("\n".join([*remarks(records), ""]))
     print("Test figures; each method's point was chosen on validation images.")

@@ -22,11 +22,14 @@ from config_files import load_config
 from families import Run, dataset_of, family_key, told_apart
 from observe import visible
 from panels import Panel, figures_of, forgotten_taken_for
+from records import SCORES
 from tables import (
     caption,
     choose,
     grid,
     headline,
+    is_answered,
+    known,
     metrics_of,
     named_classes,
     remarks,
@@ -117,6 +120,8 @@ def _pasted(text: str) -> Markup:
 def sentence(record: dict) -> str:
     """One point of the sweep in words: the answer's mask there."""
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
+    if not all(known(values.get(score)) for values in (after, before) for score in SCORES):
+        return f"At kappa {record['kappa']:,} there are no figures: training diverged, or nothing was measured."
     lost = before["retain_score"] - after["retain_score"]
     verb = "are" if isinstance(record["forget_class"], list) else "is"
     change = f"{'lose' if lost >= 0 else 'gain'} {abs(lost):.1f} points"
@@ -155,10 +160,6 @@ def _shares(record: dict, panel: Panel) -> dict:
     return {"title": panel.title, "ticks": panel.ticks, "methods": methods, "values": [one.y for one in panel.series]}
 
 
-def _answered(run: Run) -> bool:
-    return {run[0]["answer"], "default"} <= set(run[0]["labels"])
-
-
 def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) -> dict:
     first, metrics = run[0], list(metrics_of([run], every=False))
     panels = figures_of([run]) | (dict(training) if every else {})
@@ -169,7 +170,7 @@ def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) ->
         "labels": first["labels"],
         "answer": first["answer"],
         "chosen": [best["kappa"], best["top_k"]],
-        "points": [_point(record, metrics) for record in run] if _answered(run) else [],
+        "points": [_point(record, metrics) for record in run] if is_answered(run) else [],
         "samples": first.get("samples"),
         "layers": [[layer["layer"], *layer["shape"]] for layer in first["mask_map"]],
         "figures": {name: [_slim(panel) for panel in panels] for name, panels in panels.items() if panels},
@@ -205,7 +206,7 @@ def _run_text(run: Run, apart: str) -> dict:
         "what": f"{first['model']} on {dataset_of(first)}" + (f" ({apart})" if apart else ""),
         "classes": named_classes(first),
         "seed": first["seed"],
-        "headline": headline(run) if _answered(run) else "The answer or the untouched classifier was not measured.",
+        "headline": headline(run) if is_answered(run) else "The answer or the untouched classifier has no figures.",
         "caption": caption(run, apart=apart),
         "rows": _bold(table(run)),
         "all_rows": _bold(table(run, every=True)),

@@ -1,18 +1,18 @@
 """Figures declared as data: records -> panels, which `figures.py` draws for print and the HTML page draws on screen.
 
-Every figure is one line of `FIGURES` (or of `TERMS`, for training curves); metrics and methods come from the records.
+Every figure is one line of `FIGURES` (or of `TERMS` in `curves.py`); metrics and methods come from the records.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
 from families import Run
-from tables import Estimate, best_points, choose, chosen_in, classes_of, estimate, metrics_of, over_runs
+from records import SCORES
+from tables import Estimate, best_points, by_gap, choose, chosen_in, classes_of, estimate, known, metrics_of, over_runs
 
 MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
-MOST_POINTS = 400  # of a training curve
 WIDE = 1e3  # largest / smallest figure from which an axis is logarithmic
 BETTER = {"higher": "higher is better", "lower": "lower is better", "retrain": "best as retrained"}
 RANGES = {"%": (0.0, 100.0), "probability": (0.0, 1.0)}  # a band is drawn no further, though a t interval knows no end
@@ -67,7 +67,7 @@ def _name(about: dict, metric: str) -> str:
 def _at(runs: Sequence[Run], method: str, metric: str, **place: int) -> Estimate | None:
     """A method's figure over the runs at one place of the sweep, e.g. kappa=400; None unless some run has it."""
     found = [next((r for r in run if all(r[key] == value for key, value in place.items())), None) for run in runs]
-    records = [record for record in found if record and record["methods"].get(method, {}).get(metric) is not None]
+    records = [record for record in found if record and known(record["methods"].get(method, {}).get(metric))]
     if not records:
         return None
     own = (records[0]["intervals"][method] or {}).get(metric)
@@ -118,7 +118,7 @@ def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
     values = [value for one in series for value in one.y]
     spread = bool(values) and min(values) > 0 and max(values) / min(values) > WIDE and about["unit"] != "probability"
     what = {"kappa": "kappa (weights switched off)", "topK": "topK (weights held to be important)"}[axis]
-    alt = f"{metric.replace('_', ' ')} of {len(found)} methods over {axis}, {_extent(series)}."
+    alt = f"{metric.replace('_', ' ')} of {len(found)} methods over {axis}, {extent(series)}."
     return Panel(_name(about, metric), what, about["unit"], series, alt, y_log=spread)
 
 
@@ -130,7 +130,7 @@ def _within(series: Series, least: float, most: float) -> Series:
     return replace(series, low=low, high=high)
 
 
-def _extent(series: Sequence[Series]) -> str:
+def extent(series: Sequence[Series]) -> str:
     """What a drawing shows, for those who do not see it."""
     return "; ".join(f"{s.label}: {min(s.y):.4g} to {max(s.y):.4g}" for s in series if s.y and s.kind != "front")
 
@@ -147,20 +147,38 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def trade_off(runs: Sequence[Run]) -> list[Panel]:
     """Forget against retain score, with the Pareto front of the methods and the retrained model as the star."""
     first, about, series, every = runs[0][0], metrics_of(runs), [], []
+    if not set(SCORES) <= set(about):
+        return []
     for method in chosen_in(runs):
         pairs = []
-        forgets, retains = (_or_level(runs, method, metric) for metric in ("forget_score", "retain_score"))
-        for forget, retain in zip(forgets, retains, strict=True):
+        forgets, retains = (_or_level(runs, method, metric) for metric in SCORES)
+        for forget, retain in _both(forgets, retains):
             pairs += list(zip(forget.y, retain.y, strict=True))
             kind = "star" if method == "retrain" else "line" if len(forget.y) > 1 else "points"
             series.append(Series(retain.label, forget.y, retain.y, kind, retain.style, retain.low, retain.high))
         every += [] if method in ("retrain", "default") else pairs
     if front := pareto(every):
         series.append(Series("Pareto front", [x for x, _ in front], [y for _, y in front], "front", -1))
-    alt = f"Retain score against forget score; the Pareto front has {len(front)} points. {_extent(series)}."
+    alt = f"Retain score against forget score; the Pareto front has {len(front)} points. {extent(series)}."
     title = f"forgetting {classes_of(first)}: top left is best" if len(runs) == 1 else "trade-off: top left is best"
-    x, y = (_name(about[metric], metric) for metric in ("forget_score", "retain_score"))
+    x, y = (_name(about[metric], metric) for metric in SCORES)
     return [Panel(title, x, y, series, alt)]
+
+
+def _both(ours: Sequence[Series], theirs: Sequence[Series]) -> Iterator[tuple[Series, Series]]:
+    """Series of the same label, at the places that both have."""
+    others = {one.label: one for one in theirs}
+    for one in ours:
+        if other := others.get(one.label):
+            shared = set(one.x) & set(other.x)
+            yield _only(one, shared), _only(other, shared)
+
+
+def _only(series: Series, places: set[float]) -> Series:
+    """A series at some places."""
+    kept = [place for place, x in enumerate(series.x) if x in places]
+    sides = {name: getattr(series, name) for name in ("x", "y", "low", "high")}
+    return replace(series, **{name: side and [side[place] for place in kept] for name, side in sides.items()})
 
 
 def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
@@ -173,28 +191,25 @@ def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
 
 def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
     """Seconds (log axis) against Avg Gap, or retain minus forget score where nothing was retrained."""
-    first, gap = runs[0][0], "avg_gap" in metrics_of(runs)
+    first, gap = runs[0][0], by_gap(record for run in runs for record in run)
     series = []
     for method, points in chosen_in(runs).items():
         times = [point.values["seconds"] for point in points]
-        if None in times:  # it diverged
+        found = [quality for point in points if known(quality := _quality(point.values, gap))]
+        if len(found) < len(points) or not all(map(known, times)):  # it diverged somewhere
             continue
         seconds = over_runs(times).value
-        known = [quality for quality in (_quality(point.values, gap) for point in points) if quality is not None]
-        if seconds > 0 and len(known) == len(points):
-            place = [(seconds, over_runs(known))]
+        if seconds > 0:
+            place = [(seconds, over_runs(found))]
             series.append(_with_limits(points[0].label, place, "points", style_of(first, method)))
     name = "Avg Gap to retrained [points], lower is better" if gap else "retain - forget score, higher is better"
-    return [
-        Panel("time against quality", "seconds to unlearn", name, series, f"{name}: {_extent(series)}.", x_log=True)
-    ]
+    return [Panel("time against quality", "seconds to unlearn", name, series, f"{name}: {extent(series)}.", x_log=True)]
 
 
 def _quality(values: dict[str, float], gap: bool) -> float | None:
     """Avg Gap, or retain minus forget score; None for a method that diverged."""
-    if gap or values["retain_score"] is None:
-        return values.get("avg_gap")
-    return values["retain_score"] - values["forget_score"]
+    forget, retain = (values.get(score) for score in SCORES)
+    return values.get("avg_gap") if gap else retain - forget if known(forget) and known(retain) else None
 
 
 # --- classes ----------------------------------------------------------------------------------------------
@@ -245,7 +260,7 @@ def _bars(
         for name, values in of.items()
     ]  # fmt: skip
     ticks = [str(c) for c in chosen]
-    return [Panel(title, "class", y_label, series, f"{title}. {_extent(series)}.", ticks=ticks)]
+    return [Panel(title, "class", y_label, series, f"{title}. {extent(series)}.", ticks=ticks)]
 
 
 def per_class(runs: Sequence[Run]) -> list[Panel]:
@@ -267,6 +282,8 @@ def class_probability(runs: Sequence[Run]) -> list[Panel]:
     record = choose(runs[0], runs[0][0]["answer"])
     of = {name: values for name in _compared(record) if (values := record["class_probability"].get(name))}
     title = f"probability for images of {classes_of(record)}"
+    if not of:
+        return []
     return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "mean probability")
 
 
@@ -336,38 +353,7 @@ def weight_histogram(runs: Sequence[Run]) -> list[Panel]:
     ]
     label = record["labels"].get(record["answer"], record["answer"])
     title = f"weights under the mask of {label}, kappa {record['kappa']:,}"
-    return [Panel(title, "weight", "count", series, f"{title}. {_extent(series)}.", y_log=True)]
-
-
-# --- training ---------------------------------------------------------------------------------------------
-
-TERMS = {
-    "classifier": ("loss", "val_loss", "val_score", "grad_norm", "images_per_second"),
-    "gcn": (
-        "loss",
-        "nll",
-        "kl",
-        "forget",
-        "retain",
-        "grad_norm",
-        "temperature",
-        "requests_per_second",
-        "samples_per_second",
-    ),
-}
-
-
-def training(history: Sequence[dict], kind: str, name: str) -> list[Panel]:
-    """The terms of a training history that it has, at most MOST_POINTS of each."""
-    found = []
-    for term in TERMS[kind]:
-        points = [(entry["step"], entry[term]) for entry in history if entry.get(term) is not None]
-        points = points[:: math.ceil(len(points) / MOST_POINTS) or 1]
-        if points:
-            series = [Series(term, [float(x) for x, _ in points], [y for _, y in points])]
-            title = f"{name}: {term.replace('_', ' ')}"
-            found.append(Panel(title, "step", term.replace("_", " "), series, f"{title}, {_extent(series)}."))
-    return found
+    return [Panel(title, "weight", "count", series, f"{title}. {extent(series)}.", y_log=True)]
 
 
 # --- the figures ------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ from pathlib import Path
 from artifacts import HISTORY, DamagedError, read_json, write_text
 from compare import compared, find_side
 from config import ReporterConfig, UserError, plain
+from curves import training
 from families import Run, families, family_key, runs_of, told_apart
 from figures import save
 from hashes import code_key, key_of
 from observe import log, progress, visible
 from page import write_page
-from panels import Panel, figures_of, training
+from panels import Panel, figures_of
 from records import read_records
 from store import read_manifest, write_manifest
 from tables import (
@@ -28,7 +29,7 @@ from tables import (
 from write import as_csv, as_latex, as_text
 
 CODE = (
-    *("reporter.py", "write.py", "families.py", "intervals.py", "tables.py", "panels.py", "figures.py"),
+    *("reporter.py", "write.py", "families.py", "intervals.py", "tables.py", "panels.py", "curves.py", "figures.py"),
     *("hashes.py", "artifacts.py", "record_schema.py", "records.py", "observe.py"),
 )
 PAGE = Path("reports/index.html")

@@ -14,6 +14,7 @@ from config import SupportedDatasets, SupportedVisionModels
 from families import Run, dataset_of, labels_of, told_apart
 from intervals import DUST, minus, same, t_interval
 from observe import visible
+from records import SCORES
 from write import Lead
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
@@ -59,6 +60,11 @@ def known(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def by_gap(records: Iterable[dict]) -> bool:
+    """Whether points are chosen by Avg Gap: some method has one somewhere in the run."""
+    return any(known(values.get("avg_gap")) for record in records for values in record["validation"].values())
+
+
 def choose(records: Iterable[dict], method: str) -> dict:
     """The record where a method does best on *validation* images.
 
@@ -67,12 +73,12 @@ def choose(records: Iterable[dict], method: str) -> dict:
     diverged there, is the worst. Ties (but for rounding) go to the smaller kappa, then the smaller topK.
     """
     run = list(records)
-    by_gap = any(known(values.get("avg_gap")) for record in run for values in record["validation"].values())
+    gapped = by_gap(run)
 
     def lost(record: dict) -> float:
         values = record["validation"][method]
         gap, forget, retain = (values.get(name) for name in ("avg_gap", "forget_score", "retain_score"))
-        if by_gap:
+        if gapped:
             return gap if known(gap) else math.inf
         return forget - retain if known(forget) and known(retain) else math.inf
 
@@ -299,6 +305,16 @@ def remarks(records: Run) -> list[str]:
     return left_out + [
         f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"
     ]
+
+
+def is_answered(records: Run) -> bool:
+    """Whether the run's answer can be put into words: its method and the untouched classifier have figures."""
+    answer = records[0]["answer"]
+    if not {answer, "default"} <= set(records[0]["labels"]):
+        return False
+    record = choose(records, answer)
+    needed = [record["methods"][name].get(score) for name in (answer, "default") for score in SCORES]
+    return all(map(known, [*needed, record["methods"][answer].get("weights_changed")]))
 
 
 def answer_of(records: Run) -> dict | None:

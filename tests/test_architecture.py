@@ -83,6 +83,7 @@ LAYERS = {
     "families": 4,
     "tables": 4,
     "panels": 4,
+    "curves": 4,
     "compare": 4,
     "figures": 4,
     "page": 4,

@@ -3,12 +3,15 @@
 A script appended to a copy of the page uses it as a person would, and writes what it saw into the page.
 """
 
+import itertools
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -25,7 +28,10 @@ from config import KappaModes, PipelineConfig, SupportedDatasets, TrainConfig, p
 from config_files import load_config
 from families import families, runs_of
 from page import DEFAULT_CONFIG, as_page, command, rounded, sentence
+from panels import figures_of
+from tables import table
 from tests.test_reporter import record
+from write import as_text
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -139,6 +145,48 @@ def test_names_that_a_screen_would_obey_are_spelled_out():
     assert "<td>**not bold**</td>" in html
     attributes = [name for tag, name in attributes_of(html) if tag == "section"]
     assert set(attributes) == {"class", "id", "data-what", "data-classes", "data-name", "aria-label"}
+
+
+def without_figures(value: float | None, methods: Sequence[str], points: slice, seeds: int) -> list[dict]:
+    """Records of runs in which some methods have no figures at some points."""
+    records = []
+    for seed in range(seeds):
+        run = [full(5, kappa, 12, seed=seed, run=f"run-{seed}") for kappa in (100, 200)]
+        for one in run[points] if seed == 0 else []:
+            for part, name in itertools.product(("methods", "validation"), methods):
+                one[part][name] = dict.fromkeys(one[part][name], value)
+        records += run
+    return records
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+@pytest.mark.parametrize("methods", [("mimu",), ("novel",), ("default",), ("mimu", "novel", "default")])
+@pytest.mark.parametrize("points", [slice(1), slice(2)], ids=["one point", "all points"])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_reports_hold_where_figures_are_missing(value, methods, points, seeds):
+    records = without_figures(value, methods, points, seeds)
+    runs = runs_of(records)
+    for group in (*([run] for run in runs), runs):
+        rows = table(*group, every=True)
+        assert {row[0] for row in rows[1:]} == {"MIMU", "untouched", "a novel method"}
+        assert not re.search(r"\b(nan|inf|None)\b", as_text(rows))
+        panels = [panel for drawn in figures_of(group).values() for panel in drawn]
+        assert all(math.isfinite(value) for panel in panels for one in panel.series for value in one.y)
+    said = [point["sentence"] for point in page_data(page(records))[0]["points"]]
+    if methods == ("mimu",) and points == slice(1):
+        assert said[0] == "At kappa 100 there are no figures: training diverged, or nothing was measured."
+        assert "class 1 is recognised" in said[1]
+
+
+@pytest.mark.parametrize("methods", [("mimu",), ("default",), ("novel", "default")])
+def test_reports_hold_where_methods_are_missing(methods):
+    one = full(5, 100, 12)
+    for part in ("methods", "validation", "labels", "axes", "confusion", "class_probability"):
+        one[part] = {name: one[part][name] for name in methods}
+    assert "The answer or the untouched classifier has no figures." in page([one])
+    assert len(table([one])) == 1 + len(methods)
+    one |= {"class_probability": {}, "confusion": {}, "mask_map": None, "metrics": {}}
+    assert page([one])
 
 
 def test_numbers_are_cut_to_four_digits():

@@ -14,6 +14,7 @@ from scipy import stats
 from artifacts import SCHEMA, read_json, write_json
 from compare import compared, find_side, in_words, side
 from config import ReporterConfig, UserError
+from curves import training
 from families import families, family_key, runs_of, told_apart
 from figures import COLUMN, draw
 from panels import (
@@ -26,7 +27,6 @@ from panels import (
     pareto,
     per_class,
     time_against_quality,
-    training,
 )
 from records import read_records, record_path
 from reporter import Reporter
