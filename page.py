@@ -22,7 +22,7 @@ from config_files import load_config
 from families import Run, dataset_of, family_key, told_apart
 from observe import visible
 from panels import Panel, figures_of, forgotten_taken_for
-from records import SCORES
+from record_schema import SCORES
 from tables import (
     caption,
     choose,

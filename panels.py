@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from families import Run
-from records import SCORES
+from record_schema import SCORES
 from tables import Estimate, best_points, by_gap, choose, chosen_in, classes_of, estimate, known, metrics_of, over_runs
 
 MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
@@ -147,8 +147,6 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def trade_off(runs: Sequence[Run]) -> list[Panel]:
     """Forget against retain score, with the Pareto front of the methods and the retrained model as the star."""
     first, about, series, every = runs[0][0], metrics_of(runs), [], []
-    if not set(SCORES) <= set(about):
-        return []
     for method in chosen_in(runs):
         pairs = []
         forgets, retains = (_or_level(runs, method, metric) for metric in SCORES)

@@ -14,7 +14,7 @@ from config import SupportedDatasets, SupportedVisionModels
 from families import Run, dataset_of, labels_of, told_apart
 from intervals import DUST, minus, same, t_interval
 from observe import visible
-from records import SCORES
+from record_schema import SCORES
 from write import Lead
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}

@@ -185,7 +185,7 @@ def test_reports_hold_where_methods_are_missing(methods):
         one[part] = {name: one[part][name] for name in methods}
     assert "The answer or the untouched classifier has no figures." in page([one])
     assert len(table([one])) == 1 + len(methods)
-    one |= {"class_probability": {}, "confusion": {}, "mask_map": None, "metrics": {}}
+    one |= dict.fromkeys(("class_probability", "confusion"), dict.fromkeys(methods))
     assert page([one])
 
 
