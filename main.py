@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import tyro
 from dotenv import load_dotenv
@@ -54,6 +54,11 @@ def set_library_defaults() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+def _say(text: object, file: TextIO | None = None) -> None:
+    """Print for people: nothing in a name is obeyed by the terminal."""
+    print(visible(str(text), keep="\n"), file=file)
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[list[Path], list[str]]:
@@ -166,22 +171,20 @@ def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> in
     if for_programs:
         print(_as_json(records, code, places))
         return code
-    print(as_text(table(records)))
+    _say(as_text(table(records)))
     if is_answered(records):
-        print(headline(records) + "\n")
-    print("\n".join([*remarks(records), ""]))
-    print("Test figures; each method's point was chosen on validation images.")
+        _say(headline(records) + "\n")
+    _say("\n".join([*remarks(records), ""]))
+    _say("Test figures; each method's point was chosen on validation images.")
     if mask := places.get("mask"):
         layers = records[0]["mask_layer"]
-        print(f"mask   {visible(mask)}")
-        print(
-            f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # from masks.py, see the README"
-        )
-    print(f"JSON   {visible(str(config.output_dir / RECORDS))}")
-    print(f"plots  {visible(places['plots'])}")
-    print(f"page   {visible(places['page'])}")
+        _say(f"mask   {mask}")
+        _say(f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # from masks.py, see the README")
+    _say(f"JSON   {config.output_dir / RECORDS}")
+    _say(f"plots  {places['plots']}")
+    _say(f"page   {places['page']}")
     if config.tracker is Trackers.trackio:
-        print(f"logs   {os.environ['TRACKIO_DIR']} (uv run main.py dashboard)")
+        _say(f"logs   {os.environ['TRACKIO_DIR']} (uv run main.py dashboard)")
     return code
 
 
@@ -201,7 +204,7 @@ def train_gcn(arguments: list[str]) -> int:
         if not stages.take_part():
             copy_file(stages.run_gcn_training(config.topK_list[0]), target)
             stages.dismiss()
-            print(target)
+            _say(target)
     return 0
 
 
@@ -216,7 +219,7 @@ def sweep(arguments: list[str]) -> int:
     settings, base = load_sweep(paths)
     _trackio_folder(base.output_dir)
     ended = run_sweep(settings, base)
-    print(table(ended))
+    _say(table(ended))
     return 1 if any(outcome["status"] == "failed" for _, outcome in ended) else 0
 
 
@@ -234,11 +237,11 @@ def report(
 
     made = Reporter(at_home(output_dir), reporter)
     if compare:
-        print(made.compare(compare))
+        _say(made.compare(compare))
         return
     for folder in made.plot():
-        print(folder)
-    print(made.page)
+        _say(folder)
+    _say(made.page)
 
 
 def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> None:
@@ -246,7 +249,7 @@ def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> N
     from reference import write_docs
 
     for path in write_docs(example and at_home(example), at_home(folder)):
-        print(path)
+        _say(path)
 
 
 def dashboard(output_dir: Path = Path()) -> None:
@@ -265,7 +268,7 @@ def datasets(output_dir: Path = Path()) -> None:
     """List the datasets: which are here, where, how many images, and the command that gets the missing ones."""
     from downloads import listing
 
-    print(listing(at_home(output_dir) / "datasets"))
+    _say(listing(at_home(output_dir) / "datasets"))
 
 
 Dataset = Annotated[SupportedDatasets, tyro.conf.Positional]
@@ -275,14 +278,14 @@ def download(dataset: Dataset, output_dir: Path = Path(), dataset_path: Path | N
     """Fetch a dataset below datasets/; a tree of image files to its place below ~/Datasets (or --dataset-path)."""
     import downloads
 
-    print(downloads.download(dataset, at_home(output_dir) / "datasets", dataset_path))
+    _say(downloads.download(dataset, at_home(output_dir) / "datasets", dataset_path))
 
 
 def prepare(dataset: Dataset, output_dir: Path = Path(), dataset_path: Path | None = None) -> None:
     """Unpack the archives of a dataset of image files beside themselves, and index it."""
     import downloads
 
-    print(downloads.prepare(dataset, at_home(output_dir) / "datasets", dataset_path))
+    _say(downloads.prepare(dataset, at_home(output_dir) / "datasets", dataset_path))
 
 
 def _parsed(name: str, function: Callable[..., None]) -> Callable[[list[str]], int]:
@@ -320,19 +323,19 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"there is no command {name!r}: choose from {', '.join(COMMANDS)}")
         return COMMANDS[name](rest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", file=sys.stderr)
         return 2
     except MachineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: finished stages are kept, the next run goes on from there", file=sys.stderr)
+        _say("interrupted: finished stages are kept, the next run goes on from there", file=sys.stderr)
         return 130
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        print(f"error: a stage failed ({type(error).__name__}: {error}); finished stages are kept", file=sys.stderr)
+        _say(f"error: a stage failed ({type(error).__name__}: {error}); finished stages are kept", file=sys.stderr)
         return 1
 
 

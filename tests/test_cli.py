@@ -499,3 +499,11 @@ def test_refusals_of_a_real_process(material, tmp_path):
         result = process(tmp_path, "main.py", *words)
         assert (result.returncode, result.stdout) == (2, "")
         assert message in sentence(result.stderr)
+
+
+def test_a_terminal_is_not_told_what_to_do_by_a_name(tmp_path, capsys):
+    assert main.main(["report", "--output-dir", str(tmp_path / "\x1b[31mred\u202e")]) == 2
+    said = capsys.readouterr().err
+    assert r"no records below" in said
+    assert r"\x1b[31mred\u202e" in said
+    assert not {"\x1b", "\u202e"} & set(said)
