@@ -106,7 +106,7 @@ CACHES = re.compile(r"\.pixels$|\.rows\.safetensors$")  # that may be filled lat
 DRAWN = ("eval", "reports")  # made from records and masks alone, so that the same bytes come again
 REDRAWN = re.compile(r"/plots/|/reports/")  # each use compares it with what its records say: no wait for the disk
 # What is taken away as well, so that the damaged file is read: nothing is measured where all records are.
-READERS = {"retrained": ("eval",), "pixels": ("eval", "checkpoints", "datasets/Graphs")}
+READERS = {"/retrained/": ("eval",), ".pixels": ("eval", "checkpoints", "datasets/Graphs")}
 UNREAD = (("pixels", "longer"),)  # bytes behind the rows that count
 REWRITTEN = ("page",)  # by every run, and never read: nobody can take damage for a result
 STATES = "checkpoints/resume/*.safetensors"
@@ -520,7 +520,7 @@ def damage(plans: list[Plan], count: int, folder: Path, chance: random.Random) -
             shutil.copytree(stopped if kind == "state" else plan.folder, out, dirs_exist_ok=True)
             path = chance.choice([one.relative_to(out) for one in out.glob(STATES)] if kind == "state" else files)
             damage_file(out / path, way, [out / file for file in files], chance)
-            for place in READERS.get(kind, ()):
+            for place in next((places for word, places in READERS.items() if word in str(path)), ()):
                 shutil.rmtree(out / place)
             ill, said = plan.rerun(out, resume=kind == "state")
             if path.parts[0] in DRAWN and contents(out / path) != contents(plan.folder / path):
