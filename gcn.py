@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from artifacts import write_tensors
 from checkpoints import load_state, read_checkpoint
-from config import Activations, Aggregations, UserError
+from config import Activations, Aggregations, Objectives, PipelineConfig, UserError
 from graph import Neurons, WeightGraph, layer_graph
+from memory import check_fits, machine_bytes
 
 SPLITS = 32  # of a tall product A^T B: BLAS leaves one to a single core, a batch of them it shares out
 
@@ -329,3 +330,26 @@ def _neighbour_sum():  # noqa: ANN202 - PyTorch Geometric takes seconds to impor
     from torch_geometric.nn import SimpleConv
 
     return SimpleConv(aggr="sum")  # ty: ignore[abstract-class-instantiation]
+
+
+def check_memory(config: PipelineConfig, fresh: nn.Module, graph: WeightGraph, device: torch.device) -> None:
+    """Refuse what cannot fit before its memory is asked for, by the least that a training step takes.
+
+    Args:
+        fresh: the classifier without values (on the meta device).
+
+    Raises:
+        UserError: the classifier or the graph network is larger than the device's memory.
+    """
+    gcn, rounds = config.gcn, config.gcn.num_message_passing_rounds
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_bytes()
+    weights = sum(parameter.numel() for parameter in fresh.parameters())
+    copies = 1 if config.trained_vision_model_path else 4  # parameters, gradients, AdamW's two moments
+    what = f"{config.model_architecture.value} of {weights:,} weights"
+    check_fits(what, 4 * copies * weights, there, "use a smaller data.image_size")
+    if not config.gcn_path:
+        batch = gcn.batch_size if gcn.objective is Objectives.elbo else 1
+        kept = batch * graph.num_vertices * gcn.hidden_dim * (rounds + 1)  # a round's output, each, and one more
+        needed = 4 * (kept + 4 * 2 * (rounds - 1) * gcn.hidden_dim**2)
+        what = f"the graph network over {graph.num_vertices:,} weights, gcn.hidden_dim {gcn.hidden_dim:,},"
+        check_fits(what, needed, there, "lower gcn.hidden_dim, gcn.num_message_passing_rounds or gcn.batch_size")

@@ -15,23 +15,29 @@
     uv run main.py prepare DATASET                   unpack the archives of IMAGENET_SMALL and the like
 
 Exit codes: 0 done, 1 a stage failed (or `kappa: auto` met its target nowhere), 2 wrong usage, configuration or data,
-130 interrupted.
+130 interrupted, 141 nobody reads what it says (a closed pipe).
 """
 
+import errno
+import io
 import json
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import tyro
+import tyro.constructors
 from dotenv import load_dotenv
 
-from choices import MachineError, at_home
+from choices import Choice, MachineError, at_home
 from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError
 from config_files import load_config
+from fields import bare, fit, hints
 from observe import be_quiet, visible
 
 EXAMPLES = {"--config": "configs/default.yaml", "--out": "gcn.safetensors"}
@@ -78,22 +84,66 @@ def _take(flag: str, arguments: list[str]) -> tuple[list[Path], list[str]]:
     return paths, rest
 
 
+def _quiet(arguments: list[str]) -> list[str]:
+    """Part `--quiet` from the other arguments, and be it."""
+    quiet, rest = _switch("--quiet", arguments)
+    be_quiet(quiet)
+    return rest
+
+
 def _switch(flag: str, arguments: list[str]) -> tuple[bool, list[str]]:
     """Part a flag without a value from the other arguments."""
     return flag in arguments, [word for word in arguments if word != flag]
 
 
-def _any_case(arguments: list[str]) -> list[str]:
-    """The arguments with the dataset's name in capitals."""
+def _fields(kind: Any = PipelineConfig, prefix: str = "--") -> dict[str, Any]:
+    """Flag -> type of every field."""
+    found: dict[str, Any] = {}
+    for name, hint in hints(kind).items():
+        flag = prefix + name.replace("_", "-")
+        found |= _fields(bare(hint), f"{flag}.") if is_dataclass(bare(hint)) else {flag: hint}
+    return found
+
+
+def _spelled(arguments: list[str]) -> list[str]:
+    """The arguments with short forms written out, and `--switch=true` as `--switch` (`=false` as `--no-switch`)."""
+    switches = {"--quiet", "--json", *(flag for flag, hint in _fields().items() if hint is bool)}
     words = []
     for word in arguments:
-        flag, equals, value = word.partition("=")
-        if words[-1:] in (["--vision-dataset"], ["--vision_dataset"]):
-            word = word.upper()
-        elif equals and flag in ("--vision-dataset", "--vision_dataset"):
-            word = f"{flag}={value.upper()}"
-        words.append(word)
+        flag, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        flag = SHORT.get(flag.replace("_", "-"), flag.replace("_", "-")) if word.startswith("--") else word
+        if equals and flag in switches:
+            section, dot, name = flag.removeprefix("--").rpartition(".")
+            on = fit(value, bool, flag)
+            words += [flag] if on else [f"--{section}{dot}no-{name}"] if flag not in ("--quiet", "--json") else []
+        else:
+            words.append(flag + equals + value)
     return words
+
+
+def _any_case(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """How the command line takes a closed choice: its name in any case."""
+    kind: Any = info.type
+    if not (isinstance(kind, type) and issubclass(kind, Choice)):
+        return None
+
+    def choice(words: list[str]) -> Choice:
+        return fit(words[0], kind, "it")
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(one.value for one in kind)}}}",
+        instance_from_str=choice,
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [value.value],
+    )
+
+
+def _parse(kind: Any, arguments: list[str], **how: Any) -> Any:
+    """tyro's command line of a dataclass or function."""
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_any_case)
+    return tyro.cli(kind, args=arguments, registry=registry, **how)
 
 
 def _trackio_folder(output_dir: Path) -> Path:
@@ -105,11 +155,8 @@ def _configured(arguments: list[str], command: str, about: str) -> PipelineConfi
     """The configuration that files and flags give."""
     paths, rest = _take("--config", arguments)
     paths = paths or [DEFAULT_CONFIG]
-    rest = _any_case([SHORT.get(word, word) for word in rest])
     about += f" --config FILE (repeatable; default {DEFAULT_CONFIG.name}) sets values, flags win."
-    config = tyro.cli(
-        PipelineConfig, args=rest, default=load_config(paths), prog=f"main.py {command}", description=about
-    )
+    config = _parse(PipelineConfig, rest, default=load_config(paths), prog=f"main.py {command}", description=about)
     _trackio_folder(config.output_dir)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if not config.train.use_ddp:
@@ -131,11 +178,9 @@ def _as_json(records: list[dict], code: int, places: dict[str, str]) -> str:
 
 def run(arguments: list[str]) -> int:
     """Run the pipeline and print its table, its answer and where everything lies; returns the exit code."""
-    quiet, arguments = _switch("--quiet", arguments)
-    for_programs, arguments = _switch("--json", arguments)
+    for_programs, arguments = _switch("--json", _quiet(arguments))
     flags = " --quiet: no progress on stderr. --json: the results as one JSON object on stdout."
     config = _configured(arguments, "run", "Run the pipeline." + flags)
-    be_quiet(quiet)
     from locks import running
     from pipeline import Pipeline
 
@@ -190,18 +235,20 @@ def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> in
 
 def train_gcn(arguments: list[str]) -> int:
     """Train (or find) the GCN of a configuration and copy it to one file."""
-    targets, rest = _take("--out", arguments)
+    targets, rest = _take("--out", _quiet(arguments))
     config = _configured(rest, "train-gcn", "Train the GCN. --out FILE: where to.")
     if len(targets) != 1:
         raise UserError(f"train-gcn needs one --out FILE, found {len(targets)}: name the .safetensors file to write")
     target = at_home(targets[0])
     from artifacts import copy_file
     from locks import running
+    from preflight import say
     from stages import Stages
 
     with running(config.output_dir):
         stages = Stages(config)
         if not stages.take_part():
+            say(stages, measures=False)
             copy_file(stages.run_gcn_training(config.topK_list[0]), target)
             stages.dismiss()
             _say(target)
@@ -210,7 +257,7 @@ def train_gcn(arguments: list[str]) -> int:
 
 def sweep(arguments: list[str]) -> int:
     """Carry out the jobs of a configuration file's section `sweep` and print their table; 1 if any failed."""
-    paths, rest = _take("--config", arguments)
+    paths, rest = _take("--config", _quiet(arguments))
     if not paths or rest:
         what = rest[0] if rest else "no --config FILE"
         raise UserError(f"sweep found {what}: it takes --config FILE alone, see configs/sweep_example.yaml")
@@ -292,7 +339,7 @@ def _parsed(name: str, function: Callable[..., None]) -> Callable[[list[str]], i
     """A command whose arguments are its function's parameters."""
 
     def command(arguments: list[str]) -> int:
-        tyro.cli(function, args=arguments, prog=f"main.py {name}")
+        _parse(function, arguments, prog=f"main.py {name}")
         return 0
 
     return command
@@ -311,17 +358,46 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+def _usable_streams() -> None:
+    """Let a stream that is closed lead nowhere, and one that cannot show a character show its number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            _lead_nowhere(number)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+        elif number and isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _lead_nowhere(number: int) -> None:
+    """Let a file descriptor write to, and read from, nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+def _nobody_reads() -> bool:
+    """Whether a pipe that this process writes its words to was closed at the other end; then nothing more is said."""
+    for number in (1, 2):
+        watch = select.poll()
+        watch.register(number, 0)
+        if any(event & select.POLLERR for _, event in watch.poll(0)):
+            _lead_nowhere(1)
+            _lead_nowhere(2)
+            return True
+    return False
+
+
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit code."""
+    _usable_streams()
     load_dotenv(PROJECT_ROOT / ".env")
     set_library_defaults()
-    name, rest = ("run", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(__doc__)
     try:
-        if name not in COMMANDS:
-            raise UserError(f"there is no command {name!r}: choose from {', '.join(COMMANDS)}")
-        return COMMANDS[name](rest)
+        try:
+            return _command(arguments)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         _say(f"error: {error}", file=sys.stderr)
         return 2
@@ -332,11 +408,27 @@ def main(arguments: list[str]) -> int:
         _say("interrupted: finished stages are kept, the next run goes on from there", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _say("error: no space for what the command prints: let it print elsewhere", file=sys.stderr)
+            _lead_nowhere(1)
+            return 1
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         import traceback
 
         traceback.print_exc()
         _say(f"error: a stage failed ({type(error).__name__}: {error}); finished stages are kept", file=sys.stderr)
         return 1
+
+
+def _command(arguments: list[str]) -> int:
+    """Run the command that the arguments begin with."""
+    name, rest = ("run", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name!r}: choose from {', '.join(COMMANDS)}")
+    return COMMANDS[name](_spelled(rest))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Stages are kept under the hash of all their inputs, and so is every record: what
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from masks import Mask, weights_sha256
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
 from observe import log, progress
+from preflight import footing, say
 from record_schema import complaint
 from records import read_whole, record_path
 from reporter import Reporter
@@ -52,6 +53,7 @@ RECORD_CODE = (
     "artifacts.py",
     "record_schema.py",
     "records.py",
+    "preflight.py",
     "pipeline.py",
 )
 SECTIONS = ("eval", "refine", "sft", "gcn")  # of the configuration, that figures depend on directly
@@ -79,10 +81,6 @@ class Pipeline(Stages):
             raise UserError(f"auto.method is {config.auto.method}, which switches no kappa weights off: name mimu")
         if "retrain" in config.eval.methods and not config.eval.references:
             raise UserError("eval.methods names retrain, but eval.references is 0: ask for 1, or leave retrain out")
-        if self.objective is not config.gcn.objective:
-            log(f"gcn.objective: has no effect, {config.gcn_path} was trained for {self.objective.value}")
-        if len(config.topK_list) > 1 and not elbo and config.eval.mask_strategy in (None, MaskStrategies.direct):
-            log("topK: has no effect on masks that answer the request directly; the first of topK_list is enough")
 
     @cached_property
     def evaluation(self) -> Eval:
@@ -176,7 +174,7 @@ class Pipeline(Stages):
 
     def _measure(self, record: dict, path: Path) -> dict:
         """Fill a record, write its masks and, last, the record itself."""
-        begun = time.perf_counter()
+        begun, standing = time.perf_counter(), self.footing
         measured, masks = self.evaluation.eval(record["top_k"], record["kappa"])
         files = {name: self._save_mask(name, mask, record, path) for name, mask in masks.items()}
         paths = {name: self._relative(file) for name, file in files.items()}
@@ -184,11 +182,19 @@ class Pipeline(Stages):
         run = {"device": str(self.device), "started": self.started, "seconds": seconds}
         places = {"mask_path": paths[measured["answer"]], "mask_paths": paths}
         places |= {"mask_sha256": {name: sha256_file(file) for name, file in files.items()}}
-        record |= {**places, "provenance": provenance() | run, **measured, **self.data.image_facts}
+        record |= {**places, "provenance": provenance() | run, **measured, **self.data.image_facts, **standing}
         if wrong := complaint(record):
             raise RuntimeError(f"this record does not fit record_schema.py: {wrong}")
         write_json(path, record)
         return record
+
+    @cached_property
+    def footing(self) -> dict:
+        """For records: how far the untouched classifier is from chance; said at once if it is near."""
+        found = footing(self.evaluation.context)
+        if found.near_chance:
+            log(f"warning: {found.sentence}")
+        return {"footing": asdict(found) | {"near_chance": found.sentence if found.near_chance else None}}
 
     def _save_mask(self, name: str, mask: Mask, record: dict, path: Path) -> Path:
         """Write a method's mask beside the records, with the facts that say what it is for."""
@@ -220,9 +226,7 @@ class Pipeline(Stages):
 
     def run(self) -> list[dict]:
         """All stages, then the report; returns one record per (topK, kappa) point."""
-        names = self.data.classes
-        classes = ", ".join(f"{label} ({names[label]})" for label in self.config.forget_labels)
-        log(f"{self.label}, forget class {classes}, seed {self.config.seed}, {self.device}")
+        say(self)
         records = self.eval()
         self._show_masks(records)
         Reporter(self.config.output_dir, self.config.reporter).plot(records)

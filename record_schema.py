@@ -246,6 +246,7 @@ MORE: dict[str, Check] = {
     "skipped_images": rows(anything),
     "duplicates": named(anything),
     "image_notes": rows(text()),
+    "footing": only(near_chance=maybe(text()), **dict.fromkeys(("accuracy", "low", "high", "chance"), number(-1, 101))),
 }
 """Records may have these, too."""
 

@@ -14,7 +14,7 @@ import torch
 from config import Objectives, PipelineConfig, Trackers, TrainConfig, UserError, derive_seed, plain
 from data import FEATURES, GraphDataset, GraphGenerator
 from distributed import Meeting, by_torchrun, local_device, part, torchrun_meeting
-from gcn import MaskingGCN, reuse_freed_memory
+from gcn import MaskingGCN, check_memory, reuse_freed_memory
 from given import GIVEN, check_answers, check_layout, check_paths, check_weights, given_objective
 from hashes import check_same_code, code_key, key_of, provenance, sha256_file, versions, whole_code
 from masks import check_budget
@@ -76,6 +76,7 @@ class Stages:
         for name in ("topK_list", "kappa_list"):
             for value in getattr(config, name):
                 check_budget(value, self.graph.num_vertices, name)
+        check_memory(config, fresh, self.graph, self.device)
         check_paths(config)
         if config.trained_vision_model_path:
             vision_model_loader(config.model_architecture, *self.shape, config.trained_vision_model_path)

@@ -65,6 +65,8 @@ class Job:
     config: PipelineConfig
     key: str
     code: str
+    speaks: bool = False
+    """Whether it says what it understood: one of a sweep does, as all start from one file."""
 
     @property
     def path(self) -> Path:
@@ -159,6 +161,7 @@ def run_job(job: Job, threads: int | None = None) -> dict:
     import torch
 
     from pipeline import Pipeline
+    from preflight import say
     from records import record_path
 
     if threads:
@@ -168,7 +171,10 @@ def run_job(job: Job, threads: int | None = None) -> dict:
     try:
         check_same_code(job.code)
         with running(job.config.output_dir):
-            records = Pipeline(job.config).eval()
+            pipeline = Pipeline(job.config)
+            if job.speaks:
+                say(pipeline)
+            records = pipeline.eval()
         root = job.config.output_dir
         outcome["records"] = [str(record_path(root, record).relative_to(root)) for record in records]
         outcome["status"] = "done"
@@ -308,6 +314,7 @@ def run_sweep(sweep: SweepConfig, base: PipelineConfig) -> list[tuple[Job, dict]
     jobs = expand(sweep, base)
     outcomes = {job.key: outcome for job in jobs if (outcome := finished(job))}
     todo = [job for job in jobs if job.key not in outcomes]
+    todo = [replace(job, speaks=job is todo[0]) for job in todo]
     log(f"sweep: {len(jobs)} jobs, {len(outcomes)} of them are there already")
     begun, said, done, failed = time.monotonic(), -SECONDS_BETWEEN_LINES, 0, 0
     for job, outcome in _carried_out(todo, sweep, base.output_dir) if todo else ():

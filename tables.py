@@ -298,13 +298,16 @@ def remarks(records: Run) -> list[str]:
     for best in best_points(records):
         for one in best.verdicts:
             said.setdefault(one["sentence"], []).append(best.label)
+    near_chance = next((record["footing"]["near_chance"] for record in records if record.get("footing")), None)
     unfit = (one for one in records[0].get("references") or [] if not one["sane"])
     left_out = [
         f"Retrained model {one['index']}, not used to choose or to compare with: {one['why']}." for one in unfit
     ]
-    return left_out + [
-        f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"
-    ]
+    return (
+        ([f"Warning: {near_chance}."] if near_chance else [])
+        + left_out
+        + [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
+    )
 
 
 def is_answered(records: Run) -> bool:

@@ -29,6 +29,7 @@ MARGIN = 0.5  # by how much a forgotten class must lose, in logits, before the l
 MOST_RETAINED = 1536  # retained samples that a request looks at
 MOST_SIDES_BYTES = 2**27  # of requests' samples, kept for the next time: every pair of ten classes on an MLP
 KAPPA_SHARES = (0.004, 0.08)  # of all weights: what kappa is drawn from, log-uniformly, in training
+WARM_UP = 0.1  # share of the GCN's steps in which its learning rate grows
 TYPICAL_SHARE = 0.02  # where the column log_kappa is 0
 PAIR_SHARE = 0.2  # of the training requests: two classes at once
 LOOK_TEMPERATURE = 0.15  # of the soft mask at which a later pass sees the network, in units of std(theta)
@@ -286,8 +287,10 @@ class UnlearningTrainer:
         self.order = torch.Generator().manual_seed(derive_seed(seed, "unlearning", "order"))
         self.noise = torch.Generator(device).manual_seed(derive_seed(seed, "unlearning", "noise"))
         self.optimizer = torch.optim.AdamW(self.gcn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        steps = max(2, config.steps)
+        warm_up = WARM_UP if WARM_UP * steps > 1 else 0.0  # a first phase of no step is one that PyTorch divides by
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, config.lr, total_steps=max(2, config.steps), pct_start=0.1
+            self.optimizer, config.lr, total_steps=steps, pct_start=warm_up
         )
 
     def _uniform(self) -> float:

@@ -379,7 +379,6 @@ def get_unlearning_dataset(
         UserError: files are missing or damaged, or the forget class does not exist.
     """
     data = data or DataConfig()
-    _name_ignored(dataset, dataset_path, data)
     if SPECS[dataset].layout:
         splits = _tree_splits(dataset, dataset_path, datasets_dir, data)
     else:
@@ -390,15 +389,6 @@ def get_unlearning_dataset(
     for note in made.image_notes:
         log(f"{dataset.value}: {note}")
     return made
-
-
-def _name_ignored(dataset: SupportedDatasets, dataset_path: Path | None, data: DataConfig) -> None:
-    """Say in the log which settings have no effect on this dataset."""
-    names = () if SPECS[dataset].layout else TREE_SETTINGS
-    ignored = [f"data.{name}" for name in names if getattr(data, name) != getattr(DataConfig, name)]
-    ignored += ["dataset_path"] * (dataset is SupportedDatasets.DIGITS and dataset_path is not None)
-    if ignored:
-        log(f"{', '.join(ignored)}: no effect on {dataset.value}")
 
 
 def _array_splits(dataset: SupportedDatasets, root: Path, data: DataConfig) -> dict[str, Images]:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ import torch
 
 import main
 from artifacts import write_tensors
+from choices import Choice
 from config import PipelineConfig, SupportedVisionModels, UserError, plain
+from fields import bare, hints
 from masks import Mask
 from model import save_classifier, vision_model_loader
 from tests.common import LOG_LINE, TINY
@@ -459,8 +463,8 @@ def test_a_diverging_gcn_says_what_to_lower(objective, tiny, tmp_path, capsys):
 
 FLAGS = {
     "flag": ("--nonsense 3", "--nonsense"),
-    "dataset": ("--vision-dataset NOPE", "'DIGITS', 'FASHION_MNIST'"),
-    "model": ("--model-architecture NOPE", "'HookedMLPClassifier', 'HookedResnet'"),
+    "dataset": ("--vision-dataset NOPE", "give one of DIGITS, FASHION_MNIST"),
+    "model": ("--model-architecture NOPE", "give one of HookedMLPClassifier, HookedResnet"),
     "type": ("--train.epochs many", "--train.epochs"),
     "kappa": ("--kappa-list 0", "kappa_list is 0: give a whole number from 1"),
     "twice": ("--topK-list 5 5", "name each value once"),
@@ -470,7 +474,7 @@ FLAGS = {
     "range": ("--train.epochs 0", "train.epochs is 0: give a whole number from 1"),
     "dpi": ("--reporter.dpi 9", "reporter.dpi is 9: give a whole number from 10"),
     "formats": ("--reporter.formats gif", "choose from png, svg, pdf"),
-    "tracker": ("--tracker wandb", "'trackio', 'none'"),
+    "tracker": ("--tracker wandb", "give one of trackio, none"),
 }
 
 
@@ -491,7 +495,7 @@ def test_other_commands_say_what_to_do(tmp_path, monkeypatch, capsys):
     where = str(tmp_path / "datasets" / "MNIST")
     assert where in sentence(refused(capsys, tmp_path, "download", "MNIST", "--dataset-path", "elsewhere", *place))
     assert "needs no preparing" in sentence(refused(capsys, tmp_path, "prepare", "MNIST", *place))
-    assert "'DIGITS'" in refused(capsys, tmp_path, "download", "NOPE", *place)
+    assert "give one of DIGITS" in refused(capsys, tmp_path, "download", "NOPE", *place)
 
 
 def test_refusals_of_a_real_process(material, tmp_path):
@@ -507,3 +511,143 @@ def test_a_terminal_is_not_told_what_to_do_by_a_name(tmp_path, capsys):
     assert r"no records below" in said
     assert r"\x1b[31mred\u202e" in said
     assert not {"\x1b", "\u202e"} & set(said)
+
+
+# --- every way to write a flag ----------------------------------------------------------------------------
+
+
+def leaf_flags(kind=PipelineConfig, prefix="") -> dict:
+    """Dotted name -> (type, default) of every field."""
+    found, fresh = {}, kind()
+    for name, hint in hints(kind).items():
+        if is_dataclass(bare(hint)):
+            found |= {f"{name}.{inner}": pair for inner, pair in leaf_flags(bare(hint)).items()}
+        else:
+            found[name] = (hint, getattr(fresh, name))
+    return found
+
+
+SOME = {
+    "forget_class": "three",
+    "device": "cuda:3",
+    "auto.method": "mimu",
+    "auto.smallest_share": "0.01",
+    "eval.methods": "mimu",
+    "eval.metrics": "core",
+    "reporter.formats": "svg",
+    "data.sample_bits": "12",
+}
+
+
+def some_value(name: str, hint: object, default: object) -> str:
+    """A value that is not the default, as it is typed."""
+    inner = [bare(part) for part in (hint, *get_args(bare(hint)))]
+    inner += [bare(part) for one in inner for part in get_args(one)]
+    kinds = [one for one in inner if isinstance(one, type)]
+    choice = next((one for one in kinds if issubclass(one, Choice)), None)
+    if name in SOME:
+        return SOME[name]
+    if choice:
+        return next(one.value.lower() for one in choice if one is not default)
+    return "17" if int in kinds else "0.375" if float in kinds else "some/path"
+
+
+@pytest.mark.parametrize("name", leaf_flags())
+def test_equals_sign_and_underscores_mean_the_same(name, monkeypatch):
+    """--x y, --x=y, --x_y=z for every field; a switch takes =true and =false."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    hint, default = leaf_flags()[name]
+    flag = f"--{name.replace('_', '-')}"
+
+    def read(*words: str) -> object:
+        config = main._configured(main._spelled(list(words)), "run", "")
+        for part in name.split("."):
+            config = getattr(config, part)
+        return config
+
+    if hint is bool:
+        section, dot, own = flag.removeprefix("--").rpartition(".")
+        assert read(flag) is read(f"{flag}=true") is read(f"--{name}=Yes") is True
+        assert read(f"--{section}{dot}no-{own}") is read(f"{flag}=false") is read(f"--{name}=off") is False
+        return
+    value = some_value(name, hint, default)
+    found = read(flag, value)
+    assert found != default
+    assert found == read(f"{flag}={value}") == read(f"--{name}={value}") == read(f"--{name}", value)
+
+
+SAME = [
+    (["--methods=all"], ["--eval.methods", "all"]),
+    (["--metrics=all"], ["--metrics", "all"]),
+    (["--skip-bad-images=true"], ["--data.skip-bad-images"]),
+    (["--skip_bad_images"], ["--skip-bad-images"]),
+    (["--vision_dataset=fashion_mnist"], ["--vision-dataset", "FASHION_MNIST"]),
+    (["--vision-dataset=Fashion_Mnist"], ["--vision-dataset", "FASHION_MNIST"]),
+    (["--gcn.prior=uniform"], ["--gcn.prior", "UNIFORM"]),
+    (["--mask-layer=None"], ["--mask-layer", "None"]),
+    (["--mask_layer=-1"], ["--mask-layer", "-1"]),
+    (["--config=configs/gcn_mlp.yaml"], ["--config", "configs/gcn_mlp.yaml"]),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME, ids=range(len(SAME)))
+def test_short_forms_take_an_equals_sign(one, other, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found, wanted = (main._configured(main._spelled(words), "run", "") for words in (one, other))
+    assert found == wanted
+    assert found != main._configured([], "run", "")
+
+
+def test_switches_of_commands_take_an_equals_sign(monkeypatch, capsys):
+    said = []
+    monkeypatch.setitem(main.COMMANDS, "run", lambda words: said.append(words) or 0)
+    for words in (["--quiet=true", "--json=true"], ["--quiet=false", "--json=no"]):
+        assert main.main(["run", *words]) == 0
+    assert said == [["--quiet", "--json"], []]
+    assert main.main(["run", "--quiet=perhaps"]) == 2
+    assert "--quiet is 'perhaps': give true or false" in capsys.readouterr().err
+
+
+# --- streams that are not what one thinks -----------------------------------------------------------------
+
+
+def shell(folder: Path, line: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """A command line of bash in the project's folder; `mimu` is this program."""
+    script = f'set -o pipefail; mimu() {{ {sys.executable} main.py "$@"; }}; {line}'
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, env=environment(folder) | variables, timeout=120
+    )
+
+
+@pytest.mark.parametrize("line", ["run --help", "datasets", "--help"])
+def test_a_closed_pipe_ends_quietly(tmp_path, line):
+    """The reader is gone before the first word; 141 is what the shell gives for such a death."""
+    ended = shell(tmp_path, f"mimu {line} | (exec 0<&-; sleep 0.01)")
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_closed_streams_lead_nowhere(tmp_path):
+    for closed, out in ((">&-", b""), ("2>&-", b"DIGITS"), ("<&-", b"DIGITS"), (">&- 2>&- <&-", b"")):
+        ended = shell(tmp_path, f"mimu datasets {closed}")
+        assert (ended.returncode, ended.stderr) == (0, b"")
+        assert out in ended.stdout
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence(tmp_path):
+    ended = shell(tmp_path, "mimu datasets > /dev/full")
+    assert ended.returncode == 1
+    assert ended.stderr.decode().splitlines() == ["error: no space for what the command prints: let it print elsewhere"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_stream_shows_what_it_can(tmp_path, encoding):
+    """Arrows and Greek letters of the help and of errors, on streams that have none."""
+    ended = shell(tmp_path, "mimu run --help; mimu 'naïve→'", PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert b"Traceback" not in ended.stderr
+    assert b"there is no command" in ended.stderr
+    assert b"\\u2192" in ended.stderr
+    code = "import main; main._usable_streams(); print('→ é')"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}
+    )
+    assert printed.stdout.strip() == "→ é".encode(encoding, "backslashreplace")
