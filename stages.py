@@ -59,8 +59,7 @@ class Stages:
     def __init__(self, config: PipelineConfig):
         place, given = config.output_dir / "datasets", config.dataset_path
         facts = dataset_facts(config.vision_dataset, config.forget_class, given, place, config.data)
-        taught = facts.labels(config.gcn.train_classes, "gcn.train_classes")
-        gcn = replace(config.gcn, train_classes=taught)
+        gcn = replace(config.gcn, train_classes=facts.labels(config.gcn.train_classes, "gcn.train_classes"))
         self.config = config = replace(config, forget_class=facts.forget, gcn=gcn)
         self.device = _choose_device(config.device)
         if config.train.use_ddp and by_torchrun():
