@@ -13,12 +13,15 @@ import pytest
 
 import main
 import sweep as room
+from artifacts import write_json, write_text
 from config import PipelineConfig, UserError
+from hashes import sha256_file
 from locks import locked
 from pipeline import Pipeline
-from records import read_records
+from records import read_records, record_path
 from sweep import EXECUTORS, SweepConfig, expand, load_sweep, progress_line, run_sweep
 from tests.common import TINY
+from tests.test_records import whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OVER = "over: {kappa_list: [[100], [9000], [400]]}"
@@ -212,3 +215,32 @@ def test_lock_lets_one_in_at_a_time(tmp_path):
         thread.join()
     assert (tmp_path / "number").read_text() == "20"
     assert not (tmp_path / "x.lock").exists()
+
+
+@pytest.mark.parametrize("damage", ["none", "outcome", "half", "record", "mask", "gone"])
+def test_what_is_there_counts_only_whole(damage, tmp_path, capsys):
+    """A job is there if its outcome, its records and their masks are what was written; else it is done again."""
+    settings, base = load_sweep([written(tmp_path, "sweep: {over: {seed: [3]}}")])
+    (job,) = expand(settings, base)
+    one = record_as_written(tmp_path / "out")
+    path = record_path(tmp_path / "out", one)
+    outcome = {"key": job.key, "status": "done", "records": [str(path.relative_to(tmp_path / "out"))], "seconds": 1.0}
+    write_json(job.path, outcome)
+    target = {"outcome": job.path, "half": job.path, "record": path, "mask": tmp_path / "out" / one["mask_path"]}
+    if damage == "gone":
+        path.unlink()
+    elif damage in target:
+        text = target[damage].read_text()
+        target[damage].write_text(text[:-9] if damage == "half" else text.replace("1", "2", 1))
+    assert (room.finished(job) is not None) == (damage == "none")
+    said = capsys.readouterr().err
+    assert (f"{target[damage]} is damaged" in said) if damage in target else said == ""
+
+
+def record_as_written(folder: Path) -> dict:
+    """A whole record and its mask below a folder."""
+    one = whole()
+    write_text(folder / one["mask_path"], "mask 1")
+    one["mask_sha256"] = {"mimu": sha256_file(folder / one["mask_path"])}
+    write_json(record_path(folder, one), one)
+    return one
