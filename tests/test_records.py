@@ -51,6 +51,7 @@ def whole(kappa: int = 100) -> dict[str, Any]:
         "skipped_images": [{"path": "a/b.png", "reason": "empty"}],
         "duplicates": {"train": {"images": 2, "example": ["a", "b"]}},
         "image_notes": ["dark"],
+        "footing": {"accuracy": 90.0, "low": 80.0, "high": 95.0, "chance": 33.3, "near_chance": None},
     }
 
 
