@@ -233,7 +233,7 @@ def compared(a: Side, b: Side) -> Comparison:
     head = ["method", "metric", "pairs", a.name, b.name, f"{b.name} - {a.name}", "95 % interval says"]
     table = [head, *(row for row in rows if row)]
     ours, theirs = ([pair[place] for pair in pairs] for place in (0, 1))
-    apart = [f"{name} ({one} | {two})" for name, (one, two) in differing([ours, theirs]).items()]
+    apart = [f"{name} ({one or '-'} | {two or '-'})" for name, (one, two) in differing([ours, theirs]).items()]
     said = [
         in_words(table, a.name, b.name),
         f"{a.name} | {b.name} differ in: {', '.join(apart) or 'nothing that a run records'}.",

@@ -61,13 +61,14 @@ def identity(run: Run) -> dict[str, object]:
     """Everything that defines a run but its seed and its classes to forget, by name."""
     first, about = run[0], run[0]["provenance"]
     points = {"topK tried": sorted({record["top_k"] for record in run})}
-    if first["auto"] is None:
+    automatic = first["auto"] is not None  # else its settings have no effect, and the kappas that were tried count
+    if not automatic:
         points["kappa tried"] = sorted({record["kappa"] for record in run})
     made_by = {"code": first["code"], "device": about["device"].partition(":")[0]}
     return {
         "model": first["model"],
         "images": first["images"],
-        **_flat(first["config"]),
+        **{name: value for name, value in _flat(first["config"]).items() if automatic or not name.startswith("auto.")},
         **{f"given {name}": value for name, value in first["given"].items()},
         **points,
         **made_by,
@@ -106,15 +107,21 @@ def _short(name: str, value: object) -> str:
 
 
 def differing(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
-    """Settings that groups of runs differ in: name -> what each group has, for people."""
+    """Settings that groups of runs differ in: name -> what each group has, for people ("": it has no such setting)."""
     held = [[identity(run) for run in group] for group in groups]
     names = dict.fromkeys(name for group in held for one in group for name in one)
     found = {}
     for name in names:
-        values = [" or ".join(dict.fromkeys(_short(name, one.get(name)) for one in group)) for group in held]
-        if len(set(values)) > 1:
-            found[name] = values
+        values = [[_short(name, one[name]) if name in one else "" for one in group] for group in held]
+        joined = [" or ".join(dict.fromkeys(group)) for group in values]
+        if len(set(joined)) > 1:
+            found[name] = joined
     return found
+
+
+def _told(found: Mapping[str, list[str]], count: int) -> list[str]:
+    """The values of some settings in words, for each group."""
+    return [", ".join(f"{name} {values[place] or 'none'}" for name, values in found.items()) for place in range(count)]
 
 
 def told_apart(groups: Sequence[list[Run]]) -> list[str]:
@@ -124,6 +131,8 @@ def told_apart(groups: Sequence[list[Run]]) -> list[str]:
     for name in set(named):
         places = [place for place, one in enumerate(named) if one == name]
         found = differing([groups[place] for place in places])
-        for number, place in enumerate(places):
-            said[place] = ", ".join(f"{setting} {values[number]}" for setting, values in found.items())
+        short = _told({name: values for name, values in found.items() if all(values)}, len(places))
+        enough = all(short) and len(set(short)) == len(places)  # else name what some of them do not have, too
+        for place, told in zip(places, short if enough else _told(found, len(places)), strict=True):
+            said[place] = told
     return said

@@ -319,7 +319,9 @@ def test_the_points_of_the_sweep_are_part_of_a_family():
     assert told_apart(families([runs[0], runs[1][:1]])) == ["kappa tried 100 200", "kappa tried 100"]
     found = [changed(run[place:][:1], auto={"achieved": True}) for run, place in ((runs[0], 0), (runs[1], 1))]
     assert [len(group) for group in families(found)] == [2]
-    assert [len(group) for group in families([found[0], changed(runs[0][:1], seed=1)])] == [1, 1]
+    mixed = families([changed(found[0], config__kappa="auto"), changed(runs[0][:1], seed=1, config__kappa="list")])
+    assert told_apart(mixed) == ["kappa auto", "kappa list"]
+    assert family_key(changed(runs[0], config__auto={"tau": 3})) == family_key(runs[0])  # no effect on a list
 
 
 @pytest.mark.parametrize(
