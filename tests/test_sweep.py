@@ -14,12 +14,14 @@ import pytest
 import main
 import sweep as room
 from artifacts import write_json, write_text
-from config import PipelineConfig, UserError
+from choices import Objectives, SupportedDatasets
+from config import PipelineConfig, UserError, plain
+from config_files import load_config
 from hashes import sha256_file
 from locks import locked
 from pipeline import Pipeline
 from records import read_records, record_path
-from sweep import EXECUTORS, SweepConfig, expand, load_sweep, progress_line, run_sweep
+from sweep import EXECUTORS, SweepConfig, expand, load_sweep, plain_settings, progress_line, run_sweep
 from tests.common import TINY
 from tests.test_records import whole
 
@@ -244,3 +246,56 @@ def record_as_written(folder: Path) -> dict:
     one["mask_sha256"] = {"mimu": sha256_file(folder / one["mask_path"])}
     write_json(record_path(folder, one), one)
     return one
+
+
+def every_field() -> dict:
+    """Dotted name -> default of every field that a file may set."""
+
+    def below(values: dict, prefix: str = "") -> dict:
+        found: dict = {}
+        for name, value in values.items():
+            found |= below(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return found
+
+    return below(plain(PipelineConfig()))
+
+
+@pytest.mark.parametrize("name", [name for name in every_field() if name != "output_dir"])
+def test_a_sweep_takes_what_a_run_takes(name, tmp_path):
+    """Every field, its own default as a value of the sweep, as in a file: the job is the run's configuration."""
+    value = every_field()[name]
+    path = written(tmp_path, f"sweep: {{over: {{{name}: {json.dumps([value])}}}}}")
+    settings, base = load_sweep([path])
+    (job,) = expand(settings, base)
+    *parents, last = name.split(".")
+    nested: dict = {last: value}
+    for part in reversed(parents):
+        nested = {part: nested}
+    (tmp_path / "run.yaml").write_text(json.dumps(nested))
+    assert job.config == load_config([path, tmp_path / "run.yaml"], aside=("sweep",))
+
+
+@pytest.mark.parametrize(
+    ("over", "wanted"),
+    [
+        ("forget_class: [cat, dog]", [("cat",), ("dog",)]),
+        ("forget_class: [[cat, dog], 3, '4', no, 007]", [("cat", "dog"), ("3",), ("4",), ("no",), ("007",)]),
+        ("mask_layer: [None, ~, -2, [-2, -1]]", [None, (-2,), (-2, -1)]),
+        ("kappa_list: [100, [1, 2]]", [(100,), (1, 2)]),
+        ("vision_dataset: [digits, FASHION_MNIST]", [SupportedDatasets.DIGITS, SupportedDatasets.FASHION_MNIST]),
+        ("dataset_path: [a/b, 2024, null]", [Path("a/b"), Path("2024"), None]),
+    ],
+)
+def test_values_of_a_sweep_are_read_as_those_of_a_file(over, wanted, tmp_path):
+    jobs = expand(*load_sweep([written(tmp_path, f"sweep: {{over: {{{over}}}}}")]))
+    found = [getattr(job.config, over.partition(":")[0]) for job in jobs]
+    assert list(dict.fromkeys(found)) == wanted
+    assert all(json.loads(json.dumps(plain_settings(job))) for job in jobs)
+
+
+def test_python_gives_a_sweep_tuples_and_choices(tmp_path):
+    over = {"forget_class": [(0, 1), "two"], "gcn.objective": [Objectives.elbo], "dataset_path": [Path("x")]}
+    jobs = expand(SweepConfig(over), PipelineConfig(output_dir=tmp_path))
+    assert [job.config.forget_class for job in jobs] == [(0, 1), ("two",)]
+    assert {job.config.gcn.objective for job in jobs} == {Objectives.elbo}
+    assert all(json.dumps(plain_settings(job)) for job in jobs)

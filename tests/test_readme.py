@@ -1,0 +1,107 @@
+"""What the README and docs show is what happens: every command is taken, every Python block runs and learns."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main
+from observe import be_quiet
+
+ROOT = Path(main.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+CONFIGS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "configs").glob("*.yaml"))}
+
+
+def blocks(language: str) -> list[str]:
+    return [found for text in TEXTS.values() for found in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+def commands() -> list[str]:
+    """Every `uv run main.py ...` of a bash block and of the first line of a config."""
+    texts = [*blocks("bash"), *(text.splitlines()[0] for text in CONFIGS.values())]
+    found = [re.findall(r"uv run main\.py([^#\n>&\"]*)", text) for text in texts]
+    return sorted({" ".join(line.split()) for lines in found for line in lines})
+
+
+class Reached(Exception):
+    """The command was taken: what it is about to do begins."""
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_shown_is_taken(line, monkeypatch, tmp_path):
+    """Up to the first thing that it would do."""
+
+    def reached(*_: object, **__: object) -> None:
+        raise Reached
+
+    for name in ("pipeline.Pipeline", "stages.Stages", "sweep.run_sweep", "reporter.Reporter", "reference.write_docs"):
+        monkeypatch.setattr(name, reached)
+    for name in ("downloads.download", "downloads.prepare", "downloads.listing", "trackio.show"):
+        monkeypatch.setattr(name, reached)
+    monkeypatch.setattr(main, "_trackio_folder", lambda _: tmp_path)
+    monkeypatch.chdir(ROOT)
+    words = main._spelled(shlex.split(line))
+    name = words.pop(0) if words and words[0] in main.COMMANDS else "run"
+    try:
+        with pytest.raises((Reached, SystemExit)) as ended:
+            main.COMMANDS[name](words)
+    finally:
+        be_quiet(False)
+    assert ended.type is Reached or (ended.value.code == 0 and "--help" in words)
+
+
+def photos(folder: Path) -> None:
+    """A tree of two classes that anything can tell apart."""
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for index in range(60):
+            pixels = rng.integers(0, 90, (24, 24, 3)) + 150 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
+
+
+AFTER = """
+import json, sys
+found = globals().get("records") or []
+sys.stdout.write("FOOTING " + json.dumps([record["footing"] for record in found]) + chr(10))
+"""
+BEFORE = """
+import glob, torch
+from model import vision_model_loader
+path_of_mask = sorted(glob.glob("eval/metrics_and_plots/masks/*DIGITS*/*_mimu.safetensors"))[0]
+(path_of_classifier,) = glob.glob("checkpoints/classifier/*DIGITS*/classifier.safetensors")
+from pathlib import Path
+from config import SupportedVisionModels
+classifier = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8, Path(path_of_classifier))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_python_block_runs_and_its_classifier_learned(tmp_path):
+    """In the order of the pages, in one folder, as a reader would; no classifier is near chance."""
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    photos(tmp_path / "photos")
+    standings = []
+    for block in blocks("python"):
+        if "import" not in block:
+            continue
+        given = BEFORE if "path_of_mask" in block else ""
+        own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", given + block + AFTER], cwd=tmp_path, env=own, capture_output=True, text=True
+        )
+        assert done.returncode == 0, block + done.stderr
+        standings += json.loads(done.stdout.rpartition("FOOTING ")[2])
+    assert len(standings) >= 3
+    assert [one for one in standings if one["near_chance"]] == []
+    assert min(one["accuracy"] for one in standings) > 90
