@@ -193,11 +193,14 @@ def worse_than_logit_drop(figures: Figures, r: References) -> str | None:
 
 
 def no_better_than_random(figures: Figures, r: References) -> str | None:
-    """It neither forgets nor retains more than a random mask of as many weights, beyond the intervals."""
+    """It neither forgets nor retains more than a random mask of as many weights, beyond the intervals; not said where
+    the test images are too few to tell.
+    """
     control = r.random if r.is_mask else None
-    if control is None or control.forget.lower() or control.retain.higher():
+    if control is None or control.forget.lower() or control.retain.higher() or too_few_images(figures, r):
         return None
-    return f"a random mask of as many weights does no worse: {_beside(figures, control.figures)}"
+    against = _beside(figures, control.figures)
+    return f"not told apart from a random mask of as many weights, within the 95 % intervals: {against}"
 
 
 def too_random(figures: Figures, r: References) -> str | None:

@@ -67,6 +67,13 @@ def keys(one: dict[str, float | None], /, before=BEFORE, forget=1000, retain=900
     return [said.key for said in verdict(CHECKED | one, References(**(shared | others | more)))]
 
 
+def test_two_images_say_nothing_of_a_random_mask():
+    """With two test images no forgetting can be shown: then a mask that forgets both is not "no better than random"."""
+    control = figures(100, 88)
+    assert keys(figures(0, 88), figures(100, 88, 0), forget=2, random=control, is_mask=True) == ["too few images"]
+    assert "no better than random" in keys(figures(100, 88), figures(100, 88, 0), random=control, is_mask=True)
+
+
 def test_fine_needs_every_check():
     one = figures(1, 87.5, **CHECKED)
     whole = References(10, held_against(one, BEFORE, 1000, 9000), is_mask=True, by_class={1: Pair(0, 0, 900)})
