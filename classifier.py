@@ -3,7 +3,6 @@
 import copy
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from artifacts import HISTORY, DamagedError, write_json
 from choices import Diverged
-from config import Trackers, TrainConfig
+from config import Trackers, TrainConfig, UserError
 from distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
 from gcn import reuse_freed_memory
 from model import HookedModel, inspecting, predictions
@@ -48,6 +47,17 @@ def mean_loss_and_score(
 def gradient_norm(model: nn.Module) -> float:
     """L2 norm of all gradients together."""
     return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def check_recipe(config: TrainConfig, model: HookedModel, size: int, device: torch.device) -> None:
+    """Check that a recipe can train this model on images of `size` pixels.
+
+    Raises:
+        UserError: it would give wrong gradients.
+    """
+    if config.bf16 and device.type == "cpu" and size < model.smallest_in_bf16:
+        what = f"train.bf16 is on for images of {size} px, of which a CPU computes wrong gradients"
+        raise UserError(f"{what}: leave it out, or take images of {model.smallest_in_bf16} px or more")
 
 
 class VisionModelTrainer:
@@ -119,8 +129,12 @@ class VisionModelTrainer:
         assert isinstance(loader.generator, torch.Generator)
         return Training(self.model, self.optimizer, loader.generator, self.device)
 
-    def fit(self, group: Group, folder: Path, alive: Callable[[], None] = lambda: None) -> dict:
-        """This process's part of a training; `alive()` is called at every step. Rank 0 alone writes and prints."""
+    def fit(self, group: Group, folder: Path, hand_over: bool = False) -> dict:
+        """This process's part of a training. Rank 0 alone writes and prints.
+
+        Args:
+            hand_over: save the last epoch's state as well, from which the launcher takes the trained weights.
+        """
         loader = group.shard(self.data.get_train_loader())
         val_loader = group.shard(self.data.get_val_loader(), keep_empty=False)
         training = self._training(loader)
@@ -131,7 +145,7 @@ class VisionModelTrainer:
         with self.tracker:
             for epoch in range(done.epoch + 1, self.config.epochs + 1):
                 begun = time.perf_counter()
-                step = self._epoch(network, loader, group, epoch, step, alive)
+                step = self._epoch(network, loader, group, epoch, step)
                 rate = len(self.data.splits["train"]) / (time.perf_counter() - begun)
                 group.average_buffers(self.model)
                 val_loss, val_score = mean_loss_and_score(self.model, val_loader, self.device, group)
@@ -144,7 +158,7 @@ class VisionModelTrainer:
                     said = time.monotonic()
                     place = f"epoch {epoch}/{self.config.epochs}"
                     log(f"classifier: {place}, validation {val_score:.1f} %, {rate:.0f} images/s")
-                due = group.world > 1 if last else time.monotonic() - saved >= self.config.save_seconds
+                due = (hand_over or group.world > 1) if last else time.monotonic() - saved >= self.config.save_seconds
                 if group.leads and self.state and due:
                     training.save(self.state, Progress(epoch, step, self.tracker.history, figures))
                     saved = time.monotonic()
@@ -175,7 +189,6 @@ class VisionModelTrainer:
         group: Group,
         epoch: int,
         step: int,
-        alive: Callable[[], None],
     ) -> int:
         """One pass over the training images; logs every step's loss and gradient norm; returns the last step."""
         count, batch_size = len(self.data.splits["train"]), self.data.batch_size
@@ -184,7 +197,6 @@ class VisionModelTrainer:
         name = f"classifier, epoch {epoch}/{self.config.epochs}"
         batches = progress(loader, name) if group.leads else loader
         for index, (images, labels) in enumerate(batches):
-            alive()
             loss, norm = self._step(network, images, labels, sizes[index], group)
             if group.world == 1:
                 self.tracker.log(step + index + 1, loss=loss, grad_norm=norm)
@@ -205,8 +217,8 @@ class VisionModelTrainer:
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        # BatchNorm cannot normalise the single image that may be left over for one of several processes.
-        self.model.train(group.world == 1 or len(images) > 1)
+        # BatchNorm cannot normalise the single image that the last batch, or one process's share of it, may hold.
+        self.model.train(len(images) > 1)
         own = group.share(size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
             logits = network(images)
@@ -214,19 +226,22 @@ class VisionModelTrainer:
                 loss = functional.cross_entropy(logits, labels)
             else:  # gradients are averaged over processes, so that this gives the whole batch's mean
                 loss = functional.cross_entropy(logits[:own], labels[:own], reduction="sum") * (group.world / size)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            loss = loss * math.nan  # then the gradient, which all processes share, tells every one of them
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = gradient_norm(self.model)
-        if not math.isfinite(float(loss.detach())):
-            raise Diverged("the classifier's loss is no longer finite: lower train.lr")
+        if not math.isfinite(norm) or not math.isfinite(value):
+            what = "gradient" if math.isinf(norm) else "loss"
+            raise Diverged(f"the classifier's {what} is no longer finite: lower train.lr")
         self.optimizer.step()
-        return float(loss.detach()), norm
+        return value, norm
 
 
 def _train_share(
     group: Group,
     device: torch.device,
-    alive: Callable[[], None],
     model: HookedModel,
     data: UnlearningDataset,
     config: TrainConfig,
@@ -238,4 +253,4 @@ def _train_share(
     reuse_freed_memory()
     own = tracker if group.leads else Tracker(Trackers.none, tracker.name, tracker.config)
     trainer = VisionModelTrainer(copy.deepcopy(model).to(device), data, config, device, own, state)
-    return trainer.fit(group, folder, alive)
+    return trainer.fit(group, folder, hand_over=True)

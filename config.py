@@ -32,6 +32,8 @@ from choices import (
 )
 from fields import Section, Within
 
+GIVEN = ("trained_vision_model_path", "graph_dir", "gcn_path")
+"""Fields that hand a stage's product in instead of having it made."""
 T = TypeVar("T", int, str, str | int)
 # Ranges, wide enough for every use: beyond them a number overflows, or takes longer or more memory than there is.
 Count = Annotated[int, Within(1, 10**9)]

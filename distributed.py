@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
+from torch.distributed.elastic.utils import get_env_variable_or_raise
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
@@ -34,9 +34,19 @@ from torch.utils.data import DataLoader, Sampler
 from choices import Diverged, MachineError, UserError
 from hashes import check_same_code, whole_code
 from observe import log
+from processes import end_with_parent
 
-PRELOAD = ["numpy", "torch", "torch._dynamo", "torch.nn.parallel", "torch.distributed", "torch.utils.data"]
+PRELOAD = [
+    "fork_server",
+    "numpy",
+    "torch",
+    "torch._dynamo",
+    "torch.nn.parallel",
+    "torch.distributed",
+    "torch.utils.data",
+]
 GRACE = 5.0  # seconds that a worker with a lost peer waits, so that the peer's own failure is the one that is reported
+NO_FORKSERVER = 255  # what multiprocessing tells of a worker when the fork server, which knew its exit code, is gone
 JOIN_SECONDS = 60  # for all processes to find each other
 
 
@@ -126,6 +136,11 @@ def by_torchrun() -> bool:
     return dist.is_torchelastic_launched()
 
 
+def _attempt() -> int:
+    """How often torchrun has started its processes again: its store still holds the addresses of those before."""
+    return int(get_env_variable_or_raise("TORCHELASTIC_RESTART_COUNT")) if by_torchrun() else 0
+
+
 @dataclass
 class Meeting:
     """This process's group, and the store through which rank 0 says what is next."""
@@ -166,6 +181,7 @@ def meet(device: torch.device, seconds: float) -> Meeting:
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
         store.set_timeout(timedelta(seconds=JOIN_SECONDS))
         limit = timedelta(seconds=seconds)
+        store = dist.PrefixStore(f"attempt-{_attempt()}", store)
         own = dist.PrefixStore("group", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=limit)
         group = Group(rank, world)
@@ -189,6 +205,20 @@ def part() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a configuration names.
+
+    Raises:
+        UserError: it is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {name}, but {torch.cuda.device_count()} CUDA devices are here: use --device auto")
+    return device
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -217,7 +247,6 @@ def _lost_a_peer(error: BaseException) -> bool:
 @record
 def _worker(
     function: Callable[..., dict],
-    launcher: Connection,
     code: str,
     device: torch.device,
     threads: int,
@@ -225,24 +254,19 @@ def _worker(
     *given: Any,
 ) -> dict:
     """What each started process runs: see that it has the launcher's code, join, work, leave."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole terminal: go without a traceback
     torch.set_num_threads(threads)
     check_same_code(code)
     try:
         own = local_device(device)
-        return function(meet(own, seconds).group, own, lambda: _leave_without(launcher), *given)
+        return function(meet(own, seconds).group, own, *given)
     except RuntimeError as error:
         if _lost_a_peer(error):
             time.sleep(GRACE)
         raise
     finally:
         part()
-
-
-def _leave_without(launcher: Connection) -> None:
-    """End this process if the one that started it is gone: its end of the pipe is closed then."""
-    if launcher.poll():
-        os._exit(1)
 
 
 @contextmanager
@@ -273,8 +297,7 @@ def _quiet() -> Generator[None]:
 
 def _launch_once(function: Callable[..., dict], worker: tuple, workers: int) -> dict:
     """Start the processes, wait for them, return rank 0's result."""
-    theirs, ours = multiprocessing.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="mimu-ddp-") as logs, theirs, ours, _handlers_kept(), _quiet():
+    with tempfile.TemporaryDirectory(prefix="mimu-ddp-") as logs, _handlers_kept(), _quiet():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -291,7 +314,7 @@ def _launch_once(function: Callable[..., dict], worker: tuple, workers: int) -> 
             signals_to_handle="SIGTERM,SIGINT,SIGHUP",
         )
         multiprocessing.set_forkserver_preload(PRELOAD)
-        return elastic_launch(config, _worker)(function, theirs, whole_code(), *worker)[0]
+        return elastic_launch(config, _worker)(function, whole_code(), *worker)[0]
 
 
 def launch(
@@ -304,13 +327,14 @@ def launch(
     restarts: int,
     threads: int | None = None,
 ) -> dict:
-    """Run `function(group, device, alive, *given)` in `workers` new processes of this machine.
+    """Run `function(group, device, *given)` in `workers` new processes of this machine.
 
     Processes that were killed are started again, all of them, up to `restarts` times: `function` goes on from what it
     wrote. An exception in one of them is not tried again.
 
     Args:
-        function: of a module, not of a class or a function. `alive()` ends an orphan; call it now and then.
+        function: of a module, not of a class or a function. It may not ignore the end of this process: see
+            `processes`.
         seconds: how long one exchange may take before it counts as failed.
         threads: of each process; by default this process's, shared out.
 
@@ -333,11 +357,21 @@ def launch(
             rank, failure = error.get_first_failure()
             if failure.exitcode == -signal.SIGINT:
                 raise KeyboardInterrupt from None
-            died = failure.exitcode < 0
-            if not died or not tries_left:
-                raise _one_line(rank, failure) from None
-            log(f"worker {rank} of {workers} died ({failure.signal_name()}): all start again from the last state")
+            alone = failure.exitcode == NO_FORKSERVER
+            who = "the process that starts the workers" if alone else f"worker {rank} of {workers}"
+            why = "killed, or out of memory" if alone else failure.signal_name()
+            if not (alone or failure.exitcode < 0) or not tries_left:
+                raise RuntimeError(f"{who} died ({why})") if alone else _one_line(rank, failure) from None
+            log(f"{who} died ({why}): all start again from the last state")
+        except (EOFError, ConnectionError) as error:  # the fork server died while it was asked for a worker
+            if not tries_left:
+                raise RuntimeError(f"the process that starts the workers died ({_short(error)})") from None
+            log(f"the process that starts the workers died ({_short(error)}): all start again from the last state")
     raise AssertionError
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__} {error}".split())
 
 
 def _one_line(rank: int, failure: ProcessFailure) -> Exception:

@@ -5,15 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import Objectives, PipelineConfig, UserError
+from config import GIVEN, Objectives, PipelineConfig, UserError
 from data import FEATURES, GraphDataset
 from gcn import MaskingGCN
 from graph import WeightGraph
 from model import HookedModel, MaskLayer
 from unlearning import Unlearner
-
-GIVEN = ("trained_vision_model_path", "graph_dir", "gcn_path")
-"""Fields that hand a stage's product in."""
 
 
 def check_paths(config: PipelineConfig) -> None:

@@ -41,6 +41,8 @@ class HookedModel(nn.Module):
     """
 
     between: Callable[[Tensor], Tensor] = staticmethod(torch.relu)
+    smallest_in_bf16 = 1
+    """Side of the smallest images that a CPU trains this model on in bfloat16."""
 
     def __init__(self, widths: tuple[int, ...]):
         super().__init__()
@@ -147,6 +149,7 @@ class HookedResnet(HookedModel):
     """ResNet-18 (He et al. 2016, arXiv:1512.03385; 7x7 stem) -> 512 -> 128 -> classes, both without bias."""
 
     between = staticmethod(lambda x: x)
+    smallest_in_bf16 = 17  # below, a convolution of stride 2 meets maps of one pixel, where the CPU library is wrong
 
     def __init__(self, num_classes: int, channels: int, size: int):
         super().__init__((512, 128, num_classes))

@@ -12,9 +12,8 @@ from pathlib import Path
 from artifacts import SCHEMA, write_json
 from budget import Search, check_provable, search
 from class_requests import written
-from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
+from config import GIVEN, KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
 from eval import Eval
-from given import GIVEN
 from hashes import code_key, key_of, now, provenance, sha256_file, versions
 from masks import Mask, weights_sha256
 from methods import METHODS, Context, chosen_methods

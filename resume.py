@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from artifacts import DamagedError, read_tensors, remove, write_tensors
+from artifacts import DamagedError, read_json, read_tensors, remove, write_json, write_tensors
+from choices import Diverged
 from config import TrainConfig, plain
 
 RNG, ORDER, HISTORY = "rng", "order", "history"
@@ -32,9 +33,23 @@ class StateFile:
     key: str
     resume: bool = False
 
+    @property
+    def _end(self) -> Path:
+        return self.path.with_suffix(".diverged.json")
+
     def clear(self) -> None:
         """Remove it: it is used up, or not wanted."""
         remove(self.path)
+        remove(self._end)
+
+    def give_up(self, why: str) -> None:
+        """Leave word that this training ended, for whoever starts it again by itself, as torchrun does."""
+        write_json(self._end, {"why": why})
+
+    def check(self) -> None:
+        """Raise `Diverged` at once where this training is to go on that has ended so before."""
+        if self.resume and self._end.exists():
+            raise Diverged(f"{read_json(self._end).get('why')} (it ended so before; without --resume it begins anew)")
 
 
 @dataclass(frozen=True)

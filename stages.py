@@ -5,17 +5,20 @@ An unchanged stage is not run again, and an interrupted run goes on where it sto
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from config import Objectives, PipelineConfig, Trackers, TrainConfig, UserError, derive_seed, plain
+from choices import Diverged
+from classifier import check_recipe
+from config import GIVEN, Objectives, PipelineConfig, Trackers, TrainConfig, derive_seed, plain
 from data import FEATURES, GraphDataset, GraphGenerator
-from distributed import Meeting, by_torchrun, local_device, part, torchrun_meeting
+from distributed import Meeting, by_torchrun, choose_device, local_device, part, torchrun_meeting
 from gcn import MaskingGCN, check_memory, reuse_freed_memory
-from given import GIVEN, check_answers, check_layout, check_paths, check_weights, given_objective
+from given import check_answers, check_layout, check_paths, check_weights, given_objective
 from hashes import check_same_code, code_key, key_of, provenance, sha256_file, versions, whole_code
 from masks import check_budget
 from model import HookedModel, save_classifier, vision_model_loader
@@ -36,15 +39,6 @@ GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py", "
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
 
 
-def _choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device is {name}, but {torch.cuda.device_count()} CUDA devices are here: use --device auto")
-    return device
-
-
 class Stages:
     """What a run is made from: classifier, graphs, GCN; each made when first asked for.
 
@@ -61,7 +55,7 @@ class Stages:
         facts = dataset_facts(config.vision_dataset, config.forget_class, given, place, config.data)
         gcn = replace(config.gcn, train_classes=facts.labels(config.gcn.train_classes, "gcn.train_classes"))
         self.config = config = replace(config, forget_class=facts.forget, gcn=gcn)
-        self.device = _choose_device(config.device)
+        self.device = choose_device(config.device)
         if config.train.use_ddp and by_torchrun():
             self.device = local_device(self.device)
         reuse_freed_memory()
@@ -70,6 +64,7 @@ class Stages:
         self.shape = (len(facts.classes), facts.channels, facts.size)
         with torch.device("meta"):
             fresh = vision_model_loader(config.model_architecture, *self.shape)
+        check_recipe(config.train, fresh, facts.size, self.device)
         self.graph, self.layers = fresh.weight_graph(config.mask_layer), fresh.layer_indices(config.mask_layer)
         self.depth = len(fresh.linears)
         for name in ("topK_list", "kappa_list"):
@@ -152,7 +147,8 @@ class Stages:
         if meeting is None or meeting.group.leads:
             return False
         while (job := meeting.next_job()) is not None:
-            self._trainer(job, Tracker(Trackers.none, "", {})).fit(meeting.group, Path())
+            with suppress(Diverged):  # the first process meets the same at the same step, and says it
+                self._trainer(job, Tracker(Trackers.none, "", {})).fit(meeting.group, Path())
         part()
         return True
 
@@ -179,12 +175,18 @@ class Stages:
         state = StateFile(path, key, self.config.resume)
 
         def make(folder: Path) -> dict:
+            state.check()
             job = {"seed": seed, "retained": bool(without), "train": plain(train), "code": whole_code()}
             job["state"] = [str(path), key, state.resume and path.exists()]
             if meeting:
                 meeting.announce(job)
             trainer = self._trainer(job, self._tracker(name))
-            facts, kind = trainer.train(folder), self.config.model_architecture
+            try:
+                facts, kind = trainer.train(folder), self.config.model_architecture
+            except Diverged as error:
+                if meeting:  # torchrun starts again whatever ended with an error
+                    state.give_up(str(error))
+                raise
             save_classifier(trainer.model, folder / CLASSIFIER_FILE, kind, self.shape, facts)
             return facts
 

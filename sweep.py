@@ -17,14 +17,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from artifacts import DamagedError, read_json, write_json
-from config import PROJECT_ROOT, PipelineConfig, UserError, plain
+from artifacts import DamagedError, read_json, told, write_json
+from choices import MachineError
+from config import GIVEN, PROJECT_ROOT, PipelineConfig, UserError, plain
 from config_files import load_config, read_words, resolved, typed
 from fields import did_you_mean
-from hashes import check_same_code, key_of, versions, whole_code
+from hashes import check_same_code, key_of, sha256_file, versions, whole_code
 from locks import running
 from observe import log
+from processes import end_with_parent
 from records import read_whole
+from store import sha256_folder
 from write import as_text
 
 SECTION = "sweep"
@@ -121,6 +124,33 @@ def load_sweep(paths: Sequence[Path]) -> tuple[SweepConfig, PipelineConfig]:
     return SweepConfig(**(resolved(section) | {"over": over})), base
 
 
+def contents(config: PipelineConfig) -> dict:
+    """What lies behind the paths of a configuration, by hash: a job is the same only if nothing there has changed.
+
+    What cannot be read is told by the error; the job that meets it says it as its own.
+    """
+    found: dict[str, object] = {"images": _images(config)}
+    for name in GIVEN:
+        path = getattr(config, name)
+        try:
+            with told(path, "read"):
+                found[name] = path and (sha256_folder(path) if path.is_dir() else sha256_file(path))
+        except (UserError, MachineError) as error:
+            found[name] = str(error)
+    return found
+
+
+def _images(config: PipelineConfig) -> str:
+    from utils_data import get_unlearning_dataset
+
+    place = config.output_dir / "datasets"
+    how: dict[str, Any] = {"dataset_path": config.dataset_path, "datasets_dir": place, "data": config.data}
+    try:
+        return get_unlearning_dataset(config.vision_dataset, config.train.batch_size, **how).fingerprint()
+    except (UserError, MachineError) as error:
+        return str(error)
+
+
 def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
     """All combinations, in the order written, each once.
 
@@ -130,11 +160,14 @@ def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
     # Every source file counts: a job is skipped only if nothing that could move its numbers has changed.
     code = whole_code()
     jobs: dict[str, Job] = {}
+    known: dict[str, dict] = {}  # jobs of a sweep share their images and files, mostly
     for values in product(*sweep.over.values()):
         settings = dict(zip(sweep.over, values, strict=True))
         config = _typed(base, settings)
         what = plain(replace(config, output_dir=Path(), resume=False))
-        key = key_of({"config": what, "code": code, "versions": versions()})
+        places = key_of({name: what[name] for name in ("vision_dataset", "dataset_path", "data", *GIVEN)})
+        known[places] = known.get(places) or contents(config)
+        key = key_of({"config": what, "contents": known[places], "code": code, "versions": versions()})
         jobs.setdefault(key, Job(resolved(settings, exactly=True), config, key, code))
     return list(jobs.values())
 
@@ -211,8 +244,8 @@ def _threads(workers: int) -> int:
 def _pool(jobs: list[Job], workers: int, threads: int) -> Outcomes:
     """Jobs in a pool of processes; those whose pool broke are left out."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    context.set_forkserver_preload(["fork_server", "torch"])
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     try:
         futures = {pool.submit(run_job, job, threads): job for job in jobs}
         for future in as_completed(futures):

@@ -58,7 +58,7 @@ def simulate(jobs: Sequence[SimulatedJob], workers: int, starting: float = 0.0) 
     return max(free)
 
 
-def nothing(group: Group, device: torch.device, alive: object) -> dict:
+def nothing(group: Group, device: torch.device) -> dict:
     """A launch without work."""
     return {}
 

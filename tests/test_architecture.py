@@ -28,6 +28,8 @@ LAYERS = {
     "config": 0,
     "config_files": 0,
     "observe": 0,
+    "processes": 0,
+    "fork_server": 0,
     "class_requests": 0,
     "hashes": 0,
     "artifacts": 0,

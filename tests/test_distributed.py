@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 
 import distributed
 import main
+from choices import Diverged
 from classifier import VisionModelTrainer
-from config import SupportedDatasets, Trackers, TrainConfig, UserError
+from config import PipelineConfig, SupportedDatasets, SupportedVisionModels, Trackers, TrainConfig, UserError
 from config_files import load_config
 from distributed import ALONE, Group, Slices, check_shared_memory, launch, meet
 from model import HookedMLPClassifier, HookedResnet
@@ -75,7 +77,9 @@ def images_read(folder: Path) -> list[int]:
 # --- equal ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "workers"), [(41, 2), (647, 2), (41, 3)], ids=["uneven", "empty share", "three"])
+@pytest.mark.parametrize(
+    ("size", "workers"), [(41, 2), (647, 2), (41, 3), (41, 1)], ids=["uneven", "empty share", "three", "one"]
+)
 def test_equal_to_one_process(size, workers, tmp_path):
     """1,295 images leave a last batch of 24 or (647) of 1, of which one process gets none."""
     assert 1295 % size == {41: 24, 647: 1}[size]
@@ -104,6 +108,67 @@ def test_batchnorm_in_several_processes(tmp_path):
     assert math.isfinite(figures["val_loss"])
     means = [value for name, value in made.model.state_dict().items() if name.endswith("running_mean")]
     assert all(float(mean.abs().max()) > 0 for mean in means)
+
+
+def test_batchnorm_of_a_last_batch_of_one(tmp_path):
+    """One image has no variance: it is taken as in evaluation, and moves no running statistic."""
+    data = digits(16, lambda images: images.only(torch.arange(33)))
+    made = trainer(data, kind=HookedResnet)
+    batches = list(data.get_train_loader())
+    assert [len(labels) for _, labels in batches] == [16, 16, 1]
+    made.train(tmp_path)
+    losses = [entry["loss"] for entry in made.tracker.history if "loss" in entry]
+    assert len(losses) == 9
+    assert all(map(math.isfinite, losses))
+    counts = [value for name, value in made.model.state_dict().items() if name.endswith("num_batches_tracked")]
+    assert {int(count) for count in counts} == {2 * EPOCHS}
+
+
+def enlarged(images: Images) -> Images:
+    """A few images of 32 px."""
+    few = images.only(torch.arange(192))
+    return replace(few, pixels=few.pixels.repeat_interleave(4, 2).repeat_interleave(4, 3))
+
+
+def curves(folder: Path, **train: Any) -> tuple[list[float], VisionModelTrainer, list[torch.Tensor]]:
+    """Losses of a short ResNet training, its trainer, and the inputs of the second convolution in one pass."""
+    made = trainer(digits(64, enlarged), kind=HookedResnet, **train)
+    seen = []
+    hook = made.model.backbone.layer1[0].conv1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    made.train(folder)
+    hook.remove()
+    return [entry["loss"] for entry in made.tracker.history if "loss" in entry], made, seen
+
+
+def test_bfloat16_and_channels_last_train_the_same(tmp_path):
+    """Near what float32 in the usual layout learns; weights stay float32, and the layout is the one asked for."""
+    plain, one, dense = curves(tmp_path)
+    last, two, strided = curves(tmp_path, channels_last=True)
+    half, three, rounded = curves(tmp_path, bf16=True)
+    assert last == pytest.approx(plain, rel=1e-2, abs=0.03)
+    assert half == pytest.approx(plain, rel=0.1, abs=0.1)
+    assert half != plain
+    for made in (one, two, three):
+        assert {value.dtype for value in made.model.parameters()} == {torch.float32}
+    weight = dict(two.model.named_parameters())["backbone.layer1.0.conv1.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    channels_last = [value.is_contiguous(memory_format=torch.channels_last) for value in strided]
+    assert all(channels_last)
+    assert not any(value.is_contiguous(memory_format=torch.channels_last) for value in dense if value[0, 0].numel() > 1)
+    assert {value.dtype for value in rounded if value.requires_grad} == {torch.bfloat16} != {dense[0].dtype}
+
+
+def test_bfloat16_of_tiny_images_is_refused(tmp_path):
+    """A CPU's gradients are garbage there: of some weights, not of all, so that no curve shows it."""
+    config = PipelineConfig(
+        model_architecture=SupportedVisionModels.HookedResnet,
+        train=TrainConfig(bf16=True),
+        device="cpu",
+        output_dir=tmp_path,
+    )
+    with pytest.raises(UserError, match=r"train\.bf16 is on for images of 8 px"):
+        Stages(config)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -159,6 +224,9 @@ class Fatal(Counted):
                     continue
                 if self.then == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if self.then == "kill the fork server":
+                    os.kill(os.getppid(), signal.SIGKILL)
+                    time.sleep(60)
                 raise ValueError("this image\nis broken")
         return super().batch(indices)
 
@@ -188,6 +256,22 @@ def test_killed_worker_starts_again(tmp_path, capfd):
     assert sum(images_read(tmp_path)[2:]) == 2 * 1295, "epochs 2 and 3, not the first again"
 
 
+def test_killed_fork_server(tmp_path, capfd):
+    """Its workers end with it, the cause is told, and all start again from the last state."""
+    several = trainer(fatal(tmp_path, "kill the fork server", 1), use_ddp=True, num_workers=2)
+    whole = trainer(digits(41), use_ddp=True, num_workers=2)
+    begun = time.monotonic()
+    assert several.train(tmp_path) == whole.train(tmp_path)
+    assert time.monotonic() - begun < 60, "nobody waits for the worker that sleeps"
+    assert difference(several.model, whole.model) == 0
+    err = capfd.readouterr().err
+    said = r"the process that starts the workers died \(.+\): all start again from the last state"
+    assert len(re.findall(said, err)) == 1
+    assert "Traceback" not in err
+    with pytest.raises(RuntimeError, match=r"^the process that starts the workers died \(killed, or out of memory\)$"):
+        trainer(fatal(tmp_path, "kill the fork server", 1), use_ddp=True, num_workers=2, ddp_restarts=0).train(tmp_path)
+
+
 def test_worker_that_dies_again_and_again(tmp_path, capfd):
     """`ddp_restarts` is how often they start again."""
     with pytest.raises(RuntimeError, match=r"^worker \d failed: Signal 9 \(SIGKILL\) received by PID \d+$"):
@@ -205,6 +289,22 @@ def test_exception_of_a_worker_is_one_line(tmp_path, capfd):
 def test_user_error_of_a_worker_stays_one(tmp_path):
     with pytest.raises(UserError, match=r"^the classifier's loss is no longer finite: lower train\.lr$"):
         trainer(digits(41), use_ddp=True, num_workers=2, lr=1e30).train(tmp_path)
+
+
+def one_bad_image(images: Images) -> Images:
+    """The last image is no picture: the process that gets it, and it alone, has a loss that is not finite."""
+    pixels = images.pixels.float()
+    pixels[-1] = math.nan
+    return replace(images, pixels=pixels)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path, capfd):
+    """At once, with the reason: nobody waits for an exchange that never comes, and nothing starts again."""
+    begun = time.monotonic()
+    with pytest.raises(Diverged, match=r"^the classifier's loss is no longer finite: lower train\.lr$"):
+        trainer(digits(41, one_bad_image), use_ddp=True, num_workers=2, ddp_timeout=300).train(tmp_path)
+    assert time.monotonic() - begun < 100
+    assert capfd.readouterr().err == ""
 
 
 def free_port() -> int:
@@ -242,7 +342,7 @@ def test_meeting_alone(monkeypatch):
         distributed.part()
 
 
-def stall(group: Group, device: torch.device, alive: Callable[[], None]) -> dict:
+def stall(group: Group, device: torch.device) -> dict:
     """Rank 1 does not come to the exchange."""
     if group.leads:
         group.barrier()
@@ -270,7 +370,7 @@ def test_handlers_stay_as_they_were(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
-def nothing(group: Group, device: torch.device, alive: Callable[[], None]) -> dict:
+def nothing(group: Group, device: torch.device) -> dict:
     return {"rank": group.rank, "threads": torch.get_num_threads()}
 
 
@@ -351,6 +451,45 @@ def test_no_orphan_and_no_torn_file(stop, tmp_path):
     assert stop == "kill -9" or not list(tmp_path.rglob("*.part"))
     (state,) = (tmp_path / "out/checkpoints/resume").glob("*.safetensors")
     assert "linears.0.weight" in {name.removeprefix("model.") for name in load_file(state)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.5, 2.0])
+def test_launcher_killed_while_workers_start(delay, tmp_path):
+    """They wait for each other for a minute, but not for a launcher that is gone."""
+    words = ["main.py", "run", "--config", tmp_path / "tiny.yaml", "--output-dir", tmp_path / "out"]
+    process = start(tmp_path, *words, "--train.use-ddp", "--train.num-workers", 2, "--train.epochs", 10**6)
+    try:
+        end = time.monotonic() + 120
+        while len(relatives(str(tmp_path))) < 4:  # the launcher, its fork server and helper, one worker
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        assert gone(str(tmp_path), 10), (tmp_path / "log").read_text()
+    finally:
+        for pid in relatives(str(tmp_path)):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_train_again_what_diverged(tmp_path):
+    """It starts again whatever ended with an error: then the same is said at once, without another epoch."""
+    run = ["main.py", "run", "--config", tmp_path / "tiny.yaml", "--output-dir", tmp_path / "out", "--train.use-ddp"]
+    agent = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1, "--standalone"]
+    node = start(tmp_path, *agent, *run, "--train.lr", "1e30")
+    try:
+        code = node.wait(200)
+    finally:
+        for pid in relatives(str(tmp_path)):
+            os.kill(pid, signal.SIGKILL)
+    text = (tmp_path / "log").read_text()
+    assert code != 0
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert lines[0] == "error: the classifier's loss is no longer finite: lower train.lr"
+    assert len(lines) == 2, text
+    assert "it ended so before" in lines[1]
 
 
 @pytest.mark.slow

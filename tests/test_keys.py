@@ -13,6 +13,7 @@ from PIL import Image
 import stages
 from budget import Search
 from config import (
+    GIVEN,
     EvalConfig,
     GCNConfig,
     GraphConfig,
@@ -27,7 +28,6 @@ from config import (
     TrainConfig,
 )
 from data import GraphGenerator
-from given import GIVEN
 from hashes import key_of
 from model import save_classifier, vision_model_loader
 from pipeline import Pipeline

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import main
 import sweep as room
@@ -299,3 +300,88 @@ def test_python_gives_a_sweep_tuples_and_choices(tmp_path):
     assert [job.config.forget_class for job in jobs] == [(0, 1), ("two",)]
     assert {job.config.gcn.objective for job in jobs} == {Objectives.elbo}
     assert all(json.dumps(plain_settings(job)) for job in jobs)
+
+
+# --- contents, not paths ----------------------------------------------------------------------------------
+
+
+def tree(folder: Path) -> Path:
+    for shade, name in ((10, "cat"), (90, "dog"), (200, "owl")):
+        (folder / name).mkdir(parents=True)
+        for index in range(6):
+            Image.new("RGB", (16, 16), (shade, 7 * index, 40)).save(folder / name / f"{index}.png")
+    return folder
+
+
+def swap(one: Path, two: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    two.rename(one)
+    aside.rename(two)
+
+
+def test_what_lies_behind_a_path_decides(tmp_path, monkeypatch):
+    """Class folders that change places, a network or graphs that are exchanged: done again, and only then."""
+    done = []
+
+    def stand_in(jobs, sweep):
+        for job in jobs:
+            done.append(job.key)
+            yield job, room._leave(job, {"key": job.key, "status": "done", "records": [], "seconds": 1.0})
+
+    monkeypatch.setitem(EXECUTORS, "local", stand_in)
+    photos, network, graphs = tree(tmp_path / "photos"), tmp_path / "gcn.safetensors", tmp_path / "graphs"
+    network.write_bytes(b"one")
+    graphs.mkdir()
+    (graphs / "h.npy").write_bytes(b"one")
+    base = PipelineConfig(
+        vision_dataset=SupportedDatasets.FOLDER,
+        dataset_path=photos,
+        gcn_path=network,
+        graph_dir=graphs,
+        output_dir=tmp_path / "out",
+    )
+
+    def jobs_done() -> int:
+        done.clear()
+        run_sweep(SweepConfig({"seed": [0, 1]}), base)
+        return len(done)
+
+    assert [jobs_done(), jobs_done()] == [2, 0]
+    swap(photos / "cat", photos / "dog")
+    assert [jobs_done(), jobs_done()] == [2, 0]
+    network.write_bytes(b"two")
+    assert [jobs_done(), jobs_done()] == [2, 0]
+    (graphs / "h.npy").write_bytes(b"two")
+    assert [jobs_done(), jobs_done()] == [2, 0]
+    network.write_bytes(b"one")
+    (graphs / "h.npy").write_bytes(b"one")
+    swap(photos / "cat", photos / "dog")
+    assert jobs_done() == 0, "as at first"
+
+
+def test_a_path_that_cannot_be_read_fails_its_own_job(tmp_path):
+    over = {"dataset_path": [str(tree(tmp_path / "photos")), str(tmp_path / "none")]}
+    base = PipelineConfig(vision_dataset=SupportedDatasets.FOLDER, output_dir=tmp_path / "out")
+    assert len(expand(SweepConfig(over), base)) == 2
+
+
+@pytest.mark.slow
+def test_launcher_of_a_sweep_killed(tmp_path):
+    """Its workers end with it, whatever they are at."""
+    from tests.test_distributed import gone, relatives, start
+
+    path = written(tmp_path, "sweep: {over: {seed: [0, 1], train.epochs: [1000000]}, workers: 2}")
+    process = start(tmp_path, "main.py", "sweep", "--config", path)
+    try:
+        end = time.monotonic() + 120
+        while len(relatives(str(tmp_path))) < 5:  # with the fork server and a helper
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        assert gone(str(tmp_path), 10)
+    finally:
+        for pid in relatives(str(tmp_path)):
+            os.kill(pid, signal.SIGKILL)
