@@ -45,6 +45,8 @@ SAME = {
     "reporter.formats": "records are drawn, not measured",
     "reporter.dpi": "records are drawn, not measured",
     "data.num_workers": "threads that decode images; the pixels are the same",
+    "data.cache_gb": "whether decoded pixels are kept; they are the same",
+    "data.max_pixels": "an image of more is refused or left out: which images take part is told by the images",
     "data.skip_bad_images": "which images take part is told by the images themselves",
     "train.ddp_timeout": "when a training fails, not what it learns",
     "train.ddp_restarts": "when a training fails, not what it learns",
@@ -64,6 +66,7 @@ OTHER: dict[str, object] = {
     "data.max_test_samples": 200,
     "data.image_size": 16,
     "data.num_workers": 1,
+    "data.sample_bits": 12,
     "gcn.train_classes": (0, 1),
     "gcn.train_seeds": (1,),
     "gcn.train_batch_sizes": (32,),
@@ -125,6 +128,7 @@ def stand_ins(monkeypatch, tmp_path):
     monkeypatch.setattr(stages, "build_stage", build)
     monkeypatch.setattr(Pipeline, "_measure", lambda self, record, path: record)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(stages, "check_memory", lambda *_: None)  # of a GPU that is not here
 
 
 def records(config: PipelineConfig) -> list[dict]:
@@ -173,7 +177,7 @@ def base(folder: Path, name: str, given: dict[str, Path]) -> PipelineConfig:
     config = PipelineConfig(output_dir=folder / "out", device="cpu", topK_list=(300,), kappa_list=(100, 200))
     if name.startswith("auto."):
         return replace(config, kappa=KappaModes.auto)
-    if name in ("dataset_path", "data.image_size"):
+    if name in ("dataset_path", "data.image_size", "data.sample_bits", "data.cache_gb", "data.max_pixels"):
         return replace(config, vision_dataset=SupportedDatasets.FOLDER, dataset_path=tree(folder / "a", 0))
     if name == "train.num_workers":
         return replace(config, train=replace(config.train, use_ddp=True))
