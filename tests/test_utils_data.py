@@ -272,12 +272,3 @@ def test_failed_download_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"downloading MNIST failed \(no route to host\)"):
         download(SupportedDatasets.MNIST, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_settings_without_effect_are_named(tmp_path, capsys):
-    ignored = DataConfig(image_size=16, num_workers=0, skip_bad_images=True)
-    get_unlearning_dataset(SupportedDatasets.DIGITS, 64, 0, tmp_path, data=ignored)
-    said = capsys.readouterr().err
-    assert "data.image_size, data.num_workers, data.skip_bad_images, dataset_path: no effect on DIGITS" in said
-    get_unlearning_dataset(SupportedDatasets.DIGITS, 64, 0, data=DataConfig(max_train_samples=500))
-    assert capsys.readouterr().err == ""
