@@ -220,7 +220,7 @@ class SFTConfig(Section):
 
     mode: SFTModes = SFTModes.Randomize_Forget
     steps: Count = 50
-    batch_size: Count = 32
+    batch_size: Annotated[int, Within(1, 10**4)] = 32
     lr: Positive = 1e-2
 
 

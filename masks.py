@@ -184,12 +184,13 @@ class Mask:
         write_tensors(path, dict(zip(keys, layers, strict=True)), self.facts | {"layout": layout})
 
     @classmethod
-    def load(cls, path: Path) -> "Mask":
+    def load(cls, path: Path | str) -> "Mask":
         """Read what `save` wrote.
 
         Raises:
             UserError: not such a file.
         """
+        path = Path(path)
         tensors, facts = read_tensors(path, foreign=True)
         layout = facts.pop("layout", {})
         keys = layout.get("keys", ["mask"])

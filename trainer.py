@@ -160,9 +160,9 @@ class GCNTrainer:
                 temperature, begun = self.temperature(step), time.perf_counter()
                 self.optimizer.zero_grad(set_to_none=True)
                 terms = self._accumulate(indices, temperature)
-                if not math.isfinite(terms["loss"]):
-                    raise UserError("the GCN's loss is no longer finite: lower gcn.lr")
                 norm = gradient_norm(self.gcn)
+                if not all(map(math.isfinite, (*terms.values(), norm))):
+                    raise UserError("the GCN's loss or gradient is not finite: lower gcn.lr or gcn.beta")
                 self.optimizer.step()
                 rate = len(indices) / (time.perf_counter() - begun)
                 facts = {"grad_norm": norm, "temperature": temperature, "samples_per_second": rate}

@@ -337,8 +337,8 @@ class UnlearningTrainer:
                 begun = time.perf_counter()
                 terms = self.step(temperature)
                 rate = config.requests_per_step / (time.perf_counter() - begun)
-                if not math.isfinite(terms["loss"]):
-                    raise UserError("the GCN's loss is no longer finite: lower gcn.lr")
+                if not all(map(math.isfinite, terms.values())):
+                    raise UserError("the GCN's loss or gradient is not finite: lower gcn.lr or gcn.lambda_retain")
                 self.tracker.log(step + 1, **terms, temperature=temperature, requests_per_second=rate)
         self.gcn.eval()
         write_json(folder / HISTORY, {"history": self.tracker.history})

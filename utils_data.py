@@ -398,6 +398,9 @@ def _array_splits(dataset: SupportedDatasets, root: Path, data: DataConfig) -> d
     test = _cap(read_arrays(dataset, root, train=False), data.max_test_samples, split_seed)
     val, train = stratified(labels, data.val_fraction, split_seed)
     parts = {"train": (pixels[train], labels[train]), "val": (pixels[val], labels[val]), "test": test}
+    if not len(train):
+        needed = "use a smaller data.val_fraction, or more images (data.max_train_samples)"
+        raise UserError(f"all {len(val)} training images of {dataset.value} go into the validation split: {needed}")
     mean, std = _statistics(parts["train"][0])
     return {
         name: Images(torch.from_numpy(np.array(x)), torch.from_numpy(np.array(y)), mean, std)

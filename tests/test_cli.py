@@ -250,7 +250,7 @@ def test_trackio_holds_the_history(finished):
     assert {value["_type"] for value in shown} == {"trackio.image"}
     assert set(runs) == set(histories)
     for name, pattern in histories.items():
-        history = json.loads(one_file(folder / "out", pattern).read_text())
+        history = json.loads(one_file(folder / "out", pattern).read_text())["history"]
         numbers = {(entry["step"], *item) for entry in history for item in entry.items()}
         logged = {(entry["step"], *item) for entry in runs[name] for item in entry.items() if item[0] != "timestamp"}
         assert len(numbers) > 10

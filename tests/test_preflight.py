@@ -212,6 +212,23 @@ def test_any_number_of_steps_has_a_schedule(finished, tmp_path, steps):
     assert (rates[0] < 0.05 * config.lr) is (WARM_UP * steps > 1)
 
 
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"gcn": {"lambda_retain": 1e30}}, "lower gcn.lr or gcn.lambda_retain"),
+        ({"gcn": {"objective": "elbo", "beta": 1e30}}, "lower gcn.lr or gcn.beta"),
+        ({"data": {"val_fraction": 0.999999}}, "use a smaller data.val_fraction"),
+        ({"data": {"max_train_samples": 11}}, "use more images|data.max_train_samples"),
+    ],
+)
+def test_the_ends_of_the_ranges_end_in_a_sentence(finished, tmp_path, over, said):
+    """Numbers that the schema lets pass and that no arithmetic bears: an error that names what to change."""
+    _, first = finished
+    given = {key: value for key, value in first["given"].items() if "gcn" in over and key != "gcn_path"}
+    with pytest.raises(UserError, match=said):
+        Pipeline(tiny(tmp_path, kappa_list=[100], **over, **given)).eval()
+
+
 # --- near chance ------------------------------------------------------------------------------------------
 
 
