@@ -221,6 +221,27 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def make_repeatable(device: torch.device) -> None:
+    """Ask for algorithms that give the same result each time, process-wide, where PyTorch has them.
+
+    On a CPU all that is used here gives it anyway, so that nothing is set: its results stay what they were. On a GPU
+    an operation without such an algorithm warns. cuBLAS needs CUBLAS_WORKSPACE_CONFIG besides, which `main` sets.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - a property of the module
+
+
+def repeatability(device: torch.device) -> str:
+    """What a second run on this device can be expected to give, for records."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return f"{name}, deterministic algorithms where PyTorch has them: not tested, last digits may differ"
+    return f"the same to the bit on this processor with {torch.get_num_threads()} threads"
+
+
 def local_device(device: torch.device) -> torch.device:
     """This process's own device: the GPU of its place on the machine.
 
@@ -260,6 +281,7 @@ def _worker(
     check_same_code(code)
     try:
         own = local_device(device)
+        make_repeatable(own)
         return function(meet(own, seconds).group, own, *given)
     except RuntimeError as error:
         if _lost_a_peer(error):

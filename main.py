@@ -58,6 +58,7 @@ def set_library_defaults() -> None:
 
     Call it before torch is imported. Processes that are started from here inherit it.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, sums on a GPU differ from run to run
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 

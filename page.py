@@ -197,6 +197,7 @@ def _run_text(run: Run, apart: str) -> dict:
         "commit": f"{about['commit'] or 'unknown'}{' (changed files)' if about['dirty'] else ''}",
         "started": about["started"],
         "device": about["device"],
+        "repeatability": about.get("repeatability", "not recorded"),
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in about["seconds"].items()),
         "versions": ", ".join(f"{name} {value}" for name, value in about["versions"].items()),
         "record": ", ".join(record["id"] for record in run[:12]) + (" ..." if len(run) > 12 else ""),

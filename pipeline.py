@@ -13,6 +13,7 @@ from artifacts import SCHEMA, write_json
 from budget import Search, check_provable, search
 from class_requests import written
 from config import GIVEN, KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
+from distributed import repeatability
 from eval import Eval
 from hashes import code_key, key_of, now, provenance, sha256_file, versions
 from masks import Mask, weights_sha256
@@ -179,6 +180,7 @@ class Pipeline(Stages):
         paths = {name: self._relative(file) for name, file in files.items()}
         seconds = self.seconds | {"evaluation": time.perf_counter() - begun}
         run = {"device": str(self.device), "started": self.started, "seconds": seconds}
+        run |= {"repeatability": repeatability(self.device)}
         places = {"mask_path": paths[measured["answer"]], "mask_paths": paths}
         places |= {"mask_sha256": {name: sha256_file(file) for name, file in files.items()}}
         record |= {**places, "provenance": provenance() | run, **measured, **self.data.image_facts, **standing}

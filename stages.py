@@ -16,7 +16,7 @@ from choices import Diverged
 from classifier import check_recipe
 from config import GIVEN, Objectives, PipelineConfig, Trackers, TrainConfig, derive_seed, plain
 from data import FEATURES, GraphDataset, GraphGenerator
-from distributed import Meeting, by_torchrun, choose_device, local_device, part, torchrun_meeting
+from distributed import Meeting, by_torchrun, choose_device, local_device, make_repeatable, part, torchrun_meeting
 from gcn import MaskingGCN, check_memory, reuse_freed_memory
 from given import check_answers, check_layout, check_paths, check_weights, given_objective
 from hashes import check_same_code, code_key, key_of, provenance, sha256_file, versions, whole_code
@@ -58,6 +58,7 @@ class Stages:
         self.device = choose_device(config.device)
         if config.train.use_ddp and by_torchrun():
             self.device = local_device(self.device)
+        make_repeatable(self.device)
         reuse_freed_memory()
         self.seconds: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}

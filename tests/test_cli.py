@@ -85,6 +85,15 @@ def test_waiting_threads_do_not_spin_for_long(first, given, expected, tmp_path):
     assert set(counts) == {expected}
 
 
+def test_sums_on_a_gpu_repeat_unless_the_user_says_otherwise(monkeypatch):
+    for given, expected in ((None, ":4096:8"), (":16:8", ":16:8")):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        if given:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+        main.main(["nonsense"])
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
+
+
 # --- help -------------------------------------------------------------------------------------------------
 
 

@@ -205,6 +205,22 @@ def test_key_of_a_stage():
     assert recipe(replace(plain, lr=0.5)) != keys[0]
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_deterministic_algorithms_on_a_gpu_alone(kind, monkeypatch):
+    """What a CPU computes does not change; the flags of a GPU can be set without one."""
+    flags = torch.backends.cudnn
+    for name in ("benchmark", "deterministic"):
+        monkeypatch.setattr(flags, name, name == "benchmark")
+    try:
+        distributed.make_repeatable(torch.device(kind))
+        assert torch.are_deterministic_algorithms_enabled() == (kind == "cuda")
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == (kind == "cuda")
+        assert (flags.benchmark, flags.deterministic) == ((False, True) if kind == "cuda" else (True, False))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 # --- robust -----------------------------------------------------------------------------------------------
 
 

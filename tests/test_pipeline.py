@@ -132,7 +132,9 @@ def test_records_say_what_is_documented(whole):
     config, records = whole
     for record in records:
         assert set(record) >= KEYS
-        assert set(record["provenance"]) == {"commit", "dirty", "versions", "device", "started", "seconds"}
+        assert set(record["provenance"]) == {
+            *("commit", "dirty", "versions", "device", "repeatability", "started", "seconds"),
+        }
         assert set(record["methods"]) == METHODS
         for values in record["methods"].values():
             assert set(values) == set(record["metrics"]) | set(record["costs"])
@@ -141,6 +143,7 @@ def test_records_say_what_is_documented(whole):
         assert (record["num_graph_vertices"], record["num_graph_edges"]) == (8192, 1556480)
         assert (record["forget_class"], record["mask_layer"], record["seed"]) == (0, -2, 0)
         assert record["provenance"]["device"] == "cpu"
+        assert record["provenance"]["repeatability"] == "the same to the bit on this processor with 1 threads"
         for key in ("classifier_path", "gcn_path", "mask_path"):
             assert (config.output_dir / record[key]).is_file()
 
