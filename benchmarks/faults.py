@@ -15,6 +15,7 @@ damage   a product is flipped, cut, emptied, exchanged, ...: the rerun names it 
 workers  kill -9 of a worker of --train.use-ddp, and of the one that started it: equal, and no process is left
 """
 
+import csv
 import errno
 import io
 import json
@@ -142,6 +143,8 @@ def begin(words: list[str], arm: Arm) -> tuple[int, int]:
         os.dup2(theirs, 2)
         os.close(ours)
         os.close(theirs)
+        # Streams that were opened on a file would seek in the pipe that has taken its place.
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         arm()
         code = program.main(words)
     except BaseException:
@@ -185,9 +188,15 @@ def untimed(value: object) -> object:
 
 
 def contents(path: Path) -> bytes:
-    """A file's bytes, or the JSON in it without what a clock says."""
+    """A file's bytes, or what is in it without what a clock says."""
     data = path.read_bytes()
     try:
+        if path.suffix == ".csv":
+            head, *rows = csv.reader(data.decode().splitlines())
+            kept = [place for place, name in enumerate(head) if not CLOCK.search(name)]
+            return json.dumps([[row[place] for place in kept] for row in (head, *rows)]).encode()
+        if path.suffix in (".md", ".tex"):  # the cells of the .csv beside it
+            return re.sub(rb"[-\d.e ]+", b"#", data)
         if path.suffix == ".json":
             return json.dumps(untimed(json.loads(data)), sort_keys=True).encode()
         if path.parent.name == "index":  # says when it was made
