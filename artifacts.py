@@ -57,7 +57,7 @@ class DamagedError(UserError):
         super().__init__(f"{self.found}: give a whole one, or leave it out to make it anew")
 
 
-def _trouble(path: Path, error: OSError, doing: str) -> Exception:
+def trouble(path: Path, error: OSError, doing: str) -> Exception:
     """An operating system's error at a file, as one sentence that blames the right thing."""
     what = f"cannot {doing} {path} ({error.strerror})"
     if doing == "read" and error.errno not in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE):
@@ -80,7 +80,7 @@ def told(path: Path, doing: str = "write") -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise _trouble(path, error, doing) from error
+        raise trouble(path, error, doing) from error
 
 
 # --- the few operations that change the disk --------------------------------------------------------------

@@ -415,11 +415,22 @@ def main(arguments: list[str]) -> int:
             return 1
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 128 + signal.SIGPIPE
+        if isinstance(error, OSError) and (said := _of_the_machine(error)):
+            _say(f"error: {said}", file=sys.stderr)
+            return 1 if isinstance(said, MachineError) else 2
         import traceback
 
         traceback.print_exc()
         _say(f"error: a stage failed ({type(error).__name__}: {error}); finished stages are kept", file=sys.stderr)
         return 1
+
+
+def _of_the_machine(error: OSError) -> Exception | None:
+    """An error of the disk or of a limit of the system, as one sentence, wherever it came up; None for any other."""
+    from artifacts import ADVICE, trouble
+
+    known = isinstance(error.filename, str) and error.errno in ADVICE
+    return trouble(Path(error.filename), error, "use") if known else None
 
 
 def _command(arguments: list[str]) -> int:

@@ -399,7 +399,9 @@ def ill_said(ended: Ended, out: Path) -> list[str]:
     if ended.code == 0:
         return []  # it went on without what failed; what it left is compared
     ill = [] if ended.code in (1, 2) else [f"exit code {ended.code}: {lines[-1][:200]}"]
-    ill += ["a traceback"] if "Traceback" in ended.said else []
+    if "Traceback" in ended.said:
+        frames = [line.strip() for line in lines if line.lstrip().startswith('File "')]
+        ill += [f"a traceback, {frames[-1] if frames else 'no frame'}: {lines[-1][:200]}"]
     ill += [] if lines[-1].startswith("error: ") else [f"the last line is no error: {lines[-1][:200]}"]
     named = str(out.parent) in lines[-1]  # below the output folder, or of an image beside it
     return ill + ([] if named else [f"no path is named: {lines[-1][:200]}"])

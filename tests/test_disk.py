@@ -467,3 +467,26 @@ def test_a_worker_with_other_code_refuses(house):
     assert told(house, before, "hashes.check_same_code(other)") == "", "its own edits do not matter"
     said = told(house, "hashes.whole_code()", 'hashes.check_same_code("another")')
     assert said.endswith("so that its processes differ: start it again")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENOSPC, errno.EDQUOT])
+def test_an_error_of_the_machine_is_one_sentence_wherever_it_comes_up(monkeypatch, capsys, tmp_path, number):
+    """A file that is only read, a folder that is listed: no place needs to expect the disk to fail."""
+
+    def fails(words: list[str]) -> int:
+        raise OSError(number, os.strerror(number), str(tmp_path / "h.npy"))
+
+    monkeypatch.setitem(main.COMMANDS, "run", fails)
+    assert main.main(["run"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"error: cannot use {tmp_path / 'h.npy'} ({os.strerror(number)}): ")
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, capsys):
+    def fails(words: list[str]) -> int:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "a")
+
+    monkeypatch.setitem(main.COMMANDS, "run", fails)
+    assert main.main(["run"]) == 1
+    assert "Traceback" in capsys.readouterr().err
