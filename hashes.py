@@ -55,7 +55,9 @@ def key_of(inputs: Mapping[str, object]) -> str:
 
 
 def _sources() -> dict[str, str]:
-    return {path.name: _sha256(path) for path in PROJECT_ROOT.glob("*.py")}
+    rooms = [path.parent for path in PROJECT_ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks")]
+    files = [path for folder in (PROJECT_ROOT, *rooms) for path in folder.glob("*.py")]
+    return {path.relative_to(PROJECT_ROOT).as_posix(): _sha256(path) for path in files}
 
 
 _BEGAN = _sources()  # the source files when this process began to import them: what it runs, whatever is edited later

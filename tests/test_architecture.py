@@ -117,6 +117,7 @@ ONLY = {
     ("torch.distributed",): "distributed",
     ("matplotlib",): "figures",
 }
+WRITER = "artifacts"
 # Calls that write a file; `open` and the methods of a path are told apart in `calls_that_write`.
 WRITERS = {
     *("json.dump", "pickle.dump", "yaml.dump", "torch.save", "omegaconf.OmegaConf.save"),
@@ -221,15 +222,20 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
+def file_of(name: str) -> str | None:
+    """The file of this project that an imported name is of; None: of a library."""
+    return next((row for row in (*LAYERS, "None") if within(name, row)), None)
+
+
 # --- rules for a room: each returns its complaints --------------------------------------------------------
 
 
 def imports_run_downwards(room: Room) -> list[str]:
     above = ROWS[: ROWS.index(room.name)]
     return [
-        f"line {line}: {room.name} imports {top}, which is not in a row above it"
+        f"line {line}: {room.name} imports {file}, which is not in a row above it"
         for line, name in room.imports()
-        if (top := name.partition(".")[0]) in {*LAYERS, "None"} and top not in above
+        if (file := file_of(name)) and file not in above
     ]
 
 
@@ -276,16 +282,16 @@ def calls_that_write(room: Room) -> Iterator[tuple[int, str]]:
             continue
         name = room.dotted(node.func)
         method = getattr(node.func, "attr", "")
-        of_a_path = method in ("write_text", "write_bytes") and name != f"artifacts.{method}"
+        of_a_path = method in ("write_text", "write_bytes") and name != f"{WRITER}.{method}"
         opens = "open" in (method, getattr(node.func, "id", ""))
         if name in WRITERS or of_a_path or (opens and set(mode_of(node)) & set("wax+?")):
             yield node.lineno, name or ast.unparse(node.func)
 
 
 def leaves_writing_to_artifacts(room: Room) -> list[str]:
-    if room.name == "artifacts":
+    if room.name == WRITER:
         return []
-    return [f"line {line}: {name} writes, which artifacts.py is for" for line, name in calls_that_write(room)]
+    return [f"line {line}: {name} writes, which {WRITER} is for" for line, name in calls_that_write(room)]
 
 
 def needs_no_torch(room: Room) -> list[str]:
@@ -401,22 +407,31 @@ FILE_RULES: list[Callable[[Room], list[str]]] = [
 
 # --- the house itself -------------------------------------------------------------------------------------
 
-FILES = sorted(ROOT.glob("*.py"))
+ROOMS = sorted(path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("benchmarks", "tests"))
+FILES = [*sorted(ROOT.glob("*.py")), *(path for room in ROOMS for path in sorted(room.glob("[!_]*.py")))]
 ALL_FILES = [*FILES, *sorted(ROOT.glob("tests/**/*.py")), *sorted(ROOT.glob("benchmarks/**/*.py"))]
-KNOWN = [path for path in FILES if path.stem in LAYERS]
+
+
+def name_of(path: Path) -> str:
+    """A file as it is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+KNOWN = [path for path in FILES if name_of(path) in LAYERS]
 
 
 @lru_cache
 def read(path: Path) -> Room:
-    return Room(path.stem, path.read_text(encoding="utf-8"))
+    folder = path.parent.name
+    return Room(path.stem if folder in ("tests", "benchmarks") else name_of(path), path.read_text(encoding="utf-8"))
 
 
 def test_every_room_exists() -> None:
-    assert not missing({path.stem for path in FILES})
+    assert not missing({name_of(path) for path in FILES})
 
 
 def test_every_file_is_a_room() -> None:
-    assert not strangers({path.stem for path in FILES})
+    assert not strangers({name_of(path) for path in FILES})
 
 
 def test_most_functions_are_short() -> None:
