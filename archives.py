@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from artifacts import filling, write_file
-from choices import UserError
-from observe import log, progress
+from core.artifacts import filling, write_file
+from core.choices import UserError
+from core.observe import log, progress
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 SPLIT_NAMES = ("train", "validation", "valid", "val", "test")

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from config import AutoConfig, UserError
-from intervals import paired_difference, wilson
+from core.config import AutoConfig, UserError
+from core.intervals import paired_difference, wilson
 from masks import masked
 from methods import Context, Point, mask_of
 from model import predictions

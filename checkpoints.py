@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from artifacts import DIGEST, DamagedError, tensors_digest, told
-from config import UserError
-from observe import log
+from core.artifacts import DIGEST, DamagedError, tensors_digest, told
+from core.config import UserError
+from core.observe import log
 
 CONTAINERS = ("state_dict", "model_state_dict", "model")  # where training scripts keep a state dict
 WRAPPERS = ("module", "_orig_mod")  # parts of names that DataParallel and torch.compile add

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from artifacts import HISTORY, DamagedError, write_json
-from choices import Diverged
-from config import Trackers, TrainConfig, UserError
+from core.artifacts import HISTORY, DamagedError, write_json
+from core.choices import Diverged
+from core.config import Trackers, TrainConfig, UserError
+from core.observe import Tracker, log, progress
 from distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
 from gcn import reuse_freed_memory
 from model import HookedModel, inspecting, predictions
-from observe import Tracker, log, progress
 from resume import Progress, StateFile, Training
 from utils_data import UnlearningDataset
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from choices import UserError, at_home
+from core.choices import UserError, at_home
+from core.intervals import Estimate as Interval
+from core.intervals import difference, minus, same
+from core.records import read_records
 from families import SHORT, Run, dataset_of, differing, labels_of, runs_of
-from intervals import Estimate as Interval
-from intervals import difference, minus, same
-from records import read_records
 from tables import ARROWS, Best, Estimate, best_points, known, over_runs, shown
 
 Cell = tuple[str, str, tuple[int, ...], int]  # model, fingerprint of the images, classes, seed

@@ -6,8 +6,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from config import derive_seed
-from intervals import bootstrap_mean, wilson
+from core.config import derive_seed
+from core.intervals import bootstrap_mean, wilson
 from metrics import Evidence, Outputs
 from model import NO_ANSWER
 

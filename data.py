@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from artifacts import DamagedError, appending_array, read_array, read_json, write_json
-from config import GraphConfig, UserError, derive_seed
+from core.artifacts import DamagedError, appending_array, read_array, read_json, write_json
+from core.config import GraphConfig, UserError, derive_seed
+from core.observe import log, progress
+from core.store import MANIFEST, read_manifest
 from graph import WeightGraph
 from model import HookedModel, MaskLayer, capture, inspecting
-from observe import log, progress
-from store import MANIFEST, read_manifest
 from utils_data import Images, UnlearningDataset, make_loader
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
-from choices import Diverged, MachineError, UserError
-from hashes import check_same_code, whole_code
-from observe import log
+from core.choices import Diverged, MachineError, UserError
+from core.hashes import check_same_code, whole_code
+from core.observe import log
 from processes import end_with_parent
 
 PRELOAD = [

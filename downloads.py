@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from archives import archives_in, unpack_all
-from choices import NoHomeError, SupportedDatasets, UserError
-from observe import log
+from core.choices import NoHomeError, SupportedDatasets, UserError
+from core.observe import log
 from readers import SPECS, DatasetSpec, dataset_root, how_to_get, read_arrays
 from tree_splits import open_tree_of
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from config import derive_seed
+from core.config import derive_seed
+from core.observe import log
 from fisher import Fisher, batch_fisher, sample_fisher
 from masks import Mask, top_mask
 from methods import Context, Point, mask_method, method
 from model import HookedModel, capture, inspecting
-from observe import log
 from utils_data import Images
 
 LOW_LOGIT = -1e4  # stands for -inf, whose product with a probability of 0 is no number

@@ -12,17 +12,17 @@ from torch import Tensor
 import baselines  # noqa: F401 - registers its methods
 import edits  # noqa: F401 - registers its methods
 import probes  # noqa: F401 - registers its metrics
-from choices import Diverged
 from comparisons import avg_gap  # registers the metrics against the retrained models too
-from config import KappaModes
+from core.choices import Diverged
+from core.config import KappaModes
+from core.observe import log
+from core.record_schema import SCORES
 from counts import intervals_of
 from integrity import COSTS, changed_outside, extent, unchanged
 from masks import Mask, hard_topk, masked
 from methods import METHODS, Context, Point, Settings, mask_of
 from metrics import chosen_metrics
 from model import HookedModel
-from observe import log
-from record_schema import SCORES
 from snapshots import Snapshots
 from verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
 from views import TABLES, mask_map, tables_of, thumbnails

@@ -7,8 +7,8 @@ and in the classes to forget alone. Files and folders count by their contents, n
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 
-from hashes import key_of
-from observe import log
+from core.hashes import key_of
+from core.observe import log
 
 Run = list[dict]
 APART = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from config import FeatureSets, UserError
+from core.config import FeatureSets, UserError
 from data import EPSILON, GraphDataset
 
 BASIC = ("h", "z", "W", "g")

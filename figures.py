@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts import write_bytes
-from config import ReporterConfig
-from observe import visible
+from core.artifacts import write_bytes
+from core.config import ReporterConfig
+from core.observe import visible
 from panels import Panel, Series
 
 if TYPE_CHECKING:

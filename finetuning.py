@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from choices import Diverged
-from config import derive_seed
+from core.choices import Diverged
+from core.config import derive_seed
 from model import HookedModel
 from utils_data import UnlearningDataset
 

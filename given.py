@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import GIVEN, Objectives, PipelineConfig, UserError
+from core.config import GIVEN, Objectives, PipelineConfig, UserError
 from data import FEATURES, GraphDataset
 from gcn import MaskingGCN
 from graph import WeightGraph

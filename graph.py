@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from config import UserError
+from core.config import UserError
 
 MAX_EDGES = 200_000_000  # 3.2 GB of int64; 128 x 512 has 41.8 million
 

@@ -11,9 +11,11 @@ from dataclasses import replace
 import numpy as np
 import PIL
 
-from artifacts import read_tensors, write_tensors
-from choices import MachineError, UserError
-from hashes import code_key, key_of
+from core.artifacts import read_tensors, write_tensors
+from core.choices import MachineError, UserError
+from core.hashes import code_key, key_of
+from core.locks import locked
+from core.observe import log, progress
 from image_files import (
     CHANGED,
     DIGEST,
@@ -28,8 +30,6 @@ from image_files import (
     raise_if_machine,
 )
 from image_tree import Tree, save_tree
-from locks import locked
-from observe import log, progress
 from pixel_cache import EVERY_EPOCH, PixelCache
 from tree_layouts import SPECIAL
 

@@ -17,8 +17,8 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
-from artifacts import told
-from choices import MachineError
+from core.artifacts import told
+from core.choices import MachineError
 
 EMPTY, UNREADABLE, CHANGED = "empty file", "unreadable", "changed since it was indexed"
 FOREIGN, CUT, FLOATS = "not an image", "damaged image", "floating-point pixels"

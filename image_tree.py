@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from artifacts import read_tensors, write_tensors
-from config import UserError
-from hashes import code_key, key_of
+from core.artifacts import read_tensors, write_tensors
+from core.config import UserError
+from core.hashes import code_key, key_of
+from core.observe import log, visible
 from image_files import DIGEST
-from observe import log, visible
 from tree_layouts import LAYOUTS, NoTreeError, Scan, has_splits, innermost, nothing_there
 
 RACE_NS = 20_000_000  # a folder changed this shortly before it was read may change again without a new time

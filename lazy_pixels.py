@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError
+from core.config import UserError
+from core.observe import log
 from image_check import forget
 from image_files import CHANGED, BadImageError, How, decode_many, examine
 from image_tree import Tree
-from observe import log
 from pixel_cache import PixelCache
 
 

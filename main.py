@@ -34,11 +34,11 @@ import tyro
 import tyro.constructors
 from dotenv import load_dotenv
 
-from choices import Choice, MachineError, at_home
-from config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError
-from config_files import load_config
-from fields import bare, fit, hints
-from observe import be_quiet, visible
+from core.choices import Choice, MachineError, at_home
+from core.config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError
+from core.fields import bare, fit, hints
+from core.observe import be_quiet, visible
+from core.yaml_files import load_config
 
 EXAMPLES = {"--config": "configs/default.yaml", "--out": "gcn.safetensors"}
 SHORT = {
@@ -169,7 +169,7 @@ def _configured(arguments: list[str], command: str, about: str) -> PipelineConfi
 
 def _as_json(records: list[dict], code: int, places: dict[str, str]) -> str:
     """What a run says, for programs: the table as objects, the answer, remarks, every record's id and place."""
-    from records import record_path
+    from core.records import record_path
     from tables import as_json, headline, is_answered, remarks
 
     said = {"exit": code, "headline": headline(records) if is_answered(records) else None, "remarks": remarks(records)}
@@ -182,7 +182,7 @@ def run(arguments: list[str]) -> int:
     for_programs, arguments = _switch("--json", _quiet(arguments))
     flags = " --quiet: no progress on stderr. --json: the results as one JSON object on stdout."
     config = _configured(arguments, "run", "Run the pipeline." + flags)
-    from locks import running
+    from core.locks import running
     from pipeline import Pipeline
 
     with running(config.output_dir):
@@ -208,7 +208,7 @@ def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
 
 def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> int:
     """Print a run's table, answer and places; returns the exit code."""
-    from records import RECORDS
+    from core.records import RECORDS
     from tables import headline, is_answered, remarks, table
     from write import as_text
 
@@ -241,8 +241,8 @@ def train_gcn(arguments: list[str]) -> int:
     if len(targets) != 1:
         raise UserError(f"train-gcn needs one --out FILE, found {len(targets)}: name the .safetensors file to write")
     target = at_home(targets[0])
-    from artifacts import copy_file
-    from locks import running
+    from core.artifacts import copy_file
+    from core.locks import running
     from preflight import say
     from stages import Stages
 
@@ -302,7 +302,7 @@ def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> N
 
 def dashboard(output_dir: Path = Path()) -> None:
     """Open trackio on the training curves of this project's runs."""
-    from observe import TRACKIO_PROJECT
+    from core.observe import TRACKIO_PROJECT
 
     folder = _trackio_folder(at_home(output_dir))
     if not folder.is_dir():
@@ -427,7 +427,7 @@ def main(arguments: list[str]) -> int:
 
 def _of_the_machine(error: OSError) -> Exception | None:
     """An error of the disk or of a limit of the system, as one sentence, wherever it came up; None for any other."""
-    from artifacts import ADVICE, trouble
+    from core.artifacts import ADVICE, trouble
 
     known = isinstance(error.filename, str) and error.errno in ADVICE
     return trouble(Path(error.filename), error, "use") if known else None

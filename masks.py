@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from artifacts import read_tensors, write_tensors
-from config import TopKSamplers, UserError, as_tuple
+from core.artifacts import read_tensors, write_tensors
+from core.config import TopKSamplers, UserError, as_tuple
 from graph import WeightGraph
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from config import MaskStrategies, PipelineConfig, Starts, UserError, derive_seed
+from core.config import MaskStrategies, PipelineConfig, Starts, UserError, derive_seed
+from core.observe import progress
 from features import centred_rank
 from graph import WeightGraph
 from masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask
 from model import HookedModel, inspecting, predictions
-from observe import progress
 from trainer import SFTTrainer
 from unlearning import Checkpoint, Request, Unlearner, noise_start, refine, taylor_start
 from utils_data import UnlearningDataset

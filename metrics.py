@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attacks import caught, logistic_calls, separation, svc_calls
-from config import UserError
+from core.config import UserError
 from model import HookedModel, predictions
 
 OutputsOf = Callable[[str, bool], "Outputs"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from artifacts import write_tensors
 from checkpoints import FITTING, load_state, read_checkpoint
-from config import SupportedVisionModels, UserError
+from core.artifacts import write_tensors
+from core.config import SupportedVisionModels, UserError
 from graph import WeightGraph
 
 MaskLayer = int | Sequence[int] | None

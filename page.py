@@ -15,14 +15,14 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from artifacts import write_text
-from class_requests import spelled
-from config import PROJECT_ROOT, plain
-from config_files import load_config
+from core.artifacts import write_text
+from core.class_requests import spelled
+from core.config import PROJECT_ROOT, plain
+from core.observe import visible
+from core.record_schema import SCORES
+from core.yaml_files import load_config
 from families import Run, dataset_of, family_key, told_apart
-from observe import visible
 from panels import Panel, figures_of, forgotten_taken_for
-from record_schema import SCORES
 from tables import (
     caption,
     choose,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from core.record_schema import SCORES
 from families import Run
-from record_schema import SCORES
 from tables import Estimate, best_points, by_gap, choose, chosen_in, classes_of, estimate, known, metrics_of, over_runs
 
 MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so

@@ -9,20 +9,20 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
-from artifacts import SCHEMA, write_json
 from budget import Search, check_provable, search
-from class_requests import written
-from config import GIVEN, KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
+from core.artifacts import SCHEMA, write_json
+from core.class_requests import written
+from core.config import GIVEN, KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
+from core.hashes import code_key, key_of, now, provenance, sha256_file, versions
+from core.observe import log, progress
+from core.record_schema import complaint
+from core.records import read_whole, record_path
 from distributed import repeatability
 from eval import Eval
-from hashes import code_key, key_of, now, provenance, sha256_file, versions
 from masks import Mask, weights_sha256
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
-from observe import log, progress
 from preflight import footing, say
-from record_schema import complaint
-from records import read_whole, record_path
 from reporter import Reporter
 from resume import recipe
 from stages import GCN_CODE, Stages
@@ -44,15 +44,15 @@ RECORD_CODE = (
     "probes.py",
     "integrity.py",
     "views.py",
-    "intervals.py",
+    "core/intervals.py",
     "verdicts.py",
     "snapshots.py",
     "eval.py",
     "budget.py",
-    "hashes.py",
-    "artifacts.py",
-    "record_schema.py",
-    "records.py",
+    "core/hashes.py",
+    "core/artifacts.py",
+    "core/record_schema.py",
+    "core/records.py",
     "preflight.py",
     "pipeline.py",
 )
@@ -185,7 +185,7 @@ class Pipeline(Stages):
         places |= {"mask_sha256": {name: sha256_file(file) for name, file in files.items()}}
         record |= {**places, "provenance": provenance() | run, **measured, **self.data.image_facts, **standing}
         if wrong := complaint(record):
-            raise RuntimeError(f"this record does not fit record_schema.py: {wrong}")
+            raise RuntimeError(f"this record does not fit core/record_schema.py: {wrong}")
         write_json(path, record)
         return record
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from artifacts import extending, map_rows, read_tensors, write_tensors
-from config import UserError
-from hashes import code_key, key_of
+from core.artifacts import extending, map_rows, read_tensors, write_tensors
+from core.config import UserError
+from core.hashes import code_key, key_of
+from core.observe import log
 from image_files import DIGEST, How
-from observe import log
 
 DATA, INDEX = ".pixels", ".rows.safetensors"
 SPARE = 2**26  # bytes that are left free on the disk

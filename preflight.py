@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from config import KappaModes, MaskStrategies, Objectives, PipelineConfig, SupportedDatasets
-from intervals import wilson
+from core.config import KappaModes, MaskStrategies, Objectives, PipelineConfig, SupportedDatasets
+from core.intervals import wilson
+from core.observe import log
 from methods import Context
-from observe import log
 from readers import SPECS
 from stages import Stages
 from utils_data import SPLITS, TREE_SETTINGS

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from config import derive_seed
+from core.config import derive_seed
 from metrics import Evidence, metric, retrained_mean
 from model import HookedModel, inspecting, predictions
 

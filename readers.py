@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from choices import SupportedDatasets, UserError, at_home
 from class_names import CIFAR10_NAMES, CIFAR100_NAMES, DIGIT_NAMES, FASHION_NAMES
-from config import derive_seed
+from core.choices import SupportedDatasets, UserError, at_home
+from core.config import derive_seed
 from imagenet_classes import IMAGENET2012_CLASSES
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [S, C, H, W], labels int64 [S]

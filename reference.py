@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from artifacts import SCHEMA, read_json, write_json, write_text
-from config import PROJECT_ROOT, UserError
+from core.artifacts import SCHEMA, read_json, write_json, write_text
+from core.config import PROJECT_ROOT, UserError
 from eval import Eval  # noqa: F401 - registers every method and every metric
 from integrity import COSTS
 from methods import BUDGET, METHODS, Method

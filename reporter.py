@@ -7,18 +7,18 @@ page, `compare.py` holds runs against each other; this room says what is written
 from collections.abc import Sequence
 from pathlib import Path
 
-from artifacts import HISTORY, DamagedError, read_json, write_text
 from compare import compared, find_side
-from config import ReporterConfig, UserError, plain
+from core.artifacts import HISTORY, DamagedError, read_json, write_text
+from core.config import ReporterConfig, UserError, plain
+from core.hashes import code_key, key_of
+from core.observe import log, progress, visible
+from core.records import read_records
+from core.store import read_manifest, write_manifest
 from curves import training
 from families import Run, families, family_key, runs_of, told_apart
 from figures import save
-from hashes import code_key, key_of
-from observe import log, progress, visible
 from page import write_page
 from panels import Panel, figures_of
-from records import read_records
-from store import read_manifest, write_manifest
 from tables import (
     caption,
     grid,
@@ -29,8 +29,17 @@ from tables import (
 from write import as_csv, as_latex, as_text
 
 CODE = (
-    *("reporter.py", "write.py", "families.py", "intervals.py", "tables.py", "panels.py", "curves.py", "figures.py"),
-    *("hashes.py", "artifacts.py", "record_schema.py", "records.py", "observe.py"),
+    *(
+        "reporter.py",
+        "write.py",
+        "families.py",
+        "core/intervals.py",
+        "tables.py",
+        "panels.py",
+        "curves.py",
+        "figures.py",
+    ),
+    *("core/hashes.py", "core/artifacts.py", "core/record_schema.py", "core/records.py", "core/observe.py"),
 )
 PAGE = Path("reports/index.html")
 

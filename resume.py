@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from artifacts import DamagedError, read_json, read_tensors, remove, write_json, write_tensors
-from choices import Diverged
-from config import TrainConfig, plain
+from core.artifacts import DamagedError, read_json, read_tensors, remove, write_json, write_tensors
+from core.choices import Diverged
+from core.config import TrainConfig, plain
 
 RNG, ORDER, HISTORY = "rng", "order", "history"
 

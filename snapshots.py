@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choices import Diverged
+from core.choices import Diverged
+from core.observe import log, progress
 from integrity import state_hash
 from methods import Context
 from metrics import MOST_VALUES, Again, Choose, Evidence, Outputs, OutputsOf, PerImage
 from model import HookedModel, MaskLayer, inspecting
-from observe import log, progress
 from verdicts import reference_fault
 
 

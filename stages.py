@@ -12,28 +12,36 @@ from pathlib import Path
 
 import torch
 
-from choices import Diverged
 from classifier import check_recipe
-from config import GIVEN, Objectives, PipelineConfig, Trackers, TrainConfig, derive_seed, plain
+from core.choices import Diverged
+from core.config import GIVEN, Objectives, PipelineConfig, Trackers, TrainConfig, derive_seed, plain
+from core.hashes import check_same_code, code_key, key_of, provenance, sha256_file, versions, whole_code
+from core.observe import Tracker, log
+from core.store import Stage, build_stage, sha256_folder
 from data import FEATURES, GraphDataset, GraphGenerator
 from distributed import Meeting, by_torchrun, choose_device, local_device, make_repeatable, part, torchrun_meeting
 from gcn import MaskingGCN, check_memory, reuse_freed_memory
 from given import check_answers, check_layout, check_paths, check_weights, given_objective
-from hashes import check_same_code, code_key, key_of, provenance, sha256_file, versions, whole_code
 from masks import check_budget
 from model import HookedModel, save_classifier, vision_model_loader
-from observe import Tracker, log
 from resume import StateFile, recipe
-from store import Stage, build_stage, sha256_folder
 from trainer import GCNTrainer, VisionModelTrainer
 from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer, check_scores
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
 TREE_CODE = ("litter.py", "split_names.py", "tree_layouts.py", "image_files.py", "image_tree.py", "pixel_cache.py")
 TREE_CODE = (*TREE_CODE, "image_check.py", "lazy_pixels.py", "tree_splits.py")
-DATA_CODE = ("class_requests.py", "readers.py", *TREE_CODE, "duplicates.py", "utils_data.py")
+DATA_CODE = ("core/class_requests.py", "readers.py", *TREE_CODE, "duplicates.py", "utils_data.py")
 TRAINING_CODE = ("distributed.py", "resume.py", "classifier.py", "trainer.py", "stages.py")
-CLASSIFIER_CODE = ("choices.py", "fields.py", "config.py", *DATA_CODE, "checkpoints.py", "model.py", *TRAINING_CODE)
+CLASSIFIER_CODE = (
+    "core/choices.py",
+    "core/fields.py",
+    "core/config.py",
+    *DATA_CODE,
+    "checkpoints.py",
+    "model.py",
+    *TRAINING_CODE,
+)
 GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
 GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py", "given.py")
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"

@@ -17,17 +17,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from artifacts import DamagedError, read_json, told, write_json
-from choices import MachineError
-from config import GIVEN, PROJECT_ROOT, PipelineConfig, UserError, plain
-from config_files import load_config, read_words, resolved, typed
-from fields import did_you_mean
-from hashes import check_same_code, key_of, sha256_file, versions, whole_code
-from locks import running
-from observe import log
+from core.artifacts import DamagedError, read_json, told, write_json
+from core.choices import MachineError
+from core.config import GIVEN, PROJECT_ROOT, PipelineConfig, UserError, plain
+from core.fields import did_you_mean
+from core.hashes import check_same_code, key_of, sha256_file, versions, whole_code
+from core.locks import running
+from core.observe import log
+from core.records import read_whole
+from core.store import sha256_folder
+from core.yaml_files import load_config, read_words, resolved, typed
 from processes import end_with_parent
-from records import read_whole
-from store import sha256_folder
 from write import as_text
 
 SECTION = "sweep"
@@ -193,9 +193,9 @@ def run_job(job: Job, threads: int | None = None) -> dict:
     """Carry a job out, in whatever process; returns, and leaves, its outcome. No exception leaves it."""
     import torch
 
+    from core.records import record_path
     from pipeline import Pipeline
     from preflight import say
-    from records import record_path
 
     if threads:
         torch.set_num_threads(threads)

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from config import SupportedDatasets, SupportedVisionModels
+from core.config import SupportedDatasets, SupportedVisionModels
+from core.intervals import DUST, minus, same, t_interval
+from core.observe import visible
+from core.record_schema import SCORES
 from families import Run, dataset_of, labels_of, told_apart
-from intervals import DUST, minus, same, t_interval
-from observe import visible
-from record_schema import SCORES
 from write import Lead
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from artifacts import HISTORY, write_json
 from classifier import VisionModelTrainer, gradient_norm, mean_loss_and_score
-from config import (
+from core.artifacts import HISTORY, write_json
+from core.config import (
     GCNConfig,
     GCNPriorDistribution,
     SFTConfig,
@@ -19,12 +19,12 @@ from config import (
     UserError,
     derive_seed,
 )
+from core.observe import Tracker, log, progress
 from data import GraphDataset, Vectors
 from gcn import MaskingGCN
 from graph import WeightGraph
 from masks import SAMPLERS, check_budget
 from model import HookedModel, MaskLayer, inspecting
-from observe import Tracker, log, progress
 from utils_data import UnlearningDataset
 
 __all__ = [

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from choices import SupportedDatasets, UserError
-from config import DataConfig, derive_seed
+from core.choices import SupportedDatasets, UserError
+from core.config import DataConfig, derive_seed
+from core.observe import log
 from image_check import check
 from image_files import How
 from image_tree import Tree, mix, open_tree
-from observe import log
 from pixel_cache import PixelCache
 from readers import SPECS, dataset_root, how_to_get
 from split_names import TEST, TRAIN, UNSPLIT, VAL

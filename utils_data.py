@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from choices import SupportedDatasets, UserError
-from class_requests import Classes, resolve_classes
-from config import DataConfig, as_tuple, derive_seed
+from core.choices import SupportedDatasets, UserError
+from core.class_requests import Classes, resolve_classes
+from core.config import DataConfig, as_tuple, derive_seed
+from core.hashes import sha256_arrays
+from core.observe import log, visible
 from downloads import download
 from duplicates import find_duplicates, say_duplicates
-from hashes import sha256_arrays
 from image_files import DIGEST, How
 from lazy_pixels import LazyPixels
-from observe import log, visible
 from readers import SPECS, Arrays, dataset_root, read_arrays, read_idx, stratified
 from tree_splits import open_tree_of, usable_splits
 

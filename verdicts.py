@@ -7,7 +7,7 @@ counts only beyond the 95 % interval of the paired one (`intervals.paired_differ
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
-from intervals import paired_difference, wilson
+from core.intervals import paired_difference, wilson
 
 FORGOTTEN = 5.0  # %: below it the published methods count a class as forgotten; chance among ten classes is 10
 CLASS_DROP = 10.0  # points of one retained class: retraining costs the worst of Fashion-MNIST 8 in the mean

@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from observe import visible
+from core.observe import visible
 
 PUNCTUATION = re.escape("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"

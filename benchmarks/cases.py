@@ -533,7 +533,8 @@ def secrets(b: Bench) -> Judged:
 
 @case("AS", "two ways in, two defaults")
 def one_default(b: Bench) -> Judged:
-    code = """from config import PipelineConfig, plain; from config_files import load_config; from pathlib import Path
+    code = """from core.config import PipelineConfig, plain; from core.yaml_files import load_config
+from pathlib import Path
 a, b = plain(PipelineConfig()), plain(load_config([Path("configs/default.yaml")]))
 print(sorted(name for name in a if a[name] != b[name] and name not in ("tracker",)))"""
     said = b.python_says(code).stdout.strip()

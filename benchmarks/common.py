@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from artifacts import write_json
-from config import SupportedDatasets
-from hashes import provenance
+from core.artifacts import write_json
+from core.config import SupportedDatasets
+from core.hashes import provenance
 from utils_data import Images, UnlearningDataset
 
 

@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import keep, parser
 from benchmarks.zoo import Recipe, stages_of
 
-from artifacts import read_json, write_json, write_text
-from config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
+from core.artifacts import read_json, write_json, write_text
+from core.config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
+from core.hashes import code_key, key_of, provenance, sha256_file
+from core.intervals import against, t_interval
 from eval import Eval
 from gcn import reuse_freed_memory
-from hashes import code_key, key_of, provenance, sha256_file
-from intervals import against, t_interval
 from methods import METHODS, Point
 from pipeline import RECORD_CODE, Pipeline
 from utils_data import UnlearningDataset

@@ -60,10 +60,10 @@ from PIL import Image
 
 import main as program
 import reporter
-from artifacts import read_tensors
-from config import PROJECT_ROOT, UserError
-from config_files import load_config
-from hashes import provenance, sha256_arrays
+from core.artifacts import read_tensors
+from core.config import PROJECT_ROOT, UserError
+from core.hashes import provenance, sha256_arrays
+from core.yaml_files import load_config
 from panels import Panel
 from sweep import EXECUTORS, Job, SweepConfig, run_job
 

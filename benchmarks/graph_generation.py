@@ -19,7 +19,7 @@ from benchmarks.common import alternating, line, peak_memory, random_data, ratio
 import torch
 from torch.nn import functional
 
-from config import GraphConfig
+from core.config import GraphConfig
 from data import FEATURES, GraphGenerator
 from model import HookedMLPClassifier, capture
 

@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from choices import SupportedVisionModels
-from config import PROJECT_ROOT
+from core.choices import SupportedVisionModels
+from core.config import PROJECT_ROOT
 from image_check import check
 from image_files import How, decode_many
 from image_tree import open_tree

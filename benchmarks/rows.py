@@ -9,7 +9,7 @@ from benchmarks.zoo import SINGLES, Case, Cell, Recipe, Theta, cases, mean
 
 from scipy.stats import t as student
 
-from config import PROJECT_ROOT
+from core.config import PROJECT_ROOT
 from unlearning import Checkpoint
 from write import as_text
 

@@ -23,11 +23,11 @@ from benchmarks.common import peak_memory, random_data, run
 import torch
 
 from classifier import VisionModelTrainer
-from config import EvalConfig, PipelineConfig, Trackers, TrainConfig
+from core.config import EvalConfig, PipelineConfig, Trackers, TrainConfig
+from core.observe import Tracker
 from distributed import Group, launch
 from gcn import reuse_freed_memory
 from model import HookedMLPClassifier, HookedModel, HookedResnet
-from observe import Tracker
 from pipeline import Pipeline
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from benchmarks.common import line, random_data, run, seconds
 
 import torch
 
-from config import PipelineConfig
+from core.config import PipelineConfig
 from eval import Eval
 from methods import Context, Point
 from model import HookedResnet

@@ -43,9 +43,9 @@ from benchmarks.zoo import (
 import torch
 from torch import Tensor
 
-from artifacts import copy_file, write_json
 from budget import search
-from config import (
+from core.artifacts import copy_file, write_json
+from core.config import (
     PROJECT_ROOT,
     Activations,
     FeatureSets,

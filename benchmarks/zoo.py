@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import (
+from core.config import (
     DataConfig,
     GCNConfig,
     GraphConfig,
@@ -24,11 +24,11 @@ from config import (
     Trackers,
     TrainConfig,
 )
+from core.observe import Tracker
 from gcn import MaskingGCN
 from masks import feasibility_score, hard_topk
 from methods import TAYLOR_LAMBDAS
 from model import HookedModel
-from observe import Tracker
 from stages import Stages
 from trainer import GCNTrainer
 from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer, refine

@@ -9,7 +9,7 @@ import torchvision.datasets.cifar as cifar
 import torchvision.datasets.svhn as svhn
 from formats import write_cifar, write_mnist, write_svhn, write_tree
 
-from config import (
+from core.config import (
     PROJECT_ROOT,
     DataConfig,
     EvalConfig,

@@ -22,22 +22,22 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "imagenet_classes": 0,
     "class_names": 0,
-    "choices": 0,
-    "memory": 0,
-    "fields": 0,
-    "config": 0,
-    "config_files": 0,
-    "observe": 0,
+    "core.choices": 0,
+    "core.memory": 0,
+    "core.fields": 0,
+    "core.config": 0,
+    "core.yaml_files": 0,
+    "core.observe": 0,
     "processes": 0,
     "fork_server": 0,
-    "class_requests": 0,
-    "hashes": 0,
-    "artifacts": 0,
-    "locks": 0,
-    "store": 0,
-    "record_schema": 0,
-    "records": 0,
-    "intervals": 1,
+    "core.class_requests": 0,
+    "core.hashes": 0,
+    "core.artifacts": 0,
+    "core.locks": 0,
+    "core.store": 0,
+    "core.record_schema": 0,
+    "core.records": 0,
+    "core.intervals": 1,
     "graph": 1,
     "masks": 1,
     "readers": 1,
@@ -103,7 +103,17 @@ MAX_FILE_LINES = 280  # code lines: no docstrings, comments, imports or blanks, 
 MAX_FUNCTION_LINES = 45
 MAX_MEDIAN_LINES = 10
 DATA_ONLY = {"imagenet_classes"}
-WITHOUT_TORCH = ("config", "artifacts", "store", "tables", "panels", "compare", "figures", "page", "reporter")
+WITHOUT_TORCH = (
+    "core.config",
+    "core.artifacts",
+    "core.store",
+    "tables",
+    "panels",
+    "compare",
+    "figures",
+    "page",
+    "reporter",
+)
 TORCH = ("torch", "torchvision", "torch_geometric")
 
 # Dotted names -> the one room that may use them, in any spelling (`import ... as`, `from ... import`).
@@ -117,7 +127,7 @@ ONLY = {
     ("torch.distributed",): "distributed",
     ("matplotlib",): "figures",
 }
-WRITER = "artifacts"
+WRITER = "core.artifacts"
 # Calls that write a file; `open` and the methods of a path are told apart in `calls_that_write`.
 WRITERS = {
     *("json.dump", "pickle.dump", "yaml.dump", "torch.save", "omegaconf.OmegaConf.save"),
@@ -468,16 +478,16 @@ BAD = [
     (file_is_short, "model", "x = 1\n" * (MAX_FILE_LINES + 1)),
     (functions_are_short, "model", LONG),
     (functions_are_short, "model", "class A:\n" + "".join(f"    {line}\n" for line in LONG.splitlines())),
-    (keeps_to_its_own_things, "artifacts", "import os\nos.environ.setdefault('A', 'b')"),
-    (keeps_to_its_own_things, "artifacts", "from os import environ as e\ne['A']"),
-    (keeps_to_its_own_things, "config", "import sys\nsys.argv[1:]"),
+    (keeps_to_its_own_things, "core.artifacts", "import os\nos.environ.setdefault('A', 'b')"),
+    (keeps_to_its_own_things, "core.artifacts", "from os import environ as e\ne['A']"),
+    (keeps_to_its_own_things, "core.config", "import sys\nsys.argv[1:]"),
     (keeps_to_its_own_things, "pipeline", "from dotenv import load_dotenv"),
     (keeps_to_its_own_things, "trainer", "import torch\ntorch.manual_seed(0)"),
     (keeps_to_its_own_things, "trainer", "from torch import manual_seed"),
     (keeps_to_its_own_things, "data", "import numpy as np\ndef f():\n    np.random.seed(0)"),
     (keeps_to_its_own_things, "trainer", "import torch.distributed as dist"),
     (keeps_to_its_own_things, "pipeline", "from torch import distributed"),
-    (keeps_to_its_own_things, "artifacts", "import torch\ntorch.distributed.get_rank()"),
+    (keeps_to_its_own_things, "core.artifacts", "import torch\ntorch.distributed.get_rank()"),
     (keeps_to_its_own_things, "eval", "def f():\n    import matplotlib.pyplot as plt"),
     (leaves_writing_to_artifacts, "eval", "open('a', 'w')"),
     (leaves_writing_to_artifacts, "eval", "open('a', mode)"),
@@ -488,13 +498,13 @@ BAD = [
     (leaves_writing_to_artifacts, "data", "from numpy.lib.format import open_memmap\nopen_memmap(path)"),
     (leaves_writing_to_artifacts, "model", "import torch\ntorch.save({}, path)"),
     (leaves_writing_to_artifacts, "model", "from safetensors.torch import save_file as s\ns({}, path)"),
-    (needs_no_torch, "artifacts", "def f():\n    from torch.nn import Module"),
+    (needs_no_torch, "core.artifacts", "def f():\n    from torch.nn import Module"),
     (needs_no_torch, "reporter", "import torchvision.transforms as t"),
     (has_docstrings, "model", "x = 1"),
     (has_docstrings, "model", "'''Model.'''\ndef f(): ..."),
     (has_docstrings, "model", "'''Model.'''\nclass A: ..."),
     (never_imports_eval_whole, "main", "def f():\n    import os, eval as e"),
-    (has_no_wildcard_import, "main", "from config import *"),
+    (has_no_wildcard_import, "main", "from core.config import *"),
     (has_no_bare_except, "main", "try:\n    pass\nexcept:\n    pass"),
     (loads_weights_only, "model", "load(path, weights_only=False)"),
     (loads_weights_only, "model", "load(path, weights_only=flag)"),
@@ -508,17 +518,17 @@ BAD = [
     (runs_nothing_that_it_reads, "main", "import subprocess\nsubprocess.run('ls', shell=True)"),
     (runs_nothing_that_it_reads, "main", "import subprocess\nsubprocess.run('ls', shell=flag)"),
     (runs_nothing_that_it_reads, "main", "import subprocess\nsubprocess.getoutput('ls')"),
-    (runs_nothing_that_it_reads, "config", "import yaml\nyaml.load(text)"),
-    (runs_nothing_that_it_reads, "config", "import yaml\nyaml.load(text, yaml.Loader)"),
-    (runs_nothing_that_it_reads, "config", "import yaml\nyaml.load(text, Loader=yaml.FullLoader)"),
-    (runs_nothing_that_it_reads, "config", "from yaml import unsafe_load"),
+    (runs_nothing_that_it_reads, "core.config", "import yaml\nyaml.load(text)"),
+    (runs_nothing_that_it_reads, "core.config", "import yaml\nyaml.load(text, yaml.Loader)"),
+    (runs_nothing_that_it_reads, "core.config", "import yaml\nyaml.load(text, Loader=yaml.FullLoader)"),
+    (runs_nothing_that_it_reads, "core.config", "from yaml import unsafe_load"),
     (runs_nothing_that_it_reads, "model", "import torch\ntorch.load(path)"),
     (runs_nothing_that_it_reads, "model", "from torch import load\nload(path, 'cpu')"),
-    (runs_nothing_that_it_reads, "artifacts", "import numpy as np\nnp.load(path, allow_pickle=True)"),
-    (runs_nothing_that_it_reads, "artifacts", "__import__(name)"),
+    (runs_nothing_that_it_reads, "core.artifacts", "import numpy as np\nnp.load(path, allow_pickle=True)"),
+    (runs_nothing_that_it_reads, "core.artifacts", "__import__(name)"),
 ]
 GOOD = [
-    (imports_run_downwards, "artifacts", "import json\nfrom config import PROJECT_ROOT"),
+    (imports_run_downwards, "core.artifacts", "import json\nfrom config import PROJECT_ROOT"),
     (imports_run_downwards, "pipeline", "def f():\n    from eval import Eval"),
     (file_is_short, "imagenet_classes", "x = 1\n" * (MAX_FILE_LINES + 1)),
     (file_is_short, "model", "x = 1\n" * MAX_FILE_LINES + "import os\n'''A.\n\n'''\n# b\n\n" * 50),
@@ -530,14 +540,14 @@ GOOD = [
     (keeps_to_its_own_things, "data", "import os\nimport sys\nos.replace(a, b)\nsys.exit(1)"),
     (leaves_writing_to_artifacts, "utils_data", "open('a')\nopen('a', 'rb')\npath.open()\npath.open('rb')"),
     (leaves_writing_to_artifacts, "utils_data", "from PIL import Image\nImage.open(path)"),
-    (leaves_writing_to_artifacts, "eval", "from artifacts import write_text\nwrite_text(path, 'a')"),
+    (leaves_writing_to_artifacts, "eval", "from core.artifacts import write_text\nwrite_text(path, 'a')"),
     (leaves_writing_to_artifacts, "eval", "import json\njson.dumps({})\nmask.save(path)"),
     (has_docstrings, "model", "'''Model.'''\ndef _f(): ...\nclass A:\n    '''A.'''\n    def f(self): ..."),
     (never_imports_eval_whole, "main", "from eval import Eval\nimport evaluate\nmodel.eval()"),
     (loads_weights_only, "model", "load(path, weights_only=True)"),
     (runs_nothing_that_it_reads, "model", "import torch\ntorch.load(path, weights_only=True)\nmodel.eval()"),
-    (runs_nothing_that_it_reads, "config", "import yaml\nyaml.safe_load(a)\nyaml.load(a, Loader=yaml.SafeLoader)"),
-    (runs_nothing_that_it_reads, "artifacts", "import numpy as np\nnp.load(path, allow_pickle=False)"),
+    (runs_nothing_that_it_reads, "core.config", "import yaml\nyaml.safe_load(a)\nyaml.load(a, Loader=yaml.SafeLoader)"),
+    (runs_nothing_that_it_reads, "core.artifacts", "import numpy as np\nnp.load(path, allow_pickle=False)"),
     (runs_nothing_that_it_reads, "main", "import re\nimport subprocess\nre.compile('a')\nsubprocess.run(['ls'])"),
     (runs_nothing_that_it_reads, "main", "from eval import Eval\nself.eval(1)\nhtml.compile(text)"),
     (runs_nothing_that_it_reads, "formats", "import pickle\npickle.dumps(1)"),
@@ -559,6 +569,6 @@ def test_every_rule_has_a_bad_example() -> None:
 
 
 def test_house_rules_can_fail() -> None:
-    assert strangers({"config", "utils"}) == {"utils"}
+    assert strangers({"core.config", "utils"}) == {"utils"}
     assert missing(set(LAYERS) - {"eval"}) == {"eval"}
     assert median_length([Room("model", LONG)]) > MAX_MEDIAN_LINES

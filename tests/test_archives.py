@@ -13,7 +13,7 @@ from formats import photo, write_mnist, write_tree
 
 import archives
 from archives import unpack_all
-from config import SupportedDatasets, UserError
+from core.config import SupportedDatasets, UserError
 from downloads import download, listing, prepare
 from image_tree import open_tree
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import yaml
 
-from artifacts import read_json, read_tensors, write_json, write_tensors, write_text, writing
-from choices import GCNPriorDistribution, SupportedDatasets
-from config import PROJECT_ROOT, GCNConfig, PipelineConfig, Trackers, TrainConfig, UserError, derive_seed, plain
-from config_files import load_config
-from fields import bare, fit, hints
-from hashes import code_key, key_of, sha256_arrays
-from store import build_stage, sha256_folder
+from core.artifacts import read_json, read_tensors, write_json, write_tensors, write_text, writing
+from core.choices import GCNPriorDistribution, SupportedDatasets
+from core.config import PROJECT_ROOT, GCNConfig, PipelineConfig, Trackers, TrainConfig, UserError, derive_seed, plain
+from core.fields import bare, fit, hints
+from core.hashes import code_key, key_of, sha256_arrays
+from core.store import build_stage, sha256_folder
+from core.yaml_files import load_config
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import baselines
 from baselines import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
-from config import PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
+from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
 from finetuning import Finetuner
 from integrity import changed_outside
 from methods import METHODS, Context, Point

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from artifacts import appending_array
 from checkpoints import load_state, read_checkpoint
-from config import GCNConfig, GraphConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
+from core.artifacts import appending_array
+from core.config import GCNConfig, GraphConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
 from data import LAYOUT_FILE, GraphDataset, GraphGenerator
 from gcn import MaskingGCN
 from model import HookedMLPClassifier, HookedModel, save_classifier, vision_model_loader

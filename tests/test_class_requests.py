@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import main
 import page
-from class_requests import resolve_classes, spelled, written
-from config import GCNConfig, PipelineConfig, SupportedDatasets, UserError, plain
-from config_files import load_config
-from observe import visible
+from core.class_requests import resolve_classes, spelled, written
+from core.config import GCNConfig, PipelineConfig, SupportedDatasets, UserError, plain
+from core.observe import visible
+from core.yaml_files import load_config
 from readers import SPECS
 from stages import Stages
 from sweep import expand, load_sweep

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import main
-from artifacts import write_tensors
-from choices import Choice
-from config import PipelineConfig, SupportedVisionModels, UserError, plain
-from fields import bare, hints
+from core.artifacts import write_tensors
+from core.choices import Choice
+from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
+from core.fields import bare, hints
 from masks import Mask
 from model import save_classifier, vision_model_loader
 from tests.common import LOG_LINE, TINY

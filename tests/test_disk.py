@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import main
-from artifacts import (
+from core.artifacts import (
     DamagedError,
     appending_array,
     extending,
@@ -26,11 +26,11 @@ from artifacts import (
     write_tensors,
     write_text,
 )
-from choices import MachineError, UserError
-from config import PROJECT_ROOT
-from locks import RUNNING, clear_dead, locked, running
+from core.choices import MachineError, UserError
+from core.config import PROJECT_ROOT
+from core.locks import RUNNING, clear_dead, locked, running
+from core.store import MANIFEST, build_stage, read_manifest, write_manifest
 from reporter import is_drawn
-from store import MANIFEST, build_stage, read_manifest, write_manifest
 
 # --- damage is seen ---------------------------------------------------------------------------------------
 
@@ -221,10 +221,10 @@ def test_a_place_that_was_never_writable_is_the_users(tmp_path):
     code = (
         "import errno, os, sys\n"
         "from pathlib import Path\n"
-        "from locks import running\n"
+        "from core.locks import running\n"
         "def fails(*_, **__): raise OSError(errno.EROFS, 'Read-only file system')\n"
         "os.open = fails\n"
-        "from choices import UserError\n"
+        "from core.choices import UserError\n"
         "try:\n"
         "    with running(Path(sys.argv[1])): pass\n"
         "except UserError as error: print(error)\n"
@@ -425,7 +425,7 @@ def test_a_run_waits_while_the_folder_is_tidied(tmp_path, capsys):
 EDITS = """
 import sys
 sys.path.insert(0, "{house}")
-import hashes
+from core import hashes
 {before}
 open("{house}/masks.py", "a").write("# edited\\n")
 {after}

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 
 import distributed
 import main
-from choices import Diverged
 from classifier import VisionModelTrainer
-from config import PipelineConfig, SupportedDatasets, SupportedVisionModels, Trackers, TrainConfig, UserError
-from config_files import load_config
+from core.choices import Diverged
+from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels, Trackers, TrainConfig, UserError
+from core.observe import Tracker
+from core.yaml_files import load_config
 from distributed import ALONE, Group, Slices, check_shared_memory, launch, meet
 from model import HookedMLPClassifier, HookedResnet
-from observe import Tracker
 from resume import StateFile, recipe
 from stages import Stages
 from tests.common import LOG_LINE, TINY

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import edits
-from config import PipelineConfig, SupportedDatasets, SupportedVisionModels
+from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels
 from edits import (
     Spectrum,
     damp_edit,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from config import EvalConfig
+from core.config import EvalConfig
 from methods import METHODS, Context, Point, method
 from metrics import METRICS, Evidence, metric
 from pipeline import Pipeline

@@ -15,8 +15,8 @@ import pytest
 from formats import images, photo
 from PIL import Image, ImageOps
 
-from choices import MachineError
-from config import PROJECT_ROOT
+from core.choices import MachineError
+from core.config import PROJECT_ROOT
 from image_files import BadImageError, How, decode, examine, in_threads
 
 

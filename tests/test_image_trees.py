@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import image_tree
-from config import DataConfig, SupportedDatasets, UserError
+from core.config import DataConfig, SupportedDatasets, UserError
 from image_files import BadImageError, How, decode
 from image_tree import open_tree
 from imagenet_classes import IMAGENET2012_CLASSES

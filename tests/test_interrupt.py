@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-import artifacts
 import main
-from config import PipelineConfig
-from config_files import load_config
+from core import artifacts
+from core.config import PipelineConfig
+from core.yaml_files import load_config
 from pipeline import Pipeline
 from tests.common import LOG_LINE, TINY
 
@@ -30,7 +30,7 @@ import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 import sklearn.datasets, torch
-from config_files import (load_config)
+from core.yaml_files import (load_config)
 from data import GraphGenerator
 from eval import Eval
 from pipeline import Pipeline

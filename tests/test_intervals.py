@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from config import UserError
-from intervals import Estimate, against, bootstrap_mean, difference, holm, paired, paired_difference, t_interval, wilson
+from core.config import UserError
+from core.intervals import (
+    Estimate,
+    against,
+    bootstrap_mean,
+    difference,
+    holm,
+    paired,
+    paired_difference,
+    t_interval,
+    wilson,
+)
 
 
 def test_wilson_textbook_values():

@@ -12,7 +12,7 @@ from PIL import Image
 
 import stages
 from budget import Search
-from config import (
+from core.config import (
     GIVEN,
     EvalConfig,
     GCNConfig,
@@ -27,11 +27,11 @@ from config import (
     SupportedVisionModels,
     TrainConfig,
 )
+from core.hashes import key_of
+from core.store import Stage
 from data import GraphGenerator
-from hashes import key_of
 from model import save_classifier, vision_model_loader
 from pipeline import Pipeline
-from store import Stage
 from unlearning import Unlearner
 from utils_data import get_unlearning_dataset
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from config import Aggregations, GraphConfig, SupportedDatasets, SupportedVisionModels, UserError
+from core.config import Aggregations, GraphConfig, SupportedDatasets, SupportedVisionModels, UserError
 from data import GraphDataset, GraphGenerator
 from gcn import MaskingGCN
 from graph import MAX_EDGES, layer_graph

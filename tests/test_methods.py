@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import edits  # noqa: F401 - registers its methods
-from config import (
+from core.config import (
     EvalConfig,
     GCNConfig,
     MaskStrategies,

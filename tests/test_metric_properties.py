@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from attacks import caught, separation
 from comparisons import js, kl, total_variation, zero_retrain_forgetting
-from config import derive_seed
+from core.config import derive_seed
 from eval import Eval
 from graph import layer_graph
 from masks import random_mask

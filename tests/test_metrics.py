@@ -9,7 +9,7 @@ from common import evidence, held
 import comparisons  # registers its metrics
 from attacks import caught, logistic_calls, separation, svc_calls
 from comparisons import AVERAGED, js, kl, total_variation
-from config import UserError
+from core.config import UserError
 from metrics import METRICS, Evidence, Outputs, chosen_metrics, forget_loss, metric
 from model import NO_ANSWER
 

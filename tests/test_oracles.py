@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import masks
-from config import (
+from core.config import (
     Activations,
     Aggregations,
     GCNConfig,
@@ -18,6 +18,7 @@ from config import (
     TopKSamplers,
     Trackers,
 )
+from core.observe import Tracker
 from data import GraphDataset, GraphGenerator, Vectors
 from eval import Eval
 from gcn import MaskingGCN
@@ -26,7 +27,6 @@ from masks import SAMPLERS, Mask, hard_topk, masked, random_mask
 from methods import Context
 from metrics import Outputs, chosen_metrics
 from model import HookedModel, vision_model_loader
-from observe import Tracker
 from tests.common import APART, MIXED, NET_5432, evidence, held
 from trainer import GCNTrainer, categorical_kl, log_prior
 from utils_data import Images, UnlearningDataset
@@ -272,7 +272,7 @@ def test_kl_by_hand():
 
 
 def test_prior_of_a_sample_without_gradient_is_uniform():
-    from config import GCNPriorDistribution
+    from core.config import GCNPriorDistribution
 
     vectors = Vectors([torch.zeros(1, 3)], [torch.zeros(1, 2)], [torch.zeros(1, 2)])
     for kind in GCNPriorDistribution:

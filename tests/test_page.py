@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import main
-from class_requests import written
-from config import KappaModes, PipelineConfig, SupportedDatasets, TrainConfig, plain
-from config_files import load_config
+from core.class_requests import written
+from core.config import KappaModes, PipelineConfig, SupportedDatasets, TrainConfig, plain
+from core.yaml_files import load_config
 from families import families, runs_of
 from page import DEFAULT_CONFIG, as_page, command, rounded, sentence
 from panels import figures_of

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from artifacts import read_json, read_tensors
-from config import (
+from core.artifacts import read_json, read_tensors
+from core.config import (
     Aggregations,
     DataConfig,
     EvalConfig,

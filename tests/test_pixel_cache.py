@@ -16,7 +16,7 @@ from PIL import Image
 
 import image_check
 import pixel_cache
-from config import DataConfig, SupportedDatasets, UserError
+from core.config import DataConfig, SupportedDatasets, UserError
 from image_files import How, decode
 from pixel_cache import PixelCache
 from utils_data import SPLITS, get_unlearning_dataset

@@ -7,10 +7,19 @@ import torch
 import yaml
 
 import main
-from choices import Importances, KappaModes, MaskStrategies, Objectives, Starts, UserError
-from config import AutoConfig, DataConfig, EvalConfig, GraphConfig, PipelineConfig, RefineConfig, SFTConfig, TrainConfig
-from config_files import made, merged, typed
-from observe import Tracker, be_quiet
+from core.choices import Importances, KappaModes, MaskStrategies, Objectives, Starts, UserError
+from core.config import (
+    AutoConfig,
+    DataConfig,
+    EvalConfig,
+    GraphConfig,
+    PipelineConfig,
+    RefineConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from core.observe import Tracker, be_quiet
+from core.yaml_files import made, merged, typed
 from pipeline import Pipeline
 from preflight import Footing, changed, understood, without_effect
 from stages import Stages

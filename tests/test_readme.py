@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import main
-from observe import be_quiet
+from core.observe import be_quiet
 
 ROOT = Path(main.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,7 +80,7 @@ from model import vision_model_loader
 path_of_mask = sorted(glob.glob("eval/metrics_and_plots/masks/*DIGITS*/*_mimu.safetensors"))[0]
 (path_of_classifier,) = glob.glob("checkpoints/classifier/*DIGITS*/classifier.safetensors")
 from pathlib import Path
-from config import SupportedVisionModels
+from core.config import SupportedVisionModels
 classifier = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8, Path(path_of_classifier))
 """
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from artifacts import DIGEST, write_json
 from compare import compared, side
+from core.artifacts import DIGEST, write_json
+from core.hashes import key_of
+from core.record_schema import FIELDS, MORE, complaint
+from core.records import RECORDS, read_records, read_whole, record_path
 from families import families, runs_of
-from hashes import key_of
 from page import as_page
 from panels import figures_of
-from record_schema import FIELDS, MORE, complaint
-from records import RECORDS, read_records, read_whole, record_path
 from reporter import Reporter
 from tables import best_points, caption, headline, remarks, table
 from tests.test_reporter import record

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import main
-from artifacts import SCHEMA, read_json
-from config import UserError
+from core.artifacts import SCHEMA, read_json
+from core.config import UserError
 from methods import METHODS
 from metrics import METRICS
 from reference import (

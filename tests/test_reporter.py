@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from artifacts import SCHEMA, read_json, write_json
 from compare import compared, find_side, in_words, side
-from config import ReporterConfig, UserError
+from core.artifacts import SCHEMA, read_json, write_json
+from core.config import ReporterConfig, UserError
+from core.records import read_records, record_path
 from curves import training
 from families import families, family_key, runs_of, told_apart
 from figures import COLUMN, draw
@@ -28,7 +29,6 @@ from panels import (
     per_class,
     time_against_quality,
 )
-from records import read_records, record_path
 from reporter import Reporter
 from tables import (
     Estimate,

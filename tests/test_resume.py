@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from artifacts import read_tensors
 from classifier import VisionModelTrainer
-from config import DataConfig, PipelineConfig, SupportedDatasets, Trackers, TrainConfig
+from core.artifacts import read_tensors
+from core.config import DataConfig, PipelineConfig, SupportedDatasets, Trackers, TrainConfig
+from core.observe import Tracker
 from model import HookedMLPClassifier, HookedModel, HookedResnet
-from observe import Tracker
 from resume import StateFile
 from stages import Stages
 from utils_data import get_unlearning_dataset

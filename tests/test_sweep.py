@@ -14,14 +14,14 @@ from PIL import Image
 
 import main
 import sweep as room
-from artifacts import write_json, write_text
-from choices import Objectives, SupportedDatasets
-from config import PipelineConfig, UserError, plain
-from config_files import load_config
-from hashes import sha256_file
-from locks import locked
+from core.artifacts import write_json, write_text
+from core.choices import Objectives, SupportedDatasets
+from core.config import PipelineConfig, UserError, plain
+from core.hashes import sha256_file
+from core.locks import locked
+from core.records import read_records, record_path
+from core.yaml_files import load_config
 from pipeline import Pipeline
-from records import read_records, record_path
 from sweep import EXECUTORS, SweepConfig, expand, load_sweep, plain_settings, progress_line, run_sweep
 from tests.common import TINY
 from tests.test_records import whole

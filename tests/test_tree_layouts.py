@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from formats import photo, write_cifar, write_mnist, write_svhn, write_tree
 
-import artifacts
 import readers
-from choices import SupportedDatasets, UserError
-from config import DataConfig, PipelineConfig, Trackers
+from core import artifacts
+from core.choices import SupportedDatasets, UserError
+from core.config import DataConfig, PipelineConfig, Trackers
+from core.observe import Tracker
 from downloads import listing, prepare
 from image_tree import open_tree
 from litter import litter_file
-from observe import Tracker
 from split_names import TEST, TRAIN, UNSPLIT, VAL, splits_by_name
 from tree_layouts import NoTreeError
 from utils_data import SPLITS, dataset_facts, get_unlearning_dataset
@@ -295,7 +295,7 @@ def test_a_tracker_is_given_text_that_its_database_takes(monkeypatch):
         finish = staticmethod(lambda: None)
 
     asked: list[dict] = []
-    monkeypatch.setattr("observe._trackio", lambda: Trackio)
+    monkeypatch.setattr("core.observe._trackio", lambda: Trackio)
     with Tracker(Trackers.trackio, "x", {"dataset_path": "ph\udcf6to", "forget_class": ["caf\udce9", 1]}):
         pass
     assert asked[0]["config"] == {"dataset_path": r"ph\xf6to", "forget_class": [r"caf\xe9", 1]}

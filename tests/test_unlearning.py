@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import budget
 import main
-from artifacts import read_json, read_tensors, write_tensors
 from budget import Attempt
-from config import (
+from core.artifacts import read_json, read_tensors, write_tensors
+from core.config import (
     AutoConfig,
     EvalConfig,
     FeatureSets,
@@ -30,13 +30,13 @@ from config import (
     TrainConfig,
     UserError,
 )
+from core.intervals import paired_difference, wilson
+from core.observe import Tracker
 from data import GraphDataset, GraphGenerator
 from features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log
-from intervals import paired_difference, wilson
 from masks import hard_topk
 from methods import TAYLOR_LAMBDAS, Point, mask_of
 from model import HookedModel
-from observe import Tracker
 from pipeline import Pipeline
 from stages import Stages
 from unlearning import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from formats import idx_bytes, write_cifar, write_mnist, write_svhn
 
-from config import DataConfig, SupportedDatasets, UserError
+from core.config import DataConfig, SupportedDatasets, UserError
 from duplicates import find_duplicates
 from utils_data import SPLITS, download, get_unlearning_dataset, read_idx, stratified
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from choices import Diverged
-from config import EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
+from core.choices import Diverged
+from core.config import EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
+from core.intervals import difference, wilson
 from eval import SCORES, Eval
-from intervals import difference, wilson
 from methods import METHODS, Context, Point
 from model import HookedModel, vision_model_loader
 from utils_data import get_unlearning_dataset

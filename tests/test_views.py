@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import panels
-from config import SupportedDatasets
+from core.config import SupportedDatasets
 from counts import MOST_CLASSES
 from graph import WeightGraph
 from masks import Mask

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from artifacts import appending_array
-from config import GCNConfig, GraphConfig, PipelineConfig, RefineConfig, SupportedDatasets, TrainConfig, UserError
-from config_files import load_config
+from core.artifacts import appending_array
+from core.config import GCNConfig, GraphConfig, PipelineConfig, RefineConfig, SupportedDatasets, TrainConfig, UserError
+from core.yaml_files import load_config
 from data import GraphDataset, GraphGenerator
 from gcn import MaskingGCN
 from graph import WeightGraph, layer_graph

@@ -8,7 +8,7 @@ import string
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from observe import visible
+from core.observe import visible
 from write import Lead, Markdown, as_csv, as_latex, as_text, in_csv, in_latex, in_markdown
 
 MARKS = "|\\`*_~$<>&[]()#%{}^'\"=+-@\t\n\r\x1b\u202e\u2028\udc80 ,;±é0a"

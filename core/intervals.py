@@ -11,7 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from config import UserError
+from core.config import UserError
 
 FEWEST_CELLS = 6  # with n pairs the smallest two-sided p of the exact signed-rank test is 2 / 2^n: .0625 for 5
 UNIT = "class x seed"

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from artifacts import SCHEMA, DamagedError, read_json
-from config import UserError
-from hashes import sha256_file
-from observe import log
-from record_schema import complaint
+from core.artifacts import SCHEMA, DamagedError, read_json
+from core.config import UserError
+from core.hashes import sha256_file
+from core.observe import log
+from core.record_schema import complaint
 
 RECORDS = Path("eval/metrics_and_plots/json")
 SHARED = ("model", "dataset", "objective", "images", "num_classes", "forget_class", "seed", "mask_layer", "answer")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import PROJECT_ROOT, UserError
+from core.config import PROJECT_ROOT, UserError
 
 PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors", "pillow")
 
@@ -55,7 +55,9 @@ def key_of(inputs: Mapping[str, object]) -> str:
 
 
 def _sources() -> dict[str, str]:
-    rooms = [path.parent for path in PROJECT_ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks")]
+    rooms = [
+        path.parent for path in PROJECT_ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks")
+    ]
     files = [path for folder in (PROJECT_ROOT, *rooms) for path in folder.glob("*.py")]
     return {path.relative_to(PROJECT_ROOT).as_posix(): _sha256(path) for path in files}
 

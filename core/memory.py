@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from choices import UserError
+from core.choices import UserError
 
 GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 

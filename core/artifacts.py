@@ -23,8 +23,8 @@ from tokenize import TokenError
 
 import numpy as np
 
-from choices import MachineError, UserError
-from hashes import key_of, sha256_arrays
+from core.choices import MachineError, UserError
+from core.hashes import key_of, sha256_arrays
 
 SCHEMA = "mimu/1"
 HISTORY = "history.json"

@@ -9,9 +9,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from choices import UserError, at_home
-from config import PipelineConfig
-from fields import Plain, bare, did_you_mean, fit, hints, shown
+from core.choices import UserError, at_home
+from core.config import PipelineConfig
+from core.fields import Plain, bare, did_you_mean, fit, hints, shown
 
 if TYPE_CHECKING:
     from yaml import Node

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts import SCHEMA, DamagedError, new_part, publish, read_json, told, write_json
-from hashes import key_of, now, provenance, sha256_file, versions
-from locks import clear_dead, locked
-from observe import log
+from core.artifacts import SCHEMA, DamagedError, new_part, publish, read_json, told, write_json
+from core.hashes import key_of, now, provenance, sha256_file, versions
+from core.locks import clear_dead, locked
+from core.observe import log
 
 MANIFEST = "manifest.json"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from choices import NoHomeError, UserError, at_home
+from core.choices import NoHomeError, UserError, at_home
 
 WHOLE = re.compile(r"[-+]?[0-9]{1,40}")
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
 
-from choices import (
+from core.choices import (
     Activations,
     Aggregations,
     FeatureSets,
@@ -30,7 +30,7 @@ from choices import (
     Trackers,
     UserError,
 )
-from fields import Section, Within
+from core.fields import Section, Within
 
 GIVEN = ("trained_vision_model_path", "graph_dir", "gcn_path")
 """Fields that hand a stage's product in instead of having it made."""
@@ -44,7 +44,7 @@ Positive = Annotated[float, Within(0, 1e30, above=True)]
 Weight = Annotated[float, Within(0, 1e30)]
 Temperature = Annotated[float, Within(1e-4, 1e4)]
 Share = Annotated[float, Within(1e-6, 1 - 1e-6)]
-PROJECT_ROOT = Path(__file__).resolve().parent
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def _require(ok: bool, found: str, needed: str) -> None:

@@ -10,8 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
-from config import PipelineConfig, UserError
-from observe import log, visible
+from core.config import PipelineConfig, UserError
+from core.observe import log, visible
 
 LABEL, NAME = "label:", "name:"
 NUMBER = re.compile(r"0|[1-9][0-9]*", re.ASCII)  # how a label is written: 007 is a name, or nothing

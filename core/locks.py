@@ -9,8 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from artifacts import open_to_lock, told
-from observe import log
+from core.artifacts import open_to_lock, told
+from core.observe import log
 
 RUNNING = ".running"  # below the output folder, locked while a run works there: clean.sh looks for it
 

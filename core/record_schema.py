@@ -10,8 +10,8 @@ from dataclasses import fields as fields_of
 from dataclasses import is_dataclass
 from pathlib import PurePosixPath
 
-from choices import Objectives
-from config import PipelineConfig
+from core.choices import Objectives
+from core.config import PipelineConfig
 
 Check = Callable[[object], str]
 SCORES = ("forget_score", "retain_score")  # always measured: points, verdicts and the answer rest on them
