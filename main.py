@@ -314,7 +314,7 @@ def dashboard(output_dir: Path = Path()) -> None:
 
 def datasets(output_dir: Path = Path()) -> None:
     """List the datasets: which are here, where, how many images, and the command that gets the missing ones."""
-    from downloads import listing
+    from images.fetch import listing
 
     _say(listing(at_home(output_dir) / "datasets"))
 
@@ -324,14 +324,14 @@ Dataset = Annotated[SupportedDatasets, tyro.conf.Positional]
 
 def download(dataset: Dataset, output_dir: Path = Path(), dataset_path: Path | None = None) -> None:
     """Fetch a dataset below datasets/; a tree of image files to its place below ~/Datasets (or --dataset-path)."""
-    import downloads
+    from images import fetch as downloads
 
     _say(downloads.download(dataset, at_home(output_dir) / "datasets", dataset_path))
 
 
 def prepare(dataset: Dataset, output_dir: Path = Path(), dataset_path: Path | None = None) -> None:
     """Unpack the archives of a dataset of image files beside themselves, and index it."""
-    import downloads
+    from images import fetch as downloads
 
     _say(downloads.prepare(dataset, at_home(output_dir) / "datasets", dataset_path))
 

@@ -12,8 +12,8 @@ import torch
 from core.config import KappaModes, MaskStrategies, Objectives, PipelineConfig, SupportedDatasets
 from core.intervals import wilson
 from core.observe import log
+from images.specs import SPECS
 from methods import Context
-from readers import SPECS
 from stages import Stages
 from utils_data import SPLITS, TREE_SETTINGS
 

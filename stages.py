@@ -29,9 +29,16 @@ from trainer import GCNTrainer, VisionModelTrainer
 from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer, check_scores
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
-TREE_CODE = ("litter.py", "split_names.py", "tree_layouts.py", "image_files.py", "image_tree.py", "pixel_cache.py")
-TREE_CODE = (*TREE_CODE, "image_check.py", "lazy_pixels.py", "tree_splits.py")
-DATA_CODE = ("core/class_requests.py", "readers.py", *TREE_CODE, "duplicates.py", "utils_data.py")
+TREE_CODE = (
+    "images/litter.py",
+    "images/split_names.py",
+    "images/layouts.py",
+    "images/decode.py",
+    "images/index.py",
+    "images/pixel_cache.py",
+)
+TREE_CODE = (*TREE_CODE, "images/check.py", "images/lazy_pixels.py", "images/splits.py")
+DATA_CODE = ("core/class_requests.py", "images/specs.py", *TREE_CODE, "images/duplicates.py", "utils_data.py")
 TRAINING_CODE = ("distributed.py", "resume.py", "classifier.py", "trainer.py", "stages.py")
 CLASSIFIER_CODE = (
     "core/choices.py",

@@ -35,12 +35,12 @@ from torchvision.transforms import v2
 
 from core.choices import SupportedVisionModels
 from core.config import PROJECT_ROOT
-from image_check import check
-from image_files import How, decode_many
-from image_tree import open_tree
-from lazy_pixels import LazyPixels
+from images.check import check
+from images.decode import How, decode_many
+from images.index import open_tree
+from images.lazy_pixels import LazyPixels
+from images.pixel_cache import PixelCache
 from model import vision_model_loader
-from pixel_cache import PixelCache
 from utils_data import Images, make_loader
 
 CLASSES, BATCH, SIZE, SMALL = 100, 256, 128, 32
@@ -185,11 +185,11 @@ def pictures(root: Path, store: Path, repeats: int) -> dict:
 MEMORY = """
 import sys, time
 from pathlib import Path
-from image_files import How
-from image_tree import open_tree
-from lazy_pixels import LazyPixels
+from images.decode import How
+from images.index import open_tree
+from images.lazy_pixels import LazyPixels
 from model import vision_model_loader
-from pixel_cache import PixelCache
+from images.pixel_cache import PixelCache
 begun = time.perf_counter()
 tree = open_tree(Path(sys.argv[1]), "folders", Path(sys.argv[2]))
 seconds, processor = time.perf_counter() - begun, time.process_time()

@@ -47,7 +47,7 @@ class SupportedVisionModels(Choice):
 
 
 class SupportedDatasets(Choice):
-    """Image datasets; each has one spec in `readers.py`. FOLDER is any tree of class folders with images."""
+    """Image datasets; each has one spec in `images/specs.py`. FOLDER is any tree of class folders with images."""
 
     DIGITS = "DIGITS"
     FASHION_MNIST = "FASHION_MNIST"

@@ -11,11 +11,11 @@ import pyarrow.parquet
 import pytest
 from formats import photo, write_mnist, write_tree
 
-import archives
-from archives import unpack_all
 from core.config import SupportedDatasets, UserError
-from downloads import download, listing, prepare
-from image_tree import open_tree
+from images import archives
+from images.archives import unpack_all
+from images.fetch import download, listing, prepare
+from images.index import open_tree
 
 
 def jpeg() -> bytes:

@@ -18,7 +18,7 @@ from core.class_requests import resolve_classes, spelled, written
 from core.config import GCNConfig, PipelineConfig, SupportedDatasets, UserError, plain
 from core.observe import visible
 from core.yaml_files import load_config
-from readers import SPECS
+from images.specs import SPECS
 from stages import Stages
 from sweep import expand, load_sweep
 from utils_data import get_unlearning_dataset

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from core.choices import MachineError
 from core.config import PROJECT_ROOT
-from image_files import BadImageError, How, decode, examine, in_threads
+from images.decode import BadImageError, How, decode, examine, in_threads
 
 
 def shown(path, size=16):
@@ -233,7 +233,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
 
 LOUD = """
 import sys
-from image_files import BadImageError, How, decode, in_threads
+from images.decode import BadImageError, How, decode, in_threads
 def one(place):
     try:
         decode(sys.argv[1 + place], How(16))

@@ -11,13 +11,13 @@ from formats import photo, write_tree
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-import image_tree
 from core.config import DataConfig, SupportedDatasets, UserError
-from image_files import BadImageError, How, decode
-from image_tree import open_tree
 from imagenet_classes import IMAGENET2012_CLASSES
-from split_names import TEST, TRAIN, UNSPLIT
-from tree_splits import by_hash
+from images import index as image_tree
+from images.decode import BadImageError, How, decode
+from images.index import open_tree
+from images.split_names import TEST, TRAIN, UNSPLIT
+from images.splits import by_hash
 from utils_data import SPLITS, get_unlearning_dataset
 
 FOLDER = SupportedDatasets.FOLDER
@@ -294,7 +294,7 @@ def test_file_that_vanishes_while_it_is_looked_at(tree, tmp_path, monkeypatch, w
                 victim.mkdir()
         return index
 
-    monkeypatch.setattr("tree_splits.open_tree", meanwhile)
+    monkeypatch.setattr("images.splits.open_tree", meanwhile)
     if what == "empty":
         with pytest.raises(UserError, match=r"\(1 empty file; e.g. cat/0.jpg\)"):
             load(tree, tmp_path)
@@ -328,7 +328,7 @@ def test_image_that_rots_is_checked_again_by_the_next_run(tree, tmp_path, monkey
     """A disk that goes bad changes no stamp: the run that meets it says so, and the next one does not trust it."""
     data = load(tree, tmp_path, cache_gb=0)
     victim = tree / min(names(data, "train"))
-    monkeypatch.setattr("image_files.mark_of", lambda facts: 1)
+    monkeypatch.setattr("images.decode.mark_of", lambda facts: 1)
     for name in ("image_check.mark_of", "tree_layouts.mark_of"):
         monkeypatch.setattr(name, lambda facts: 1)
     data = load(tree, tmp_path, cache_gb=0)

@@ -14,11 +14,11 @@ import torch
 from formats import write_tree
 from PIL import Image
 
-import image_check
-import pixel_cache
 from core.config import DataConfig, SupportedDatasets, UserError
-from image_files import How, decode
-from pixel_cache import PixelCache
+from images import check as image_check
+from images import pixel_cache
+from images.decode import How, decode
+from images.pixel_cache import PixelCache
 from utils_data import SPLITS, get_unlearning_dataset
 
 ROW = 3 * 16 * 16
@@ -59,9 +59,9 @@ def decoded(monkeypatch):
         seen.append(path)
         return examine(path, *given, **named)
 
-    monkeypatch.setattr("image_check.examine", noted)
-    monkeypatch.setattr("image_files.examine", noted)
-    monkeypatch.setattr("lazy_pixels.examine", noted)
+    monkeypatch.setattr("images.check.examine", noted)
+    monkeypatch.setattr("images.decode.examine", noted)
+    monkeypatch.setattr("images.lazy_pixels.examine", noted)
     return seen
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from formats import photo, write_cifar, write_mnist, write_svhn, write_tree
 
-import readers
 from core import artifacts
 from core.choices import SupportedDatasets, UserError
 from core.config import DataConfig, PipelineConfig, Trackers
 from core.observe import Tracker
-from downloads import listing, prepare
-from image_tree import open_tree
-from litter import litter_file
-from split_names import TEST, TRAIN, UNSPLIT, VAL, splits_by_name
-from tree_layouts import NoTreeError
+from images import specs as readers
+from images.fetch import listing, prepare
+from images.index import open_tree
+from images.layouts import NoTreeError
+from images.litter import litter_file
+from images.split_names import TEST, TRAIN, UNSPLIT, VAL, splits_by_name
 from utils_data import SPLITS, dataset_facts, get_unlearning_dataset
 
 FOLDER = SupportedDatasets.FOLDER

@@ -16,7 +16,7 @@ from core.choices import MachineError, UserError
 from core.hashes import code_key, key_of
 from core.locks import locked
 from core.observe import log, progress
-from image_files import (
+from images.decode import (
     CHANGED,
     DIGEST,
     EMPTY,
@@ -29,9 +29,9 @@ from image_files import (
     mark_of,
     raise_if_machine,
 )
-from image_tree import Tree, save_tree
-from pixel_cache import EVERY_EPOCH, PixelCache
-from tree_layouts import SPECIAL
+from images.index import Tree, save_tree
+from images.layouts import SPECIAL
+from images.pixel_cache import EVERY_EPOCH, PixelCache
 
 LEAST_SPAN, MOST_SPAN, SPAN_BYTES, SECONDS_BETWEEN_SAVES = 64, 1024, 2**26, 15
 TRIES = 3  # for a file that is being written
@@ -42,7 +42,7 @@ class _Known:
 
     def __init__(self, tree: Tree, how: How):
         limits = {"max_pixels": how.max_pixels, "sample_bits": how.sample_bits, "pil": PIL.__version__}
-        code = key_of(limits | {"code": code_key("image_files.py", "image_check.py")})[:8]
+        code = key_of(limits | {"code": code_key("images/decode.py", "images/check.py")})[:8]
         self.file = tree.file.with_suffix(f".{code}.checked.safetensors")
         try:
             arrays, facts = read_tensors(self.file) if self.file.exists() else ({}, {})

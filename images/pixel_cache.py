@@ -21,7 +21,7 @@ from core.artifacts import extending, map_rows, read_tensors, write_tensors
 from core.config import UserError
 from core.hashes import code_key, key_of
 from core.observe import log
-from image_files import DIGEST, How
+from images.decode import DIGEST, How
 
 DATA, INDEX = ".pixels", ".rows.safetensors"
 SPARE = 2**26  # bytes that are left free on the disk
@@ -31,7 +31,9 @@ EVERY_EPOCH = "images are decoded anew in every epoch"
 def reading_key(how: How) -> str:
     """What pixels depend on beside the bytes of a file: settings, this project's decoding, PIL."""
     settings = {"size": how.size, "sample_bits": how.sample_bits}
-    return key_of(settings | {"pil": PIL.__version__, "code": code_key("image_files.py", "pixel_cache.py")})[:12]
+    return key_of(settings | {"pil": PIL.__version__, "code": code_key("images/decode.py", "images/pixel_cache.py")})[
+        :12
+    ]
 
 
 class PixelCache:

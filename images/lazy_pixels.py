@@ -9,10 +9,10 @@ from torch import Tensor
 
 from core.config import UserError
 from core.observe import log
-from image_check import forget
-from image_files import CHANGED, BadImageError, How, decode_many, examine
-from image_tree import Tree
-from pixel_cache import PixelCache
+from images.check import forget
+from images.decode import CHANGED, BadImageError, How, decode_many, examine
+from images.index import Tree
+from images.pixel_cache import PixelCache
 
 
 @lru_cache

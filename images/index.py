@@ -18,8 +18,8 @@ from core.artifacts import read_tensors, write_tensors
 from core.config import UserError
 from core.hashes import code_key, key_of
 from core.observe import log, visible
-from image_files import DIGEST
-from tree_layouts import LAYOUTS, NoTreeError, Scan, has_splits, innermost, nothing_there
+from images.decode import DIGEST
+from images.layouts import LAYOUTS, NoTreeError, Scan, has_splits, innermost, nothing_there
 
 RACE_NS = 20_000_000  # a folder changed this shortly before it was read may change again without a new time
 
@@ -103,7 +103,14 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-CODE = ("image_tree.py", "tree_layouts.py", "split_names.py", "litter.py", "image_files.py", "imagenet_classes.py")
+CODE = (
+    "images/index.py",
+    "images/layouts.py",
+    "images/split_names.py",
+    "images/litter.py",
+    "images/decode.py",
+    "imagenet_classes.py",
+)
 PACKED = (".zip", ".tar", ".gz", ".tgz", ".parquet")
 ARRAYS = ("blob", "ends", "sizes", "marks", "labels", "splits", "hashes")
 

@@ -5,11 +5,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from archives import archives_in, unpack_all
 from core.choices import NoHomeError, SupportedDatasets, UserError
 from core.observe import log
-from readers import SPECS, DatasetSpec, dataset_root, how_to_get, read_arrays
-from tree_splits import open_tree_of
+from images.archives import archives_in, unpack_all
+from images.specs import SPECS, DatasetSpec, dataset_root, how_to_get, read_arrays
+from images.splits import open_tree_of
 
 
 def download(dataset: SupportedDatasets, datasets_dir: Path, dataset_path: Path | None = None) -> Path:

@@ -12,13 +12,13 @@ import numpy as np
 from core.choices import SupportedDatasets, UserError
 from core.config import DataConfig, derive_seed
 from core.observe import log
-from image_check import check
-from image_files import How
-from image_tree import Tree, mix, open_tree
-from pixel_cache import PixelCache
-from readers import SPECS, dataset_root, how_to_get
-from split_names import TEST, TRAIN, UNSPLIT, VAL
-from tree_layouts import NoTreeError
+from images.check import check
+from images.decode import How
+from images.index import Tree, mix, open_tree
+from images.layouts import NoTreeError
+from images.pixel_cache import PixelCache
+from images.specs import SPECS, dataset_root, how_to_get
+from images.split_names import TEST, TRAIN, UNSPLIT, VAL
 
 TEST_SHARE = 0.2
 MOST_NAMED = 1000
