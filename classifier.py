@@ -16,7 +16,7 @@ from core.choices import Diverged
 from core.config import Trackers, TrainConfig, UserError
 from core.observe import Tracker, log, progress
 from distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
-from gcn import reuse_freed_memory
+from graphs.gcn import reuse_freed_memory
 from model import HookedModel, inspecting, predictions
 from resume import Progress, StateFile, Training
 from utils_data import UnlearningDataset

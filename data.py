@@ -19,7 +19,7 @@ from core.artifacts import DamagedError, appending_array, read_array, read_json,
 from core.config import GraphConfig, UserError, derive_seed
 from core.observe import log, progress
 from core.store import MANIFEST, read_manifest
-from graph import WeightGraph
+from graphs.layout import WeightGraph
 from model import HookedModel, MaskLayer, capture, inspecting
 from utils_data import Images, UnlearningDataset, make_loader
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from core.config import GIVEN, Objectives, PipelineConfig, UserError
 from data import FEATURES, GraphDataset
-from gcn import MaskingGCN
-from graph import WeightGraph
+from graphs.gcn import MaskingGCN
+from graphs.layout import WeightGraph
 from model import HookedModel, MaskLayer
 from unlearning import Unlearner
 

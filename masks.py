@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from core.artifacts import read_tensors, write_tensors
 from core.config import TopKSamplers, UserError, as_tuple
-from graph import WeightGraph
+from graphs.layout import WeightGraph
 
 
 class Sampler(Protocol):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from core.config import MaskStrategies, PipelineConfig, Starts, UserError, derive_seed
 from core.observe import progress
 from features import centred_rank
-from graph import WeightGraph
+from graphs.layout import WeightGraph
 from masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask
 from model import HookedModel, inspecting, predictions
 from trainer import SFTTrainer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from checkpoints import FITTING, load_state, read_checkpoint
 from core.artifacts import write_tensors
 from core.config import SupportedVisionModels, UserError
-from graph import WeightGraph
+from graphs.layout import WeightGraph
 
 MaskLayer = int | Sequence[int] | None
 """One layer of the stack, several, or (None) all of them."""

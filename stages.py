@@ -20,8 +20,8 @@ from core.observe import Tracker, log
 from core.store import Stage, build_stage, sha256_folder
 from data import FEATURES, GraphDataset, GraphGenerator
 from distributed import Meeting, by_torchrun, choose_device, local_device, make_repeatable, part, torchrun_meeting
-from gcn import MaskingGCN, check_memory, reuse_freed_memory
 from given import check_answers, check_layout, check_paths, check_weights, given_objective
+from graphs.gcn import MaskingGCN, check_memory, reuse_freed_memory
 from masks import check_budget
 from model import HookedModel, save_classifier, vision_model_loader
 from resume import StateFile, recipe
@@ -49,8 +49,8 @@ CLASSIFIER_CODE = (
     "model.py",
     *TRAINING_CODE,
 )
-GRAPH_CODE = (*CLASSIFIER_CODE, "graph.py", "data.py")
-GCN_CODE = (*GRAPH_CODE, "gcn.py", "masks.py", "features.py", "unlearning.py", "given.py")
+GRAPH_CODE = (*CLASSIFIER_CODE, "graphs/layout.py", "data.py")
+GCN_CODE = (*GRAPH_CODE, "graphs/gcn.py", "masks.py", "features.py", "unlearning.py", "given.py")
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
 
 

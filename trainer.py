@@ -21,8 +21,8 @@ from core.config import (
 )
 from core.observe import Tracker, log, progress
 from data import GraphDataset, Vectors
-from gcn import MaskingGCN
-from graph import WeightGraph
+from graphs.gcn import MaskingGCN
+from graphs.layout import WeightGraph
 from masks import SAMPLERS, check_budget
 from model import HookedModel, MaskLayer, inspecting
 from utils_data import UnlearningDataset

@@ -19,7 +19,7 @@ from core.config import FeatureSets, ForgetLosses, GCNConfig, RefineConfig, User
 from core.observe import Tracker, log, progress
 from data import GraphDataset
 from features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log, standardised
-from gcn import MaskingGCN
+from graphs.gcn import MaskingGCN
 from masks import SAMPLERS, check_budget, sinkhorn_topk
 from model import HookedModel, MaskLayer, inspecting
 

@@ -29,7 +29,7 @@ from core.config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatas
 from core.hashes import code_key, key_of, provenance, sha256_file
 from core.intervals import against, t_interval
 from eval import Eval
-from gcn import reuse_freed_memory
+from graphs.gcn import reuse_freed_memory
 from methods import METHODS, Point
 from pipeline import RECORD_CODE, Pipeline
 from utils_data import UnlearningDataset

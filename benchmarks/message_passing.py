@@ -33,8 +33,8 @@ from benchmarks.common import alternating, keep, line, parser, peak_memory, rati
 import torch
 
 from data import FEATURES
-from gcn import MaskingGCN, reuse_freed_memory
-from graph import layer_graph
+from graphs.gcn import MaskingGCN, reuse_freed_memory
+from graphs.layout import layer_graph
 from main import SPIN_COUNT
 from masks import Mask, hard_topk, sinkhorn_topk
 

@@ -22,7 +22,7 @@ from benchmarks.comparison import Plan, cell, table
 from torch.utils.data import DataLoader, TensorDataset
 
 from core.config import PROJECT_ROOT, SupportedVisionModels
-from gcn import reuse_freed_memory
+from graphs.gcn import reuse_freed_memory
 from methods import Context, Point, method
 from model import HookedModel
 from write import as_text

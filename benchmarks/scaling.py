@@ -26,7 +26,7 @@ from classifier import VisionModelTrainer
 from core.config import EvalConfig, PipelineConfig, Trackers, TrainConfig
 from core.observe import Tracker
 from distributed import Group, launch
-from gcn import reuse_freed_memory
+from graphs.gcn import reuse_freed_memory
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from pipeline import Pipeline
 

@@ -57,7 +57,7 @@ from core.config import (
     SupportedVisionModels,
     TopKSamplers,
 )
-from gcn import reuse_freed_memory
+from graphs.gcn import reuse_freed_memory
 from masks import Mask, hard_topk
 from methods import Context, Point, mask_of
 from unlearning import Request, Unlearner, noise_start, taylor_start

@@ -25,7 +25,7 @@ from core.config import (
     TrainConfig,
 )
 from core.observe import Tracker
-from gcn import MaskingGCN
+from graphs.gcn import MaskingGCN
 from masks import feasibility_score, hard_topk
 from methods import TAYLOR_LAMBDAS
 from model import HookedModel

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from graph import WeightGraph
+from graphs.layout import WeightGraph
 from metrics import Choose, Evidence, Outputs
 from model import HookedMLPClassifier, HookedModel
 

@@ -17,7 +17,7 @@ from checkpoints import load_state, read_checkpoint
 from core.artifacts import appending_array
 from core.config import GCNConfig, GraphConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
 from data import LAYOUT_FILE, GraphDataset, GraphGenerator
-from gcn import MaskingGCN
+from graphs.gcn import MaskingGCN
 from model import HookedMLPClassifier, HookedModel, save_classifier, vision_model_loader
 from stages import Stages
 from tests.common import LOG_LINE

@@ -6,8 +6,8 @@ from torch import nn
 
 from core.config import Aggregations, GraphConfig, SupportedDatasets, SupportedVisionModels, UserError
 from data import GraphDataset, GraphGenerator
-from gcn import MaskingGCN
-from graph import MAX_EDGES, layer_graph
+from graphs.gcn import MaskingGCN
+from graphs.layout import MAX_EDGES, layer_graph
 from model import (
     VISION_MODELS,
     HookedMLPClassifier,

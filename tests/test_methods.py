@@ -22,7 +22,7 @@ from core.config import (
     UserError,
 )
 from data import GraphDataset, GraphGenerator
-from graph import layer_graph
+from graphs.layout import layer_graph
 from integrity import extent, state_hash, unchanged
 from masks import (
     Mask,

@@ -16,7 +16,7 @@ from attacks import caught, separation
 from comparisons import js, kl, total_variation, zero_retrain_forgetting
 from core.config import derive_seed
 from eval import Eval
-from graph import layer_graph
+from graphs.layout import layer_graph
 from masks import random_mask
 from metrics import METRICS, Again, Evidence, Outputs, blocks, entropy_mia
 from views import tables_of

@@ -21,8 +21,8 @@ from core.config import (
 from core.observe import Tracker
 from data import GraphDataset, GraphGenerator, Vectors
 from eval import Eval
-from gcn import MaskingGCN
-from graph import layer_graph
+from graphs.gcn import MaskingGCN
+from graphs.layout import layer_graph
 from masks import SAMPLERS, Mask, hard_topk, masked, random_mask
 from methods import Context
 from metrics import Outputs, chosen_metrics

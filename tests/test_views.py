@@ -13,7 +13,7 @@ from torch import Tensor
 import panels
 from core.config import SupportedDatasets
 from counts import MOST_CLASSES
-from graph import WeightGraph
+from graphs.layout import WeightGraph
 from masks import Mask
 from metrics import Outputs
 from model import NO_ANSWER, HookedMLPClassifier, predictions

@@ -11,8 +11,8 @@ from core.artifacts import appending_array
 from core.config import GCNConfig, GraphConfig, PipelineConfig, RefineConfig, SupportedDatasets, TrainConfig, UserError
 from core.yaml_files import load_config
 from data import GraphDataset, GraphGenerator
-from gcn import MaskingGCN
-from graph import WeightGraph, layer_graph
+from graphs.gcn import MaskingGCN
+from graphs.layout import WeightGraph, layer_graph
 from masks import Mask, masked, random_mask
 from model import HookedMLPClassifier, HookedModel, capture
 from pipeline import Pipeline
