@@ -17,15 +17,15 @@ from core.hashes import code_key, key_of, now, provenance, sha256_file, versions
 from core.observe import log, progress
 from core.record_schema import complaint
 from core.records import read_whole, record_path
-from distributed import repeatability
 from eval import Eval
 from masks import Mask, weights_sha256
 from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
 from preflight import footing, say
 from reporter import Reporter
-from resume import recipe
 from stages import GCN_CODE, Stages
+from training.distributed import repeatability
+from training.resume import recipe
 from utils_data import UnlearningDataset
 
 __all__ = ["Pipeline", "PipelineConfig"]

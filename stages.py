@@ -12,20 +12,28 @@ from pathlib import Path
 
 import torch
 
-from classifier import check_recipe
 from core.choices import Diverged
 from core.config import GIVEN, Objectives, PipelineConfig, Trackers, TrainConfig, derive_seed, plain
 from core.hashes import check_same_code, code_key, key_of, provenance, sha256_file, versions, whole_code
 from core.observe import Tracker, log
 from core.store import Stage, build_stage, sha256_folder
 from data import FEATURES, GraphDataset, GraphGenerator
-from distributed import Meeting, by_torchrun, choose_device, local_device, make_repeatable, part, torchrun_meeting
 from given import check_answers, check_layout, check_paths, check_weights, given_objective
 from graphs.gcn import MaskingGCN, check_memory, reuse_freed_memory
 from masks import check_budget
 from model import HookedModel, save_classifier, vision_model_loader
-from resume import StateFile, recipe
 from trainer import GCNTrainer, VisionModelTrainer
+from training.classifier import check_recipe
+from training.distributed import (
+    Meeting,
+    by_torchrun,
+    choose_device,
+    local_device,
+    make_repeatable,
+    part,
+    torchrun_meeting,
+)
+from training.resume import StateFile, recipe
 from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer, check_scores
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
@@ -39,7 +47,7 @@ TREE_CODE = (
 )
 TREE_CODE = (*TREE_CODE, "images/check.py", "images/lazy_pixels.py", "images/splits.py")
 DATA_CODE = ("core/class_requests.py", "images/specs.py", *TREE_CODE, "images/duplicates.py", "utils_data.py")
-TRAINING_CODE = ("distributed.py", "resume.py", "classifier.py", "trainer.py", "stages.py")
+TRAINING_CODE = ("training/distributed.py", "training/resume.py", "training/classifier.py", "trainer.py", "stages.py")
 CLASSIFIER_CODE = (
     "core/choices.py",
     "core/fields.py",

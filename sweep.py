@@ -27,7 +27,7 @@ from core.observe import log
 from core.records import read_whole
 from core.store import sha256_folder
 from core.yaml_files import load_config, read_words, resolved, typed
-from processes import end_with_parent
+from training.processes import end_with_parent
 from write import as_text
 
 SECTION = "sweep"

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from classifier import VisionModelTrainer, gradient_norm, mean_loss_and_score
 from core.artifacts import HISTORY, write_json
 from core.config import (
     GCNConfig,
@@ -25,6 +24,7 @@ from graphs.gcn import MaskingGCN
 from graphs.layout import WeightGraph
 from masks import SAMPLERS, check_budget
 from model import HookedModel, MaskLayer, inspecting
+from training.classifier import VisionModelTrainer, gradient_norm, mean_loss_and_score
 from utils_data import UnlearningDataset
 
 __all__ = [

@@ -22,13 +22,13 @@ from benchmarks.common import peak_memory, random_data, run
 
 import torch
 
-from classifier import VisionModelTrainer
 from core.config import EvalConfig, PipelineConfig, Trackers, TrainConfig
 from core.observe import Tracker
-from distributed import Group, launch
 from graphs.gcn import reuse_freed_memory
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from pipeline import Pipeline
+from training.classifier import VisionModelTrainer
+from training.distributed import Group, launch
 
 CPU = torch.device("cpu")
 WORKERS = (1, 2, 4, 8, 16, 32, 64)

@@ -18,18 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import distributed
 import main
-from classifier import VisionModelTrainer
 from core.choices import Diverged
 from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels, Trackers, TrainConfig, UserError
 from core.observe import Tracker
 from core.yaml_files import load_config
-from distributed import ALONE, Group, Slices, check_shared_memory, launch, meet
 from model import HookedMLPClassifier, HookedResnet
-from resume import StateFile, recipe
 from stages import Stages
 from tests.common import LOG_LINE, TINY
+from training import distributed
+from training.classifier import VisionModelTrainer
+from training.distributed import ALONE, Group, Slices, check_shared_memory, launch, meet
+from training.resume import StateFile, recipe
 from utils_data import Images, UnlearningDataset, get_unlearning_dataset
 
 ROOT = Path(main.__file__).parent

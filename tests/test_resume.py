@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from classifier import VisionModelTrainer
 from core.artifacts import read_tensors
 from core.config import DataConfig, PipelineConfig, SupportedDatasets, Trackers, TrainConfig
 from core.observe import Tracker
 from model import HookedMLPClassifier, HookedModel, HookedResnet
-from resume import StateFile
 from stages import Stages
+from training.classifier import VisionModelTrainer
+from training.resume import StateFile
 from utils_data import get_unlearning_dataset
 
 CPU = torch.device("cpu")

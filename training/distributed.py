@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Sampler
 from core.choices import Diverged, MachineError, UserError
 from core.hashes import check_same_code, whole_code
 from core.observe import log
-from processes import end_with_parent
+from training.processes import end_with_parent
 
 PRELOAD = [
     "fork_server",

@@ -15,10 +15,10 @@ from core.artifacts import HISTORY, DamagedError, write_json
 from core.choices import Diverged
 from core.config import Trackers, TrainConfig, UserError
 from core.observe import Tracker, log, progress
-from distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
 from graphs.gcn import reuse_freed_memory
 from model import HookedModel, inspecting, predictions
-from resume import Progress, StateFile, Training
+from training.distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
+from training.resume import Progress, StateFile, Training
 from utils_data import UnlearningDataset
 
 SECONDS_BETWEEN_LINES = 2.0  # short epochs do not flood a log

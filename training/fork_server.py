@@ -6,7 +6,7 @@ come next take seconds, in which a launcher that is killed would leave it alone.
 
 import os
 
-from processes import tell_kernel
+from training.processes import tell_kernel
 
 tell_kernel()
 os.register_at_fork(after_in_child=tell_kernel)
