@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints import FITTING, load_state, read_checkpoint
 from core.artifacts import write_tensors
 from core.config import SupportedVisionModels, UserError
 from graphs.layout import WeightGraph
+from models.checkpoints import FITTING, load_state, read_checkpoint
 
 MaskLayer = int | Sequence[int] | None
 """One layer of the stack, several, or (None) all of them."""

@@ -53,7 +53,7 @@ CLASSIFIER_CODE = (
     "core/fields.py",
     "core/config.py",
     *DATA_CODE,
-    "checkpoints.py",
+    "models/checkpoints.py",
     "model.py",
     *TRAINING_CODE,
 )

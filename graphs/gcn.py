@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints import load_state, read_checkpoint
 from core.artifacts import write_tensors
 from core.config import Activations, Aggregations, Objectives, PipelineConfig, UserError
 from core.memory import check_fits, machine_bytes
 from graphs.layout import Neurons, WeightGraph, layer_graph
+from models.checkpoints import load_state, read_checkpoint
 
 SPLITS = 32  # of a tall product A^T B: BLAS leaves one to a single core, a batch of them it shares out
 

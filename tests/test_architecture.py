@@ -54,7 +54,7 @@ LAYERS = {
     "images.splits": 1,
     "images.fetch": 1,
     "utils_data": 1,
-    "checkpoints": 1,
+    "models.checkpoints": 1,
     "model": 1,
     "graphs.gcn": 1,
     "training.distributed": 1,
@@ -144,7 +144,7 @@ RUNS_WHAT_IT_READS = (
 )
 RUN_BUILTINS = ("eval", "exec", "compile", "__import__")
 ALLOWED_TO_RUN = {
-    ("checkpoints", "pickle"),  # the name of the error that torch.load raises
+    ("models.checkpoints", "pickle"),  # the name of the error that torch.load raises
     ("test_checkpoints", "pickle"),  # makes a file that is refused
     ("formats", "pickle"),  # writes CIFAR's files as their makers do
     ("test_pixel_cache", "pickle"),  # what a worker process gets

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoints import load_state, read_checkpoint
 from core.artifacts import appending_array
 from core.config import GCNConfig, GraphConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
 from data import LAYOUT_FILE, GraphDataset, GraphGenerator
 from graphs.gcn import MaskingGCN
 from model import HookedMLPClassifier, HookedModel, save_classifier, vision_model_loader
+from models.checkpoints import load_state, read_checkpoint
 from stages import Stages
 from tests.common import LOG_LINE
 from unlearning import Unlearner
