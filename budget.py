@@ -13,9 +13,9 @@ from torch import Tensor
 
 from core.config import AutoConfig, UserError
 from core.intervals import paired_difference, wilson
-from masks import masked
-from methods import Context, Point, mask_of
 from model import predictions
+from unlearn.masks import masked
+from unlearn.methods import Context, Point, mask_of
 
 MOST_IMAGES = 2**40  # where the search for a sufficient number of images ends
 

@@ -9,8 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-import baselines  # noqa: F401 - registers its methods
-import edits  # noqa: F401 - registers its methods
 import probes  # noqa: F401 - registers its metrics
 from comparisons import avg_gap  # registers the metrics against the retrained models too
 from core.choices import Diverged
@@ -19,11 +17,13 @@ from core.observe import log
 from core.record_schema import SCORES
 from counts import intervals_of
 from integrity import COSTS, changed_outside, extent, unchanged
-from masks import Mask, hard_topk, masked
-from methods import METHODS, Context, Point, Settings, mask_of
 from metrics import chosen_metrics
 from model import HookedModel
 from snapshots import Snapshots
+from unlearn import closed_form as edits  # noqa: F401 - registers its methods
+from unlearn import trained as baselines  # noqa: F401 - registers its methods
+from unlearn.masks import Mask, hard_topk, masked
+from unlearn.methods import METHODS, Context, Point, Settings, mask_of
 from verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
 from views import TABLES, mask_map, tables_of, thumbnails
 

@@ -10,7 +10,7 @@ from data import FEATURES, GraphDataset
 from graphs.gcn import MaskingGCN
 from graphs.layout import WeightGraph
 from model import HookedModel, MaskLayer
-from unlearning import Unlearner
+from unlearn.requests import Unlearner
 
 
 def check_paths(config: PipelineConfig) -> None:

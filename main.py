@@ -225,7 +225,9 @@ def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> in
     if mask := places.get("mask"):
         layers = records[0]["mask_layer"]
         _say(f"mask   {mask}")
-        _say(f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # from masks.py, see the README")
+        _say(
+            f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # from unlearn/masks.py, see the README",
+        )
     _say(f"JSON   {config.output_dir / RECORDS}")
     _say(f"plots  {places['plots']}")
     _say(f"page   {places['page']}")

@@ -18,25 +18,25 @@ from core.observe import log, progress
 from core.record_schema import complaint
 from core.records import read_whole, record_path
 from eval import Eval
-from masks import Mask, weights_sha256
-from methods import METHODS, Context, chosen_methods
 from metrics import chosen_metrics
 from preflight import footing, say
 from reporter import Reporter
 from stages import GCN_CODE, Stages
 from training.distributed import repeatability
 from training.resume import recipe
+from unlearn.masks import Mask, weights_sha256
+from unlearn.methods import METHODS, Context, chosen_methods
 from utils_data import UnlearningDataset
 
 __all__ = ["Pipeline", "PipelineConfig"]
 
 RECORD_CODE = (
     *GCN_CODE,
-    "methods.py",
-    "edits.py",
-    "fisher.py",
-    "finetuning.py",
-    "baselines.py",
+    "unlearn/methods.py",
+    "unlearn/closed_form.py",
+    "unlearn/fisher.py",
+    "unlearn/finetuning.py",
+    "unlearn/trained.py",
     "metrics.py",
     "comparisons.py",
     "attacks.py",

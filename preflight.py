@@ -13,8 +13,8 @@ from core.config import KappaModes, MaskStrategies, Objectives, PipelineConfig, 
 from core.intervals import wilson
 from core.observe import log
 from images.specs import SPECS
-from methods import Context
 from stages import Stages
+from unlearn.methods import Context
 from utils_data import SPLITS, TREE_SETTINGS
 
 MOST_NAMES = 8

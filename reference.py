@@ -13,8 +13,8 @@ from core.artifacts import SCHEMA, read_json, write_json, write_text
 from core.config import PROJECT_ROOT, UserError
 from eval import Eval  # noqa: F401 - registers every method and every metric
 from integrity import COSTS
-from methods import BUDGET, METHODS, Method
 from metrics import GROUPS, METRICS, Metric
+from unlearn.methods import BUDGET, METHODS, Method
 from verdicts import meanings
 from write import Markdown, as_text, in_markdown
 

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from core.choices import Diverged
 from core.observe import log, progress
 from integrity import state_hash
-from methods import Context
 from metrics import MOST_VALUES, Again, Choose, Evidence, Outputs, OutputsOf, PerImage
 from model import HookedModel, MaskLayer, inspecting
+from unlearn.methods import Context
 from verdicts import reference_fault
 
 

@@ -20,7 +20,6 @@ from core.store import Stage, build_stage, sha256_folder
 from data import FEATURES, GraphDataset, GraphGenerator
 from given import check_answers, check_layout, check_paths, check_weights, given_objective
 from graphs.gcn import MaskingGCN, check_memory, reuse_freed_memory
-from masks import check_budget
 from model import HookedModel, save_classifier, vision_model_loader
 from trainer import GCNTrainer, VisionModelTrainer
 from training.classifier import check_recipe
@@ -34,7 +33,8 @@ from training.distributed import (
     torchrun_meeting,
 )
 from training.resume import StateFile, recipe
-from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer, check_scores
+from unlearn.masks import check_budget
+from unlearn.requests import Checkpoint, Request, Unlearner, UnlearningTrainer, check_scores
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
 TREE_CODE = (
@@ -58,7 +58,7 @@ CLASSIFIER_CODE = (
     *TRAINING_CODE,
 )
 GRAPH_CODE = (*CLASSIFIER_CODE, "graphs/layout.py", "data.py")
-GCN_CODE = (*GRAPH_CODE, "graphs/gcn.py", "masks.py", "features.py", "unlearning.py", "given.py")
+GCN_CODE = (*GRAPH_CODE, "graphs/gcn.py", "unlearn/masks.py", "unlearn/features.py", "unlearn/requests.py", "given.py")
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
 
 

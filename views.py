@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from counts import class_tables
-from masks import Mask
 from metrics import Outputs
 from model import NO_ANSWER
+from unlearn.masks import Mask
 from utils_data import UnlearningDataset
 
 SAMPLES = 8

@@ -367,7 +367,7 @@ def hopeless_target(b: Bench) -> Judged:
 @case("AX", "a mask meets a layer of another classifier")
 def mask_knows_its_parent(b: Bench) -> Judged:
     mask = next((b.default / "eval/metrics_and_plots/masks").glob("*/*.safetensors"))
-    code = f"""import torch; from masks import Mask, masked; from model import HookedMLPClassifier
+    code = f"""import torch; from unlearn.masks import Mask, masked; from model import HookedMLPClassifier
 mask = Mask.load(__import__("pathlib").Path({str(mask)!r})); mask = mask[0] if isinstance(mask, tuple) else mask
 model = HookedMLPClassifier(10, 1, 8)
 with masked(model.weights(-2), mask): print("applied")"""

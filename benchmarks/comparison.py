@@ -30,8 +30,8 @@ from core.hashes import code_key, key_of, provenance, sha256_file
 from core.intervals import against, t_interval
 from eval import Eval
 from graphs.gcn import reuse_freed_memory
-from methods import METHODS, Point
 from pipeline import RECORD_CODE, Pipeline
+from unlearn.methods import METHODS, Point
 from utils_data import UnlearningDataset
 from write import as_text
 

@@ -36,7 +36,7 @@ from data import FEATURES
 from graphs.gcn import MaskingGCN, reuse_freed_memory
 from graphs.layout import layer_graph
 from main import SPIN_COUNT
-from masks import Mask, hard_topk, sinkhorn_topk
+from unlearn.masks import Mask, hard_topk, sinkhorn_topk
 
 ROUNDS, WIDTH = 3, 32
 SMALL, LARGE, HEAD = (64, 128), (128, 512), (1000, 2048)

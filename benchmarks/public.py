@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from core.config import PROJECT_ROOT, SupportedVisionModels
 from graphs.gcn import reuse_freed_memory
-from methods import Context, Point, method
 from model import HookedModel
+from unlearn.methods import Context, Point, method
 from write import as_text
 
 STRATEGIES = (

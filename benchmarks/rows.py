@@ -10,7 +10,7 @@ from benchmarks.zoo import SINGLES, Case, Cell, Recipe, Theta, cases, mean
 from scipy.stats import t as student
 
 from core.config import PROJECT_ROOT
-from unlearning import Checkpoint
+from unlearn.requests import Checkpoint
 from write import as_text
 
 SHIPPED = PROJECT_ROOT / "pretrained" / "gcn_mlp.safetensors"

@@ -20,8 +20,8 @@ import torch
 
 from core.config import PipelineConfig
 from eval import Eval
-from methods import Context, Point
 from model import HookedResnet
+from unlearn.methods import Context, Point
 
 IMAGES, BATCH, REPEATS = 4000, 256, 7
 

@@ -58,9 +58,9 @@ from core.config import (
     TopKSamplers,
 )
 from graphs.gcn import reuse_freed_memory
-from masks import Mask, hard_topk
-from methods import Context, Point, mask_of
-from unlearning import Request, Unlearner, noise_start, taylor_start
+from unlearn.masks import Mask, hard_topk
+from unlearn.methods import Context, Point, mask_of
+from unlearn.requests import Request, Unlearner, noise_start, taylor_start
 from utils_data import UnlearningDataset
 from write import as_text
 

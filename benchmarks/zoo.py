@@ -26,12 +26,12 @@ from core.config import (
 )
 from core.observe import Tracker
 from graphs.gcn import MaskingGCN
-from masks import feasibility_score, hard_topk
-from methods import TAYLOR_LAMBDAS
 from model import HookedModel
 from stages import Stages
 from trainer import GCNTrainer
-from unlearning import Checkpoint, Request, Unlearner, UnlearningTrainer, refine
+from unlearn.masks import feasibility_score, hard_topk
+from unlearn.methods import TAYLOR_LAMBDAS
+from unlearn.requests import Checkpoint, Request, Unlearner, UnlearningTrainer, refine
 from utils_data import UnlearningDataset
 
 Classes = tuple[int, ...]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import baselines
-from baselines import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
 from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
-from finetuning import Finetuner
 from integrity import changed_outside
-from methods import METHODS, Context, Point
 from model import HookedModel, vision_model_loader
+from unlearn import trained as baselines
+from unlearn.finetuning import Finetuner
+from unlearn.methods import METHODS, Context, Point
+from unlearn.trained import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
 from utils_data import Images, UnlearningDataset, get_unlearning_dataset
 
 POINT, CPU = Point(topK=1, kappa=1, seed=0), torch.device("cpu")

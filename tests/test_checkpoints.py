@@ -21,7 +21,7 @@ from model import HookedMLPClassifier, HookedModel, save_classifier, vision_mode
 from models.checkpoints import load_state, read_checkpoint
 from stages import Stages
 from tests.common import LOG_LINE
-from unlearning import Unlearner
+from unlearn.requests import Unlearner
 from utils_data import get_unlearning_dataset
 
 MLP = SupportedVisionModels.HookedMLPClassifier

@@ -22,9 +22,9 @@ from core.artifacts import write_tensors
 from core.choices import Choice
 from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
 from core.fields import bare, hints
-from masks import Mask
 from model import save_classifier, vision_model_loader
 from tests.common import LOG_LINE, TINY
+from unlearn.masks import Mask
 
 ROOT = Path(main.__file__).parent
 METHODS = ("MIMU (ours)", "MIMU refined (ours)", "signed Taylor", "random mask", "SFT randomisation", "untouched")

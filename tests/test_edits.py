@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import edits
 from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels
-from edits import (
+from model import HookedModel, vision_model_loader
+from unlearn import closed_form as edits
+from unlearn.closed_form import (
     Spectrum,
     damp_edit,
     dampened,
@@ -21,9 +22,8 @@ from edits import (
     svd_edit,
     training_images,
 )
-from fisher import batch_fisher, sample_fisher
-from methods import METHODS, Context, Point, mask_of
-from model import HookedModel, vision_model_loader
+from unlearn.fisher import batch_fisher, sample_fisher
+from unlearn.methods import METHODS, Context, Point, mask_of
 from utils_data import Images, get_unlearning_dataset
 
 CPU = torch.device("cpu")

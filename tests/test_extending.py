@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from core.config import EvalConfig
-from methods import METHODS, Context, Point, method
 from metrics import METRICS, Evidence, metric
 from pipeline import Pipeline
 from tests.test_page import page_data
 from tests.test_pipeline import tiny
+from unlearn.methods import METHODS, Context, Point, method
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from core.store import Stage
 from data import GraphGenerator
 from model import save_classifier, vision_model_loader
 from pipeline import Pipeline
-from unlearning import Unlearner
+from unlearn.requests import Unlearner
 from utils_data import get_unlearning_dataset
 
 MLP = SupportedVisionModels.HookedMLPClassifier

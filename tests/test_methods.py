@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import edits  # noqa: F401 - registers its methods
 from core.config import (
     EvalConfig,
     GCNConfig,
@@ -24,7 +23,10 @@ from core.config import (
 from data import GraphDataset, GraphGenerator
 from graphs.layout import layer_graph
 from integrity import extent, state_hash, unchanged
-from masks import (
+from model import vision_model_loader
+from trainer import SFTTrainer
+from unlearn import closed_form as edits  # noqa: F401 - registers its methods
+from unlearn.masks import (
     Mask,
     feasibility_score,
     hard_topk,
@@ -34,10 +36,8 @@ from masks import (
     top_mask,
     weights_sha256,
 )
-from methods import METHODS, Context, Point, chosen_methods, mask_of, method
-from model import vision_model_loader
-from trainer import SFTTrainer
-from unlearning import Checkpoint, Request, Unlearner
+from unlearn.methods import METHODS, Context, Point, chosen_methods, mask_of, method
+from unlearn.requests import Checkpoint, Request, Unlearner
 from utils_data import get_unlearning_dataset
 
 POINT = Point(topK=500, kappa=200, seed=0)

@@ -17,8 +17,8 @@ from comparisons import js, kl, total_variation, zero_retrain_forgetting
 from core.config import derive_seed
 from eval import Eval
 from graphs.layout import layer_graph
-from masks import random_mask
 from metrics import METRICS, Again, Evidence, Outputs, blocks, entropy_mia
+from unlearn.masks import random_mask
 from views import tables_of
 
 HERE = [name for name, entry in METRICS.items() if entry.compute.__module__ in ("metrics", "comparisons")]

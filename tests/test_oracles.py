@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import masks
 from core.config import (
     Activations,
     Aggregations,
@@ -23,12 +22,13 @@ from data import GraphDataset, GraphGenerator, Vectors
 from eval import Eval
 from graphs.gcn import MaskingGCN
 from graphs.layout import layer_graph
-from masks import SAMPLERS, Mask, hard_topk, masked, random_mask
-from methods import Context
 from metrics import Outputs, chosen_metrics
 from model import HookedModel, vision_model_loader
 from tests.common import APART, MIXED, NET_5432, evidence, held
 from trainer import GCNTrainer, categorical_kl, log_prior
+from unlearn import masks
+from unlearn.masks import SAMPLERS, Mask, hard_topk, masked, random_mask
+from unlearn.methods import Context
 from utils_data import Images, UnlearningDataset
 
 

@@ -25,7 +25,7 @@ from preflight import Footing, changed, understood, without_effect
 from stages import Stages
 from tables import remarks
 from tests.common import TINY
-from unlearning import WARM_UP, Unlearner, UnlearningTrainer
+from unlearn.requests import WARM_UP, Unlearner, UnlearningTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,6 @@ from common import evidence
 from torch import nn
 
 import probes
-from edits import DroppedLogits
 from metrics import METRICS, Choose, Evidence, Outputs
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from probes import (
@@ -26,6 +25,7 @@ from probes import (
     steps_until,
     training_images,
 )
+from unlearn.closed_form import DroppedLogits
 
 DEEP = [name for name, entry in METRICS.items() if entry.group == "deep"]
 CLASSES, PER_CLASS = 3, 60

@@ -9,7 +9,6 @@ import pytest
 import main
 from core.artifacts import SCHEMA, read_json
 from core.config import UserError
-from methods import METHODS
 from metrics import METRICS
 from reference import (
     DOCS,
@@ -23,6 +22,7 @@ from reference import (
     source,
     write_docs,
 )
+from unlearn.methods import METHODS
 
 RECORD = {
     "schema": SCHEMA,

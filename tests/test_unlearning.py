@@ -33,13 +33,13 @@ from core.config import (
 from core.intervals import paired_difference, wilson
 from core.observe import Tracker
 from data import GraphDataset, GraphGenerator
-from features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log
-from masks import hard_topk
-from methods import TAYLOR_LAMBDAS, Point, mask_of
 from model import HookedModel
 from pipeline import Pipeline
 from stages import Stages
-from unlearning import (
+from unlearn.features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log
+from unlearn.masks import hard_topk
+from unlearn.methods import TAYLOR_LAMBDAS, Point, mask_of
+from unlearn.requests import (
     STATE,
     Checkpoint,
     Request,
@@ -112,7 +112,7 @@ def test_first_order_importances_are_those_of_autograd(tiny, classes):
 
 def test_kept_and_recomputed_gradients_agree(tiny, monkeypatch):
     _, graphs, checkpoint = tiny
-    monkeypatch.setattr("features.MOST_KEPT", 0)
+    monkeypatch.setattr("unlearn.features.MOST_KEPT", 0)
     for ours, again in zip(checkpoint.statistics.gradients(), ClassStatistics(graphs, 4).gradients(), strict=True):
         assert torch.equal(ours, again)
 
@@ -135,7 +135,7 @@ def test_samples_of_requests_are_kept_within_a_bound_and_made_again_alike(tiny, 
     first = [checkpoint.sides(classes) for classes in requests]
     assert all(checkpoint.sides(classes) is sides for classes, sides in zip(requests, first, strict=True))
     room = first[0].bytes + first[1].bytes + first[2].bytes
-    monkeypatch.setattr("unlearning.MOST_SIDES_BYTES", room)
+    monkeypatch.setattr("unlearn.requests.MOST_SIDES_BYTES", room)
     again = [checkpoint.sides(classes) for classes in (*requests, *requests)]
     for old, new in zip((*first, *first), again, strict=True):
         assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in ("h", "labels", "target"))

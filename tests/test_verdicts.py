@@ -14,8 +14,8 @@ from core.choices import Diverged
 from core.config import EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from core.intervals import difference, wilson
 from eval import SCORES, Eval
-from methods import METHODS, Context, Point
 from model import HookedModel, vision_model_loader
+from unlearn.methods import METHODS, Context, Point
 from utils_data import get_unlearning_dataset
 from verdicts import (
     CHECKS,

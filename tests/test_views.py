@@ -14,11 +14,11 @@ import panels
 from core.config import SupportedDatasets
 from counts import MOST_CLASSES
 from graphs.layout import WeightGraph
-from masks import Mask
 from metrics import Outputs
 from model import NO_ANSWER, HookedMLPClassifier, predictions
 from tests.common import APART, held
 from tests.test_reporter import record
+from unlearn.masks import Mask
 from utils_data import Images, UnlearningDataset
 from views import MAP_SIDE, SAMPLES, WIDEST, many_classes, mask_map, said_of_samples, sampled, tables_of, thumbnails
 

@@ -13,10 +13,10 @@ from core.yaml_files import load_config
 from data import GraphDataset, GraphGenerator
 from graphs.gcn import MaskingGCN
 from graphs.layout import WeightGraph, layer_graph
-from masks import Mask, masked, random_mask
 from model import HookedMLPClassifier, HookedModel, capture
 from pipeline import Pipeline
 from tests.common import APART, MIXED, NET_5432
+from unlearn.masks import Mask, masked, random_mask
 from utils_data import Images, UnlearningDataset
 
 GRAPHS = pytest.mark.parametrize("graph", [NET_5432, APART, MIXED], ids=["5-4-3-2", "apart", "mixed"])

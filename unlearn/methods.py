@@ -1,7 +1,7 @@
 """The registry of compared methods, our own masks and the plain controls; one decorated function each.
 
 A method enters with the shared classifier and yields a model that has (or has not) forgotten; on leaving,
-the shared classifier is bit-identical. Rivals that train are in `baselines.py`, closed-form edits in `edits.py`.
+the shared classifier is bit-identical. Rivals that train are in `unlearn/trained.py`, closed-form edits in `unlearn/closed_form.py`.
 """
 
 import time
@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from core.config import MaskStrategies, PipelineConfig, Starts, UserError, derive_seed
 from core.observe import progress
-from features import centred_rank
 from graphs.layout import WeightGraph
-from masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask
 from model import HookedModel, inspecting, predictions
 from trainer import SFTTrainer
-from unlearning import Checkpoint, Request, Unlearner, noise_start, refine, taylor_start
+from unlearn.features import centred_rank
+from unlearn.masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask
+from unlearn.requests import Checkpoint, Request, Unlearner, noise_start, refine, taylor_start
 from utils_data import UnlearningDataset
 
 OURS = "this project"

@@ -1,6 +1,6 @@
 """Rivals that change a classifier's weights or outputs in closed form: nothing is trained.
 
-Each is a decorated function as in `methods.py`, with its source and the settings that it is tuned over.
+Each is a decorated function as in `unlearn/methods.py`, with its source and the settings that it is tuned over.
 """
 
 import copy
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from core.config import derive_seed
 from core.observe import log
-from fisher import Fisher, batch_fisher, sample_fisher
-from masks import Mask, top_mask
-from methods import Context, Point, mask_method, method
 from model import HookedModel, capture, inspecting
+from unlearn.fisher import Fisher, batch_fisher, sample_fisher
+from unlearn.masks import Mask, top_mask
+from unlearn.methods import Context, Point, mask_method, method
 from utils_data import Images
 
 LOW_LOGIT = -1e4  # stands for -inf, whose product with a probability of 0 is no number

@@ -18,10 +18,10 @@ from core.artifacts import HISTORY, write_json
 from core.config import FeatureSets, ForgetLosses, GCNConfig, RefineConfig, UserError, derive_seed
 from core.observe import Tracker, log, progress
 from data import GraphDataset
-from features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log, standardised
 from graphs.gcn import MaskingGCN
-from masks import SAMPLERS, check_budget, sinkhorn_topk
 from model import HookedModel, MaskLayer, inspecting
+from unlearn.features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log, standardised
+from unlearn.masks import SAMPLERS, check_budget, sinkhorn_topk
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
 MATCH_SHARE = 0.1  # of `match` in ForgetLosses.both: enough for its probabilities, too little to forget later
