@@ -9,23 +9,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-import probes  # noqa: F401 - registers its metrics
-from comparisons import avg_gap  # registers the metrics against the retrained models too
 from core.choices import Diverged
 from core.config import KappaModes
 from core.observe import log
 from core.record_schema import SCORES
-from counts import intervals_of
-from integrity import COSTS, changed_outside, extent, unchanged
-from metrics import chosen_metrics
+from measure import probes  # noqa: F401 - registers its metrics
+from measure.comparisons import avg_gap  # registers the metrics against the retrained models too
+from measure.counts import intervals_of
+from measure.integrity import COSTS, changed_outside, extent, unchanged
+from measure.metrics import chosen_metrics
+from measure.snapshots import Snapshots
+from measure.verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
+from measure.views import TABLES, mask_map, tables_of, thumbnails
 from model import HookedModel
-from snapshots import Snapshots
 from unlearn import closed_form as edits  # noqa: F401 - registers its methods
 from unlearn import trained as baselines  # noqa: F401 - registers its methods
 from unlearn.masks import Mask, hard_topk, masked
 from unlearn.methods import METHODS, Context, Point, Settings, mask_of
-from verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
-from views import TABLES, mask_map, tables_of, thumbnails
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40

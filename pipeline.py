@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
-from budget import Search, check_provable, search
 from core.artifacts import SCHEMA, write_json
 from core.class_requests import written
 from core.config import GIVEN, KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
@@ -18,7 +17,8 @@ from core.observe import log, progress
 from core.record_schema import complaint
 from core.records import read_whole, record_path
 from eval import Eval
-from metrics import chosen_metrics
+from measure.auto_kappa import Search, check_provable, search
+from measure.metrics import chosen_metrics
 from preflight import footing, say
 from reporter import Reporter
 from stages import GCN_CODE, Stages
@@ -37,18 +37,18 @@ RECORD_CODE = (
     "unlearn/fisher.py",
     "unlearn/finetuning.py",
     "unlearn/trained.py",
-    "metrics.py",
-    "comparisons.py",
-    "attacks.py",
-    "counts.py",
-    "probes.py",
-    "integrity.py",
-    "views.py",
+    "measure/metrics.py",
+    "measure/comparisons.py",
+    "measure/attacks.py",
+    "measure/counts.py",
+    "measure/probes.py",
+    "measure/integrity.py",
+    "measure/views.py",
     "core/intervals.py",
-    "verdicts.py",
-    "snapshots.py",
+    "measure/verdicts.py",
+    "measure/snapshots.py",
     "eval.py",
-    "budget.py",
+    "measure/auto_kappa.py",
     "core/hashes.py",
     "core/artifacts.py",
     "core/record_schema.py",

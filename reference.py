@@ -12,10 +12,10 @@ from pathlib import Path
 from core.artifacts import SCHEMA, read_json, write_json, write_text
 from core.config import PROJECT_ROOT, UserError
 from eval import Eval  # noqa: F401 - registers every method and every metric
-from integrity import COSTS
-from metrics import GROUPS, METRICS, Metric
+from measure.integrity import COSTS
+from measure.metrics import GROUPS, METRICS, Metric
+from measure.verdicts import meanings
 from unlearn.methods import BUDGET, METHODS, Method
-from verdicts import meanings
 from write import Markdown, as_text, in_markdown
 
 DOCS = PROJECT_ROOT / "docs"

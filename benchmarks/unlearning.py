@@ -43,7 +43,6 @@ from benchmarks.zoo import (
 import torch
 from torch import Tensor
 
-from budget import search
 from core.artifacts import copy_file, write_json
 from core.config import (
     PROJECT_ROOT,
@@ -58,6 +57,7 @@ from core.config import (
     TopKSamplers,
 )
 from graphs.gcn import reuse_freed_memory
+from measure.auto_kappa import search
 from unlearn.masks import Mask, hard_topk
 from unlearn.methods import Context, Point, mask_of
 from unlearn.requests import Request, Unlearner, noise_start, taylor_start

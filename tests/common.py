@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from graphs.layout import WeightGraph
-from metrics import Choose, Evidence, Outputs
+from measure.metrics import Choose, Evidence, Outputs
 from model import HookedMLPClassifier, HookedModel
 
 LOG_LINE = re.compile(r"\[ *\d+\.\d s\] \S")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
-from integrity import changed_outside
+from measure.integrity import changed_outside
 from model import HookedModel, vision_model_loader
 from unlearn import trained as baselines
 from unlearn.finetuning import Finetuner
@@ -158,7 +158,9 @@ def test_settings_that_diverge_are_not_chosen(context, monkeypatch):
     from eval import Eval
 
     judge = Eval(replace(context, retrain=lambda index: context.untrained()))
-    monkeypatch.setattr("snapshots.reference_fault", lambda *_: None)  # what it is held against does not matter here
+    monkeypatch.setattr(
+        "measure.snapshots.reference_fault", lambda *_: None
+    )  # what it is held against does not matter here
     diverging = replace(METHODS["finetune"], grid=({"lr": 1e30}, {"lr": 0.01}))
     monkeypatch.setitem(METHODS, "finetune", diverging)
     assert judge.tuned("finetune", POINT) == {"lr": 0.01}
@@ -173,7 +175,7 @@ def test_a_rival_whose_every_setting_diverges_is_recorded_and_stops_nobody(conte
 
     judged = replace(context.config.eval, methods=("finetune", "random", "default"), metrics=("core", "avg_gap"))
     config = replace(context.config, eval=replace(judged, references=1))
-    monkeypatch.setattr("snapshots.reference_fault", lambda *_: None)
+    monkeypatch.setattr("measure.snapshots.reference_fault", lambda *_: None)
     monkeypatch.setitem(METHODS, "finetune", replace(METHODS["finetune"], grid=grid))
     made = {"retrain": lambda index: context.untrained(), "learn_importance": lambda topK: torch.rand(10, 64, 128)}
     judge = Eval(replace(context, config=config, **made))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.config import EvalConfig
-from metrics import METRICS, Evidence, metric
+from measure.metrics import METRICS, Evidence, metric
 from pipeline import Pipeline
 from tests.test_page import page_data
 from tests.test_pipeline import tiny

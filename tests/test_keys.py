@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 import stages
-from budget import Search
 from core.config import (
     GIVEN,
     EvalConfig,
@@ -30,6 +29,7 @@ from core.config import (
 from core.hashes import key_of
 from core.store import Stage
 from data import GraphGenerator
+from measure.auto_kappa import Search
 from model import save_classifier, vision_model_loader
 from pipeline import Pipeline
 from unlearn.requests import Unlearner

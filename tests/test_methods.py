@@ -22,7 +22,7 @@ from core.config import (
 )
 from data import GraphDataset, GraphGenerator
 from graphs.layout import layer_graph
-from integrity import extent, state_hash, unchanged
+from measure.integrity import extent, state_hash, unchanged
 from model import vision_model_loader
 from trainer import SFTTrainer
 from unlearn import closed_form as edits  # noqa: F401 - registers its methods

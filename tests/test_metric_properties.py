@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from attacks import caught, separation
-from comparisons import js, kl, total_variation, zero_retrain_forgetting
 from core.config import derive_seed
 from eval import Eval
 from graphs.layout import layer_graph
-from metrics import METRICS, Again, Evidence, Outputs, blocks, entropy_mia
+from measure.attacks import caught, separation
+from measure.comparisons import js, kl, total_variation, zero_retrain_forgetting
+from measure.metrics import METRICS, Again, Evidence, Outputs, blocks, entropy_mia
+from measure.views import tables_of
 from unlearn.masks import random_mask
-from views import tables_of
 
 HERE = [name for name, entry in METRICS.items() if entry.compute.__module__ in ("metrics", "comparisons")]
 SETS = [(split, part) for split in ("train", "test") for part in (True, False)]
@@ -130,8 +130,8 @@ def test_no_metric_depends_on_how_many_logits_are_held(models, monkeypatch, most
         return {who: {k: inferred(models[who], *v, sizes[who]) for k, v in images.items()} for who in WHO}
 
     whole = outputs()
-    monkeypatch.setattr("metrics.MOST_VALUES", most)
-    monkeypatch.setattr("snapshots.MOST_VALUES", most)
+    monkeypatch.setattr("measure.metrics.MOST_VALUES", most)
+    monkeypatch.setattr("measure.snapshots.MOST_VALUES", most)
     parts = outputs()
     assert all(isinstance(parts[who][key].logits, Again) for who in WHO for key in SETS)
     assert all(block.numel() <= max(most, CLASSES) for block in parts["u"]["test", False].log_p())
@@ -151,7 +151,7 @@ def test_no_metric_depends_on_how_many_logits_are_held(models, monkeypatch, most
 
 
 def test_blocks_hold_all_rows_in_order(monkeypatch):
-    monkeypatch.setattr("metrics.MOST_VALUES", 10)
+    monkeypatch.setattr("measure.metrics.MOST_VALUES", 10)
     rows = torch.arange(39.0).view(13, 3)
     for sizes in ([13], [1] * 13, [2, 5, 6], [4, 9]):
         found = list(blocks(rows.split(sizes)))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from common import evidence, held
 
-import comparisons  # registers its metrics
-from attacks import caught, logistic_calls, separation, svc_calls
-from comparisons import AVERAGED, js, kl, total_variation
 from core.config import UserError
-from metrics import METRICS, Evidence, Outputs, chosen_metrics, forget_loss, metric
+from measure import comparisons  # registers its metrics
+from measure.attacks import caught, logistic_calls, separation, svc_calls
+from measure.comparisons import AVERAGED, js, kl, total_variation
+from measure.metrics import METRICS, Evidence, Outputs, chosen_metrics, forget_loss, metric
 from model import NO_ANSWER
 
 LN2, LOW = math.log(2), -1e4

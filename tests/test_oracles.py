@@ -22,7 +22,7 @@ from data import GraphDataset, GraphGenerator, Vectors
 from eval import Eval
 from graphs.gcn import MaskingGCN
 from graphs.layout import layer_graph
-from metrics import Outputs, chosen_metrics
+from measure.metrics import Outputs, chosen_metrics
 from model import HookedModel, vision_model_loader
 from tests.common import APART, MIXED, NET_5432, evidence, held
 from trainer import GCNTrainer, categorical_kl, log_prior

@@ -9,10 +9,9 @@ import torch
 from common import evidence
 from torch import nn
 
-import probes
-from metrics import METRICS, Choose, Evidence, Outputs
-from model import HookedMLPClassifier, HookedModel, HookedResnet
-from probes import (
+from measure import probes
+from measure.metrics import METRICS, Choose, Evidence, Outputs
+from measure.probes import (
     MOST_PROBED_CLASSES,
     accuracy,
     drawn,
@@ -25,6 +24,7 @@ from probes import (
     steps_until,
     training_images,
 )
+from model import HookedMLPClassifier, HookedModel, HookedResnet
 from unlearn.closed_form import DroppedLogits
 
 DEEP = [name for name, entry in METRICS.items() if entry.group == "deep"]

@@ -9,7 +9,7 @@ import pytest
 import main
 from core.artifacts import SCHEMA, read_json
 from core.config import UserError
-from metrics import METRICS
+from measure.metrics import METRICS
 from reference import (
     DOCS,
     EXAMPLE,

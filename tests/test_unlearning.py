@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import budget
 import main
-from budget import Attempt
 from core.artifacts import read_json, read_tensors, write_tensors
 from core.config import (
     AutoConfig,
@@ -33,6 +31,8 @@ from core.config import (
 from core.intervals import paired_difference, wilson
 from core.observe import Tracker
 from data import GraphDataset, GraphGenerator
+from measure import auto_kappa as budget
+from measure.auto_kappa import Attempt
 from model import HookedModel
 from pipeline import Pipeline
 from stages import Stages

@@ -14,10 +14,7 @@ from core.choices import Diverged
 from core.config import EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from core.intervals import difference, wilson
 from eval import SCORES, Eval
-from model import HookedModel, vision_model_loader
-from unlearn.methods import METHODS, Context, Point
-from utils_data import get_unlearning_dataset
-from verdicts import (
+from measure.verdicts import (
     CHECKS,
     CLASS_DROP,
     COLLAPSE_DROP,
@@ -32,6 +29,9 @@ from verdicts import (
     reference_fault,
     verdict,
 )
+from model import HookedModel, vision_model_loader
+from unlearn.methods import METHODS, Context, Point
+from utils_data import get_unlearning_dataset
 
 
 def figures(forget: float, retain: float, changed: int = 100, **more: float | None) -> dict[str, float | None]:

@@ -12,15 +12,25 @@ from torch import Tensor
 
 import panels
 from core.config import SupportedDatasets
-from counts import MOST_CLASSES
 from graphs.layout import WeightGraph
-from metrics import Outputs
+from measure.counts import MOST_CLASSES
+from measure.metrics import Outputs
+from measure.views import (
+    MAP_SIDE,
+    SAMPLES,
+    WIDEST,
+    many_classes,
+    mask_map,
+    said_of_samples,
+    sampled,
+    tables_of,
+    thumbnails,
+)
 from model import NO_ANSWER, HookedMLPClassifier, predictions
 from tests.common import APART, held
 from tests.test_reporter import record
 from unlearn.masks import Mask
 from utils_data import Images, UnlearningDataset
-from views import MAP_SIDE, SAMPLES, WIDEST, many_classes, mask_map, said_of_samples, sampled, tables_of, thumbnails
 
 MEAN, STD = 100.0, 50.0
 

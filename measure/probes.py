@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import derive_seed
-from metrics import Evidence, metric, retrained_mean
+from measure.metrics import Evidence, metric, retrained_mean
 from model import HookedModel, inspecting, predictions
 
 LEARNING_RATE = 2e-3  # of the stack of linear layers

@@ -3,7 +3,7 @@
 A metric reads an `Evidence`: what one model says about every image set, beside the untouched classifier and the ones
 retrained without the forgotten classes. Sets: D_f and D_r are the training images of the classes to forget and of all
 others; T is the judged split (test images for the report, validation images for choices), in its two parts. Metrics
-against the retrained models are in `comparisons.py`.
+against the retrained models are in `measure/comparisons.py`.
 """
 
 import math
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attacks import caught, logistic_calls, separation, svc_calls
 from core.config import UserError
+from measure.attacks import caught, logistic_calls, separation, svc_calls
 from model import HookedModel, predictions
 
 OutputsOf = Callable[[str, bool], "Outputs"]
@@ -428,7 +428,7 @@ def class_mia_tpr1(e: Evidence) -> float:
     return 100 * caught(e.train_forget.confidence, e.forget.confidence)
 
 
-# --- against the retrained models: see comparisons.py -----------------------------------------------------
+# --- against the retrained models: see measure/comparisons.py -----------------------------------------------------
 
 
 def retrained_mean(e: Evidence, of: Compute) -> float | None:

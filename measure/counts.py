@@ -8,7 +8,7 @@ from torch import Tensor
 
 from core.config import derive_seed
 from core.intervals import bootstrap_mean, wilson
-from metrics import Evidence, Outputs
+from measure.metrics import Evidence, Outputs
 from model import NO_ANSWER
 
 MOST_CLASSES = 100  # of a class x class table in a record

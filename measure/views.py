@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from counts import class_tables
-from metrics import Outputs
+from measure.counts import class_tables
+from measure.metrics import Outputs
 from model import NO_ANSWER
 from unlearn.masks import Mask
 from utils_data import UnlearningDataset

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from core.choices import Diverged
 from core.observe import log, progress
-from integrity import state_hash
-from metrics import MOST_VALUES, Again, Choose, Evidence, Outputs, OutputsOf, PerImage
+from measure.integrity import state_hash
+from measure.metrics import MOST_VALUES, Again, Choose, Evidence, Outputs, OutputsOf, PerImage
+from measure.verdicts import reference_fault
 from model import HookedModel, MaskLayer, inspecting
 from unlearn.methods import Context
-from verdicts import reference_fault
 
 
 class _Head(nn.Module):

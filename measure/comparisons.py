@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metrics import (
+from measure.metrics import (
     Compute,
     Evidence,
     Outputs,
