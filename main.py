@@ -170,7 +170,7 @@ def _configured(arguments: list[str], command: str, about: str) -> PipelineConfi
 def _as_json(records: list[dict], code: int, places: dict[str, str]) -> str:
     """What a run says, for programs: the table as objects, the answer, remarks, every record's id and place."""
     from core.records import record_path
-    from tables import as_json, headline, is_answered, remarks
+    from reporting.tables import as_json, headline, is_answered, remarks
 
     said = {"exit": code, "headline": headline(records) if is_answered(records) else None, "remarks": remarks(records)}
     files = [str(record_path(Path(places["output"]), record)) for record in records]
@@ -197,7 +197,7 @@ def run(arguments: list[str]) -> int:
 def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
     """Where what a run leaves lies; the mask is that of its answer."""
     from reporter import Reporter
-    from tables import answer_of
+    from reporting.tables import answer_of
 
     reporter, chosen = Reporter(config.output_dir), answer_of(records)
     places = {"output": config.output_dir, "plots": reporter.plots / reporter.run_name(records[0])}
@@ -209,8 +209,8 @@ def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
 def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> int:
     """Print a run's table, answer and places; returns the exit code."""
     from core.records import RECORDS
-    from tables import headline, is_answered, remarks, table
-    from write import as_text
+    from reporting.tables import headline, is_answered, remarks, table
+    from reporting.write import as_text
 
     code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
     places = _places(config, records)

@@ -15,8 +15,8 @@ from eval import Eval  # noqa: F401 - registers every method and every metric
 from measure.integrity import COSTS
 from measure.metrics import GROUPS, METRICS, Metric
 from measure.verdicts import meanings
+from reporting.write import Markdown, as_text, in_markdown
 from unlearn.methods import BUDGET, METHODS, Method
-from write import Markdown, as_text, in_markdown
 
 DOCS = PROJECT_ROOT / "docs"
 ARROWS = {"higher": "up", "lower": "down", "retrain": "as retrained"}

@@ -1,43 +1,43 @@
 """Records -> tables, figures and the HTML page, from the JSON files alone (no torch, no dataset).
 
-`tables.py` chooses points and makes tables, `panels.py` declares figures, `figures.py` draws them, `page.py` writes the
-page, `compare.py` holds runs against each other; this room says what is written where, and what is there already.
+`reporting/tables.py` chooses points and makes tables, `reporting/panels.py` declares figures, `reporting/draw.py` draws them, `reporting/page.py` writes the
+page, `reporting/compare.py` holds runs against each other; this room says what is written where, and what is there already.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from compare import compared, find_side
 from core.artifacts import HISTORY, DamagedError, read_json, write_text
 from core.config import ReporterConfig, UserError, plain
 from core.hashes import code_key, key_of
 from core.observe import log, progress, visible
 from core.records import read_records
 from core.store import read_manifest, write_manifest
-from curves import training
-from families import Run, families, family_key, runs_of, told_apart
-from figures import save
-from page import write_page
-from panels import Panel, figures_of
-from tables import (
+from reporting.compare import compared, find_side
+from reporting.curves import training
+from reporting.draw import save
+from reporting.families import Run, families, family_key, runs_of, told_apart
+from reporting.page import write_page
+from reporting.panels import Panel, figures_of
+from reporting.tables import (
     caption,
     grid,
     metrics_of,
     table,
     without_records,
 )
-from write import as_csv, as_latex, as_text
+from reporting.write import as_csv, as_latex, as_text
 
 CODE = (
     *(
         "reporter.py",
-        "write.py",
-        "families.py",
+        "reporting/write.py",
+        "reporting/families.py",
         "core/intervals.py",
-        "tables.py",
-        "panels.py",
-        "curves.py",
-        "figures.py",
+        "reporting/tables.py",
+        "reporting/panels.py",
+        "reporting/curves.py",
+        "reporting/draw.py",
     ),
     *("core/hashes.py", "core/artifacts.py", "core/record_schema.py", "core/records.py", "core/observe.py"),
 )

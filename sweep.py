@@ -27,8 +27,8 @@ from core.observe import log
 from core.records import read_whole
 from core.store import sha256_folder
 from core.yaml_files import load_config, read_words, resolved, typed
+from reporting.write import as_text
 from training.processes import end_with_parent
-from write import as_text
 
 SECTION = "sweep"
 SWEEPS = Path("eval/sweeps")

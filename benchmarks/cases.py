@@ -716,7 +716,7 @@ def clean_beside_a_run(b: Bench) -> Judged:
 
 @case("AN", "cells of tables")
 def cells(b: Bench) -> Judged:
-    code = """from write import as_csv, as_text
+    code = """from reporting.write import as_csv, as_text
 print(as_csv([["a", "b", "c"], ["=1+1", "-3.2", "@a"]])); print(as_text([["a", "b"], ["x|y", "1"]]))"""
     said = b.python_says(code).stdout
     run = re.search(r"(^|,)\"?[=@]", said, re.MULTILINE) is None and "-3.2" in said

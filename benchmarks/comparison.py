@@ -31,9 +31,9 @@ from core.intervals import against, t_interval
 from eval import Eval
 from graphs.gcn import reuse_freed_memory
 from pipeline import RECORD_CODE, Pipeline
+from reporting.write import as_text
 from unlearn.methods import METHODS, Point
 from utils_data import UnlearningDataset
-from write import as_text
 
 GCNS = {
     SupportedVisionModels.HookedMLPClassifier: PROJECT_ROOT / "pretrained" / "gcn_mlp.safetensors",

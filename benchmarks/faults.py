@@ -64,7 +64,7 @@ from core.artifacts import read_tensors
 from core.config import PROJECT_ROOT, UserError
 from core.hashes import provenance, sha256_arrays
 from core.yaml_files import load_config
-from panels import Panel
+from reporting.panels import Panel
 from sweep import EXECUTORS, Job, SweepConfig, run_job
 
 PIPELINE = """
@@ -638,8 +638,8 @@ def warm_up(folder: Path) -> None:
     import typeguard  # noqa: F401
     from matplotlib.figure import Figure
 
-    import page  # noqa: F401
     import pipeline  # noqa: F401
+    from reporting import page  # noqa: F401
 
     Image.init()
     torch.set_num_threads(1)

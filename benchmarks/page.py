@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import keep, parser
 
 from core.records import read_records
-from families import Run, families, runs_of
-from page import as_page
+from reporting.families import Run, families, runs_of
+from reporting.page import as_page
 
 RUNS, POINTS, REPEATS = 10, 50, 5
 EMPTY = "<!doctype html><title>empty</title><body></body>"

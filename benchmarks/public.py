@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from core.config import PROJECT_ROOT, SupportedVisionModels
 from graphs.gcn import reuse_freed_memory
 from model import HookedModel
+from reporting.write import as_text
 from unlearn.methods import Context, Point, method
-from write import as_text
 
 STRATEGIES = (
     "gradient_ascent",

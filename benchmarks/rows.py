@@ -10,8 +10,8 @@ from benchmarks.zoo import SINGLES, Case, Cell, Recipe, Theta, cases, mean
 from scipy.stats import t as student
 
 from core.config import PROJECT_ROOT
+from reporting.write import as_text
 from unlearn.requests import Checkpoint
-from write import as_text
 
 SHIPPED = PROJECT_ROOT / "pretrained" / "gcn_mlp.safetensors"
 SHIPPED_RESNET = PROJECT_ROOT / "pretrained" / "gcn_resnet.safetensors"

@@ -58,11 +58,11 @@ from core.config import (
 )
 from graphs.gcn import reuse_freed_memory
 from measure.auto_kappa import search
+from reporting.write import as_text
 from unlearn.masks import Mask, hard_topk
 from unlearn.methods import Context, Point, mask_of
 from unlearn.requests import Request, Unlearner, noise_start, taylor_start
 from utils_data import UnlearningDataset
-from write import as_text
 
 CPU = torch.device("cpu")
 FULL_STEPS = 300  # as the graph networks that ship (configs/gcn_mlp.yaml)

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import main
-import page
 from core.class_requests import resolve_classes, spelled, written
 from core.config import GCNConfig, PipelineConfig, SupportedDatasets, UserError, plain
 from core.observe import visible
 from core.yaml_files import load_config
 from images.specs import SPECS
+from reporting import page
 from stages import Stages
 from sweep import expand, load_sweep
 from utils_data import get_unlearning_dataset

@@ -26,12 +26,12 @@ import main
 from core.class_requests import written
 from core.config import KappaModes, PipelineConfig, SupportedDatasets, TrainConfig, plain
 from core.yaml_files import load_config
-from families import families, runs_of
-from page import DEFAULT_CONFIG, as_page, command, rounded, sentence
-from panels import figures_of
-from tables import table
+from reporting.families import families, runs_of
+from reporting.page import DEFAULT_CONFIG, as_page, command, rounded, sentence
+from reporting.panels import figures_of
+from reporting.tables import table
+from reporting.write import as_text
 from tests.test_reporter import record
-from write import as_text
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from compare import compared, side
 from core.artifacts import DIGEST, write_json
 from core.hashes import key_of
 from core.record_schema import FIELDS, MORE, complaint
 from core.records import RECORDS, read_records, read_whole, record_path
-from families import families, runs_of
-from page import as_page
-from panels import figures_of
 from reporter import Reporter
-from tables import best_points, caption, headline, remarks, table
+from reporting.compare import compared, side
+from reporting.families import families, runs_of
+from reporting.page import as_page
+from reporting.panels import figures_of
+from reporting.tables import best_points, caption, headline, remarks, table
 from tests.test_reporter import record
 
 NUMBERS = (True, -1, 0, 3, 2**70, 0.5, math.nan, math.inf, 1e300)

@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from compare import compared, find_side, in_words, side
 from core.artifacts import SCHEMA, read_json, write_json
 from core.config import ReporterConfig, UserError
 from core.records import read_records, record_path
-from curves import training
-from families import families, family_key, runs_of, told_apart
-from figures import COLUMN, draw
-from panels import (
+from reporter import Reporter
+from reporting.compare import compared, find_side, in_words, side
+from reporting.curves import training
+from reporting.draw import COLUMN, draw
+from reporting.families import families, family_key, runs_of, told_apart
+from reporting.panels import (
     MOST_BARS,
     class_probability,
     confusion_difference,
@@ -29,8 +30,7 @@ from panels import (
     per_class,
     time_against_quality,
 )
-from reporter import Reporter
-from tables import (
+from reporting.tables import (
     Estimate,
     answer_of,
     best_points,
@@ -46,7 +46,7 @@ from tables import (
     table,
     without_records,
 )
-from write import Lead, as_csv, as_latex, as_text
+from reporting.write import Lead, as_csv, as_latex, as_text
 
 METRICS = {
     "forget_loss": ("nats", "higher"),

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import panels
 from core.config import SupportedDatasets
 from graphs.layout import WeightGraph
 from measure.counts import MOST_CLASSES
@@ -27,6 +26,7 @@ from measure.views import (
     thumbnails,
 )
 from model import NO_ANSWER, HookedMLPClassifier, predictions
+from reporting import panels
 from tests.common import APART, held
 from tests.test_reporter import record
 from unlearn.masks import Mask

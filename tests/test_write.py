@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.observe import visible
-from write import Lead, Markdown, as_csv, as_latex, as_text, in_csv, in_latex, in_markdown
+from reporting.write import Lead, Markdown, as_csv, as_latex, as_text, in_csv, in_latex, in_markdown
 
 MARKS = "|\\`*_~$<>&[]()#%{}^'\"=+-@\t\n\r\x1b\u202e\u2028\udc80 ,;±é0a"
 TEXT = st.text(st.one_of(st.sampled_from(MARKS), st.characters(exclude_categories=["Cs"])), max_size=8)

@@ -1,6 +1,6 @@
-"""Figures declared as data: records -> panels, which `figures.py` draws for print and the HTML page draws on screen.
+"""Figures declared as data: records -> panels, which `reporting/draw.py` draws for print and the HTML page draws on screen.
 
-Every figure is one line of `FIGURES` (or of `TERMS` in `curves.py`); metrics and methods come from the records.
+Every figure is one line of `FIGURES` (or of `TERMS` in `reporting/curves.py`); metrics and methods come from the records.
 """
 
 import math
@@ -9,8 +9,19 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from core.record_schema import SCORES
-from families import Run
-from tables import Estimate, best_points, by_gap, choose, chosen_in, classes_of, estimate, known, metrics_of, over_runs
+from reporting.families import Run
+from reporting.tables import (
+    Estimate,
+    best_points,
+    by_gap,
+    choose,
+    chosen_in,
+    classes_of,
+    estimate,
+    known,
+    metrics_of,
+    over_runs,
+)
 
 MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
 WIDE = 1e3  # largest / smallest figure from which an axis is logarithmic

@@ -13,8 +13,8 @@ from core.choices import UserError, at_home
 from core.intervals import Estimate as Interval
 from core.intervals import difference, minus, same
 from core.records import read_records
-from families import SHORT, Run, dataset_of, differing, labels_of, runs_of
-from tables import ARROWS, Best, Estimate, best_points, known, over_runs, shown
+from reporting.families import SHORT, Run, dataset_of, differing, labels_of, runs_of
+from reporting.tables import ARROWS, Best, Estimate, best_points, known, over_runs, shown
 
 Cell = tuple[str, str, tuple[int, ...], int]  # model, fingerprint of the images, classes, seed
 Points = dict[str, Best]  # method -> its chosen point

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from core.artifacts import write_bytes
 from core.config import ReporterConfig
 from core.observe import visible
-from panels import Panel, Series
+from reporting.panels import Panel, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

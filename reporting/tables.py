@@ -14,8 +14,8 @@ from core.config import SupportedDatasets, SupportedVisionModels
 from core.intervals import DUST, minus, same, t_interval
 from core.observe import visible
 from core.record_schema import SCORES
-from families import Run, dataset_of, labels_of, told_apart
-from write import Lead
+from reporting.families import Run, dataset_of, labels_of, told_apart
+from reporting.write import Lead
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves

@@ -21,9 +21,9 @@ from core.config import PROJECT_ROOT, plain
 from core.observe import visible
 from core.record_schema import SCORES
 from core.yaml_files import load_config
-from families import Run, dataset_of, family_key, told_apart
-from panels import Panel, figures_of, forgotten_taken_for
-from tables import (
+from reporting.families import Run, dataset_of, family_key, told_apart
+from reporting.panels import Panel, figures_of, forgotten_taken_for
+from reporting.tables import (
     caption,
     choose,
     grid,
@@ -37,9 +37,9 @@ from tables import (
     table,
     without_records,
 )
-from write import Lead
+from reporting.write import Lead
 
-TEMPLATE = PROJECT_ROOT / "templates" / "report.html"
+TEMPLATE = PROJECT_ROOT / "reporting" / "templates" / "report.html"
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
 DIGITS = 4  # significant ones that a figure keeps on the page
 NO_FLAGS = ("reporter", "output_dir", "tracker", "resume")  # say nothing about the results

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from panels import Panel, Series, extent
+from reporting.panels import Panel, Series, extent
 
 MOST_POINTS = 400  # of a training curve
 TERMS = {
