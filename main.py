@@ -245,8 +245,8 @@ def train_gcn(arguments: list[str]) -> int:
     target = at_home(targets[0])
     from core.artifacts import copy_file
     from core.locks import running
-    from preflight import say
-    from stages import Stages
+    from stages.chain import Stages
+    from stages.preflight import say
 
     with running(config.output_dir):
         stages = Stages(config)

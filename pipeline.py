@@ -19,9 +19,9 @@ from core.records import read_whole, record_path
 from eval import Eval
 from measure.auto_kappa import Search, check_provable, search
 from measure.metrics import chosen_metrics
-from preflight import footing, say
 from reporter import Reporter
-from stages import GCN_CODE, Stages
+from stages.chain import GCN_CODE, Stages
+from stages.preflight import footing, say
 from training.distributed import repeatability
 from training.resume import recipe
 from unlearn.masks import Mask, weights_sha256
@@ -53,7 +53,7 @@ RECORD_CODE = (
     "core/artifacts.py",
     "core/record_schema.py",
     "core/records.py",
-    "preflight.py",
+    "stages/preflight.py",
     "pipeline.py",
 )
 SECTIONS = ("eval", "refine", "sft", "gcn")  # of the configuration, that figures depend on directly

@@ -195,7 +195,7 @@ def run_job(job: Job, threads: int | None = None) -> dict:
 
     from core.records import record_path
     from pipeline import Pipeline
-    from preflight import say
+    from stages.preflight import say
 
     if threads:
         torch.set_num_threads(threads)

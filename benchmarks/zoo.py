@@ -27,7 +27,7 @@ from core.config import (
 from core.observe import Tracker
 from graphs.gcn import MaskingGCN
 from model import HookedModel
-from stages import Stages
+from stages.chain import Stages
 from trainer import GCNTrainer
 from unlearn.masks import feasibility_score, hard_topk
 from unlearn.methods import TAYLOR_LAMBDAS

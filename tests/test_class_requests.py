@@ -19,7 +19,7 @@ from core.observe import visible
 from core.yaml_files import load_config
 from images.specs import SPECS
 from reporting import page
-from stages import Stages
+from stages.chain import Stages
 from sweep import expand, load_sweep
 from utils_data import get_unlearning_dataset
 

@@ -24,7 +24,7 @@ from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels
 from core.observe import Tracker
 from core.yaml_files import load_config
 from model import HookedMLPClassifier, HookedResnet
-from stages import Stages
+from stages.chain import Stages
 from tests.common import LOG_LINE, TINY
 from training import distributed
 from training.classifier import VisionModelTrainer

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import stages
 from core.config import (
     GIVEN,
     EvalConfig,
@@ -32,6 +31,7 @@ from data import GraphGenerator
 from measure.auto_kappa import Search
 from model import save_classifier, vision_model_loader
 from pipeline import Pipeline
+from stages import chain as stages
 from unlearn.requests import Unlearner
 from utils_data import get_unlearning_dataset
 

@@ -21,9 +21,9 @@ from core.config import (
 from core.observe import Tracker, be_quiet
 from core.yaml_files import made, merged, typed
 from pipeline import Pipeline
-from preflight import Footing, changed, understood, without_effect
 from reporting.tables import remarks
-from stages import Stages
+from stages.chain import Stages
+from stages.preflight import Footing, changed, understood, without_effect
 from tests.common import TINY
 from unlearn.requests import WARM_UP, Unlearner, UnlearningTrainer
 

@@ -12,7 +12,7 @@ from core.artifacts import read_tensors
 from core.config import DataConfig, PipelineConfig, SupportedDatasets, Trackers, TrainConfig
 from core.observe import Tracker
 from model import HookedMLPClassifier, HookedModel, HookedResnet
-from stages import Stages
+from stages.chain import Stages
 from training.classifier import VisionModelTrainer
 from training.resume import StateFile
 from utils_data import get_unlearning_dataset

@@ -35,7 +35,7 @@ from measure import auto_kappa as budget
 from measure.auto_kappa import Attempt
 from model import HookedModel
 from pipeline import Pipeline
-from stages import Stages
+from stages.chain import Stages
 from unlearn.features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log
 from unlearn.masks import hard_topk
 from unlearn.methods import TAYLOR_LAMBDAS, Point, mask_of

@@ -18,9 +18,9 @@ from core.hashes import check_same_code, code_key, key_of, provenance, sha256_fi
 from core.observe import Tracker, log
 from core.store import Stage, build_stage, sha256_folder
 from data import FEATURES, GraphDataset, GraphGenerator
-from given import check_answers, check_layout, check_paths, check_weights, given_objective
 from graphs.gcn import MaskingGCN, check_memory, reuse_freed_memory
 from model import HookedModel, save_classifier, vision_model_loader
+from stages.given import check_answers, check_layout, check_paths, check_weights, given_objective
 from trainer import GCNTrainer, VisionModelTrainer
 from training.classifier import check_recipe
 from training.distributed import (
@@ -47,7 +47,13 @@ TREE_CODE = (
 )
 TREE_CODE = (*TREE_CODE, "images/check.py", "images/lazy_pixels.py", "images/splits.py")
 DATA_CODE = ("core/class_requests.py", "images/specs.py", *TREE_CODE, "images/duplicates.py", "utils_data.py")
-TRAINING_CODE = ("training/distributed.py", "training/resume.py", "training/classifier.py", "trainer.py", "stages.py")
+TRAINING_CODE = (
+    "training/distributed.py",
+    "training/resume.py",
+    "training/classifier.py",
+    "trainer.py",
+    "stages/chain.py",
+)
 CLASSIFIER_CODE = (
     "core/choices.py",
     "core/fields.py",
@@ -58,7 +64,14 @@ CLASSIFIER_CODE = (
     *TRAINING_CODE,
 )
 GRAPH_CODE = (*CLASSIFIER_CODE, "graphs/layout.py", "data.py")
-GCN_CODE = (*GRAPH_CODE, "graphs/gcn.py", "unlearn/masks.py", "unlearn/features.py", "unlearn/requests.py", "given.py")
+GCN_CODE = (
+    *GRAPH_CODE,
+    "graphs/gcn.py",
+    "unlearn/masks.py",
+    "unlearn/features.py",
+    "unlearn/requests.py",
+    "stages/given.py",
+)
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
 
 

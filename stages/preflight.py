@@ -13,7 +13,7 @@ from core.config import KappaModes, MaskStrategies, Objectives, PipelineConfig, 
 from core.intervals import wilson
 from core.observe import log
 from images.specs import SPECS
-from stages import Stages
+from stages.chain import Stages
 from unlearn.methods import Context
 from utils_data import SPLITS, TREE_SETTINGS
 
