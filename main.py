@@ -264,7 +264,7 @@ def sweep(arguments: list[str]) -> int:
     if not paths or rest:
         what = rest[0] if rest else "no --config FILE"
         raise UserError(f"sweep found {what}: it takes --config FILE alone, see configs/sweep_example.yaml")
-    from sweep import load_sweep, run_sweep, table
+    from commands.sweep import load_sweep, run_sweep, table
 
     settings, base = load_sweep(paths)
     _trackio_folder(base.output_dir)
@@ -296,7 +296,7 @@ def report(
 
 def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> None:
     """Write methods.md and metrics.md anew, from what is registered; --example: a record to take values from."""
-    from reference import write_docs
+    from commands.docs import write_docs
 
     for path in write_docs(example and at_home(example), at_home(folder)):
         _say(path)

@@ -516,7 +516,7 @@ def own_words(b: Bench) -> Judged:
 def sweeps_take_all(b: Bench) -> Judged:
     text = "sweep:\n  over:\n    forget_class: [zero, [one, two]]\n"
     (b.place / "s.yaml").write_text("train: {epochs: 1}\n" + text)
-    code = f"""from pathlib import Path; from sweep import load_sweep, expand
+    code = f"""from pathlib import Path; from commands.sweep import load_sweep, expand
 print(len(expand(*load_sweep([Path({str(b.place / "s.yaml")!r})]))))"""
     said = b.python_says(code)
     return said.stdout.strip() == "2", said.stdout.strip() or said.stderr.strip().splitlines()[-1][:150]

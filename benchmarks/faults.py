@@ -60,12 +60,12 @@ from PIL import Image
 
 import main as program
 import reporter
+from commands.sweep import EXECUTORS, Job, SweepConfig, run_job
 from core.artifacts import read_tensors
 from core.config import PROJECT_ROOT, UserError
 from core.hashes import provenance, sha256_arrays
 from core.yaml_files import load_config
 from reporting.panels import Panel
-from sweep import EXECUTORS, Job, SweepConfig, run_job
 
 PIPELINE = """
 device: cpu

@@ -93,8 +93,8 @@ LAYERS = {
     "reporter": 4,
     "stages.preflight": 4,
     "pipeline": 5,
-    "reference": 5,
-    "sweep": 6,
+    "commands.docs": 5,
+    "commands.sweep": 6,
     "main": 7,
 }
 ROWS = list(LAYERS)
@@ -150,7 +150,7 @@ ALLOWED_TO_RUN = {
     ("test_pixel_cache", "pickle"),  # what a worker process gets
     ("test_utils_data", "pickle"),  # the oracle of the reader of those files, which needs no pickle
     ("test_all_datasets", "exec"),  # a block of the README
-    ("sweep", "__import__"),  # names of two engines, written beside it
+    ("commands.sweep", "__import__"),  # names of two engines, written beside it
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import main
+from commands.sweep import expand, load_sweep
 from core.class_requests import resolve_classes, spelled, written
 from core.config import GCNConfig, PipelineConfig, SupportedDatasets, UserError, plain
 from core.observe import visible
@@ -20,7 +21,6 @@ from core.yaml_files import load_config
 from images.specs import SPECS
 from reporting import page
 from stages.chain import Stages
-from sweep import expand, load_sweep
 from utils_data import get_unlearning_dataset
 
 ONE_TO_THREE = ("1", "2", "3")

@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 import main
-from core.artifacts import SCHEMA, read_json
-from core.config import UserError
-from measure.metrics import METRICS
-from reference import (
+from commands.docs import (
     DOCS,
     EXAMPLE,
     extract,
@@ -22,6 +19,9 @@ from reference import (
     source,
     write_docs,
 )
+from core.artifacts import SCHEMA, read_json
+from core.config import UserError
+from measure.metrics import METRICS
 from unlearn.methods import METHODS
 
 RECORD = {

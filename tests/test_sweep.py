@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import commands.sweep as room
 import main
-import sweep as room
+from commands.sweep import EXECUTORS, SweepConfig, expand, load_sweep, plain_settings, progress_line, run_sweep
 from core.artifacts import write_json, write_text
 from core.choices import Objectives, SupportedDatasets
 from core.config import PipelineConfig, UserError, plain
@@ -22,7 +23,6 @@ from core.locks import locked
 from core.records import read_records, record_path
 from core.yaml_files import load_config
 from pipeline import Pipeline
-from sweep import EXECUTORS, SweepConfig, expand, load_sweep, plain_settings, progress_line, run_sweep
 from tests.common import TINY
 from tests.test_records import whole
 
