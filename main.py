@@ -226,7 +226,7 @@ def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> in
         layers = records[0]["mask_layer"]
         _say(f"mask   {mask}")
         _say(
-            f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # from unlearn/masks.py, see the README",
+            f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # unlearn/masks.py",
         )
     _say(f"JSON   {config.output_dir / RECORDS}")
     _say(f"plots  {places['plots']}")

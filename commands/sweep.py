@@ -244,7 +244,7 @@ def _threads(workers: int) -> int:
 def _pool(jobs: list[Job], workers: int, threads: int) -> Outcomes:
     """Jobs in a pool of processes; those whose pool broke are left out."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fork_server", "torch"])
+    context.set_forkserver_preload(["training.fork_server", "torch"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     try:
         futures = {pool.submit(run_job, job, threads): job for job in jobs}

@@ -117,7 +117,7 @@ class ForgetLosses(Choice):
 
 
 class FeatureSets(Choice):
-    """Node features of the unlearning objective, each set with the ones before it; `unlearn/features.py` defines the columns.
+    """Node features of the unlearning objective, each set with the ones before it; columns: `unlearn/features.py`.
 
     basic: h, z, W, g. contrast: the forgotten classes against the retained. taylor: signed first-order importances.
     """

@@ -1,6 +1,6 @@
-"""Figures declared as data: records -> panels, which `reporting/draw.py` draws for print and the HTML page draws on screen.
+"""Figures declared as data: records -> panels, which `draw` draws for print and the page on screen.
 
-Every figure is one line of `FIGURES` (or of `TERMS` in `reporting/curves.py`); metrics and methods come from the records.
+Every figure is one line of `FIGURES` (or of `TERMS` in `curves`); metrics and methods come from the records.
 """
 
 import math

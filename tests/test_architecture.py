@@ -528,7 +528,7 @@ BAD = [
     (runs_nothing_that_it_reads, "core.artifacts", "__import__(name)"),
 ]
 GOOD = [
-    (imports_run_downwards, "core.artifacts", "import json\nfrom config import PROJECT_ROOT"),
+    (imports_run_downwards, "core.artifacts", "import json\nfrom core.config import PROJECT_ROOT"),
     (imports_run_downwards, "pipeline", "def f():\n    from eval import Eval"),
     (file_is_short, "imagenet_classes", "x = 1\n" * (MAX_FILE_LINES + 1)),
     (file_is_short, "model", "x = 1\n" * MAX_FILE_LINES + "import os\n'''A.\n\n'''\n# b\n\n" * 50),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {path.stem for path in ROOT.glob("*.py")} | {"benchmarks"}
+ROOMS = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if '"__main__"' in path.read_text("utf-8")]
 ON_THE_PATH = "sys.path.insert(0, str(Path(__file__).resolve().parent.parent))"
 

@@ -250,9 +250,7 @@ def limited(kind: int, most: int, code: str, folder: Path) -> str:
     def limit() -> None:
         resource.setrlimit(kind, (most, most))
 
-    head = (
-        "import sys, numpy as np\nfrom pathlib import Path\nfrom artifacts import *\nfrom choices import MachineError\n"
-    )
+    head = "import sys, numpy as np\nfrom pathlib import Path\nfrom core.artifacts import *\nfrom core.choices import MachineError\n"
     head += "place = Path(sys.argv[1])\n"
     text = head + "try:\n    " + code + "\nexcept MachineError as error:\n    print(error)\n"
     command = [sys.executable, "-c", text, str(folder)]
@@ -427,7 +425,7 @@ import sys
 sys.path.insert(0, "{house}")
 from core import hashes
 {before}
-open("{house}/masks.py", "a").write("# edited\\n")
+open("{house}/unlearn/masks.py", "a").write("# edited\\n")
 {after}
 """
 
@@ -436,9 +434,12 @@ open("{house}/masks.py", "a").write("# edited\\n")
 def house(tmp_path) -> Path:
     """A copy of the source files that may be edited."""
     place = tmp_path / "house"
-    place.mkdir()
-    for path in PROJECT_ROOT.glob("*.py"):
-        shutil.copy(path, place)
+    for path in (
+        *PROJECT_ROOT.glob("*.py"),
+        *(init for room in PROJECT_ROOT.glob("*/__init__.py") for init in room.parent.glob("*.py")),
+    ):
+        (place / path.relative_to(PROJECT_ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place / path.relative_to(PROJECT_ROOT))
     return place
 
 
@@ -450,9 +451,7 @@ def told(house: Path, before: str, after: str) -> str:
 
 def test_code_is_what_was_imported_not_what_lies_there_now(house):
     """An edit during a run changes no key of it; the next process has another."""
-    same = told(
-        house, 'key = hashes.code_key("unlearn/masks.py")', 'print(key == hashes.code_key("unlearn/masks.py", ))'
-    )
+    same = told(house, 'key = hashes.code_key("unlearn/masks.py")', 'print(key == hashes.code_key("unlearn/masks.py"))')
     assert same == "True"
     same = told(house, "hashes.whole_code()", 'print(hashes.code_key("unlearn/masks.py", "graphs/layout.py"))')
     other = told(house, "hashes.whole_code()", 'print(hashes.code_key("unlearn/masks.py", "graphs/layout.py"))')

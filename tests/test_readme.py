@@ -43,9 +43,15 @@ def test_every_command_shown_is_taken(line, monkeypatch, tmp_path):
     def reached(*_: object, **__: object) -> None:
         raise Reached
 
-    for name in ("pipeline.Pipeline", "stages.Stages", "sweep.run_sweep", "reporter.Reporter", "reference.write_docs"):
+    for name in (
+        "pipeline.Pipeline",
+        "stages.chain.Stages",
+        "commands.sweep.run_sweep",
+        "reporter.Reporter",
+        "commands.docs.write_docs",
+    ):
         monkeypatch.setattr(name, reached)
-    for name in ("downloads.download", "downloads.prepare", "downloads.listing", "trackio.show"):
+    for name in ("images.fetch.download", "images.fetch.prepare", "images.fetch.listing", "trackio.show"):
         monkeypatch.setattr(name, reached)
     monkeypatch.setattr(main, "_trackio_folder", lambda _: tmp_path)
     monkeypatch.chdir(ROOT)

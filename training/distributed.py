@@ -37,7 +37,7 @@ from core.observe import log
 from training.processes import end_with_parent
 
 PRELOAD = [
-    "fork_server",
+    "training.fork_server",
     "numpy",
     "torch",
     "torch._dynamo",

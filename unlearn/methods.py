@@ -1,7 +1,7 @@
 """The registry of compared methods, our own masks and the plain controls; one decorated function each.
 
 A method enters with the shared classifier and yields a model that has (or has not) forgotten; on leaving,
-the shared classifier is bit-identical. Rivals that train are in `unlearn/trained.py`, closed-form edits in `unlearn/closed_form.py`.
+the shared classifier is bit-identical. Rivals that train are in `trained`, closed-form edits in `closed_form`.
 """
 
 import time
