@@ -1,7 +1,7 @@
 """Records -> tables, figures and the HTML page, from the JSON files alone (no torch, no dataset).
 
-In `reporting/`, `tables` chooses points and makes tables, `panels` declares figures, `draw` draws them, `page` writes the
-page and `compare` holds runs against each other; this file says what is written where, and what is there already.
+In `reporting/`, `tables` chooses points and makes tables, `panels` declares figures, `draw` draws them, `page` writes
+the page and `compare` holds runs against each other; this file says what is written where, and what is there already.
 """
 
 from collections.abc import Sequence

@@ -250,7 +250,8 @@ def limited(kind: int, most: int, code: str, folder: Path) -> str:
     def limit() -> None:
         resource.setrlimit(kind, (most, most))
 
-    head = "import sys, numpy as np\nfrom pathlib import Path\nfrom core.artifacts import *\nfrom core.choices import MachineError\n"
+    head = "import sys, numpy as np\nfrom pathlib import Path\n"
+    head += "from core.artifacts import *\nfrom core.choices import MachineError\n"
     head += "place = Path(sys.argv[1])\n"
     text = head + "try:\n    " + code + "\nexcept MachineError as error:\n    print(error)\n"
     command = [sys.executable, "-c", text, str(folder)]
