@@ -224,7 +224,7 @@ def tables(figures: dict, given: argparse.Namespace) -> Tables:
             name: f"{figures[f'{name}_seconds']:.2g} s, {figures[f'{name}_peak_mib']:.0f} MiB"
             for name in ("cold", "cached")
         }
-        what = f"{given.million:,} images: cold index"
+        what = f"{given.million / 1e6:g} million images: cold index"
         return {
             "speed_million": (
                 "1 run",

@@ -192,7 +192,8 @@ def tables(figures: dict) -> Tables:
     for name, repeats in figures["throughput"].items():
         ratios = [row["2 x 1"] / row["1 x 2"] for row in repeats]
         spread = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        rows.append([f"{what}: {name}", f"{statistics.median(ratios):.2f} ({spread})"])
+        label = f"{what}: {name}" if len(rows) == 3 else f"the same, {name}"
+        rows.append([label, f"{statistics.median(ratios):.2f} ({spread})"])
     jobs = [["workers", "jobs of one classifier together", "classifiers in turn"]]
     jobs += [
         [str(workers), *(f"{figures['simulated'][order][workers]:,.0f}" for order in ("together", "in turn"))]

@@ -3,9 +3,19 @@
 import re
 import struct
 import tomllib
+from argparse import Namespace
 from pathlib import Path
 
-import benchmarks.docs_tables as docs_tables
+from benchmarks import (
+    comparison,
+    docs_tables,
+    graph_generation,
+    image_trees,
+    message_passing,
+    picture,
+    scaling,
+    sweep,
+)
 
 import pytest
 import yaml
@@ -174,3 +184,96 @@ def test_the_citation_is_one() -> None:
     assert {"cff-version", "message", "title", "authors", "version", "license", "date-released"} <= set(citation)
     assert citation["cff-version"] == "1.2.0"
     assert citation["authors"] == [{"name": "MIMU contributors"}]
+
+
+# --- what benchmarks write --------------------------------------------------------------------------------
+
+WORKERS = dict.fromkeys(scaling.WORKERS, 100.0)
+RATES = [{"1 x 1": 1.0, "1 x 2": 2.0, "2 x 1": value} for value in (1.04, 0.84, 1.14)]
+SCALING = {
+    "launches": [6.8, 0.5, 0.52, 0.54],
+    "throughput": dict.fromkeys(
+        ("MLP, batch 512", "MLP, batch 8,192", "ResNet-18, batch 64", "ResNet-18, batch 256"), RATES
+    ),
+    "simulated": {"together": WORKERS, "in turn": WORKERS | {16: 23409.4}},
+}
+PASSES = {
+    "closed_large": [0.02],
+    "edges_large": [35.4],
+    "edges_large_is_scaled": False,
+    "floor_seconds": 0.001,
+    "bandwidth": 51e9,
+    "extra_activations": 7.8,
+    "head_seconds": 1.2,
+    "head_peak_bytes": 2.6e9,
+    "growth": {"exponent": 0.91},
+}
+GRAPHS = {
+    "plain": [0.57],
+    "generate_seconds_per_batch": 1.0,
+    "share_of_plain": 1.87,
+    "speed_up": 83.0,
+    "times_smaller": {"128 x 512": 341.3},
+}
+TREES = {
+    "ratio": 1.69,
+    "images_per_second": 1321.0,
+    "torchvision_images_per_second": 784.0,
+    "busy": 0.94,
+    "start_ratio": 53.0,
+}
+MILLION = {"cold_seconds": 5.8, "cold_peak_mib": 239.0, "cached_seconds": 0.061, "cached_peak_mib": 236.0}
+
+
+def tables_by_hand() -> dict[str, tuple[str, list[list[str]]]]:
+    """Tables of benchmarks for figures that were chosen so that their values are known."""
+    tree, count = Namespace(million=None, count=20_000, repeats=3), Namespace(million=1_280_000)
+    made = [
+        scaling.tables(SCALING),
+        message_passing.tables(PASSES),
+        graph_generation.tables(GRAPHS),
+        image_trees.tables(TREES, tree),
+        image_trees.tables(MILLION, count),
+        sweep.tables({"full": [1.0], "points": {"mimu": [0.018], "random": [0.017]}}),
+    ]
+    return {name: (n, [list(row) for row in rows]) for tables in made for name, (n, rows) in tables.items()}
+
+
+@pytest.mark.parametrize("name", tables_by_hand())
+def test_a_benchmark_writes_the_rows_that_the_page_has(name: str) -> None:
+    n, (head, *body) = tables_by_hand()[name]
+    there = docs_tables.load(name)
+    assert n
+    assert head == there["columns"]
+    assert [row[0] for row in body] == [row[0] for row in there["rows"]]
+
+
+def test_values_of_benchmarks_by_hand() -> None:
+    found = {name: rows for name, (_, rows) in tables_by_hand().items()}
+    assert found["scaling_processes"][3][1] == "0.52 (0.52, 0.42, 0.57)"
+    assert found["scaling_jobs"][5] == ["16", "100", "23,409"]
+    assert [row[1] for row in found["speed_message_passing"][1:]] == ["1,770", "20.0", "7.8", "1.2 s, 2.6 GB", "N^0.91"]
+    whole = "187 % of its rate; with reading images and writing graphs 57 %"
+    assert [row[1] for row in found["speed_graph_generation"][1:]] == ["83 times faster", whole, "341"]
+    assert [row[1] for row in found["speed_image_trees"][1:]] == ["1.69 (1,321 / 784), 2 cores 94 % busy", "53"]
+    assert [row[1] for row in found["speed_million"][1:]] == ["5.8 s, 239 MiB", "0.061 s, 236 MiB"]
+    assert found["speed_sweep"][1][1] == "1.8 % (1.7 %)"
+
+
+def test_the_comparison_says_over_what_it_averages() -> None:
+    values = {"forget_score": 1.0, "avg_gap": 2.0, "weights_changed": 1234, "seconds": 0.5}
+    cells = [{"seed": seed, "class": 0, "methods": {"mimu": {"test": values}}} for seed in range(3)]
+    n, (head, row) = comparison.tables("comparison_mlp", cells, ["mimu"])["comparison_mlp"]
+    assert n == "1 classes x 3 classifiers (3 cells); ± is the 95 % t-interval over the 3 classifiers"
+    assert head == docs_tables.load("comparison_mlp")["columns"]
+    assert (row[0], row[1], row[-2]) == ("MIMU (ours)", "1 ± 0", "1,234")
+
+
+def test_the_picture_shows_what_records_say() -> None:
+    def record(kappa: int, score: float) -> dict:
+        scores = {"forget_score": score, "retain_score": 90.0}
+        return {"kappa": kappa, "methods": dict.fromkeys(picture.METHODS, scores)}
+
+    records = [record(kappa, score) for kappa in (400, 8) for score in (10.0, float(kappa) / 10)]
+    assert picture.values(records, "mimu", "forget_score").tolist() == [[10.0, 0.8], [10.0, 40.0]]
+    assert struct.unpack(">II", picture.drawn(records)[16:24]) == (1200, 525)
