@@ -67,6 +67,11 @@ def test_the_readme_and_its_picture_are_small() -> None:
     assert height < width
 
 
+def test_a_class_is_forgotten_in_ten_lines() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)
+    assert len([line for line in block.splitlines() if line]) <= 10
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_link_leads_somewhere(name: str) -> None:
     assert broken(PAGES[name], TEXTS[name]) == []
