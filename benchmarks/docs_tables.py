@@ -5,7 +5,8 @@
 `docs/results/NAME.json` holds one table: its columns, rows and n, the command that measured it and the commit of the
 code. A page shows the table between the lines `<!-- table: NAME -->` and `<!-- end -->`; what stands there is
 overwritten. A benchmark with `--docs` writes its JSON and then rewrites the pages. Some JSON files hold no values of
-their own but show columns and rows of another table (`"of": NAME`), so that every value stands in one file.
+their own but show columns, and all rows or some, of another table (`"of": NAME`), so that every value stands in one
+file.
 """
 
 import re
@@ -25,6 +26,7 @@ from write import in_markdown
 
 RESULTS = PROJECT_ROOT / "docs" / "results"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+UNBROKEN = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"  # a value and its interval stay on one line of a cell
 NOT_SHOWN = ("--json", "--markdown", "--output-dir", "--masks")  # flags that change no value of a table
 
 
@@ -48,17 +50,19 @@ def load(name: str) -> dict:
     whole, columns = load(table["of"]), table["columns"]
     lacking = [column for column in columns if column not in whole["columns"]]
     by_name = {row[0]: row for row in whole["rows"]}
-    lacking += [row for row in table["rows"] if row not in by_name]
+    chosen = table.get("rows", list(by_name))
+    lacking += [row for row in chosen if row not in by_name]
     if lacking:
         raise UserError(f"{path} shows {', '.join(lacking)}, which {table['of']} lacks: name what is there")
     places = [whole["columns"].index(column) for column in columns]
-    rows = [[by_name[row][place] for place in places] for row in table["rows"]]
+    rows = [[by_name[row][place] for place in places] for row in chosen]
     return whole | {"columns": list(columns.values()), "rows": rows}
 
 
 def rendered(table: dict) -> str:
     """Return a table as Markdown, with n, command and commit below it."""
-    head, *body = [[in_markdown(cell) for cell in row] for row in (table["columns"], *table["rows"])]
+    rows = (table["columns"], *table["rows"])
+    head, *body = [[in_markdown(cell).replace(" ± ", UNBROKEN) for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
     command = f"`{table['command']}`" if table["command"].startswith("uv run") else table["command"]
     commit = f"commit {table['commit']}" if "commit" in table else f"first published in commit {table['published']}"

@@ -83,6 +83,13 @@ def test_a_broken_link_is_seen(link: str) -> None:
     assert broken(README, "# Here and there\n\n[a](#here-and-there) [b](docs/usage.md) [c](https://x.org)") == []
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_that_a_page_names_is_there(name: str) -> None:
+    """Of this checkout: what runs write lies in other folders."""
+    named = re.findall(r"\b(?:benchmarks|configs|pretrained|tests)/[\w/]+\.\w+", TEXTS[name])
+    assert [path for path in named if not (PROJECT_ROOT / path).is_file()] == []
+
+
 def test_every_page_is_linked_from_another() -> None:
     linked = {
         (PAGES[name].parent / path).resolve()
@@ -96,7 +103,11 @@ def test_every_page_is_linked_from_another() -> None:
 
 
 def test_every_table_has_its_json_and_every_json_its_table() -> None:
-    assert sorted(shown()) == NAMES
+    """A table of which parts are shown need not be shown as a whole."""
+    sources = {read_json(docs_tables.RESULTS / f"{name}.json", foreign=True).get("of") for name in NAMES}
+    assert len(shown()) == len(set(shown()))
+    assert set(shown()) <= set(NAMES)
+    assert set(NAMES) - set(shown()) <= sources
 
 
 def test_every_marker_is_closed_and_no_table_of_values_stands_outside() -> None:
@@ -137,8 +148,8 @@ def test_a_page_follows_its_json(tmp_path, monkeypatch) -> None:
     write_json(tmp_path / "part.json", {"of": "whole", "columns": {"method": "name", "a|b": "c"}, "rows": ["y"]})
     page = "Before.\n<!-- table: whole -->\nold\n<!-- end -->\n<!-- table: part -->\n<!-- end -->\nAfter.\n"
     below = "\nn: 3 runs. Command: `uv run q` (commit abcdef0).\n"
-    first = "| method | a\\|b |\n| --- | --- |\n| x | 1 |\n| y | 2 ± 1 |\n" + below
-    second = "| name | c |\n| --- | --- |\n| y | 2 ± 1 |\n" + below
+    first = "| method | a\\|b |\n| --- | --- |\n| x | 1 |\n| y | 2\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1 |\n" + below
+    second = "| name | c |\n| --- | --- |\n| y | 2\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1 |\n" + below
     expected = (
         f"Before.\n<!-- table: whole -->\n{first}<!-- end -->\n<!-- table: part -->\n{second}<!-- end -->\nAfter.\n"
     )
@@ -151,6 +162,8 @@ def test_a_table_that_is_not_there_is_said(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"shows the table gone, but there is no .*gone\.json"):
         docs_tables.refreshed("<!-- table: gone -->\n<!-- end -->\n")
     write_json(tmp_path / "whole.json", {"columns": ["a"], "rows": [["x"]]})
+    write_json(tmp_path / "all.json", {"of": "whole", "columns": {"a": "c"}})
+    assert docs_tables.load("all") == {"columns": ["c"], "rows": [["x"]]}
     write_json(tmp_path / "part.json", {"of": "whole", "columns": {"b": "b"}, "rows": ["y"]})
     with pytest.raises(UserError, match="shows b, y, which whole lacks"):
         docs_tables.load("part")
