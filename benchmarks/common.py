@@ -5,8 +5,10 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from benchmarks.docs_tables import publish
 
 import torch
 
@@ -59,7 +61,7 @@ def peak_memory() -> int:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the flag that all benchmarks have."""
+    """Return a parser with the flag that all benchmarks have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", type=Path, help="write the figures, the machine and the versions here")
     return made
@@ -72,9 +74,29 @@ def keep(path: Path | None, figures: dict) -> None:
         write_json(path, figures | {"machine": machine, "provenance": provenance()})
 
 
-def run(description: str | None, measure: Callable[[], dict], show: Callable[[dict], None]) -> None:
-    """A benchmark without flags of its own: parse, measure, show, keep."""
-    arguments = parser(description).parse_args()
+def for_pages(flags: argparse.ArgumentParser) -> None:
+    """Add the flag of the benchmarks whose tables stand in docs/."""
+    flags.add_argument("--docs", action="store_true", help="write the tables to docs/results/ and into the pages")
+
+
+Tables = Mapping[str, tuple[str, Sequence[Sequence[str]]]]
+"""By name: over what the values are taken, and head and body."""
+
+
+def publish_all(wanted: bool, tables: Tables) -> None:
+    """Write tables to docs/results/ and into the pages that show them, if `--docs` was given."""
+    for name, (n, rows) in tables.items() if wanted else ():
+        publish(name, rows, n)
+
+
+def run(
+    description: str | None, measure: Callable[[], dict], show: Callable[[dict], None], tables: Callable[[dict], Tables]
+) -> None:
+    """Run a benchmark that has no flags of its own: parse, measure, show, keep, write the pages' tables."""
+    flags = parser(description)
+    for_pages(flags)
+    arguments = flags.parse_args()
     figures = measure()
     show(figures)
     keep(arguments.json, figures)
+    publish_all(arguments.docs, tables(figures))

@@ -1,9 +1,9 @@
-"""Every method against every metric, by one rule for all: the README's table of rivals.
+"""Every method against every metric, by one rule for all: the tables of rivals in docs/results.md.
 
     uv run benchmarks/comparison.py                            one class, one seed: 1 minute or two
     uv run benchmarks/comparison.py --classes 0 1 2 3 4 5 6 7 8 9 --seeds 0 1 2      half an hour
     uv run benchmarks/comparison.py --model HookedResnet --classes 0 3 8 --references 1
-    [--methods NAME ...] [--json PATH] [--markdown PATH] [--output-dir DIR]
+    [--methods NAME ...] [--json PATH] [--markdown PATH] [--output-dir DIR] [--docs]
 
 Fashion-MNIST; MLP: all images, batch 128, 8 epochs; ResNet-18: 12,000 images, 2 epochs. The graph network is the
 shipped one, which has seen none of these classifiers. Settings (at most 5 a method) and kappa (5 values) are chosen for
@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import keep, parser
+from benchmarks.common import Tables, for_pages, keep, parser, publish_all
 from benchmarks.zoo import Recipe, stages_of
 
 from core.artifacts import read_json, write_json, write_text
@@ -42,6 +42,10 @@ GCNS = {
 KAPPAS = {
     SupportedVisionModels.HookedMLPClassifier: (64, 128, 200, 256, 400),
     SupportedVisionModels.HookedResnet: (164, 328, 655, 1638, 3277),
+}
+NAMES = {  # of the tables in docs/results/
+    SupportedVisionModels.HookedMLPClassifier: "comparison_mlp",
+    SupportedVisionModels.HookedResnet: "comparison_resnet",
 }
 COLUMNS = {
     "forget_score": "forget %",
@@ -153,6 +157,14 @@ def table(cells: Sequence[dict], methods: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def tables(name: str, cells: Sequence[dict], methods: Sequence[str]) -> Tables:
+    """Return the table for docs/results.md, with what it averages over."""
+    seeds, classes = len({one["seed"] for one in cells}), len({one["class"] for one in cells})
+    spread = f"± is the 95 % t-interval over the {seeds} classifiers" if seeds > 2 else "no interval"
+    counted = f"{classes} classes x {seeds} classifiers ({len(cells)} cells); {spread}"
+    return {name: (counted, table(cells, methods))}
+
+
 def significance(cells: Sequence[dict], methods: Sequence[str], metric: str) -> list[list[str]]:
     """Every method against refined MIMU on one metric: paired over cells, Holm-corrected."""
     measured = {
@@ -178,6 +190,7 @@ def main() -> None:
     flags.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     flags.add_argument("--markdown", type=Path, help="write the table here")
     flags.add_argument("--output-dir", type=Path, default=PROJECT_ROOT, help="where classifiers and cells are kept")
+    for_pages(flags)
     arguments = flags.parse_args()
     reuse_freed_memory()
     begun = time.perf_counter()
@@ -190,6 +203,7 @@ def main() -> None:
     if arguments.markdown:
         write_text(arguments.markdown, as_text(table(cells, plan.methods)))
     keep(arguments.json, {"cells": cells})
+    publish_all(arguments.docs, tables(NAMES[plan.model], cells, plan.methods))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import alternating, keep, parser, peak_memory, ratio
+from benchmarks.common import Tables, alternating, for_pages, keep, parser, peak_memory, publish_all, ratio
 
 import numpy as np
 import torch
@@ -216,6 +216,31 @@ def million(root: Path, store: Path) -> dict:
     return figures
 
 
+def tables(figures: dict, given: argparse.Namespace) -> Tables:
+    """Return the table of docs/speed.md that the figures belong to."""
+    head = ["what", "value"]
+    if given.million:
+        sizes = {
+            name: f"{figures[f'{name}_seconds']:.2g} s, {figures[f'{name}_peak_mib']:.0f} MiB"
+            for name in ("cold", "cached")
+        }
+        what = f"{given.million / 1e6:g} million images: cold index"
+        return {
+            "speed_million": (
+                "1 run",
+                [head, [what, sizes["cold"]], ["the same from the cached index", sizes["cached"]]],
+            )
+        }
+    rates = f"{figures['images_per_second']:,.0f} / {figures['torchvision_images_per_second']:,.0f}"
+    loaded = f"{figures['ratio']:.2f} ({rates}), 2 cores {100 * figures['busy']:.0f} % busy"
+    rows = [
+        head,
+        [f"folder of {given.count:,} JPEGs: images/s / torchvision's ImageFolder and DataLoader", loaded],
+        ["its start-up, ImageFolder / cached index", f"{figures['start_ratio']:.0f}"],
+    ]
+    return {"speed_image_trees": (f"medians of {given.repeats} repeats", rows)}
+
+
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--root", type=Path, default=Path("/tmp/mimu-trees"))
@@ -224,6 +249,7 @@ def main() -> None:
     made.add_argument("--pictures", type=Path, help="a folder of class folders with pictures, instead")
     made.add_argument("--batches", type=int, default=8)
     made.add_argument("--repeats", type=int, default=3)
+    for_pages(made)
     given: argparse.Namespace = made.parse_args()
     store = given.root / "store"
     if given.pictures:
@@ -237,6 +263,8 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:32} {value:12.3f}")
     keep(given.json, figures)
+    if not given.pictures:
+        publish_all(given.docs, tables(figures, given))
 
 
 if __name__ == "__main__":

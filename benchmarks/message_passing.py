@@ -1,6 +1,6 @@
 """How fast is message passing over the graph of one layer, in closed form against an explicit edge list?
 
-    uv run benchmarks/message_passing.py [--full] [--json PATH] [--plot PATH]
+    uv run benchmarks/message_passing.py [--full] [--json PATH] [--plot PATH] [--docs]
     uv run benchmarks/message_passing.py --busy [--json PATH]
 
 Forward + backward of `MaskingGCN` (3 rounds, width 32) on one graph, both forms in turn, in one process. The edge list
@@ -28,7 +28,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import alternating, keep, line, parser, peak_memory, ratio, seconds
+from benchmarks.common import (
+    Tables,
+    alternating,
+    for_pages,
+    keep,
+    line,
+    parser,
+    peak_memory,
+    publish_all,
+    ratio,
+    seconds,
+)
 
 import torch
 
@@ -233,6 +244,28 @@ def show_busy(taken: dict) -> None:
     print(f"means, idle, after / before: {after['idle'] / before['idle']:.2f}")
 
 
+def tables(figures: dict) -> Tables:
+    """Return the table of docs/speed.md."""
+    closed, name = statistics.median(figures["closed_large"]), f"{LARGE[0]} x {LARGE[1]}"
+    edges = statistics.median(figures["edges_large"]) / closed
+    scaled = " (the edge list scaled up from a smaller layer)" if figures["edges_large_is_scaled"] else ""
+    bandwidth = f"{figures['bandwidth'] / 1e9:.0f} GB/s"
+    head = f"a {HEAD[0]:,} x {HEAD[1]:,} head from features to mask (GCN forward + backward, sampler)"
+    floor = f"its time / reading and writing its activations once per round, at the {bandwidth} measured beside it"
+    rows = [
+        ["what", "value"],
+        [f"message passing over {name}, forward + backward: edge list / closed form", f"{edges:,.0f}{scaled}"],
+        [floor, f"{closed / figures['floor_seconds']:.1f}"],
+        [f"its extra memory, in activations [{LARGE[0]}, {LARGE[1]}, {WIDTH}]", f"{figures['extra_activations']:.1f}"],
+        [head, f"{figures['head_seconds']:.1f} s, {figures['head_peak_bytes'] / 1e9:.1f} GB"],
+        [
+            f"growth of time with the number of weights, 2^{GROWTH[0]} to 2^{GROWTH[-1]}",
+            f"N^{figures['growth']['exponent']:.2f}",
+        ],
+    ]
+    return {"speed_message_passing": ("medians of 5 to 21 repeats; the edge list of 128 x 512 and the head: 1", rows)}
+
+
 def plot(figures: dict, path: Path) -> None:
     """Time and memory against N."""
     import matplotlib
@@ -257,6 +290,7 @@ def main() -> None:
     made.add_argument("--plot", type=Path, help="draw time and memory against N into this file")
     made.add_argument("--busy", action="store_true", help="measure a pass beside busy processes instead")
     made.add_argument("--one-process", action="store_true", help="what --busy starts: the seconds of passes, as JSON")
+    for_pages(made)
     arguments = made.parse_args()
     reuse_freed_memory()  # as every run does
     if arguments.one_process:
@@ -271,6 +305,7 @@ def main() -> None:
     figures = measure(arguments.full)
     show(figures)
     keep(arguments.json, figures)
+    publish_all(arguments.docs, tables(figures))
     if arguments.plot:
         plot(figures, arguments.plot)
 

@@ -1,6 +1,6 @@
 """How large is the HTML page of 500 sweep points, and how long does a browser take to open it?
 
-    uv run benchmarks/page.py --records DIR [--json PATH]
+    uv run benchmarks/page.py --records DIR [--json PATH] [--docs]
 
 DIR is an output folder with records (make some with `uv run main.py --output-dir DIR`). Its first run stands for ten of
 fifty points each, same figures, other seeds and kappas. Seconds are chromium's own, from the start of navigation until
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import keep, parser
+from benchmarks.common import for_pages, keep, parser, publish_all
 
 from core.records import read_records
 from reporting.families import Run, families, runs_of
@@ -57,6 +57,7 @@ def main() -> None:
     """Measure, print, keep."""
     options = parser(__doc__)
     options.add_argument("--records", type=Path, required=True)
+    for_pages(options)
     given = options.parse_args()
     runs = enlarged(runs_of(read_records(given.records))[0])
     begun = time.perf_counter()
@@ -69,6 +70,9 @@ def main() -> None:
     print(f"page of {RUNS * POINTS} points: {megabytes:.2f} MB, made in {made:.1f} s")
     print(f"opened in {full:.2f} s, an empty page in {empty:.2f} s (medians of {REPEATS})")
     keep(given.json, {"megabytes": megabytes, "made": made, "opened": full, "empty": empty})
+    what = f"the page of {RUNS * POINTS} sweep points: size, seconds to open in chromium (an empty page: {empty:.2f})"
+    rows = [["what", "value"], [what, f"{megabytes:.1f} MB, {full:.2f} s"]]
+    publish_all(given.docs, {"speed_page": (f"median of {REPEATS} openings", rows)})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     uv run --with erasus==0.2.0 benchmarks/public.py                       one class, one seed
     uv run --with erasus==0.2.0 benchmarks/public.py --classes 0 1 2 3 4 5 6 7 8 9
-    [--strategies NAME ...] [--seeds N ...] [--json PATH] [--output-dir DIR]
+    [--strategies NAME ...] [--seeds N ...] [--json PATH] [--output-dir DIR] [--docs]
 
 Its strategies for classifiers get the untouched classifier, loaders of D_f and D_r in batches of 128, and their own
 defaults: no setting is tuned, as `fit()` offers no choice by itself. Beside them stands refined MIMU at the kappa that
@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import keep, parser
-from benchmarks.comparison import Plan, cell, table
+from benchmarks.common import for_pages, keep, parser, publish_all
+from benchmarks.comparison import Plan, cell, table, tables
 
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,6 +71,7 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, nargs="+", default=[0])
     flags.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     flags.add_argument("--output-dir", type=Path, default=PROJECT_ROOT, help="where classifiers and cells are kept")
+    for_pages(flags)
     arguments = flags.parse_args()
     try:
         methods = (*OURS, *(register(strategy) for strategy in arguments.strategies))
@@ -82,6 +83,7 @@ def main() -> None:
     cells = [cell(plan, seed, label) for seed in arguments.seeds for label in arguments.classes]
     print(as_text(table(cells, methods)))
     keep(arguments.json, {"cells": cells})
+    publish_all(arguments.docs, tables("public_erasus", cells, methods))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.zoo import SINGLES, Case, Cell, Recipe, Theta, cases, mean
@@ -25,6 +25,8 @@ class Bench:
 
     output_dir: Path
     full: bool
+    tables: dict[str, tuple[str, list[list[str]]]] = field(default_factory=dict)
+    """For docs/results/, by name: over what the values are taken, and head and body."""
 
     def recipes(self, seeds: Iterable[int], batches: Sequence[int] = BATCHES) -> list[Recipe]:
         """Fashion-MNIST MLPs; the short form has one seed."""
@@ -69,8 +71,13 @@ def summary(groups: Sequence[Sequence[Cell]]) -> str:
     return f"{mean(means):.2f}{spread} ({worst:.1f}) / {retain:.1f}"
 
 
-def show(title: str, rows: Sequence[Row], kappas: Sequence[int], more: bool = False) -> None:
-    """Print one table: a column per kappa; `more` adds probability, KL and time at the last but one kappa."""
+def show(title: str, rows: Sequence[Row], kappas: Sequence[int], more: bool = False) -> tuple[str, list[list[str]]]:
+    """Print one table; return its title, with over what it averages, and its cells.
+
+    Args:
+        kappas: a column each.
+        more: whether to add probability and KL at the last but one kappa.
+    """
     probe = kappas[-2] if len(kappas) > 1 else kappas[-1]
     head = ["", *(f"kappa {kappa}" for kappa in kappas)]
     head += [f"p at {probe}", f"KL at {probe}"] if more else []
@@ -88,6 +95,8 @@ def show(title: str, rows: Sequence[Row], kappas: Sequence[int], more: bool = Fa
             line += [f"{mean(cell.probability for cell in there):.4f}", f"{mean(distances):.2f}" if distances else "-"]
         lines.append([*line, f"{1e3 * statistics.median(cell.seconds for cell in flat):.0f}"])
     print(f"\n{title}\n\n{as_text(lines)}", flush=True)
+    requests = {cell.classes for group in groups for cell in group}
+    return f"{title}; {len(requests)} requests x {len(groups)} checkpoints", lines
 
 
 def on(judged: Sequence[Case], how: Callable[[Case], list[Cell]]) -> dict[str, list[Cell]]:

@@ -1,6 +1,6 @@
 """How far do several processes carry: one training on several, and many jobs on many workers?
 
-    uv run benchmarks/scaling.py [--json PATH]
+    uv run benchmarks/scaling.py [--json PATH] [--docs]
 
 Measured: the second launch of a parallel training in a process; its rate against one process with the same cores; the
 stages, memory and files of one job (DIGITS, MLP). Simulated from these: jobs/hour on 1 to 64 workers, where a stage
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import peak_memory, random_data, run
+from benchmarks.common import Tables, peak_memory, random_data, run
 
 import torch
 
@@ -180,5 +180,29 @@ def show(figures: dict) -> None:
         print(f"  {workers:2} workers: {row}")
 
 
+def tables(figures: dict) -> Tables:
+    """Return the tables of docs/scaling.md."""
+    first, *later = figures["launches"]
+    rows = [
+        ["measured", "value"],
+        ["launch of 2 processes, the first in a process", f"{first:.1f} s"],
+        ["launch of 2 processes, later ones", f"{statistics.median(later):.2f} s"],
+    ]
+    what = "images/s of 2 processes x 1 thread / of 1 process x 2 threads"
+    for name, repeats in figures["throughput"].items():
+        ratios = [row["2 x 1"] / row["1 x 2"] for row in repeats]
+        spread = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        label = f"{what}: {name}" if len(rows) == 3 else f"the same, {name}"
+        rows.append([label, f"{statistics.median(ratios):.2f} ({spread})"])
+    jobs = [["workers", "jobs of one classifier together", "classifiers in turn"]]
+    jobs += [
+        [str(workers), *(f"{figures['simulated'][order][workers]:,.0f}" for order in ("together", "in turn"))]
+        for workers in WORKERS
+    ]
+    repeated = f"{len(later)} launches after the first; {REPEATS} repeats for each ratio, all of them in brackets"
+    simulation = f"a simulation of {SEEDS * CLASSES} jobs ({SEEDS} classifiers x {CLASSES} classes)"
+    return {"scaling_processes": (repeated, rows), "scaling_jobs": (simulation, jobs)}
+
+
 if __name__ == "__main__":
-    run(__doc__, measure, show)
+    run(__doc__, measure, show, tables)

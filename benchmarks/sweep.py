@@ -1,6 +1,6 @@
 """What does one more (topK, kappa) point of a sweep cost, against one full evaluation pass?
 
-    uv run benchmarks/sweep.py [--json PATH]
+    uv run benchmarks/sweep.py [--json PATH] [--docs]
 
 ResNet-18 on random images in Fashion-MNIST's shape: a point of `mimu` and of `random`, measured on test and validation
 images through the prefix cache (mask, both sets, all metrics), against one pass of the whole network over the same
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import line, random_data, run, seconds
+from benchmarks.common import Tables, line, random_data, run, seconds
 
 import torch
 
@@ -56,5 +56,16 @@ def show(figures: dict) -> None:
         print(f"  {100 * statistics.median(values) / statistics.median(figures['full']):.2f} % of a full pass")
 
 
+def tables(figures: dict) -> Tables:
+    """Return the table of docs/speed.md."""
+    shares = {
+        name: f"{100 * statistics.median(values) / statistics.median(figures['full']):.1f} %"
+        for name, values in figures["points"].items()
+    }
+    what = "one more point of mimu (random) / a full evaluation pass, ResNet-18"
+    rows = [["what", "value"], [what, f"{shares['mimu']} ({shares['random']})"]]
+    return {"speed_sweep": (f"medians of {REPEATS} repeats", rows)}
+
+
 if __name__ == "__main__":
-    run(__doc__, measure, show)
+    run(__doc__, measure, show, tables)

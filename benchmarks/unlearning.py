@@ -1,11 +1,11 @@
-"""How well are classes forgotten? Every table on unlearning in the README and EXPERIMENTS.md.
+"""How well are classes forgotten? Every table on unlearning in docs/results.md and EXPERIMENTS.md.
 
     uv run benchmarks/unlearning.py                          the short form, 4 minutes
     uv run benchmarks/unlearning.py --full                   everything, about an hour on 2 cores
     uv run benchmarks/unlearning.py --full --sections main   some tables: main unseen pairs transfer resnet auto
                                                              ablations refinement elbo
     uv run benchmarks/unlearning.py --masks DIR              the main table's masks, with their classifiers
-    [--json PATH] [--output-dir DIR]
+    [--json PATH] [--output-dir DIR] [--docs]
 
 Classifiers are kept below the output folder. The graph network has seen none of those it is judged on: it learns on
 seeds 100 to 103, choices are made on validation images of seed 50, and the tables (all but the last three, which are
@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import keep, parser
+from benchmarks.common import for_pages, keep, parser, publish_all
 from benchmarks.rows import BATCHES, KAPPAS, RESNET_KAPPAS, SHIPPED, SHIPPED_RESNET, Bench, Row, judged_rows, on, show
 from benchmarks.zoo import (
     PAIRS,
@@ -108,7 +108,9 @@ def main_table(bench: Bench) -> list[Row]:
         ]
         found.append(Row("signed Taylor", on(judged, lambda case: by_taylor_tuned(case, KAPPAS, SINGLES))))
         found += judged_rows(judged, ways, KAPPAS, "test", kl=bench.full)
-        show(f"Test images, batch {size}, {len(judged)} checkpoints x 10 classes", found, KAPPAS, more=True)
+        bench.tables[f"unlearning_{size}"] = show(
+            f"Test images, batch {size}, {len(judged)} checkpoints x 10 classes", found, KAPPAS, more=True
+        )
         rows += [replace(row, name=f"batch {size}: {row.name}") for row in found]
     return rows
 
@@ -128,7 +130,7 @@ def unseen_table(bench: Bench) -> list[Row]:
     for size in BATCHES:
         part = {name: group for name, group in cells.items() if name.startswith(f"batch {size},")}
         rows.append(Row(f"batch {size}: GCN, classes never asked for", part))
-    show("Unseen classes of unseen checkpoints, test images", rows, KAPPAS)
+    bench.tables["unlearning_unseen"] = show("Unseen classes of unseen checkpoints, test images", rows, KAPPAS)
     return rows
 
 
@@ -144,7 +146,9 @@ def pairs_table(bench: Bench) -> list[Row]:
         if bench.full:
             first = on(judged[:1], lambda case: references(case, pairs, "retrained", kl=False))
             rows.append(Row(f"batch {size}: retrained without both, seed 0", first))
-    show(f"{len(pairs)} pairs of classes, twice kappa, test images", rows, (64, 128, 200))
+    bench.tables["unlearning_pairs"] = show(
+        f"{len(pairs)} pairs of classes, twice kappa, test images", rows, (64, 128, 200)
+    )
     return rows
 
 
@@ -155,7 +159,9 @@ def transfer_table(bench: Bench) -> list[Row]:
     judged, kappas = cases(recipes, bench.output_dir), (25, *KAPPAS)
     rows = [Row("signed Taylor", on(judged, lambda case: by_taylor_tuned(case, kappas, SINGLES)))]
     rows += judged_rows(judged, {"GCN": gcn, "GCN, refined": refined(gcn)}, kappas, "test")
-    show(f"DIGITS, {len(judged)} checkpoints, the GCN of Fashion-MNIST, test images", rows, kappas)
+    bench.tables["unlearning_transfer"] = show(
+        f"DIGITS, {len(judged)} checkpoints, the GCN of Fashion-MNIST, test images", rows, kappas
+    )
     return rows
 
 
@@ -177,7 +183,7 @@ def resnet_table(bench: Bench) -> list[Row]:
         Row("signed Taylor", on(judged, lambda case: by_taylor_tuned(case, RESNET_KAPPAS, SINGLES))),
         *judged_rows(judged, ways, RESNET_KAPPAS, "test"),
     ]
-    show(f"ResNet-18, {len(judged)} checkpoints, test images", rows, RESNET_KAPPAS)
+    bench.tables["unlearning_resnet"] = show(f"ResNet-18, {len(judged)} checkpoints, test images", rows, RESNET_KAPPAS)
     return rows
 
 
@@ -208,6 +214,7 @@ def auto_table(bench: Bench) -> list[Row]:
         lines.append([f"forget <= {tau}, drop <= {epsilon}", f"{shown} of {total}", f"{hold} of {shown}", middle])
         rows.append(Row(f"tau {tau}, epsilon {epsilon}", cells))
     print(f"\nkappa: auto, refined masks\n\n{as_text(lines)}", flush=True)
+    bench.tables["unlearning_auto"] = (f"10 classes x {len(bench.judged)} classifiers", lines)
     return rows
 
 
@@ -260,7 +267,9 @@ def ablation_table(bench: Bench) -> list[Row]:
     for count in (1, 2, 4) if bench.full else ():
         gcn = by_gcn(train(bench.teachers[:count], base, bench.output_dir / "trial"))
         rows += judged_rows(bench.chosen_on, {f"{count} training checkpoints of 8": gcn}, KAPPAS, "val")
-    show("Ablations of the GCN, validation images, seed 50, both recipes", rows, KAPPAS)
+    bench.tables["unlearning_ablations"] = show(
+        "Ablations of the GCN, validation images, seed 50, both recipes", rows, KAPPAS
+    )
     return rows
 
 
@@ -297,7 +306,7 @@ def elbo_table(bench: Bench) -> list[Row]:
 
             rows.append(Row(f"ELBO, topK {topK}, {sampler.value}", on(bench.chosen_on, judge)))
     rows += judged_rows(bench.chosen_on, {"unlearning": by_gcn(Unlearner.load(SHIPPED)[0])}, kappas, "val")
-    show("The ELBO, validation images, seed 50, both recipes", rows, kappas)
+    bench.tables["unlearning_elbo"] = show("The ELBO, validation images, seed 50, both recipes", rows, kappas)
     return rows
 
 
@@ -339,6 +348,7 @@ def main() -> None:
     flags.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     flags.add_argument("--masks", type=Path, help="write the main table's masks here, and nothing else")
     flags.add_argument("--output-dir", type=Path, default=PROJECT_ROOT, help="where classifiers are kept")
+    for_pages(flags)
     arguments = flags.parse_args()
     reuse_freed_memory()
     bench = Bench(arguments.output_dir, arguments.full)
@@ -352,6 +362,7 @@ def main() -> None:
             row.name: {key: [asdict(c) for c in cells] for key, cells in row.cells.items()} for row in rows
         }
     keep(arguments.json, figures)
+    publish_all(arguments.docs, bench.tables)
 
 
 if __name__ == "__main__":

@@ -113,11 +113,11 @@ def test_whole_pipeline(name, model, roots, tmp_path, monkeypatch):
     assert (tmp_path / record["mask_path"]).exists()
 
 
-def test_example_of_the_readme(tmp_path, monkeypatch):
-    """The README's lines for a plain folder of images run as they stand."""
+def test_example_of_the_pages(tmp_path, monkeypatch):
+    """The lines of docs/data.md for a plain folder of images run as they stand."""
     (code,) = [
         block.split("```")[0]
-        for block in (PROJECT_ROOT / "README.md").read_text().split("```python\n")
+        for block in (PROJECT_ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("```python\n")
         if "SupportedDatasets.FOLDER" in block.split("```")[0]
     ]
     write_tree(tmp_path / "photos", ["bird", "cat", "dog"], 10)

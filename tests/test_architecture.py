@@ -149,7 +149,7 @@ ALLOWED_TO_RUN = {
     ("formats", "pickle"),  # writes CIFAR's files as their makers do
     ("test_pixel_cache", "pickle"),  # what a worker process gets
     ("test_utils_data", "pickle"),  # the oracle of the reader of those files, which needs no pickle
-    ("test_all_datasets", "exec"),  # a block of the README
+    ("test_all_datasets", "exec"),  # a block of docs/data.md
     ("commands.sweep", "__import__"),  # names of two engines, written beside it
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -1,6 +1,6 @@
 """From theta to masks: relaxed k-subset samplers, mask strategies, and switching weights off and on again.
 
-Polarity, everywhere: 1 = weight kept, 0 = weight switched off. Symbols as in the README's table.
+Polarity, everywhere: 1 = weight kept, 0 = weight switched off. Symbols as in docs/concepts.md.
 """
 
 import hashlib
