@@ -138,7 +138,7 @@ WRITERS = {
 # What runs code that it finds in a file, or hands a line to a shell. Records, masks and checkpoints come from others.
 RUNS_WHAT_IT_READS = (
     *("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "runpy", "code"),
-    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "commands", "pty.spawn"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn"),
     *("yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.UnsafeLoader", "yaml.Loader", "yaml.FullLoader"),
     *("yaml.full_load", "yaml.full_load_all", "torch.hub", "torch.jit.load", "torch.package", "pandas.read_pickle"),
 )

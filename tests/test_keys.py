@@ -31,7 +31,7 @@ from data import GraphGenerator
 from measure.auto_kappa import Search
 from model import save_classifier, vision_model_loader
 from pipeline import Pipeline
-from stages.chain import chain as stages
+from stages import chain as stages
 from unlearn.requests import Unlearner
 from utils_data import get_unlearning_dataset
 
