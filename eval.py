@@ -12,7 +12,7 @@ from torch import Tensor
 from core.choices import Diverged
 from core.config import KappaModes
 from core.observe import log
-from core.record_schema import SCORES
+from core.records import SCORES
 from measure import probes  # noqa: F401 - registers its metrics
 from measure.comparisons import avg_gap  # registers the metrics against the retrained models too
 from measure.counts import intervals_of

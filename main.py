@@ -34,9 +34,8 @@ import tyro
 import tyro.constructors
 from dotenv import load_dotenv
 
-from core.choices import Choice, MachineError, at_home
+from core.choices import Choice, MachineError, at_home, bare, fit, hints
 from core.config import PROJECT_ROOT, PipelineConfig, ReporterConfig, SupportedDatasets, Trackers, UserError
-from core.fields import bare, fit, hints
 from core.observe import be_quiet, visible
 from core.yaml_files import load_config
 
@@ -182,7 +181,7 @@ def run(arguments: list[str]) -> int:
     for_programs, arguments = _switch("--json", _quiet(arguments))
     flags = " --quiet: no progress on stderr. --json: the results as one JSON object on stdout."
     config = _configured(arguments, "run", "Run the pipeline." + flags)
-    from core.locks import running
+    from core.store import running
     from pipeline import Pipeline
 
     with running(config.output_dir):
@@ -244,7 +243,7 @@ def train_gcn(arguments: list[str]) -> int:
         raise UserError(f"train-gcn needs one --out FILE, found {len(targets)}: name the .safetensors file to write")
     target = at_home(targets[0])
     from core.artifacts import copy_file
-    from core.locks import running
+    from core.store import running
     from stages.chain import Stages
     from stages.preflight import say
 

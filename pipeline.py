@@ -10,12 +10,20 @@ from functools import cached_property
 from pathlib import Path
 
 from core.artifacts import SCHEMA, write_json
-from core.class_requests import written
-from core.config import GIVEN, KappaModes, MaskStrategies, Objectives, PipelineConfig, Trackers, UserError, plain
+from core.config import (
+    GIVEN,
+    KappaModes,
+    MaskStrategies,
+    Objectives,
+    PipelineConfig,
+    Trackers,
+    UserError,
+    plain,
+    written,
+)
 from core.hashes import code_key, key_of, now, provenance, sha256_file, versions
 from core.observe import log, progress
-from core.record_schema import complaint
-from core.records import read_whole, record_path
+from core.records import complaint, read_whole, record_path
 from eval import Eval
 from measure.auto_kappa import Search, check_provable, search
 from measure.metrics import chosen_metrics
@@ -51,7 +59,7 @@ RECORD_CODE = (
     "measure/auto_kappa.py",
     "core/hashes.py",
     "core/artifacts.py",
-    "core/record_schema.py",
+    "core/records.py",
     "core/records.py",
     "stages/preflight.py",
     "pipeline.py",
@@ -185,7 +193,7 @@ class Pipeline(Stages):
         places |= {"mask_sha256": {name: sha256_file(file) for name, file in files.items()}}
         record |= {**places, "provenance": provenance() | run, **measured, **self.data.image_facts, **standing}
         if wrong := complaint(record):
-            raise RuntimeError(f"this record does not fit core/record_schema.py: {wrong}")
+            raise RuntimeError(f"this record does not fit core/records.py: {wrong}")
         write_json(path, record)
         return record
 

@@ -39,7 +39,7 @@ CODE = (
         "reporting/curves.py",
         "reporting/draw.py",
     ),
-    *("core/hashes.py", "core/artifacts.py", "core/record_schema.py", "core/records.py", "core/observe.py"),
+    *("core/hashes.py", "core/artifacts.py", "core/records.py", "core/records.py", "core/observe.py"),
 )
 PAGE = Path("reports/index.html")
 

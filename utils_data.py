@@ -20,16 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from core.choices import SupportedDatasets, UserError
-from core.class_requests import Classes, resolve_classes
 from core.config import DataConfig, as_tuple, derive_seed
 from core.hashes import sha256_arrays
 from core.observe import log, visible
 from images.decode import DIGEST, How
-from images.duplicates import find_duplicates, say_duplicates
 from images.fetch import download
-from images.lazy_pixels import LazyPixels
+from images.names import Classes, resolve_classes
 from images.specs import SPECS, Arrays, dataset_root, read_arrays, read_idx, stratified
-from images.splits import open_tree_of, usable_splits
+from images.splits import LazyPixels, find_duplicates, open_tree_of, say_duplicates, usable_splits
 
 SPLITS = ("train", "val", "test")
 TREE_SETTINGS = ("image_size", "num_workers", "cache_gb", "max_pixels", "sample_bits", "skip_bad_images")

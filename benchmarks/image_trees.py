@@ -35,11 +35,10 @@ from torchvision.transforms import v2
 
 from core.choices import SupportedVisionModels
 from core.config import PROJECT_ROOT
-from images.check import check
 from images.decode import How, decode_many
-from images.index import open_tree
-from images.lazy_pixels import LazyPixels
+from images.index import check, open_tree
 from images.pixel_cache import PixelCache
+from images.splits import LazyPixels
 from model import vision_model_loader
 from utils_data import Images, make_loader
 
@@ -187,7 +186,7 @@ import sys, time
 from pathlib import Path
 from images.decode import How
 from images.index import open_tree
-from images.lazy_pixels import LazyPixels
+from images.splits import LazyPixels
 from model import vision_model_loader
 from images.pixel_cache import PixelCache
 begun = time.perf_counter()

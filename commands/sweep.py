@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from core.artifacts import DamagedError, read_json, told, write_json
-from core.choices import MachineError
+from core.choices import MachineError, did_you_mean
 from core.config import GIVEN, PROJECT_ROOT, PipelineConfig, UserError, plain
-from core.fields import did_you_mean
 from core.hashes import check_same_code, key_of, sha256_file, versions, whole_code
-from core.locks import running
 from core.observe import log
 from core.records import read_whole
-from core.store import sha256_folder
+from core.store import running, sha256_folder
 from core.yaml_files import load_config, read_words, resolved, typed
 from reporting.write import as_text
 from training.processes import end_with_parent

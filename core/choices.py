@@ -1,7 +1,17 @@
 """The closed choices of a run, and the errors that are said in one sentence. No torch here."""
 
-from enum import StrEnum
+import json
+import math
+import numbers
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum, StrEnum
+from functools import lru_cache
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -168,3 +178,169 @@ class Trackers(Choice):
 
     trackio = "trackio"
     none = "none"
+
+
+# --- a value of a configuration -> its field's type, whoever wrote it: YAML, a sweep, a flag or Python ----------------
+
+WHOLE = re.compile(r"[-+]?[0-9]{1,40}")
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+NOTHING = ("none", "null", "~")
+LONGEST_SHOWN = 60
+
+
+class Plain(str):
+    """A word of a YAML file without quotes: the field's type says whether it is a number, a switch or a text."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a number; both ends belong to it unless `above` leaves out the lower one."""
+
+    least: float
+    most: float
+    above: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in the range; not-a-number never does."""
+        return self.least <= value <= self.most and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        return f"{'above' if self.above else 'from'} {self.least} to {self.most}"
+
+
+class Section:
+    """A part of the schema whose fields are brought to their types, and checked, as soon as it is made."""
+
+    SECTION: ClassVar[str] = ""
+    """Its name in files and flags; empty for the whole."""
+
+    def __post_init__(self) -> None:
+        prefix = f"{self.SECTION}." if self.SECTION else ""
+        for name, hint in hints(type(self)).items():
+            object.__setattr__(self, name, fit(getattr(self, name), hint, prefix + name))
+        self.check()
+
+    def check(self) -> None:
+        """Raise `UserError` where fields do not go together."""
+
+
+@lru_cache
+def hints(kind: Any) -> dict[str, Any]:
+    """The fields of a dataclass and their types, ranges included."""
+    types = get_type_hints(kind, include_extras=True)
+    return {item.name: types[item.name] for item in fields(kind)}
+
+
+def bare(hint: Any) -> Any:
+    """A type without its range."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def shown(value: object) -> str:
+    """A value for people, short."""
+    if isinstance(value, Plain) or (isinstance(value, numbers.Number) and not isinstance(value, bool)):
+        text = str(value)
+    else:
+        text = json.dumps(value, ensure_ascii=False, default=str).replace('"', "'")
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`: did you mean 'steps'?`, or the choices where none is near."""
+    near = get_close_matches(word.replace("-", "_"), known, 1) or get_close_matches(word.upper(), known, 1)
+    return f": did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"
+
+
+def needed(hint: Any) -> str:
+    """What a field of this type takes, as the end of a sentence."""
+    kind, origin = bare(hint), get_origin(bare(hint))
+    limits = next((f" {item}" for item in get_args(hint)[1:] if isinstance(item, Within)), "")
+    if origin in (Union, UnionType):
+        return " or ".join("null" if part is NoneType else needed(part) for part in get_args(kind))
+    if origin is tuple:
+        return f"{needed(get_args(kind)[0])}, or several in brackets: [a, b]"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(one.value for one in kind)}"
+    words = {bool: "true or false", int: f"a whole number{limits}", float: f"a number{limits}", str: "a text"}
+    return words.get(kind, "a path in quotes" if kind is Path else "its fields, e.g. {name: value}")
+
+
+def fit(value: Any, hint: Any, name: str) -> Any:
+    """The value in its field's type.
+
+    Raises:
+        UserError: it is of another kind, or out of the range that the type states.
+    """
+    kind, origin = bare(hint), get_origin(bare(hint))
+    if origin in (Union, UnionType):
+        return _one_of(value, kind, name)
+    if origin is tuple:
+        return _several(value, hint, name)
+    if is_dataclass(kind) and isinstance(value, kind):
+        return value
+    found = _converted(value, kind)
+    limits = [item for item in get_args(hint)[1:] if isinstance(item, Within)]
+    finite = not isinstance(found, float) or math.isfinite(found)
+    if found is None or not finite or not all(item.holds(found) for item in limits):
+        raise UserError(f"{name} is {shown(value)}: give {needed(hint)}")
+    return found
+
+
+def _one_of(value: Any, union: Any, name: str) -> Any:
+    """The value in the first type of a union that takes it."""
+    kinds = get_args(union)
+    if NoneType in kinds and (value is None or (isinstance(value, str) and value.lower() in NOTHING)):
+        return None
+    for kind in kinds:
+        if kind is NoneType:
+            continue
+        try:
+            return fit(value, kind, name)
+        except NoHomeError:
+            raise
+        except UserError:
+            pass
+    raise UserError(f"{name} is {shown(value)}: give {needed(union)}")
+
+
+def _several(value: Any, hint: Any, name: str) -> tuple:
+    """A tuple; one value may stand without brackets."""
+    kind = get_args(bare(hint))[0]
+    one = isinstance(value, str | Enum | numbers.Number | Path)
+    if not one and not (isinstance(value, Sequence) and not isinstance(value, bytes)):
+        raise UserError(f"{name} is {shown(value)}: give {needed(hint)}")
+    return tuple(fit(item, kind, name) for item in ([value] if one else value))
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """The value as this type, None where it is of another kind."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        named = value.value if isinstance(value, kind) else value
+        found = [one for one in kind if isinstance(named, str) and one.value.lower() == named.lower()]
+        return found[0] if found else None
+    if kind is bool:
+        return value if isinstance(value, bool) else TRUTH.get(value.lower()) if isinstance(value, str) else None
+    if isinstance(value, bool):
+        return None
+    if kind is int:
+        whole = isinstance(value, numbers.Integral) or (isinstance(value, str) and WHOLE.fullmatch(value))
+        return int(value) if whole else None
+    if kind is float:
+        return _number(value)
+    if kind is str:
+        return str(value) if isinstance(value, str) and not isinstance(value, Enum) else None
+    if kind is Path:
+        usable = isinstance(value, str | Path) and str(value) and "\0" not in str(value)
+        return at_home(Path(value)) if usable else None
+    return None
+
+
+def _number(value: Any) -> float | None:
+    if not isinstance(value, numbers.Real | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

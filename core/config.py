@@ -7,7 +7,7 @@ here, so that `uv run main.py --help` answers at once.
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
@@ -22,6 +22,7 @@ from core.choices import (
     KappaModes,
     MaskStrategies,
     Objectives,
+    Section,
     SFTModes,
     Starts,
     SupportedDatasets,
@@ -29,8 +30,8 @@ from core.choices import (
     TopKSamplers,
     Trackers,
     UserError,
+    Within,
 )
-from core.fields import Section, Within
 
 GIVEN = ("trained_vision_model_path", "graph_dir", "gcn_path")
 """Fields that hand a stage's product in instead of having it made."""
@@ -44,6 +45,7 @@ Positive = Annotated[float, Within(0, 1e30, above=True)]
 Weight = Annotated[float, Within(0, 1e30)]
 Temperature = Annotated[float, Within(1e-4, 1e4)]
 Share = Annotated[float, Within(1e-6, 1 - 1e-6)]
+LABEL = "label:"  # before a number that is meant as a label, in texts that name a class
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -348,6 +350,17 @@ def plain(config: object) -> dict:
     result = convert(asdict(config))  # ty: ignore[invalid-argument-type]
     assert isinstance(result, dict)
     return result
+
+
+def spelled(classes: Sequence[int | str]) -> tuple[str, ...]:
+    """Labels as text that means the same wherever it is typed, whatever the classes are called; text stays."""
+    return tuple(f"{LABEL}{one}" if isinstance(one, int) else one for one in classes)
+
+
+def written(config: PipelineConfig) -> PipelineConfig:
+    """A configuration as records keep it and people may type it: its labels are spelled out."""
+    gcn = replace(config.gcn, train_classes=spelled(config.gcn.train_classes))
+    return replace(config, forget_class=spelled(config.forget_class), gcn=gcn)
 
 
 def derive_seed(root: int, *parts: object) -> int:

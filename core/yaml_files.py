@@ -9,9 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.choices import UserError, at_home
+from core.choices import Plain, UserError, at_home, bare, did_you_mean, fit, hints, shown
 from core.config import PipelineConfig
-from core.fields import Plain, bare, did_you_mean, fit, hints, shown
 
 if TYPE_CHECKING:
     from yaml import Node

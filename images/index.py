@@ -1,25 +1,42 @@
-"""The index of a folder tree of images: paths, labels, sizes and times as arrays, cached; nothing is decoded here.
+"""The index of a folder tree of images, and what its files hold.
 
-`tree_layouts` says which folders are classes and which are splits. Only folder times are compared when a cached index
-is loaded (a file added, removed or renamed changes its folder's); `image_check` looks at every file that is used.
-No torch here.
+The index holds paths, labels, sizes and times as arrays and is cached; making it decodes nothing. `layouts` says which
+folders are classes and which are splits. When a cached index is loaded, only the times of folders are compared (a file
+that is added, removed or renamed changes the time of its folder). `check` looks at every file that is used: it decodes
+and hashes each once, keeps the pixels, and knows the file again until it changes. No torch here.
 """
 
 import os
+import stat
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 
 from core.artifacts import read_tensors, write_tensors
-from core.config import UserError
+from core.choices import MachineError, UserError
 from core.hashes import code_key, key_of
-from core.observe import log, visible
-from images.decode import DIGEST
-from images.layouts import LAYOUTS, NoTreeError, Scan, has_splits, innermost, nothing_there
+from core.observe import log, progress, visible
+from core.store import locked
+from images.decode import (
+    CHANGED,
+    DIGEST,
+    EMPTY,
+    UNREADABLE,
+    BadImageError,
+    How,
+    Seen,
+    examine,
+    in_threads,
+    mark_of,
+    raise_if_machine,
+)
+from images.layouts import LAYOUTS, SPECIAL, NoTreeError, Scan, has_splits, innermost, nothing_there
+from images.pixel_cache import EVERY_EPOCH, PixelCache
 
 RACE_NS = 20_000_000  # a folder changed this shortly before it was read may change again without a new time
 
@@ -33,7 +50,7 @@ class Tree:
     them), [S] each.
     `problems`: (path, reason) of what can be no image whatever its content; `passed`: kinds of litter with their
     counts; `notes`: what was decided about the layout, a sentence each.
-    Filled by `image_check.check`, where rows were checked: `bad`, reason by row; `digests` of the files' bytes [S, 16];
+    Filled by `check`, where rows were checked: `bad`, reason by row; `digests` of the files' bytes [S, 16];
     `bits` (`image_files.Seen`) [S].
     """
 
@@ -106,8 +123,8 @@ def mix(values: np.ndarray) -> np.ndarray:
 CODE = (
     "images/index.py",
     "images/layouts.py",
-    "images/split_names.py",
-    "images/litter.py",
+    "images/names.py",
+    "images/names.py",
     "images/decode.py",
     "imagenet_classes.py",
 )
@@ -171,3 +188,219 @@ def save_tree(tree: Tree) -> None:
     """Keep an index in its file."""
     facts = {name: getattr(tree, name) for name in ("folders", "problems", "passed", "notes", "made", "classes")}
     write_tensors(tree.file, {name: getattr(tree, name) for name in ARRAYS}, facts)
+
+
+# --- what the files hold -----------------------------------------------------------------------------------
+
+LEAST_SPAN, MOST_SPAN, SPAN_BYTES, SECONDS_BETWEEN_SAVES = 64, 1024, 2**26, 15
+TRIES = 3  # for a file that is being written
+
+
+class _Known:
+    """What earlier checks with the same limits found, by the key of a file (its name, size and mark)."""
+
+    def __init__(self, tree: Tree, how: How):
+        limits = {"max_pixels": how.max_pixels, "sample_bits": how.sample_bits, "pil": PIL.__version__}
+        code = key_of(limits | {"code": code_key("images/decode.py", "images/index.py")})[:8]
+        self.file = tree.file.with_suffix(f".{code}.checked.safetensors")
+        try:
+            arrays, facts = read_tensors(self.file) if self.file.exists() else ({}, {})
+            self.keys = arrays.get("keys", np.zeros(0, np.uint64))
+            self.digests = arrays.get("digests", np.zeros((0, DIGEST), np.uint8))
+            self.bits = arrays.get("bits", np.zeros(0, np.uint8))
+            if not len(self.keys) == len(self.bits) == len(self.digests):
+                raise UserError("lengths differ")
+        except UserError:
+            log(f"{self.file} is damaged: images are checked again")
+            facts = {}
+            self.keys, self.digests = np.zeros(0, np.uint64), np.zeros((0, DIGEST), np.uint8)
+            self.bits = np.zeros(0, np.uint8)
+        self.reasons = {int(key): reason for key, reason in facts.items()}
+
+    def places(self, keys: np.ndarray) -> np.ndarray:
+        """Where each key is, -1 if it is not there."""
+        if not len(self.keys):
+            return np.full(len(keys), -1)
+        order = np.argsort(self.keys)
+        found = order[np.searchsorted(self.keys[order], keys).clip(0, len(order) - 1)]
+        return np.where(self.keys[found] == keys, found, -1)
+
+    def add(self, keys: np.ndarray, seen: list[Seen]) -> None:
+        digests = np.frombuffer(b"".join(one.digest for one in seen), np.uint8).reshape(-1, DIGEST)
+        self.keys, self.digests = np.concatenate([self.keys, keys]), np.concatenate([self.digests, digests])
+        self.bits = np.concatenate([self.bits, np.array([one.bits for one in seen], np.uint8)])
+
+    def forget(self, keys: np.ndarray) -> None:
+        kept = ~np.isin(self.keys, keys)
+        self.keys, self.digests, self.bits = self.keys[kept], self.digests[kept], self.bits[kept]
+
+    def save(self) -> None:
+        reasons = {str(key): reason for key, reason in self.reasons.items()}
+        write_tensors(self.file, {"keys": self.keys, "digests": self.digests, "bits": self.bits}, reasons)
+
+
+def check(tree: Tree, rows: np.ndarray, how: How, threads: int, limit: float) -> tuple[Tree, PixelCache | None]:
+    """Decode each of these images once, keep its pixels, and hash its file; what is known from earlier is not repeated.
+
+    Several processes that need the same do it once. What was found is kept every few seconds.
+
+    Args:
+        limit: bytes that kept pixels may take; 0 keeps none.
+
+    Returns:
+        (the tree with the present sizes and marks of these files, `bad`, `digests` and `bits`; their pixels, if kept).
+
+    Raises:
+        MachineError: memory, file handles or room for what was found are lacking.
+    """
+    tree, bad = _restamped(tree, rows)
+    rows = rows[~np.isin(rows, list(bad))]
+    known, cache = _Known(tree, how), PixelCache(tree.file.with_suffix(""), how, limit) if limit else None
+    if limit == 0:
+        log(f"{EVERY_EPOCH}: data.cache_gb is 0")
+    if len(_left(tree, rows, known, cache)):
+        with locked(tree.file.with_name(f".{tree.file.stem}.check.lock")):
+            known = _Known(tree, how)
+            cache = _with_room(tree, rows, known, cache)
+            found, cache = _examine_all(tree, _left(tree, rows, known, cache), how, threads, known, cache)
+            bad |= found
+    keys = tree.keys(rows)
+    if known.reasons:
+        bad |= {
+            int(row): known.reasons[key] for row, key in zip(rows, keys.tolist(), strict=True) if key in known.reasons
+        }
+    places = known.places(keys)
+    sound = places >= 0
+    tree.digests[rows[sound]], tree.bits[rows[sound]] = known.digests[places[sound]], known.bits[places[sound]]
+    if cache is not None:
+        cache.used()
+    return replace(tree, bad=bad), cache
+
+
+def forget(tree: Tree, rows: list[int], how: How) -> None:
+    """See that these images are checked again by the next run."""
+    known = _Known(tree, how)
+    known.forget(tree.keys(np.array(rows)))
+    known.save()
+
+
+def _restamped(tree: Tree, rows: np.ndarray) -> tuple[Tree, dict[int, str]]:
+    """The tree with the present size and mark of these files, and reason by row of those that are none any more."""
+    sizes, marks, bad = tree.sizes.copy(), tree.marks.copy(), {}
+    for row in rows.tolist():
+        try:
+            facts = os.stat(tree.path(row))  # noqa: PTH116
+        except OSError as error:
+            raise_if_machine(error, tree.path(row))
+            bad[row] = f"{UNREADABLE} ({error.strerror})"
+            continue
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size == 0:
+            bad[row] = EMPTY if stat.S_ISREG(facts.st_mode) else SPECIAL
+        sizes[row], marks[row] = facts.st_size, mark_of(facts)
+    changed = (sizes != tree.sizes) | (marks != tree.marks)
+    blank = np.zeros((len(tree), DIGEST), np.uint8), np.zeros(len(tree), np.uint8)
+    tree = replace(tree, sizes=sizes, marks=marks, digests=blank[0], bits=blank[1])
+    if changed.any():
+        example = tree.name(int(np.flatnonzero(changed)[0]))
+        log(
+            f"{tree.root}: {changed.sum()} files were touched since they were indexed, such as {example}: looking again"
+        )
+        save_tree(tree)
+    return tree, bad
+
+
+def _left(tree: Tree, rows: np.ndarray, known: _Known, cache: PixelCache | None) -> np.ndarray:
+    """Those of these rows of which something is not known."""
+    keys = tree.keys(rows)
+    places = known.places(keys)
+    missing = places < 0
+    if cache is not None:
+        missing |= cache.places(known.digests[places]) < 0 if len(known.keys) else True
+    return rows[missing & ~np.isin(keys, np.array(list(known.reasons), np.uint64))]
+
+
+def _with_room(tree: Tree, rows: np.ndarray, known: _Known, cache: PixelCache | None) -> PixelCache | None:
+    """The cache as it is now, if what is left to be read fits in."""
+    if cache is None:
+        return None
+    cache.reload()
+    return cache if cache.make_room(len(rows), len(_left(tree, rows, known, cache))) else None
+
+
+def _examine(tree: Tree, row: int, how: How) -> Seen:
+    """Read one image; a file that is touched meanwhile is read again. Raises as `examine` does."""
+    for left in reversed(range(TRIES)):
+        try:
+            return examine(tree.path(row), how, tree.stamp(row))
+        except BadImageError as error:
+            if str(error) != CHANGED or left == 0:
+                raise
+        try:
+            facts = os.stat(tree.path(row))  # noqa: PTH116
+        except OSError as error:
+            raise BadImageError(f"{UNREADABLE} ({error.strerror})") from None
+        tree.sizes[row], tree.marks[row] = facts.st_size, mark_of(facts)
+    raise AssertionError
+
+
+def _examine_all(
+    tree: Tree, rows: np.ndarray, how: How, threads: int, known: _Known, cache: PixelCache | None
+) -> tuple[dict[int, str], PixelCache | None]:
+    """Read these images; returns reason by row of those that are no images, and the cache if all went into it."""
+    bad: dict[int, str] = {}
+    step = min(MOST_SPAN, max(LEAST_SPAN, SPAN_BYTES // int(np.prod(how.shape))))
+    spans = [rows[begin : begin + step] for begin in range(0, len(rows), step)]
+    saved = time.monotonic()
+    for place, span in enumerate(progress(spans, f"reading images, {step} at a time"), 1):
+        seen: dict[int, Seen] = {}
+
+        def read(place: int, span: np.ndarray = span, seen: dict[int, Seen] = seen) -> None:
+            row = int(span[place])
+            try:
+                seen[row] = _examine(tree, row, how)
+            except BadImageError as error:
+                bad[row] = str(error)
+
+        in_threads(read, len(span), threads)
+        good, lasting = (
+            sorted(seen),
+            [row for row in span.tolist() if row in bad and not bad[row].startswith((CHANGED, UNREADABLE))],
+        )
+        known.forget(tree.keys(np.array(good, int)))
+        known.add(tree.keys(np.array(good, int)), [seen[row] for row in good])
+        known.reasons |= {
+            int(key): bad[row] for row, key in zip(lasting, tree.keys(np.array(lasting, int)), strict=True)
+        }
+        cache = _kept([seen[row] for row in good], cache)
+        if place == len(spans) or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            saved = time.monotonic()
+            cache = _saved(cache)
+            known.save()
+    return bad, cache
+
+
+def _kept(seen: list[Seen], cache: PixelCache | None) -> PixelCache | None:
+    """The cache with these images; None, said in the log, if the disk has no room for them after all."""
+    if cache is None or not seen:
+        return cache
+    try:
+        cache.append([one.digest for one in seen], np.stack([one.pixels for one in seen]))
+    except (MachineError, UserError) as error:
+        return _given_up(cache, error)
+    return cache
+
+
+def _saved(cache: PixelCache | None) -> PixelCache | None:
+    """The cache, what it holds made to count; None, as above."""
+    try:
+        if cache is not None:
+            cache.save()
+    except (MachineError, UserError) as error:
+        return _given_up(cache, error)
+    return cache
+
+
+def _given_up(cache: PixelCache, error: Exception) -> None:
+    """Remove a cache that cannot be written: it is a help, and no reason to end a run."""
+    log(f"{EVERY_EPOCH}: {error}")
+    cache.drop()

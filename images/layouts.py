@@ -18,14 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
-from core.class_requests import same_form
 from core.config import UserError
 from core.observe import visible
 from imagenet_classes import IMAGENET2012_CLASSES
 from images.archives import SUFFIXES
 from images.decode import EMPTY, UNREADABLE, mark_of, raise_if_machine
-from images.litter import is_image_name, litter_file, litter_folder
-from images.split_names import TEST, TRAIN, UNSPLIT, same_but_for_numbers, splits_by_name
+from images.names import (
+    TEST,
+    TRAIN,
+    UNSPLIT,
+    is_image_name,
+    litter_file,
+    litter_folder,
+    same_but_for_numbers,
+    same_form,
+    splits_by_name,
+)
 
 WNID = re.compile(r"n\d{8}")
 LOOP, SPECIAL, HOMELESS, NO_IMAGES = "symlink loop", "not a regular file", "in no class folder", "empty class folder"

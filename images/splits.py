@@ -1,24 +1,185 @@
-"""Which images of a folder tree are for training, validation and test, and which give no image. No torch here.
+"""Which images of a folder tree are for training, validation and test, which give no image, and reading the others.
 
 Splits are drawn by hashes of file names, class by class: neither the order of the files nor the machine moves them.
 """
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from core.choices import SupportedDatasets, UserError
 from core.config import DataConfig, derive_seed
 from core.observe import log
-from images.check import check
-from images.decode import How
-from images.index import Tree, mix, open_tree
+from images.decode import CHANGED, BadImageError, How, decode_many, examine
+from images.index import Tree, check, forget, mix, open_tree
 from images.layouts import NoTreeError
+from images.names import TEST, TRAIN, UNSPLIT, VAL
 from images.pixel_cache import PixelCache
 from images.specs import SPECS, dataset_root, how_to_get
-from images.split_names import TEST, TRAIN, UNSPLIT, VAL
+
+if TYPE_CHECKING:  # torch takes seconds, and who lists datasets needs none
+    from torch import Tensor
+
+ACROSS = "across classes"
+
+
+def find_duplicates(
+    digests: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], name_of: Callable[[str, int], str]
+) -> dict[str, dict]:
+    """Copies within and across splits and classes.
+
+    Args:
+        digests: of each split's images, uint8 [S, 16], equal where images are. labels: int [S], as many.
+        name_of: what an image is called, from its split and place.
+
+    Returns:
+        {kind: {"images": how many, "example": [name, name of its equal]}} of the kinds that occur: a split (an image
+        that equals an earlier one of it), two splits as `train/test` (an image of the second that equals one of the
+        first), and `across classes` (an image that equals one of another class).
+    """
+    names = list(digests)
+    split = np.repeat(np.arange(len(names)), [len(digests[name]) for name in names])
+    place = np.concatenate([np.arange(len(digests[name])) for name in names])
+    whole = np.ascontiguousarray(np.concatenate([digests[name] for name in names]))
+    _, group, sizes = np.unique(whole.view("V16")[:, 0], return_inverse=True, return_counts=True)
+    twins = np.flatnonzero(sizes[group] > 1)
+    split, place, group = split[twins], place[twins], group[twins]
+    label = np.concatenate([labels[name] for name in names])[twins]
+    found: dict[str, dict] = {}
+
+    def note(kind: str, copies: np.ndarray, others: np.ndarray) -> None:
+        """Count `copies`, each of which equals some of `others`; both are places among the twins."""
+        if len(copies):
+            equal = others[(group[others] == group[copies[0]]) & (others != copies[0])][0]
+            pair = [name_of(names[split[one]], int(place[one])) for one in (copies[0], equal)]
+            found[kind] = {"images": len(copies), "example": pair}
+
+    for a, b in combinations(range(len(names)), 2):
+        left, right = np.flatnonzero(split == a), np.flatnonzero(split == b)
+        note(f"{names[a]}/{names[b]}", right[np.isin(group[right], group[left])], left)
+    for number, name in enumerate(names):
+        members = np.flatnonzero(split == number)
+        _, first = np.unique(group[members], return_index=True)
+        note(name, np.delete(members, first), members)
+    lowest = np.full(len(sizes), np.iinfo(np.int64).max)
+    np.minimum.at(lowest, group, label)
+    highest = np.zeros(len(sizes), np.int64)
+    np.maximum.at(highest, group, label)
+    mixed = np.flatnonzero(lowest[group] < highest[group])
+    if len(mixed):
+        note(ACROSS, mixed, mixed[label[mixed] != label[mixed[0]]])
+    return found
+
+
+def say_duplicates(found: Mapping[str, dict]) -> str:
+    """One line for people."""
+    parts = [f"{one['images']} {kind}" for kind, one in found.items()]
+    first = next(iter(found.values()))["example"]
+    return f"the same image more than once: {', '.join(parts)}; e.g. {first[0]} is {first[1]}"
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    log(text)
+
+
+@dataclass(frozen=True)
+class LazyPixels:
+    """Images of a folder tree, read when they are indexed: stands in for a uint8 tensor [S, 3, size, size].
+
+    Args:
+        tree: the index, checked. rows: places in it, int64 [S]. how: they are decoded. threads: that decode at a time.
+        cache: what was kept of them, where there is one. places: of the rows in it, int64 [S].
+    """
+
+    tree: Tree
+    rows: np.ndarray
+    how: How
+    threads: int
+    cache: PixelCache | None = None
+    places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @classmethod
+    def kept(cls, tree: Tree, rows: np.ndarray, how: How, threads: int, cache: PixelCache | None) -> "LazyPixels":
+        """The pixels of these rows, found in the cache."""
+        return cls(
+            tree,
+            rows,
+            how,
+            threads,
+            cache,
+            cache.places(tree.digests[rows]) if cache is not None else np.zeros(0, np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """What is held in memory."""
+        return self.rows.nbytes + self.places.nbytes
+
+    def take(self, keep: "Tensor | list[int] | slice") -> "LazyPixels":
+        """The subset at indices, or where a mask holds; nothing is read."""
+        which = keep if isinstance(keep, slice | list) else np.asarray(keep)
+        return replace(
+            self, rows=self.rows[which], places=self.places[which] if self.cache is not None else self.places
+        )
+
+    def __getitem__(self, indices: "Tensor | list[int] | slice") -> "Tensor":
+        """Pixels, uint8 [B, 3, size, size].
+
+        Raises:
+            UserError: a file has other contents than when the run began, or can no longer be decoded.
+        """
+        import torch
+
+        which = indices if isinstance(indices, slice | list) else np.asarray(indices)
+        rows = self.rows[which]
+        if self.cache is None:
+            return torch.from_numpy(self._decoded(rows))
+        pixels, broken = self.cache.read(self.places[which])
+        if broken.any():
+            _say_once(f"{self.cache.data} is damaged: what is broken is decoded anew, all of it by the next run")
+            self.cache.distrust()
+            pixels[broken] = self._decoded(rows[broken])
+        return torch.from_numpy(pixels)
+
+    def _decoded(self, rows: np.ndarray) -> np.ndarray:
+        paths, stamps = [self.tree.path(row) for row in rows.tolist()], [self.tree.stamp(row) for row in rows.tolist()]
+        pixels, bad = decode_many(paths, stamps, self.how, self.threads)
+        for place, reason in bad.items():
+            if reason == CHANGED:
+                pixels[place] = self._as_it_was(int(rows[place]))
+                continue
+            forget(self.tree, rows[list(bad)].tolist(), self.how)
+            raise UserError(f"{paths[place]}: {reason}, which it was not when this run began: repair it and run again")
+        return pixels
+
+    def _as_it_was(self, row: int) -> np.ndarray:
+        """Pixels of a file that was touched: used if it holds what it held when the run began."""
+        path = self.tree.path(row)
+        try:
+            seen = examine(path, self.how)
+        except BadImageError as error:
+            raise UserError(f"{path} was changed while this run used it ({error}): repair it and run again") from None
+        if seen.digest != self.tree.digests[row].tobytes():
+            raise UserError(f"{path} was changed while this run used it: run again to work with its new contents")
+        _say_once(
+            f"{self.tree.root}: files were touched since this run began, such as {path}: their contents are the same"
+        )
+        return seen.pixels
+
+    def key(self) -> np.ndarray:
+        """Hashes of the files' bytes, uint8 [S, 16]."""
+        return self.tree.digests[self.rows]
+
 
 TEST_SHARE = 0.2
 MOST_NAMED = 1000

@@ -16,10 +16,9 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from core.artifacts import write_text
-from core.class_requests import spelled
-from core.config import PROJECT_ROOT, plain
+from core.config import PROJECT_ROOT, plain, spelled
 from core.observe import visible
-from core.record_schema import SCORES
+from core.records import SCORES
 from core.yaml_files import load_config
 from reporting.families import Run, dataset_of, family_key, told_apart
 from reporting.panels import Panel, figures_of, forgotten_taken_for

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from core.record_schema import SCORES
+from core.records import SCORES
 from reporting.families import Run
 from reporting.tables import (
     Estimate,

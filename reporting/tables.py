@@ -13,7 +13,7 @@ from typing import TypeGuard
 from core.config import SupportedDatasets, SupportedVisionModels
 from core.intervals import DUST, minus, same, t_interval
 from core.observe import visible
-from core.record_schema import SCORES
+from core.records import SCORES
 from reporting.families import Run, dataset_of, labels_of, told_apart
 from reporting.write import Lead
 

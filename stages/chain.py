@@ -38,15 +38,15 @@ from unlearn.requests import Checkpoint, Request, Unlearner, UnlearningTrainer, 
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
 TREE_CODE = (
-    "images/litter.py",
-    "images/split_names.py",
+    "images/names.py",
+    "images/names.py",
     "images/layouts.py",
     "images/decode.py",
     "images/index.py",
     "images/pixel_cache.py",
 )
-TREE_CODE = (*TREE_CODE, "images/check.py", "images/lazy_pixels.py", "images/splits.py")
-DATA_CODE = ("core/class_requests.py", "images/specs.py", *TREE_CODE, "images/duplicates.py", "utils_data.py")
+TREE_CODE = (*TREE_CODE, "images/index.py", "images/splits.py", "images/splits.py")
+DATA_CODE = ("images/names.py", "images/specs.py", *TREE_CODE, "images/splits.py", "utils_data.py")
 TRAINING_CODE = (
     "training/distributed.py",
     "training/resume.py",
@@ -56,7 +56,7 @@ TRAINING_CODE = (
 )
 CLASSIFIER_CODE = (
     "core/choices.py",
-    "core/fields.py",
+    "core/choices.py",
     "core/config.py",
     *DATA_CODE,
     "models/checkpoints.py",

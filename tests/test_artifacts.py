@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from core.artifacts import read_json, read_tensors, write_json, write_tensors, write_text, writing
-from core.choices import GCNPriorDistribution, SupportedDatasets
+from core.choices import GCNPriorDistribution, SupportedDatasets, bare, fit, hints
 from core.config import PROJECT_ROOT, GCNConfig, PipelineConfig, Trackers, TrainConfig, UserError, derive_seed, plain
-from core.fields import bare, fit, hints
 from core.hashes import code_key, key_of, sha256_arrays
 from core.store import build_stage, sha256_folder
 from core.yaml_files import load_config

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import main
 from commands.sweep import expand, load_sweep
-from core.class_requests import resolve_classes, spelled, written
-from core.config import GCNConfig, PipelineConfig, SupportedDatasets, UserError, plain
+from core.config import GCNConfig, PipelineConfig, SupportedDatasets, UserError, plain, spelled, written
 from core.observe import visible
 from core.yaml_files import load_config
+from images.names import resolve_classes
 from images.specs import SPECS
 from reporting import page
 from stages.chain import Stages

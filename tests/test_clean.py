@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.locks import RUNNING, running
+from core.store import RUNNING, running
 
 SCRIPT = Path(__file__).resolve().parent.parent / "clean.sh"
 ARTIFACTS = (

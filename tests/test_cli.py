@@ -19,9 +19,8 @@ import torch
 
 import main
 from core.artifacts import write_tensors
-from core.choices import Choice
+from core.choices import Choice, bare, hints
 from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
-from core.fields import bare, hints
 from model import save_classifier, vision_model_loader
 from tests.common import LOG_LINE, TINY
 from unlearn.masks import Mask

@@ -28,8 +28,7 @@ from core.artifacts import (
 )
 from core.choices import MachineError, UserError
 from core.config import PROJECT_ROOT
-from core.locks import RUNNING, clear_dead, locked, running
-from core.store import MANIFEST, build_stage, read_manifest, write_manifest
+from core.store import MANIFEST, RUNNING, build_stage, clear_dead, locked, read_manifest, running, write_manifest
 from reporter import is_drawn
 
 # --- damage is seen ---------------------------------------------------------------------------------------
@@ -221,7 +220,7 @@ def test_a_place_that_was_never_writable_is_the_users(tmp_path):
     code = (
         "import errno, os, sys\n"
         "from pathlib import Path\n"
-        "from core.locks import running\n"
+        "from core.store import running\n"
         "def fails(*_, **__): raise OSError(errno.EROFS, 'Read-only file system')\n"
         "os.open = fails\n"
         "from core.choices import UserError\n"

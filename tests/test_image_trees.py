@@ -16,7 +16,7 @@ from imagenet_classes import IMAGENET2012_CLASSES
 from images import index as image_tree
 from images.decode import BadImageError, How, decode
 from images.index import open_tree
-from images.split_names import TEST, TRAIN, UNSPLIT
+from images.names import TEST, TRAIN, UNSPLIT
 from images.splits import by_hash
 from utils_data import SPLITS, get_unlearning_dataset
 
@@ -329,7 +329,7 @@ def test_image_that_rots_is_checked_again_by_the_next_run(tree, tmp_path, monkey
     data = load(tree, tmp_path, cache_gb=0)
     victim = tree / min(names(data, "train"))
     monkeypatch.setattr("images.decode.mark_of", lambda facts: 1)
-    for name in ("image_check.mark_of", "tree_layouts.mark_of"):
+    for name in ("images.index.mark_of", "images.layouts.mark_of"):
         monkeypatch.setattr(name, lambda facts: 1)
     data = load(tree, tmp_path, cache_gb=0)
     with victim.open("r+b") as file:

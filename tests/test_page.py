@@ -23,8 +23,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import main
-from core.class_requests import written
-from core.config import KappaModes, PipelineConfig, SupportedDatasets, TrainConfig, plain
+from core.config import KappaModes, PipelineConfig, SupportedDatasets, TrainConfig, plain, written
 from core.yaml_files import load_config
 from reporting.families import families, runs_of
 from reporting.page import DEFAULT_CONFIG, as_page, command, rounded, sentence

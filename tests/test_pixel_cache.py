@@ -15,8 +15,7 @@ from formats import write_tree
 from PIL import Image
 
 from core.config import DataConfig, SupportedDatasets, UserError
-from images import check as image_check
-from images import pixel_cache
+from images import index, pixel_cache
 from images.decode import How, decode
 from images.pixel_cache import PixelCache
 from utils_data import SPLITS, get_unlearning_dataset
@@ -53,15 +52,15 @@ def tree(tmp_path):
 def decoded(monkeypatch):
     """Paths that were decoded, by the check or later."""
     seen = []
-    examine = image_check.examine
+    examine = index.examine
 
     def noted(path, *given, **named):
         seen.append(path)
         return examine(path, *given, **named)
 
-    monkeypatch.setattr("images.check.examine", noted)
+    monkeypatch.setattr("images.index.examine", noted)
     monkeypatch.setattr("images.decode.examine", noted)
-    monkeypatch.setattr("images.lazy_pixels.examine", noted)
+    monkeypatch.setattr("images.splits.examine", noted)
     return seen
 
 
@@ -146,9 +145,9 @@ def test_damage_is_noticed_and_mended(tree, tmp_path, what, capsys):
 
 def test_rows_that_were_not_saved_do_not_count(tree, tmp_path, monkeypatch):
     """A process killed between two saves leaves rows behind the last one; the next writes over them."""
-    monkeypatch.setattr(image_check, "SPAN_BYTES", 7 * ROW)
-    monkeypatch.setattr(image_check, "LEAST_SPAN", 7)
-    monkeypatch.setattr(image_check, "SECONDS_BETWEEN_SAVES", -1)
+    monkeypatch.setattr(index, "SPAN_BYTES", 7 * ROW)
+    monkeypatch.setattr(index, "LEAST_SPAN", 7)
+    monkeypatch.setattr(index, "SECONDS_BETWEEN_SAVES", -1)
     saves, save = [], PixelCache.save
 
     def killed(self):

@@ -13,8 +13,7 @@ import pytest
 
 from core.artifacts import DIGEST, write_json
 from core.hashes import key_of
-from core.record_schema import FIELDS, MORE, complaint
-from core.records import RECORDS, read_records, read_whole, record_path
+from core.records import FIELDS, MORE, RECORDS, complaint, read_records, read_whole, record_path
 from reporter import Reporter
 from reporting.compare import compared, side
 from reporting.families import families, runs_of

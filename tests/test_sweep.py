@@ -19,8 +19,8 @@ from core.artifacts import write_json, write_text
 from core.choices import Objectives, SupportedDatasets
 from core.config import PipelineConfig, UserError, plain
 from core.hashes import sha256_file
-from core.locks import locked
 from core.records import read_records, record_path
+from core.store import locked
 from core.yaml_files import load_config
 from pipeline import Pipeline
 from tests.common import TINY

@@ -17,8 +17,7 @@ from images import specs as readers
 from images.fetch import listing, prepare
 from images.index import open_tree
 from images.layouts import NoTreeError
-from images.litter import litter_file
-from images.split_names import TEST, TRAIN, UNSPLIT, VAL, splits_by_name
+from images.names import TEST, TRAIN, UNSPLIT, VAL, litter_file, splits_by_name
 from utils_data import SPLITS, dataset_facts, get_unlearning_dataset
 
 FOLDER = SupportedDatasets.FOLDER

@@ -11,7 +11,7 @@ import torch
 from formats import idx_bytes, write_cifar, write_mnist, write_svhn
 
 from core.config import DataConfig, SupportedDatasets, UserError
-from images.duplicates import find_duplicates
+from images.splits import find_duplicates
 from utils_data import SPLITS, download, get_unlearning_dataset, read_idx, stratified
 
 LABELS = np.arange(60) % 10
