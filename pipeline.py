@@ -28,7 +28,7 @@ from eval import Eval
 from measure.auto_kappa import Search, check_provable, search
 from measure.metrics import chosen_metrics
 from reporter import Reporter
-from stages.chain import GCN_CODE, Stages
+from stages.chain import Stages
 from stages.preflight import footing, say
 from training.distributed import repeatability
 from training.resume import recipe
@@ -38,32 +38,6 @@ from utils_data import UnlearningDataset
 
 __all__ = ["Pipeline", "PipelineConfig"]
 
-RECORD_CODE = (
-    *GCN_CODE,
-    "unlearn/methods.py",
-    "unlearn/closed_form.py",
-    "unlearn/fisher.py",
-    "unlearn/finetuning.py",
-    "unlearn/trained.py",
-    "measure/metrics.py",
-    "measure/comparisons.py",
-    "measure/attacks.py",
-    "measure/counts.py",
-    "measure/probes.py",
-    "measure/integrity.py",
-    "measure/views.py",
-    "core/intervals.py",
-    "measure/verdicts.py",
-    "measure/snapshots.py",
-    "eval.py",
-    "measure/auto_kappa.py",
-    "core/hashes.py",
-    "core/artifacts.py",
-    "core/records.py",
-    "core/records.py",
-    "stages/preflight.py",
-    "pipeline.py",
-)
 SECTIONS = ("eval", "refine", "sft", "gcn")  # of the configuration, that figures depend on directly
 
 
@@ -116,7 +90,7 @@ class Pipeline(Stages):
             "kappa_mode": config.kappa.value,
             "auto": plain(config.auto) if automatic else None,
             "references": recipe(self.train_config) if config.eval.references else None,
-            "code": code_key(*RECORD_CODE),
+            "code": code_key("pipeline"),
             "versions": versions(),
         }
         # The ELBO trains a network for each topK: one run has several, and what they are made from is in `inputs`.
@@ -177,7 +151,7 @@ class Pipeline(Stages):
                 name: digest if path else None
                 for name, path, digest in zip(("classifier", "graphs", "gcn"), given, hashes, strict=True)
             },
-            "code": code_key(*RECORD_CODE),
+            "code": code_key("pipeline"),
         }
 
     def _measure(self, record: dict, path: Path) -> dict:

@@ -28,19 +28,6 @@ from reporting.tables import (
 )
 from reporting.write import as_csv, as_latex, as_text
 
-CODE = (
-    *(
-        "reporter.py",
-        "reporting/write.py",
-        "reporting/families.py",
-        "core/intervals.py",
-        "reporting/tables.py",
-        "reporting/panels.py",
-        "reporting/curves.py",
-        "reporting/draw.py",
-    ),
-    *("core/hashes.py", "core/artifacts.py", "core/records.py", "core/records.py", "core/observe.py"),
-)
 PAGE = Path("reports/index.html")
 
 
@@ -126,7 +113,7 @@ class Reporter:
     def _plot(self, runs: list[Run], name: str, histories: dict[str, list[dict]], apart: str = "") -> Path:
         """Tables and figures of one run with its training curves, or of a family; `apart`: from other families."""
         folder = self.plots / name
-        inputs = {"runs": runs, "apart": apart, "config": plain(self.config), "code": code_key(*CODE)}
+        inputs = {"runs": runs, "apart": apart, "config": plain(self.config), "code": code_key("reporter")}
         key = key_of(inputs | {"histories": histories})
         if is_drawn(folder, key):
             log(f"report: unchanged, {folder}")

@@ -30,7 +30,7 @@ from core.hashes import code_key, key_of, provenance, sha256_file
 from core.intervals import against, t_interval
 from eval import Eval
 from graphs.gcn import reuse_freed_memory
-from pipeline import RECORD_CODE, Pipeline
+from pipeline import Pipeline
 from reporting.write import as_text
 from unlearn.methods import METHODS, Point
 from utils_data import UnlearningDataset
@@ -109,7 +109,7 @@ def cell(plan: Plan, seed: int, label: int) -> dict:
         "references": plan.references,
         "metrics": plan.metrics,
     }
-    inputs |= {"gcn": sha256_file(GCNS[plan.model]), "code": code_key(*RECORD_CODE)}
+    inputs |= {"gcn": sha256_file(GCNS[plan.model]), "code": code_key("pipeline")}
     name = f"{plan.model.value}_seed-{seed}_class-{label}_{key_of(inputs)[:12]}.json"
     path = plan.output_dir / "comparison" / name
     found = read_json(path, foreign=True) if path.exists() else {"seed": seed, "class": label, "methods": {}}

@@ -1,5 +1,6 @@
 """What things are told apart by: hashes of files, arrays, inputs and source code, and where a result comes from."""
 
+import ast
 import hashlib
 import json
 import platform
@@ -54,20 +55,21 @@ def key_of(inputs: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _sources() -> dict[str, str]:
+def _sources() -> dict[str, bytes]:
+    """Read the nine scripts and every room, by file name relative to the project; tests and benchmarks aside."""
     rooms = [
         path.parent for path in PROJECT_ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks")
     ]
     files = [path for folder in (PROJECT_ROOT, *rooms) for path in folder.glob("*.py")]
-    return {path.relative_to(PROJECT_ROOT).as_posix(): _sha256(path) for path in files}
+    return {path.relative_to(PROJECT_ROOT).as_posix(): path.read_bytes() for path in files}
 
 
 _BEGAN = _sources()  # the source files when this process began to import them: what it runs, whatever is edited later
 
 
 @lru_cache
-def _imported() -> dict[str, str]:
-    """Hashes of the source files that this process runs, by name.
+def _imported() -> dict[str, bytes]:
+    """Return the source files that this process runs, by name.
 
     Raises:
         UserError: they were changed while they were imported (this is first asked for soon after), so that nobody
@@ -79,19 +81,66 @@ def _imported() -> dict[str, str]:
     return _BEGAN
 
 
+def _files_of(module: str) -> list[str]:
+    """Name the project's files that run when `module` (or a name in it, such as "data.GraphDataset") is imported."""
+    parts = module.split(".")
+    stems = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return [name for stem in stems for name in (f"{stem}/__init__.py", f"{stem}.py") if name in _imported()]
+
+
+def _imports_of(name: str) -> list[str]:
+    """List the dotted names that a file imports at any depth, in functions too; `from a import b` imports a.b."""
+    found = []
+    for node in ast.walk(ast.parse(_imported()[name])):
+        if isinstance(node, ast.Import):
+            found += [item.name for item in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split("/")[: -node.level] if node.level else []  # one dot is the file's own folder
+            base = [*package, *([node.module] if node.module else [])]
+            found += [".".join([*base, item.name]) for item in node.names]
+    return found
+
+
 @lru_cache
-def code_key(*names: str) -> str:
-    """Hash of some of the source files that this process runs: changed code is a changed input of a stage.
+def closure(module: str) -> tuple[str, ...]:
+    """Name all files of this project that importing a module, and calling what is in it, can run.
+
+    The files are found from the source, so that a new import counts from the day it is written. A module imported by
+    a name that is computed at run time would not be seen: this project has none.
+
+    Args:
+        module: dotted, such as "stages.graphs".
+
+    Returns:
+        File names relative to the project, sorted; the module's own file and the `__init__.py` of rooms among them.
+    """
+    assert f"{module.replace('.', '/')}.py" in _imported(), f"{module} is no module of this project"
+    found: set[str] = set()
+    ahead = {*_files_of(module)}
+    while ahead:
+        found.add(name := ahead.pop())
+        ahead |= {file for imported in _imports_of(name) for file in _files_of(imported)} - found
+    return tuple(sorted(found))
+
+
+def _hash_of(names: Iterable[str]) -> str:
+    return key_of({name: hashlib.sha256(_imported()[name]).hexdigest() for name in names})
+
+
+@lru_cache
+def code_key(module: str) -> str:
+    """Hash the source files that a module's results depend on, its `closure`: changed code is a changed input.
 
     Raises:
         UserError: as `_imported`.
     """
-    return key_of({name: _imported()[name] for name in names})
+    return _hash_of(closure(module))
 
 
+@lru_cache
 def whole_code() -> str:
-    """Hash of all source files that this process runs."""
-    return code_key(*sorted(_imported()))
+    """Hash all source files that this process runs."""
+    return _hash_of(_imported())
 
 
 def check_same_code(other: str) -> None:

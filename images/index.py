@@ -120,14 +120,6 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-CODE = (
-    "images/index.py",
-    "images/layouts.py",
-    "images/names.py",
-    "images/names.py",
-    "images/decode.py",
-    "imagenet_classes.py",
-)
 PACKED = (".zip", ".tar", ".gz", ".tgz", ".parquet")
 ARRAYS = ("blob", "ends", "sizes", "marks", "labels", "splits", "hashes")
 
@@ -166,7 +158,7 @@ def open_tree(root: Path, layout: str, store: Path) -> Tree:
             "outside"
         )
     root, notes = innermost(root.resolve(), layout)
-    key = key_of({"root": str(root), "layout": layout, "notes": notes, "code": code_key(*CODE)})
+    key = key_of({"root": str(root), "layout": layout, "notes": notes, "code": code_key("images.index")})
     file = store / f"{visible(root.name)[:40]}-{key[:12]}.safetensors"
     if file.exists():
         try:
@@ -201,7 +193,7 @@ class _Known:
 
     def __init__(self, tree: Tree, how: How):
         limits = {"max_pixels": how.max_pixels, "sample_bits": how.sample_bits, "pil": PIL.__version__}
-        code = key_of(limits | {"code": code_key("images/decode.py", "images/index.py")})[:8]
+        code = key_of(limits | {"code": code_key("images.index")})[:8]
         self.file = tree.file.with_suffix(f".{code}.checked.safetensors")
         try:
             arrays, facts = read_tensors(self.file) if self.file.exists() else ({}, {})

@@ -31,9 +31,7 @@ EVERY_EPOCH = "images are decoded anew in every epoch"
 def reading_key(how: How) -> str:
     """What pixels depend on beside the bytes of a file: settings, this project's decoding, PIL."""
     settings = {"size": how.size, "sample_bits": how.sample_bits}
-    return key_of(settings | {"pil": PIL.__version__, "code": code_key("images/decode.py", "images/pixel_cache.py")})[
-        :12
-    ]
+    return key_of(settings | {"pil": PIL.__version__, "code": code_key("images.pixel_cache")})[:12]
 
 
 class PixelCache:

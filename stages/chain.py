@@ -37,41 +37,6 @@ from unlearn.masks import check_budget
 from unlearn.requests import Checkpoint, Request, Unlearner, UnlearningTrainer, check_scores
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
-TREE_CODE = (
-    "images/names.py",
-    "images/names.py",
-    "images/layouts.py",
-    "images/decode.py",
-    "images/index.py",
-    "images/pixel_cache.py",
-)
-TREE_CODE = (*TREE_CODE, "images/index.py", "images/splits.py", "images/splits.py")
-DATA_CODE = ("images/names.py", "images/specs.py", *TREE_CODE, "images/splits.py", "utils_data.py")
-TRAINING_CODE = (
-    "training/distributed.py",
-    "training/resume.py",
-    "training/classifier.py",
-    "trainer.py",
-    "stages/chain.py",
-)
-CLASSIFIER_CODE = (
-    "core/choices.py",
-    "core/choices.py",
-    "core/config.py",
-    *DATA_CODE,
-    "models/checkpoints.py",
-    "model.py",
-    *TRAINING_CODE,
-)
-GRAPH_CODE = (*CLASSIFIER_CODE, "graphs/layout.py", "data.py")
-GCN_CODE = (
-    *GRAPH_CODE,
-    "graphs/gcn.py",
-    "unlearn/masks.py",
-    "unlearn/features.py",
-    "unlearn/requests.py",
-    "stages/given.py",
-)
 CLASSIFIER_FILE, GCN_FILE = "classifier.safetensors", "gcn.safetensors"
 
 
@@ -206,7 +171,7 @@ class Stages:
     def _train(self, name: str, label: str, seed: int, without: dict) -> Path:
         """A stage that trains a classifier; `without` says which classes it never sees, if any."""
         train, meeting = self.train_config, self.meeting
-        inputs = self.common | {"train": recipe(train), "code": code_key(*CLASSIFIER_CODE)} | without
+        inputs = self.common | {"train": recipe(train), "code": code_key("stages.chain")} | without
         key = key_of({"versions": versions(), **inputs})
         path = self.config.output_dir.resolve() / "checkpoints/resume" / f"{label}-{key[:12]}.safetensors"
         state = StateFile(path, key, self.config.resume)
@@ -285,7 +250,7 @@ class Stages:
             "classifier": sha256_file(self.classifier_path),
             "mask_layer": self.layers,
             "graph": plain(self.config.graph),
-            "code": code_key(*GRAPH_CODE),
+            "code": code_key("stages.chain"),
         }
 
         def make(folder: Path) -> dict:
@@ -325,7 +290,7 @@ class Stages:
 
     def _train_elbo(self, topK: int) -> Path:
         config = self.config.gcn
-        inputs = self.common | self.source | {"gcn": plain(config), "topK": topK, "code": code_key(*GCN_CODE)}
+        inputs = self.common | self.source | {"gcn": plain(config), "topK": topK, "code": code_key("stages.chain")}
 
         def make(folder: Path) -> dict:
             torch.manual_seed(derive_seed(self.config.seed, "gcn", "weights"))
@@ -352,7 +317,7 @@ class Stages:
     def _train_unlearner(self) -> Path:
         config, teachers = self.config.gcn, self._teachers
         sources = [teacher.source for teacher in teachers]
-        inputs = self.common | {"sources": sources, "gcn": plain(config), "code": code_key(*GCN_CODE)}
+        inputs = self.common | {"sources": sources, "gcn": plain(config), "code": code_key("stages.chain")}
 
         def make(folder: Path) -> dict:
             torch.manual_seed(derive_seed(self.config.seed, "gcn", "weights"))
