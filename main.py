@@ -224,9 +224,7 @@ def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> in
     if mask := places.get("mask"):
         layers = records[0]["mask_layer"]
         _say(f"mask   {mask}")
-        _say(
-            f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # unlearn/masks.py",
-        )
+        _say(f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # unlearn/masks.py")
     _say(f"JSON   {config.output_dir / RECORDS}")
     _say(f"plots  {places['plots']}")
     _say(f"page   {places['page']}")

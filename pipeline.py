@@ -4,7 +4,6 @@ Stages are kept under the hash of all their inputs, and so is every record: what
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,9 +116,9 @@ class Pipeline(Stages):
             "dataset": config.vision_dataset.value,
             "objective": self.objective.value,
             **self._origin,
-            "forget_class": _one_or_list(config.forget_labels),
+            "forget_class": list(config.forget_labels),
             "forget_names": [self.data.classes[label] for label in config.forget_labels],
-            "mask_layer": _one_or_list(below_top),
+            "mask_layer": below_top,
             "num_graph_vertices": self.graph.num_vertices,
             "num_graph_edges": self.graph.num_edges,
             "top_k": topK,
@@ -224,8 +223,3 @@ class Pipeline(Stages):
                     for layer in record["mask_map"]:
                         name = f"{layer['layer']}, topK {record['top_k']}, kappa {record['kappa']}"
                         tracker.picture(record["kappa"], name, layer["cells"])
-
-
-def _one_or_list(values: Sequence[int]) -> int | list[int]:
-    """A single value by itself."""
-    return values[0] if len(values) == 1 else list(values)

@@ -158,8 +158,7 @@ class Reporter:
     @staticmethod
     def run_name(record: dict) -> str:
         """Name of a run's folder."""
-        named = record["forget_class"]
-        classes = "-".join(map(str, named)) if isinstance(named, list) else named
+        classes = "-".join(map(str, record["forget_class"]))
         return f"{record['model']}_{record['dataset']}_class-{classes}_seed-{record['seed']}_{record['run']}"
 
     @staticmethod

@@ -77,8 +77,7 @@ def source(text: str) -> str:
 
 def setup(example: Example) -> str:
     """The run that example values are of, in one sentence."""
-    named = example["forget_class"]
-    classes = ", ".join(map(str, named)) if isinstance(named, list) else named
+    classes = ", ".join(map(str, example["forget_class"]))
     return (
         f"Example values: test images of {example['dataset']}, {example['model']}, forgotten class {classes}, kappa "
         f'{example["kappa"]}, seed {example["seed"]}; one run, no mean. "-": not measured in it.'

@@ -1,4 +1,4 @@
-"""What every other file may use: choices and errors, configuration, files on disk, hashes, records, intervals, messages.
+"""What every other file may use: choices, errors, configuration, files on disk, hashes, records, intervals, messages.
 
 Nothing here knows an image, a network or a method, and nothing here imports torch. `artifacts` alone opens result files
 for writing.

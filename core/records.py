@@ -143,7 +143,6 @@ def _short(value: object) -> str:
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,79}"  # of what becomes part of a path
 name, key, scalar = text(NAME), text(r"[A-Za-z0-9_-]{1,80}"), either(text(), number(), one_of(True, False, None))
-class_or_classes = either(rows(whole(), least=1), whole())
 figures = named(maybe(number()), keys=NAME)
 ALWAYS = {**dict.fromkeys(SCORES, number()), "seconds": number(0), "weights_changed": whole()}
 NEVER = dict.fromkeys(ALWAYS, one_of(None))
@@ -187,9 +186,9 @@ FIELDS: dict[str, Check] = {
     "classifier_sha256": key,
     "given": only(classifier=maybe(key), graphs=maybe(key), gcn=maybe(key)),
     "code": key,
-    "forget_class": class_or_classes,
+    "forget_class": rows(whole(), least=1),
     "forget_names": rows(text()),
-    "mask_layer": either(rows(whole(-(10**6)), least=1), whole(-(10**6))),
+    "mask_layer": rows(whole(-(10**6)), least=1),
     "num_graph_vertices": whole(1),
     "top_k": whole(1),
     "kappa": whole(1),
@@ -275,7 +274,6 @@ def _contradiction(record: Mapping) -> str:
         if len(lacking) > 1 or (lacking == {True} and method in ("default", record["answer"])):
             return f"figures of {method} are lacking"
     count, forgotten = record["num_classes"], record["forget_class"]
-    forgotten = [forgotten] if isinstance(forgotten, int) else list(forgotten)
     if max(forgotten) >= count or len(set(forgotten)) < len(forgotten):
         return f"forget_class is {forgotten}, the dataset has {count} classes"
     if len(record["forget_names"]) != len(forgotten):

@@ -37,8 +37,7 @@ def runs_of(records: Iterable[dict]) -> list[Run]:
 
 def labels_of(record: Mapping) -> list[int]:
     """The classes to forget, in order."""
-    named = record["forget_class"]
-    return sorted(named) if isinstance(named, list) else [named]
+    return sorted(record["forget_class"])
 
 
 def dataset_of(record: Mapping) -> str:

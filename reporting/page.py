@@ -16,7 +16,7 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from core.artifacts import write_text
-from core.config import PROJECT_ROOT, plain, spelled
+from core.config import PROJECT_ROOT, plain
 from core.observe import visible
 from core.records import SCORES
 from core.yaml_files import load_config
@@ -90,8 +90,6 @@ def _typed(name: str, value: object) -> str:
 def command(run: Run) -> str:
     """The command that makes a run again, from the commit that its provenance names: text for a POSIX shell."""
     config = dict(run[0]["config"])
-    if "forget_class" in config:  # numbers, in older records, were labels
-        config["forget_class"] = list(spelled(config["forget_class"]))
     config["topK_list"] = sorted({record["top_k"] for record in run})
     if run[0]["auto"] is None:
         config["kappa_list"] = sorted({record["kappa"] for record in run})
@@ -122,7 +120,7 @@ def sentence(record: dict) -> str:
     if not all(known(values.get(score)) for values in (after, before) for score in SCORES):
         return f"At kappa {record['kappa']:,} there are no figures: training diverged, or nothing was measured."
     lost = before["retain_score"] - after["retain_score"]
-    verb = "are" if isinstance(record["forget_class"], list) else "is"
+    verb = "are" if len(record["forget_class"]) > 1 else "is"
     change = f"{'lose' if lost >= 0 else 'gain'} {abs(lost):.1f} points"
     return (
         f"At kappa {record['kappa']:,} ({share_changed(record)}) {named_classes(record)} {verb} recognised "

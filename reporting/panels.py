@@ -235,7 +235,7 @@ def class_scores(record: dict, method: str) -> list[float | None] | None:
 def taken_for(record: dict, method: str) -> list[float] | None:
     """Share of the forgotten test images that is taken for each class, percent."""
     table = record["confusion"][method]
-    named = record["forget_class"] if isinstance(record["forget_class"], list) else [record["forget_class"]]
+    named = record["forget_class"]
     if table:
         counts = [sum(table[row][place] for row in named) for place in range(len(table))]
     else:
@@ -257,7 +257,7 @@ def _bars(
         ranked: what `rank` is, in a word, where it is not what the bars show.
     """
     count = len(next(iter(of.values())))
-    named = record["forget_class"] if isinstance(record["forget_class"], list) else [record["forget_class"]]
+    named = record["forget_class"]
     order = sorted(range(count), key=lambda c: (c not in named, -rank(c)))[:MOST_BARS]
     chosen = sorted(order)
     if count > MOST_BARS:

@@ -331,14 +331,14 @@ def answer_of(records: Run) -> dict | None:
 def share_changed(record: dict) -> str:
     """How much of what is masked the answer's mask switches off: "20.0 % of the layer"."""
     share = 100 * record["methods"][record["answer"]]["weights_changed"] / record["num_graph_vertices"]
-    return f"{share:.1f} % of the {'masked layers' if isinstance(record['mask_layer'], list) else 'layer'}"
+    return f"{share:.1f} % of the {'masked layers' if len(record['mask_layer']) > 1 else 'layer'}"
 
 
 def headline(records: Run) -> str:
     """The run's answer in words, from the chosen point of the method that gives it."""
     record = choose(records, records[0]["answer"])
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
-    is_or_are, them = ("are", "them") if isinstance(record["forget_class"], list) else ("is", "it")
+    is_or_are, them = ("are", "them") if len(record["forget_class"]) > 1 else ("is", "it")
     text = (
         f"Switching off {after['weights_changed']} weights ({share_changed(record)}), {named_classes(record)} "
         f"{is_or_are} recognised {after['forget_score']:.1f} % of the time (before: "

@@ -107,7 +107,7 @@ def test_whole_pipeline(name, model, roots, tmp_path, monkeypatch):
     )
     (record,) = Pipeline(config).run()
     assert Pipeline(config).shape == SHAPES[name]
-    assert (record["forget_class"], record["dataset"], record["skipped_images"]) == (label, name, [])
+    assert (record["forget_class"], record["dataset"], record["skipped_images"]) == ([label], name, [])
     assert record["methods"]["mimu"]["weights_changed"] == 100
     assert all(np.isfinite(record["methods"][method]["forget_loss"]) for method in ("mimu", "default"))
     assert (tmp_path / record["mask_path"]).exists()
@@ -125,5 +125,5 @@ def test_example_of_the_pages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code, names)
-    assert [record["forget_class"] for record in names["records"]] == [1]
+    assert [record["forget_class"] for record in names["records"]] == [[1]]
     assert len(code.strip().splitlines()) <= 10

@@ -68,7 +68,7 @@ def html() -> str:
     runs = [(0, 1, "a"), (1, 1, "b"), (0, 2, "c")]
     return page(
         [
-            full(5, k, f, seed=s, run=run) | {"forget_class": c, "forget_names": [str(c)]}
+            full(5, k, f, seed=s, run=run) | {"forget_class": [c], "forget_names": [str(c)]}
             for s, c, run in runs
             for k, f in kappas
         ]
@@ -329,7 +329,7 @@ def test_page_in_a_browser(browser, html, tmp_path, dark, width):
 def crowded(kappa: int, forgotten: int) -> dict:
     """A record of many classes with levels beside each other, small figures and intervals in its table."""
     one = full(5, kappa, 12, classes=100, run=f"run-{forgotten}")
-    one["forget_class"], one["forget_names"] = forgotten, [str(forgotten)]
+    one["forget_class"], one["forget_names"] = [forgotten], [str(forgotten)]
     for name, label in (("retrain", "retrained"), ("sft", "SFT randomisation"), ("logit_drop", "logit drop")):
         one["labels"][name], one["axes"][name] = label, []
         for part in ("methods", "validation"):

@@ -29,7 +29,7 @@ RECORD = {
     "model": "M",
     "dataset": "D",
     "forget_class": [1, 4],
-    "mask_layer": -2,
+    "mask_layer": [-2],
     "top_k": 5,
     "kappa": 64,
     "seed": 3,
