@@ -103,7 +103,7 @@ def test_whole_pipeline(name, model, roots, tmp_path, monkeypatch):
         graph=GraphConfig(num_samples=64, min_per_class=4),
         gcn=GCNConfig(steps=2, hidden_dim=4, passes=1, requests_per_step=2),
         eval=EvalConfig(methods=("mimu", "default"), metrics=("core",), references=0),
-        reporter=ReporterConfig(dpi=20),
+        reporter=ReporterConfig(dpi=20, formats=("png",)),
     )
     (record,) = Pipeline(config).run()
     assert Pipeline(config).shape == SHAPES[name]

@@ -47,7 +47,7 @@ def digits(batch_size: int, train: Callable[[Images], Images] = lambda images: i
 
 def trainer(data: UnlearningDataset, state: StateFile | None = None, kind: type = HookedMLPClassifier, **train):
     torch.manual_seed(0)
-    config = TrainConfig(epochs=EPOCHS, batch_size=data.batch_size, save_seconds=0, **train)
+    config = TrainConfig(**{"epochs": EPOCHS} | train, batch_size=data.batch_size, save_seconds=0)
     return VisionModelTrainer(kind(10, 1, 8), data, config, CPU, Tracker(Trackers.none, "", {}), state)
 
 
@@ -126,13 +126,13 @@ def test_batchnorm_of_a_last_batch_of_one(tmp_path):
 
 def enlarged(images: Images) -> Images:
     """A few images of 32 px."""
-    few = images.only(torch.arange(192))
+    few = images.only(torch.arange(96))
     return replace(few, pixels=few.pixels.repeat_interleave(4, 2).repeat_interleave(4, 3))
 
 
 def curves(folder: Path, **train: Any) -> tuple[list[float], VisionModelTrainer, list[torch.Tensor]]:
     """Losses of a short ResNet training, its trainer, and the inputs of the second convolution in one pass."""
-    made = trainer(digits(64, enlarged), kind=HookedResnet, **train)
+    made = trainer(digits(32, enlarged), kind=HookedResnet, epochs=1, **train)
     seen = []
     hook = made.model.backbone.layer1[0].conv1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     made.train(folder)
