@@ -1,7 +1,6 @@
 """Measure methods x sweep points: every chosen metric, on validation images (for choosing) and on test images."""
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TypeVar
@@ -13,25 +12,20 @@ from core.choices import Diverged
 from core.config import KappaModes
 from core.observe import log
 from core.records import SCORES
-from measure import probes  # noqa: F401 - registers its metrics
-from measure.comparisons import avg_gap  # registers the metrics against the retrained models too
-from measure.counts import intervals_of
+from measure.comparisons import avg_gap
+from measure.exhibits import TABLES, intervals_of, mask_map, tables_of, thumbnails
 from measure.integrity import COSTS, changed_outside, extent, unchanged
 from measure.metrics import chosen_metrics
 from measure.snapshots import Snapshots
 from measure.verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
-from measure.views import TABLES, mask_map, tables_of, thumbnails
-from model import HookedModel
-from unlearn import closed_form as edits  # noqa: F401 - registers its methods
-from unlearn import trained as baselines  # noqa: F401 - registers its methods
 from unlearn.masks import Mask, hard_topk, masked
-from unlearn.methods import METHODS, Context, Point, Settings, mask_of
+from unlearn.methods import METHODS, mask_of
+from unlearn.registry import Context, Edit, Point, Settings
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40
 OURS = ("mimu_refined", "mimu")  # best first
 Judged = TypeVar("Judged")
-Costs = dict[str, float | None]
 
 
 class Eval(Snapshots):
@@ -73,26 +67,23 @@ class Eval(Snapshots):
         name: str,
         point: Point,
         settings: Settings,
-        judge: Callable[[str, tuple, HookedModel, Costs], Judged],
+        judge: Callable[[str, tuple, Edit], Judged],
     ) -> Judged:
-        """Enter a method, judge its model, leave it, and check that it kept to what it may change.
+        """Enter a method, judge its edit, leave it, and check that it kept to what it may change.
 
         Raises:
             Diverged: its training did, or its weights are no finite numbers.
             RuntimeError: it changed what it must not, or left the classifier changed.
         """
         context, key = self.context, METHODS[name].key(self.context, point)
-        context.charged, context.allowed, begun = 0.0, None, time.perf_counter()
-        with METHODS[name].enter(context, point, **settings) as model:
-            costs: Costs = {"seconds": time.perf_counter() - begun + context.charged}
-            costs["seconds_offline"] = context.learning_seconds(point.topK) if METHODS[name].learned else 0.0
-            if not all(bool(value.isfinite().all()) for value in model.parameters()):
+        with METHODS[name].enter(context, point, **settings) as edit:
+            if not all(bool(value.isfinite().all()) for value in edit.model.parameters()):
                 raise Diverged(f"the weights that {name} leaves are no longer finite")
-            free = context.allowed is None
-            outside = 0 if free else changed_outside(model, self.original, context.allowed)
+            free = edit.allowed is None
+            outside = 0 if edit.allowed is None else changed_outside(edit.model, self.original, edit.allowed)
             if outside:
                 raise RuntimeError(f"{name} changed {outside} weights that it must leave as they are")
-            judged = judge(name, key, model, costs)
+            judged = judge(name, key, edit)
         restored = unchanged(context.model, self.original)
         if not restored:
             raise RuntimeError(f"{name} left the classifier changed")
@@ -126,17 +117,19 @@ class Eval(Snapshots):
         """Avg Gap of a method at a point on validation images: what points and settings are chosen by."""
         return self._enter(name, point, self.tuned(name, point), self._gap)
 
-    def _gap(self, name: str, key: tuple, model: HookedModel, costs: Costs) -> float:
+    def _gap(self, name: str, key: tuple, edit: Edit) -> float:
         """Avg Gap on validation images; infinite where it is not a number."""
-        outputs = self.remembered(name, model, self._prefix_kept(model), keep=False)
-        value = self.evidence(model, outputs, "val", retrained=self.others(name, "val")).figure(avg_gap)
+        outputs = self.remembered(name, edit.model, self._prefix_kept(edit), keep=False)
+        value = self.evidence(edit.model, outputs, "val", retrained=self.others(name, "val")).figure(avg_gap)
         return math.inf if value is None else value
 
-    def _judge(self, name: str, key: tuple, model: HookedModel, costs: Costs) -> dict[str, dict]:
-        same = self._prefix_kept(model)
+    def _judge(self, name: str, key: tuple, edit: Edit) -> dict[str, dict]:
+        """Every metric, split by split, and what the edit costs; tables and intervals go to `about`."""
+        model, same = edit.model, self._prefix_kept(edit)
         weights, size = extent(model, self.original, [n for n in self.original if self._may_differ(n, same)])
         outputs = self.remembered(name, model, same, keep=False)
-        extra = costs | {"weights_changed": weights, "edit_bytes": size}
+        seconds = {"seconds": edit.seconds, "seconds_offline": edit.seconds_offline}
+        extra = seconds | {"weights_changed": weights, "edit_bytes": size}
         judged = {}
         for split in JUDGED:
             references = {"original": self.reference(split), "retrained": self.others(name, split)}

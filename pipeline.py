@@ -32,7 +32,8 @@ from stages.preflight import footing, say
 from training.distributed import repeatability
 from training.resume import recipe
 from unlearn.masks import Mask, weights_sha256
-from unlearn.methods import METHODS, Context, chosen_methods
+from unlearn.methods import METHODS, chosen_methods
+from unlearn.registry import Context
 from utils_data import UnlearningDataset
 
 __all__ = ["Pipeline", "PipelineConfig"]

@@ -32,7 +32,8 @@ from eval import Eval
 from graphs.gcn import reuse_freed_memory
 from pipeline import Pipeline
 from reporting.write import as_text
-from unlearn.methods import METHODS, Point
+from unlearn.methods import METHODS
+from unlearn.registry import Point
 from utils_data import UnlearningDataset
 
 GCNS = {

@@ -11,7 +11,6 @@ validation images choose. Classifiers, images and metrics are those of `benchmar
 
 import copy
 import sys
-from collections.abc import Generator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,9 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from core.config import PROJECT_ROOT, SupportedVisionModels
 from graphs.gcn import reuse_freed_memory
-from model import HookedModel
 from reporting.write import as_text
-from unlearn.methods import Context, Point, method
+from unlearn.registry import Context, Edit, Point, method
 
 STRATEGIES = (
     "gradient_ascent",
@@ -55,11 +53,11 @@ def register(strategy: str) -> str:
     from erasus import ErasusUnlearner  # ty: ignore[import-not-found] - brought by `uv run --with`
 
     @method(f"erasus_{strategy}", f"erasus: {strategy.replace('_', ' ')}", source="erasus 0.2.0")
-    def entering(context: Context, point: Point) -> Generator[HookedModel]:
+    def entering(context: Context, point: Point) -> Edit:
         model = copy.deepcopy(context.model).requires_grad_(True)
         unlearner = ErasusUnlearner(model=model, strategy=strategy, device=str(context.device))
         unlearner.fit(forget_data=loader(context, True), retain_data=loader(context, False))
-        yield unlearner.model.eval().requires_grad_(False)
+        return Edit(unlearner.model.eval().requires_grad_(False))
 
     return f"erasus_{strategy}"
 

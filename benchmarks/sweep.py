@@ -21,7 +21,7 @@ import torch
 from core.config import PipelineConfig
 from eval import Eval
 from model import HookedResnet
-from unlearn.methods import Context, Point
+from unlearn.registry import Context, Point
 
 IMAGES, BATCH, REPEATS = 4000, 256, 7
 

@@ -60,7 +60,8 @@ from graphs.gcn import reuse_freed_memory
 from measure.auto_kappa import search
 from reporting.write import as_text
 from unlearn.masks import Mask, hard_topk
-from unlearn.methods import Context, Point, mask_of
+from unlearn.methods import mask_of
+from unlearn.registry import Context, Point
 from unlearn.requests import Request, Unlearner, noise_start, taylor_start
 from utils_data import UnlearningDataset
 

@@ -30,7 +30,7 @@ from model import HookedModel
 from stages.chain import Stages
 from trainer import GCNTrainer
 from unlearn.masks import feasibility_score, hard_topk
-from unlearn.methods import TAYLOR_LAMBDAS
+from unlearn.ours import TAYLOR_LAMBDAS
 from unlearn.requests import Checkpoint, Request, Unlearner, UnlearningTrainer, refine
 from utils_data import UnlearningDataset
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from core.artifacts import SCHEMA, read_json, write_json, write_text
 from core.config import PROJECT_ROOT, UserError
-from eval import Eval  # noqa: F401 - registers every method and every metric
 from measure.integrity import COSTS
 from measure.metrics import GROUPS, METRICS, Metric
 from measure.verdicts import meanings
 from reporting.write import Markdown, as_text, in_markdown
-from unlearn.methods import BUDGET, METHODS, Method
+from unlearn.methods import METHODS
+from unlearn.registry import BUDGET, Method
 
 DOCS = PROJECT_ROOT / "docs"
 ARROWS = {"higher": "up", "lower": "down", "retrain": "as retrained"}

@@ -15,7 +15,8 @@ from core.config import AutoConfig, UserError
 from core.intervals import paired_difference, wilson
 from model import predictions
 from unlearn.masks import masked
-from unlearn.methods import Context, Point, mask_of
+from unlearn.methods import mask_of
+from unlearn.registry import Context, Point
 
 MOST_IMAGES = 2**40  # where the search for a sufficient number of images ends
 

@@ -296,11 +296,17 @@ def metric(
 
     Args:
         better: "higher", "lower" or "retrain". group: one of GROUPS.
+
+    Raises:
+        ValueError: the name is taken.
     """
     assert better in ("higher", "lower", "retrain"), better
     assert group in GROUPS, group
 
     def register(function: Compute) -> Compute:
+        if name in METRICS:
+            taken = f"{METRICS[name].compute.__module__} registers one"
+            raise ValueError(f"{function.__module__} registers a second metric {name!r}, {taken}: choose another name")
         METRICS[name] = Metric(name, unit, better, function, group, target, source, first)
         return function
 

@@ -18,7 +18,7 @@ from measure.integrity import state_hash
 from measure.metrics import MOST_VALUES, Again, Choose, Evidence, Outputs, OutputsOf, PerImage
 from measure.verdicts import reference_fault
 from model import HookedModel, MaskLayer, inspecting
-from unlearn.methods import Context
+from unlearn.registry import Context, Edit
 
 
 class _Head(nn.Module):
@@ -66,11 +66,11 @@ class Snapshots:
             if not name.startswith(self.after_prefix)
         )
 
-    def _prefix_kept(self, model: HookedModel) -> bool:
-        """The same of an entered method's model: where it may change nothing there, `_enter` has just seen to it."""
-        allowed = self.context.allowed
+    def _prefix_kept(self, edit: Edit) -> bool:
+        """The same of an edit that kept to `allowed`: tensors need comparing only where it may change the prefix."""
+        allowed = edit.allowed
         kept = allowed is not None and all(name.startswith(self.after_prefix) for name in allowed)
-        return kept or self.prefix_unchanged(model)
+        return kept or self.prefix_unchanged(edit.model)
 
     def _may_differ(self, name: str, prefix_unchanged: bool) -> bool:
         """Whether a tensor of the state dict may differ from the original's."""

@@ -14,7 +14,7 @@ from core.intervals import wilson
 from core.observe import log
 from images.specs import SPECS
 from stages.chain import Stages
-from unlearn.methods import Context
+from unlearn.registry import Context
 from utils_data import SPLITS, TREE_SETTINGS
 
 MOST_NAMES = 8

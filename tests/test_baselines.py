@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -17,12 +16,13 @@ from measure.integrity import changed_outside
 from model import HookedModel, vision_model_loader
 from unlearn import trained as baselines
 from unlearn.finetuning import Finetuner
-from unlearn.methods import METHODS, Context, Point
+from unlearn.methods import METHODS
+from unlearn.registry import Context, Edit, Point, Shared
 from unlearn.trained import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
 from utils_data import Images, UnlearningDataset, get_unlearning_dataset
 
 POINT, CPU = Point(topK=1, kappa=1, seed=0), torch.device("cpu")
-TRAINED = [name for name, entry in METHODS.items() if entry.enter.__module__ == baselines.__name__]
+TRAINED = [name for name, entry in METHODS.items() if entry.module == baselines.__name__]
 GENTLE = {"gradient_ascent": {"lr": 1e-3}, "scrub": {"lr": 1e-3, "max_epochs": 3}, "bad_teacher": {"lr": 1e-3}}
 
 
@@ -58,9 +58,13 @@ def engine_of(context: Context, model: HookedModel | None = None, optimizing=Non
     return Finetuner("test", model or context.model, context.data, 0, CPU, optimizing or sgd(0.1), **more)
 
 
+def edited(context: Context, name: str, seed: int = 0, **settings) -> Edit:
+    with METHODS[name].enter(context, Point(1, 1, seed), **(settings or METHODS[name].grid[0])) as edit:
+        return edit
+
+
 def unlearned(context: Context, name: str, seed: int = 0, **settings) -> HookedModel:
-    with METHODS[name].enter(context, Point(1, 1, seed), **(settings or METHODS[name].grid[0])) as model:
-        return model
+    return edited(context, name, seed, **settings).model
 
 
 def part(context: Context, is_forget_set: bool) -> tuple[Tensor, Tensor]:
@@ -196,13 +200,13 @@ def test_weights_that_end_as_no_numbers_have_diverged(context, monkeypatch):
     """The last step can do it: no loss follows that would show it."""
     from eval import Eval
 
-    def spoilt(context: Context, point: Point):
+    def spoilt(context: Context, point: Point) -> Edit:
         model = copy.deepcopy(context.model)
         with torch.no_grad():
             model.target(-1).weight[0, 0] = math.inf
-        yield model
+        return Edit(model)
 
-    monkeypatch.setitem(METHODS, "spoilt", replace(METHODS["finetune"], grid=({},), enter=contextmanager(spoilt)))
+    monkeypatch.setitem(METHODS, "spoilt", replace(METHODS["finetune"], grid=({},), function=spoilt))
     judge = Eval(replace(context, retrain=None))
     assert judge.eval_unlearning("spoilt", POINT)["test"]["forget_score"] is None
 
@@ -257,7 +261,7 @@ def test_loss_on_the_forget_set_rises(context, name):
 @pytest.mark.parametrize("name", ["finetune", "head_retrain"])
 def test_loss_on_the_retain_set_falls(context, name):
     images, labels = part(context, False)
-    start = replace(context, model=context.untrained(), _activations={})  # all is still to be learned
+    start = replace(context, model=context.untrained(), shared=Shared())  # all is still to be learned
     still, moved = (loss_on(unlearned(start, name, lr=lr), images, labels) for lr in (0.0, 0.03))
     assert moved < still - 0.1
 
@@ -342,11 +346,11 @@ def test_salun_may_change_the_half_that_the_forget_set_depends_on_most(context):
     assert int(mask.sum()) == len(flat) // 2
     assert flat[mask].min() >= flat[~mask].max() * (1 - 1e-3)  # summed in another order
     before = context.model.state_dict()
-    tuned = unlearned(context, "salun")
-    assert context.allowed is not None
-    assert all(torch.equal(context.allowed[name], chosen[name]) for name in chosen)
-    assert changed_outside(tuned, before, chosen) == 0
-    assert changed_outside(tuned, before, {}) > 0.9 * int(mask.sum())
+    edit = edited(context, "salun")
+    assert edit.allowed is not None
+    assert all(torch.equal(edit.allowed[name], chosen[name]) for name in chosen)
+    assert changed_outside(edit.model, before, chosen) == 0
+    assert changed_outside(edit.model, before, {}) > 0.9 * int(mask.sum())
 
 
 @pytest.mark.parametrize("mask_layer", [-3, -2, -1, (0, 1), None])
@@ -359,8 +363,8 @@ def test_last_layer_is_trained_on_its_own_inputs(context, mask_layer):
         a, b, _ = (layer.weight for layer in context.model.linears)
         torch.testing.assert_close(h, torch.relu(torch.relu(images.flatten(1) @ a.T) @ b.T))
     assert torch.equal(labels, true)
-    tuned = unlearned(other, "head_retrain")
-    assert other.allowed is not None
-    assert changed_outside(tuned, context.model.state_dict(), other.allowed) == 0
-    assert set(other.allowed) == {"linears.2.weight"}
-    assert (tuned.linears[-1].weight != context.model.linears[-1].weight).all()
+    edit = edited(other, "head_retrain")
+    assert edit.allowed is not None
+    assert changed_outside(edit.model, context.model.state_dict(), edit.allowed) == 0
+    assert set(edit.allowed) == {"linears.2.weight"}
+    assert (edit.model.linears[-1].weight != context.model.linears[-1].weight).all()

@@ -1,5 +1,6 @@
 """Closed-form edits and the Fisher information behind some: each against a naive form or figures worked out by hand."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,17 +14,19 @@ from model import HookedModel, vision_model_loader
 from unlearn import closed_form as edits
 from unlearn.closed_form import (
     Spectrum,
+    batch_fisher,
     damp_edit,
     dampened,
     fisher_of,
     fisher_ratio,
     layer_inputs,
     residual_directions,
+    sample_fisher,
     svd_edit,
     training_images,
 )
-from unlearn.fisher import batch_fisher, sample_fisher
-from unlearn.methods import METHODS, Context, Point, mask_of
+from unlearn.methods import METHODS, mask_of
+from unlearn.registry import Context, Point, Shared
 from utils_data import Images, get_unlearning_dataset
 
 CPU = torch.device("cpu")
@@ -98,25 +101,28 @@ def test_fisher_of_batches_shrinks_with_the_batch_and_that_of_samples_does_not_k
 
 
 def test_fisher_is_computed_once_and_charged_to_later_settings(mlp):
-    fresh = replace(mlp, _once={}, charged=0.0)
-    first = fisher_of(fresh, True, True)
-    assert fresh.charged == 0
-    assert fisher_of(fresh, True, True) is first
-    ((_, seconds),) = fresh._once.values()
-    assert fresh.charged == seconds > 0
-    assert fisher_of(fresh, None, True) is not first
+    fresh = replace(mlp, shared=Shared())
+    first = fresh.shared.timed(lambda: fisher_of(fresh, True, True))
+    again = fresh.shared.timed(lambda: fisher_of(fresh, True, True))
+    assert again.value is first.value
+    kept = fresh.shared.once(("fisher", (4,), True, True), dict)
+    assert kept.value is first.value
+    assert kept.seconds < first.seconds < kept.seconds + 0.02  # on the clock, not charged on top of it
+    assert kept.seconds < again.seconds < kept.seconds + 0.02  # charged, not on the clock
+    assert fisher_of(fresh, None, True) is not first.value
     other = replace(fresh, config=PipelineConfig(forget_class=(5,)))
-    assert fisher_of(other, True, True) is not first
+    assert fisher_of(other, True, True) is not first.value
 
 
-def test_nested_shared_work_is_charged_whole(mlp):
-    fresh = replace(mlp, _once={}, charged=0.0)
-    fresh.once("inner", lambda: sum(range(10**6)))
-    inner = fresh._once["inner"][1]
-    fresh.once("outer", lambda: fresh.once("inner", lambda: 0))
-    assert fresh._once["outer"][1] >= inner == fresh.charged
-    fresh.once("outer", lambda: 0)
-    assert fresh.charged == inner + fresh._once["outer"][1]
+def test_nested_shared_work_is_charged_whole():
+    shared = Shared()
+    inner = shared.once("inner", lambda: time.sleep(0.05)).seconds
+    assert inner >= 0.05
+    outer = shared.once("outer", lambda: shared.once("inner", lambda: 0)).seconds
+    assert inner <= outer < inner + 0.02  # found, not computed again, and charged
+    both = shared.timed(lambda: (shared.once("outer", lambda: 0), shared.once("inner", lambda: 0))).seconds
+    assert outer + inner <= both < outer + inner + 0.02
+    assert shared.timed(lambda: shared.once("inner", lambda: 0, charged=False)).seconds < 0.02
 
 
 def test_training_images_are_of_one_side_and_each_once(mlp):
@@ -152,10 +158,11 @@ def test_ssd_selects_and_says_how_many(mlp, name, capsys):
     chosen = {key: forget[key] > 2 * whole[key] for key in forget}
     count = sum(int(value.sum()) for value in chosen.values())
     assert 0 < count < sum(value.numel() for value in chosen.values())
-    with METHODS[name].enter(mlp, POINT, alpha=2.0, weight=0.5) as model:
-        new, old = dict(model.named_parameters()), dict(mlp.model.named_parameters())
+    with METHODS[name].enter(mlp, POINT, alpha=2.0, weight=0.5) as edit:
+        new, old = dict(edit.model.named_parameters()), dict(mlp.model.named_parameters())
+        assert edit.allowed is not None
         for key, value in chosen.items():
-            assert torch.equal(mlp.allowed[key], value)
+            assert torch.equal(edit.allowed[key], value)
             factor = torch.where(value, 0.5 * whole[key] / forget[key], 1.0)
             assert torch.allclose(new[key], (old[key] * factor).float(), rtol=1e-5, atol=0)
     assert f"{name}: alpha 2, lambda 0.5 select {count:,} of 17,024 weights" in capsys.readouterr().err
@@ -211,9 +218,9 @@ def test_damp_on_a_classifier(kind, request):
     context = request.getfixturevalue(kind)
     train, layers = context.data.splits["train"], len(context.model.linears)
     inputs = [h.double() for h in layer_inputs(context.model, train, CPU)]
-    with METHODS["damp"].enter(context, POINT, strength=1.0, layers=1) as model:
-        new, old = model.target(-1).weight.double(), context.model.target(-1).weight.double()
-        assert set(context.allowed) == {f"linears.{layers - 1}.weight"}
+    with METHODS["damp"].enter(context, POINT, strength=1.0, layers=1) as edit:
+        new, old = edit.model.target(-1).weight.double(), context.model.target(-1).weight.double()
+        assert set(edit.allowed) == {f"linears.{layers - 1}.weight"}
         means = torch.stack([inputs[-1][train.labels == label].mean(0) for label in range(10)])
         others = means[[label for label in range(10) if label != 4]]
         assert torch.allclose(others @ new.T, others @ old.T, atol=1e-6)
@@ -234,12 +241,13 @@ def test_layer_inputs_are_what_the_layers_read(mlp):
 
 
 def test_head_row_zero_changes_its_rows_alone(mlp):
-    with METHODS["head_row_zero"].enter(mlp, POINT) as model:
-        old, new = mlp.model.state_dict(), model.state_dict()
+    with METHODS["head_row_zero"].enter(mlp, POINT) as edit:
+        old, new = mlp.model.state_dict(), edit.model.state_dict()
         row = new["linears.2.weight"][4]
         assert row.view(torch.int32).tolist() == [0] * 64  # +0, bit by bit
-        assert list(mlp.allowed) == ["linears.2.weight"]
-        assert mlp.allowed["linears.2.weight"].nonzero().tolist() == [[4, j] for j in range(64)]
+        assert edit.allowed is not None
+        assert list(edit.allowed) == ["linears.2.weight"]
+        assert edit.allowed["linears.2.weight"].nonzero().tolist() == [[4, j] for j in range(64)]
         kept = [label for label in range(10) if label != 4]
         assert torch.equal(new["linears.2.weight"][kept], old["linears.2.weight"][kept])
         assert all(torch.equal(new[name], old[name]) for name in old if name != "linears.2.weight")
@@ -275,9 +283,9 @@ def test_edits_leave_the_classifier_and_keep_to_what_they_declare(kind, name, re
     context = request.getfixturevalue(kind)
     before = bits(context.model)
     for settings in METHODS[name].grid if kind == "mlp" else METHODS[name].grid[:1]:
-        with METHODS[name].enter(context, POINT, **settings) as model:
-            assert not any(module.training for module in model.modules())
-            for key, value in model.state_dict().items():
-                free = context.allowed.get(key, torch.zeros_like(value, dtype=torch.bool))
+        with METHODS[name].enter(context, POINT, **settings) as edit:
+            assert not any(module.training for module in edit.model.modules())
+            for key, value in edit.model.state_dict().items():
+                free = edit.allowed.get(key, torch.zeros_like(value, dtype=torch.bool))
                 assert torch.equal(value[~free], context.model.state_dict()[key][~free]), (settings, key)
         assert bits(context.model) == before

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from measure.metrics import METRICS, Evidence, metric
 from pipeline import Pipeline
 from tests.test_page import page_data
 from tests.test_pipeline import tiny
-from unlearn.methods import METHODS, Context, Point, method
+from unlearn.methods import METHODS
+from unlearn.registry import Context, Edit, Point, method
 
 
 @pytest.fixture
@@ -21,10 +21,9 @@ def unheard_of():
     """Both are gone after the test."""
 
     @method("stranger", "a stranger", axes=("kappa",))
-    def stranger(context: Context, point: Point) -> Generator:
+    def stranger(context: Context, point: Point) -> Edit:
         """Leave all as it is."""
-        context.allowed = {}
-        yield context.model
+        return Edit(context.model, allowed={})
 
     @metric("oddity", "furlongs", "lower")
     def oddity(e: Evidence) -> float:

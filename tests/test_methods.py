@@ -1,13 +1,17 @@
 """The contract of every registered method, and the masks they are made of."""
 
+import re
+import subprocess
+import sys
 import time
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 from torch import nn
 
 from core.config import (
+    PROJECT_ROOT,
     EvalConfig,
     GCNConfig,
     MaskStrategies,
@@ -22,10 +26,9 @@ from core.config import (
 )
 from data import GraphDataset, GraphGenerator
 from graphs.layout import layer_graph
-from measure.integrity import extent, state_hash, unchanged
+from measure.integrity import changed_outside, extent, state_hash, unchanged
 from model import vision_model_loader
 from trainer import SFTTrainer
-from unlearn import closed_form as edits  # noqa: F401 - registers its methods
 from unlearn.masks import (
     Mask,
     feasibility_score,
@@ -36,7 +39,8 @@ from unlearn.masks import (
     top_mask,
     weights_sha256,
 )
-from unlearn.methods import METHODS, Context, Point, chosen_methods, mask_of, method
+from unlearn.methods import METHODS, MODULES, chosen_methods, mask_of
+from unlearn.registry import Context, Edit, Point, Shared, mask_method, method
 from unlearn.requests import Checkpoint, Request, Unlearner
 from utils_data import get_unlearning_dataset
 
@@ -66,21 +70,23 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", METHODS)
 def test_contract(context, name):
     before, images = bits(context.model), context.data.splits["test"].batch(slice(50))[0]
+    untouched = {key: value.clone() for key, value in context.model.state_dict().items()}
 
     def once(point: Point) -> torch.Tensor:
-        with METHODS[name].enter(context, point, **METHODS[name].grid[0]) as model, torch.inference_mode():
-            assert not any(module.training for module in model.modules())
-            return model(images)
+        own = replace(context, shared=Shared())  # nothing is found that another point made
+        with METHODS[name].enter(own, point, **METHODS[name].grid[0]) as edit, torch.inference_mode():
+            assert not any(module.training for module in edit.model.modules())
+            assert edit.allowed is None or changed_outside(edit.model, untouched, edit.allowed) == 0
+            assert (edit.seconds or 0) > 0
+            return edit.model(images)
 
     logits = once(POINT)
     assert logits.isfinite().all()
     assert bits(context.model) == before
-    context.masks.clear()
     assert torch.equal(logits, once(POINT))
     axes = METHODS[name].axes_in(context)
     for axis, other in (("topK", Point(400, 200, 0)), ("kappa", Point(500, 300, 0)), ("seed", Point(500, 200, 1))):
         assert (METHODS[name].key(context, other) != METHODS[name].key(context, POINT)) == (axis in axes)
-        context.masks.clear()
         if axis not in axes:
             assert torch.equal(logits, once(other))
 
@@ -100,8 +106,8 @@ def test_classifier_survives_an_error_inside(context, name):
 
 def test_registering_and_unknown_names(context):
     @method("doubled", "doubled", axes=("kappa",))
-    def doubled(context, point):
-        yield context.model
+    def doubled(context: Context, point: Point) -> Edit:
+        return Edit(context.model)
 
     try:
         assert METHODS["doubled"].key(context, POINT) == ("doubled", 200)
@@ -115,6 +121,40 @@ def test_registering_and_unknown_names(context):
         chosen_methods(("mimu", "doubled"))
 
 
+def test_a_name_is_registered_once():
+    """The first entry stays, whichever decorator comes second."""
+    first = METHODS["random"]
+    for register in (method, mask_method):
+        with pytest.raises(
+            ValueError,
+            match=rf"{__name__} registers a second method 'random', unlearn\.ours registers one: choose another name",
+        ):
+            register("random", "another")(lambda context, point: Edit(context.model))
+    assert METHODS["random"] is first
+
+
+def test_methods_stand_in_the_order_of_their_modules():
+    """In a fresh process that imports the last module first, and in this one."""
+    code = "from unlearn import trained; from unlearn.methods import METHODS; print(*METHODS)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(METHODS)
+    modules = [entry.module for entry in METHODS.values()]
+    assert list(dict.fromkeys(modules)) == [module.__name__ for module in MODULES]
+
+
+def test_every_module_that_registers_methods_is_listed():
+    names = {module.__name__ for module in MODULES}
+    for path in sorted((PROJECT_ROOT / "unlearn").glob("*.py")):
+        registers = bool(re.search(r"^@(mask_)?method\(", path.read_text(encoding="utf-8"), re.MULTILINE))
+        assert registers == (f"unlearn.{path.stem}" in names), path.name
+
+
+def test_nothing_is_assigned_in_a_context_or_an_edit(context):
+    for frozen, name in ((context, "model"), (Edit(context.model), "allowed")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(frozen, name, None)
+
+
 def test_shared_work_is_charged_to_each_method_once(context):
     asked = []
 
@@ -124,20 +164,27 @@ def test_shared_work_is_charged_to_each_method_once(context):
         return torch.zeros(10, 64, 128)
 
     fresh = Context(context.model, context.data, context.config, context.device, learn)
-    fresh.theta(5)
-    assert fresh.charged == 0  # the first caller's clock has run already
-    fresh.theta(5)
+    first, again = (fresh.shared.timed(lambda: fresh.theta(5)) for _ in range(2))
     assert asked == [5]
-    assert fresh.charged == fresh._once["theta", 5][1] >= 0.05
+    assert again.value is first.value
+    cost = fresh.shared.once(("theta", 5), lambda: None).seconds
+    assert 0.05 <= cost <= first.seconds < cost + 0.02  # on the clock, not charged on top of it
+    assert cost <= again.seconds < cost + 0.02  # charged, not on the clock
 
 
-def test_a_mask_is_made_once_and_charged_to_those_who_take_it_again(context):
-    fresh = replace(context, masks={}, charged=0.0)
+def test_a_mask_is_made_once_and_charged_to_those_who_take_it_again(context, monkeypatch):
+    def slow(context: Context, point: Point) -> Mask:
+        time.sleep(0.2)
+        return random_mask(context.graph, point.kappa, torch.Generator().manual_seed(0))
+
+    monkeypatch.setitem(METHODS, "random", replace(METHODS["random"], mask=slow))
+    fresh, seconds = replace(context, shared=Shared()), []
     mask = mask_of("random", fresh, POINT)
-    assert fresh.charged == 0  # the first caller's clock has run already
     assert mask_of("random", fresh, POINT) is mask
-    ((_, seconds),) = fresh.masks.values()
-    assert fresh.charged == seconds > 0
+    for point in (POINT, replace(POINT, seed=1)):
+        with METHODS["random"].enter(fresh, point) as edit:
+            seconds.append(edit.seconds)
+    assert all(0.2 <= spent < 0.4 for spent in seconds)  # found, and made: never both
 
 
 def test_extent_of_an_edit_by_hand():
@@ -178,12 +225,20 @@ def test_unchanged_sees_every_bit():
 
 def test_a_retrained_model_costs_its_training_and_a_network_its_own(context):
     known = {"retrained-0": 50.0, "gcn": 7.0, "gcn_top-500": 8.0}
-    charged = replace(context, stage_seconds=known, charged=0.0)
-    begun = time.perf_counter()
-    with METHODS["retrain"].enter(charged, POINT):
-        assert time.perf_counter() - begun + charged.charged == pytest.approx(50.0, abs=0.5)
-    assert charged.learning_seconds(500) == (7.0 if context.unlearner else 8.0)
-    assert replace(charged, stage_seconds={}).learning_seconds(500) is None  # its file was given
+    charged = replace(context, stage_seconds=known, shared=Shared())
+
+    def costs(name: str, context: Context) -> tuple[float | None, float | None]:
+        with METHODS[name].enter(context, POINT) as edit:
+            return edit.seconds, edit.seconds_offline
+
+    assert costs("retrain", charged) == (50.0, 0.0)
+    seconds, _ = costs("retrain", replace(charged, stage_seconds={}))
+    assert seconds is not None
+    assert 0 < seconds < 1  # what the clock says
+    offline = 7.0 if context.unlearner else 8.0
+    assert charged.learning_seconds(500) == costs("mimu", charged)[1] == offline
+    assert costs("random", charged)[1] == 0
+    assert costs("mimu", replace(charged, stage_seconds={}))[1] is None  # its file was given
     assert {name for name, entry in METHODS.items() if entry.learned} == {"mimu", "mimu_refined"}
 
 

@@ -17,8 +17,8 @@ from eval import Eval
 from graphs.layout import layer_graph
 from measure.attacks import caught, separation
 from measure.comparisons import js, kl, total_variation, zero_retrain_forgetting
+from measure.exhibits import tables_of
 from measure.metrics import METRICS, Again, Evidence, Outputs, blocks, entropy_mia
-from measure.views import tables_of
 from unlearn.masks import random_mask
 
 HERE = [name for name, entry in METRICS.items() if entry.compute.__module__ in ("metrics", "comparisons")]

@@ -28,7 +28,7 @@ from tests.common import APART, MIXED, NET_5432, evidence, held
 from trainer import GCNTrainer, categorical_kl, log_prior
 from unlearn import masks
 from unlearn.masks import SAMPLERS, Mask, hard_topk, masked, random_mask
-from unlearn.methods import Context
+from unlearn.registry import Context
 from utils_data import Images, UnlearningDataset
 
 

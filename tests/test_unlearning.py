@@ -38,7 +38,9 @@ from pipeline import Pipeline
 from stages.chain import Stages
 from unlearn.features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log
 from unlearn.masks import hard_topk
-from unlearn.methods import TAYLOR_LAMBDAS, Point, mask_of
+from unlearn.methods import mask_of
+from unlearn.ours import TAYLOR_LAMBDAS
+from unlearn.registry import Point
 from unlearn.requests import (
     STATE,
     Checkpoint,

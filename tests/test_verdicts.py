@@ -30,7 +30,8 @@ from measure.verdicts import (
     verdict,
 )
 from model import HookedModel, vision_model_loader
-from unlearn.methods import METHODS, Context, Point
+from unlearn.methods import METHODS
+from unlearn.registry import Context, Point
 from utils_data import get_unlearning_dataset
 
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from core.config import SupportedDatasets
 from graphs.layout import WeightGraph
-from measure.counts import MOST_CLASSES
-from measure.metrics import Outputs
-from measure.views import (
+from measure.exhibits import (
     MAP_SIDE,
+    MOST_CLASSES,
     SAMPLES,
     WIDEST,
     many_classes,
@@ -25,6 +24,7 @@ from measure.views import (
     tables_of,
     thumbnails,
 )
+from measure.metrics import Outputs
 from model import NO_ANSWER, HookedMLPClassifier, predictions
 from reporting import panels
 from tests.common import APART, held

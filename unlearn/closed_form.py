@@ -1,28 +1,30 @@
 """Rivals that change a classifier's weights or outputs in closed form: nothing is trained.
 
-Each is a decorated function as in `unlearn/methods.py`, with its source and the settings that it is tuned over.
+Each is a decorated function as in `unlearn/ours.py`, with its source and the settings that it is tuned over.
 """
 
 import copy
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from core.config import derive_seed
 from core.observe import log
 from model import HookedModel, capture, inspecting
-from unlearn.fisher import Fisher, batch_fisher, sample_fisher
 from unlearn.masks import Mask, top_mask
-from unlearn.methods import Context, Point, mask_method, method
-from utils_data import Images
+from unlearn.registry import Context, Edit, Point, mask_method, method
+from utils_data import Images, make_loader
 
 LOW_LOGIT = -1e4  # stands for -inf, whose product with a probability of 0 is no number
 FISHER_SAMPLES = 10_240  # of a set, at most, that its Fisher information is taken from
 SINGLE_SAMPLES = 256  # the same where gradients are held sample by sample (convolutions)
 SVD_SAMPLES = 900  # of each side, as in 2312.00761
+SSD_BATCH = 64  # of the original SSD
+LINEAR_BATCH = 1024  # of samples whose gradients stay outer products
 RANK_TOLERANCE = 1e-7  # of the largest singular value, float64: below it a direction is rounding
 
 
@@ -39,25 +41,23 @@ class DroppedLogits(nn.Linear):
 
 
 @method("logit_drop", "logit drop", source="control: the trivial answer")
-def logit_drop(context: Context, point: Point) -> Generator[HookedModel]:
+def logit_drop(context: Context, point: Point) -> Edit:
     """Never answer with a forgotten class: its logit is set to -inf, no weight is changed."""
-    context.allowed = {}
     model = copy.deepcopy(context.model)
     model.linears[-1] = DroppedLogits(model.target(-1), context.config.forget_labels)
-    yield model.eval()
+    return Edit(model.eval(), allowed={})
 
 
 @method("head_row_zero", "head row := 0", source="control: the trivial edit")
-def head_row_zero(context: Context, point: Point) -> Generator[HookedModel]:
+def head_row_zero(context: Context, point: Point) -> Edit:
     """Set the forgotten classes' rows of the last layer to 0: their logits are 0, which can still be the largest."""
     model, name = copy.deepcopy(context.model), _linear_names(context.model)[-1]
     weight, rows = model.target(-1).weight, list(context.config.forget_labels)
     chosen = torch.zeros_like(weight, dtype=torch.bool)
     chosen[rows] = True
-    context.allowed = {name: chosen}
     with torch.no_grad():
         weight[rows] = 0
-    yield model.eval()
+    return Edit(model.eval(), allowed={name: chosen})
 
 
 def _linear_names(model: HookedModel) -> list[str]:
@@ -77,6 +77,65 @@ def training_images(context: Context, side: bool | None, most: int) -> Images:
     seed = derive_seed(context.config.seed, "edits", str(side))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images.only(order[:most])
+
+
+# --- Fisher information -----------------------------------------------------------------------------------
+# Diagonal and empirical: mean squared gradients of the cross-entropy, one value per parameter. Two estimates of
+# different meaning. Of batch means, as the original SSD computes it (arXiv:2308.07707): I = mean_b (dL_b/dW)^2 with L_b
+# the mean loss of a batch. Per sample: I = mean_s (dL_s/dW)^2, free of the batch size. Labels are the true ones;
+# BatchNorm is in eval mode; nothing is drawn, so equal images give equal results.
+
+Fisher = dict[str, Tensor]
+"""I >= 0 in nats squared per unit of weight squared, float64, by parameter name, of the parameter's shape."""
+
+
+def batch_fisher(model: HookedModel, images: Images, device: torch.device, batch_size: int = SSD_BATCH) -> Fisher:
+    """Mean over batches of the squared gradient of a batch's mean loss; the last batch may be short.
+
+    Args:
+        images: in this order, S of them. batch_size: the estimate shrinks with it, roughly as 1 / batch_size.
+    """
+    with inspecting(model), torch.enable_grad():
+        model.requires_grad_(True)
+        parameters = dict(model.named_parameters())
+        total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
+        loader = make_loader(images, batch_size)
+        for batch, labels in loader:
+            loss = functional.cross_entropy(model(batch.to(device)), labels.to(device))
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            for name, gradient in zip(parameters, gradients, strict=True):
+                total[name] += gradient.double().square()
+    return {name: value / len(loader) for name, value in total.items()}
+
+
+def sample_fisher(model: HookedModel, images: Images, device: torch.device) -> Fisher:
+    """Mean over samples of the squared gradient of a sample's own loss.
+
+    The gradient of a linear layer is delta h^T, so the sum over samples is (delta^2)^T (h^2), delta [S, m], h [S, n];
+    a model with parameters of other kinds is differentiated sample by sample (faster on a CPU than `torch.func.vmap`).
+    """
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    if set(layers) != {name for name, _ in model.named_parameters()}:
+        return batch_fisher(model, images, device, batch_size=1)
+    return {name: total / len(images) for name, total in _linear_squares(model, layers, images, device).items()}
+
+
+def _linear_squares(
+    model: HookedModel, layers: Mapping[str, nn.Linear], images: Images, device: torch.device
+) -> Fisher:
+    """Sum over samples of squared gradients, [m, n] for each linear layer."""
+    total = {name: torch.zeros_like(layer.weight, dtype=torch.float64) for name, layer in layers.items()}
+    with inspecting(model), torch.enable_grad(), ExitStack() as stack:
+        for layer in layers.values():
+            layer.requires_grad_(True)
+        records = [stack.enter_context(capture(layer)) for layer in layers.values()]
+        for batch, labels in make_loader(images, LINEAR_BATCH):
+            loss = functional.cross_entropy(model(batch.to(device)), labels.to(device), reduction="sum")
+            inputs, outputs = zip(*(record.take() for record in records), strict=True)
+            deltas = torch.autograd.grad(loss, outputs)
+            for name, h, delta in zip(layers, inputs, deltas, strict=True):
+                total[name] += delta.double().square().T @ h.detach().double().square()
+    return total
 
 
 # --- selective synaptic dampening -------------------------------------------------------------------------
@@ -103,7 +162,7 @@ def fisher_of(context: Context, side: bool | None, per_sample: bool) -> Fisher:
         most = FISHER_SAMPLES if linear else SINGLE_SAMPLES
         return sample_fisher(model, training_images(context, side, most), device)
 
-    return context.once(("fisher", context.config.forget_labels, side, per_sample), make)
+    return context.shared.once(("fisher", context.config.forget_labels, side, per_sample), make).value
 
 
 def dampened(
@@ -125,35 +184,35 @@ def dampened(
     return new, chosen
 
 
-def _ssd(context: Context, name: str, per_sample: bool, alpha: float, weight: float) -> HookedModel:
-    """The classifier, dampened; says how many weights were selected."""
+def _ssd(context: Context, name: str, per_sample: bool, alpha: float, weight: float) -> Edit:
+    """Dampen a copy of the classifier; say how many weights were selected."""
     model = copy.deepcopy(context.model)
     parameters = dict(model.named_parameters())
     forget, whole = fisher_of(context, True, per_sample), fisher_of(context, None, per_sample)
     with torch.no_grad():
-        new, context.allowed = dampened(parameters, forget, whole, alpha, weight)
+        new, chosen = dampened(parameters, forget, whole, alpha, weight)
         for key, value in new.items():
             parameters[key].copy_(value)
-    count, size = (sum(int(f(value)) for value in context.allowed.values()) for f in (torch.sum, torch.numel))
+    count, size = (sum(int(f(value)) for value in chosen.values()) for f in (torch.sum, torch.numel))
     log(f"{name}: alpha {alpha:g}, lambda {weight:g} select {count:,} of {size:,} weights")
-    return model.eval()
+    return Edit(model.eval(), chosen)
 
 
 @method("ssd", "SSD", source=SSD, grid=SSD_GRID)
-def ssd(context: Context, point: Point, alpha: float, weight: float) -> Generator[HookedModel]:
+def ssd(context: Context, point: Point, alpha: float, weight: float) -> Edit:
     """Dampen the weights whose Fisher information on D_f is above alpha times that on the whole training set:
     W := W min(1, lambda I_D / I_f), I = mean squared gradient of batch means (64 images), on at most 10,240 images of
     either set, drawn once (the original: on all).
     """
-    yield _ssd(context, "ssd", False, alpha, weight)
+    return _ssd(context, "ssd", False, alpha, weight)
 
 
 @method("ssd_per_sample", "SSD, per sample", source=f"{SSD}, per-sample variant", grid=SAMPLE_SSD_GRID)
-def ssd_per_sample(context: Context, point: Point, alpha: float, weight: float) -> Generator[HookedModel]:
+def ssd_per_sample(context: Context, point: Point, alpha: float, weight: float) -> Edit:
     """SSD with each image's own squared gradient in place of a batch's: free of batch size and order. On at most 10,240
     images of either set, 256 where there are convolutions.
     """
-    yield _ssd(context, "ssd_per_sample", True, alpha, weight)
+    return _ssd(context, "ssd_per_sample", True, alpha, weight)
 
 
 # --- projections of a layer's input -----------------------------------------------------------------------
@@ -192,16 +251,16 @@ def layer_inputs(model: HookedModel, images: Images, device: torch.device, batch
     return [torch.cat(part) for part in parts]
 
 
-def _with_inputs_edited(context: Context, edit: Callable[[int], Tensor], places: range) -> HookedModel:
-    """The classifier with W := W E in some layers of the stack, E [n, n] = edit(place)."""
+def _with_inputs_edited(context: Context, edit: Callable[[int], Tensor], places: range) -> Edit:
+    """Set W := W E in some layers of a copy's stack, E [n, n] = edit(place)."""
     model = copy.deepcopy(context.model)
     names = _linear_names(model)
     weights = {names[place]: model.target(place).weight for place in places}
     with torch.no_grad():
         for place, weight in zip(places, weights.values(), strict=True):
             weight.copy_(weight.double() @ edit(place))
-    context.allowed = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    return model.eval()
+    allowed = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    return Edit(model.eval(), allowed)
 
 
 def svd_edit(forget: Spectrum, retain: Spectrum, alpha_forget: float, alpha_retain: float) -> Tensor:
@@ -221,7 +280,7 @@ def svd_edit(forget: Spectrum, retain: Spectrum, alpha_forget: float, alpha_reta
         for forget, retain in ((3.0, 100.0), (3.0, 30.0), (3.0, 10.0), (30.0, 100.0), (3.0, 300.0))
     ),
 )
-def svd_projection(context: Context, point: Point, alpha_forget: float, alpha_retain: float) -> Generator[HookedModel]:
+def svd_projection(context: Context, point: Point, alpha_forget: float, alpha_retain: float) -> Edit:
     """Inputs of every linear layer lose h P_f (I - P_r), so W := W (I - P_f (I - P_r))^T, P scaled projections onto the
     principal directions of the input on 900 images of D_f and 900 of D_r, as the untouched classifier has them.
     Convolutions are left alone (the original edits them too). Not checked against the paper's text or code: which side
@@ -233,9 +292,9 @@ def svd_projection(context: Context, point: Point, alpha_forget: float, alpha_re
         inputs = (layer_inputs(context.model, images, context.device) for images in sides)
         return [(Spectrum.of(forget), Spectrum.of(retain)) for forget, retain in zip(*inputs, strict=True)]
 
-    spectra = context.once(("spectra", context.config.forget_labels), make)
+    spectra = context.shared.once(("spectra", context.config.forget_labels), make).value
     edits = range(len(spectra))
-    yield _with_inputs_edited(context, lambda place: svd_edit(*spectra[place], alpha_forget, alpha_retain), edits)
+    return _with_inputs_edited(context, lambda place: svd_edit(*spectra[place], alpha_forget, alpha_retain), edits)
 
 
 def residual_directions(prototypes: Tensor, forget: Tensor) -> Tensor:
@@ -266,7 +325,7 @@ def damp_edit(directions: Tensor, strength: float) -> Tensor:
         for strength, layers in ((1.0, 1), (1.0, 2), (1.5, 1), (2.0, 1), (2.5, 1))
     ),
 )
-def damp(context: Context, point: Point, strength: float, layers: int) -> Generator[HookedModel]:
+def damp(context: Context, point: Point, strength: float, layers: int) -> Edit:
     """W := W (I - s d d^T) in the last layers: d is what the class's mean input has beyond the span of the retained
     classes' means, so that these pass unchanged. Written after a summary of the paper, not checked against it.
     """
@@ -279,9 +338,9 @@ def damp(context: Context, point: Point, strength: float, layers: int) -> Genera
         means = (torch.stack([h[images.labels == label].mean(0) for label in present]) for h in inputs)
         return [residual_directions(prototypes, chosen.to(prototypes.device)) for prototypes in means]
 
-    found = context.once(("residual directions", context.config.forget_labels), make)
+    found = context.shared.once(("residual directions", context.config.forget_labels), make).value
     places = range(max(0, len(found) - layers), len(found))
-    yield _with_inputs_edited(context, lambda place: damp_edit(found[place], strength), places)
+    return _with_inputs_edited(context, lambda place: damp_edit(found[place], strength), places)
 
 
 # --- masks ------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Rivals that unlearn by training: fine-tuning, ascent, random labels, distillation from a teacher.
 
-Each is a decorated function as in `methods`, with its source and the settings that it is tuned over. All have the
+Each is a decorated function as in `ours`, with its source and the settings that it is tuned over. All have the
 same budget, at most EPOCHS epochs: one is a pass over D_f, with RETAINED images of D_r, drawn anew, for each of its
 images; methods that use one of the two sets alone see no more images (last layer anew: passes over all of D_r, as
 cheap). A step takes 128 images of D_f or, where D_f is small, so few (8 at least) that an epoch has 20 steps.
@@ -8,7 +8,6 @@ Gradients have a norm of at most 1; SGD has momentum 0.9 unless it is called pla
 """
 
 import math
-from collections.abc import Generator
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn import functional
 from model import HookedModel, apply_linear, capture, inspecting
 from unlearn.finetuning import RETAINED, Finetuner, Optimizing
 from unlearn.masks import hard_topk
-from unlearn.methods import Context, Point, method
+from unlearn.registry import Context, Edit, Point, method
 
 EPOCHS = 3
 SALUN_SHARE = 0.5  # of all parameters that SalUn may change
@@ -73,13 +72,13 @@ def scrub_retain_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tenso
     source="1911.04933",
     grid=[{"lr": lr} for lr in (0.02, 0.01, 0.05, 0.1)],
 )
-def finetune(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
+def finetune(context: Context, point: Point, lr: float) -> Edit:
     """FT: minimise CE on D_r alone, so that what is not rehearsed is forgotten; no image of D_f is ever used."""
     engine = tuner("finetune", context, point, sgd(lr))
     for _ in range(EPOCHS):
         for images, labels in engine.retained(RETAINED + 1):
             engine.descend(functional.cross_entropy(engine.model(images), labels))
-    yield engine.finished()
+    return Edit(engine.finished())
 
 
 @method(
@@ -89,12 +88,12 @@ def finetune(context: Context, point: Point, lr: float) -> Generator[HookedModel
     source="2109.13398",
     grid=[{"lr": lr} for lr in (5e-3, 1e-2, 7e-3, 3e-3, 1.5e-2)],
 )
-def gradient_ascent(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
+def gradient_ascent(context: Context, point: Point, lr: float) -> Edit:
     """GA: maximise CE in one pass over D_f, by plain SGD; nothing protects D_r."""
     engine = tuner("gradient_ascent", context, point, partial(torch.optim.SGD, lr=lr))
     for images, labels in engine.forgotten():
         engine.descend(-functional.cross_entropy(engine.model(images), labels))
-    yield engine.finished()
+    return Edit(engine.finished())
 
 
 @method(
@@ -107,14 +106,14 @@ def gradient_ascent(context: Context, point: Point, lr: float) -> Generator[Hook
         for lr, beta in ((3e-3, 0.99), (3e-3, 0.999), (1e-2, 0.999), (1e-3, 0.95), (1e-2, 0.95))
     ],
 )
-def neg_grad_plus(context: Context, point: Point, lr: float, beta: float) -> Generator[HookedModel]:
+def neg_grad_plus(context: Context, point: Point, lr: float, beta: float) -> Edit:
     """Minimise beta CE(D_r) - (1 - beta) CE(D_f), by SGD."""
     engine = tuner("neg_grad_plus", context, point, sgd(lr))
     for _ in range(EPOCHS):
         for (forget, true), (retain, kept) in engine.paired():
             keep = functional.cross_entropy(engine.model(retain), kept)
             engine.descend(beta * keep - (1 - beta) * functional.cross_entropy(engine.model(forget), true))
-    yield engine.finished()
+    return Edit(engine.finished())
 
 
 @method(
@@ -124,14 +123,14 @@ def neg_grad_plus(context: Context, point: Point, lr: float, beta: float) -> Gen
     source="2010.10981",
     grid=[{"lr": lr} for lr in (1e-3, 5e-4, 2e-3, 3e-3)],
 )
-def random_label(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
+def random_label(context: Context, point: Point, lr: float) -> Edit:
     """RL: minimise CE on batches of D_f with uniform labels, drawn anew, and of D_r with its own, by Adam."""
     engine = tuner("random_label", context, point, adam(lr))
     for _ in range(EPOCHS):
         for (forget, true), (retain, kept) in engine.paired():
             labels = torch.cat([engine.random_labels(true), kept])
             engine.descend(functional.cross_entropy(engine.model(torch.cat([forget, retain])), labels))
-    yield engine.finished()
+    return Edit(engine.finished())
 
 
 def salient(engine: Finetuner) -> dict[str, Tensor]:
@@ -153,19 +152,19 @@ def salient(engine: Finetuner) -> dict[str, Tensor]:
     source="2310.12508",
     grid=[{"lr": lr} for lr in (0.005, 0.002, 0.013, 0.03)],
 )
-def salun(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
+def salun(context: Context, point: Point, lr: float) -> Edit:
     """Random labels for the half of all parameters that |sum of gradients of CE over D_f| is largest for: each epoch a
     pass over D_f with random labels, then over D_r, by SGD with weight decay 5e-4; all other weights keep their bits.
     """
     optimizing = sgd(lr, SALUN_DECAY)
-    context.allowed = salient(tuner("salun", context, point, optimizing))
-    engine = tuner("salun", context, point, optimizing, free=context.allowed)
+    allowed = salient(tuner("salun", context, point, optimizing))
+    engine = tuner("salun", context, point, optimizing, free=allowed)
     for _ in range(EPOCHS):
         for images, labels in engine.forgotten():
             engine.descend(functional.cross_entropy(engine.model(images), engine.random_labels(labels)))
         for images, labels in engine.retained():
             engine.descend(functional.cross_entropy(engine.model(images), labels))
-    yield engine.finished()
+    return Edit(engine.finished(), allowed)
 
 
 def boundary_labels(context: Context, images: Tensor, labels: Tensor) -> Tensor:
@@ -190,14 +189,14 @@ def boundary_labels(context: Context, images: Tensor, labels: Tensor) -> Tensor:
     source="2303.11570",
     grid=[{"lr": lr} for lr in (3e-4, 2e-4, 5e-4, 1e-3)],
 )
-def boundary_shrink(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
+def boundary_shrink(context: Context, point: Point, lr: float) -> Edit:
     """Minimise CE on D_f alone, each image labelled with the nearest retained class, found by one adversarial step."""
     engine = tuner("boundary_shrink", context, point, sgd(lr))
     for _ in range(EPOCHS):
         for images, labels in engine.forgotten():
             nearest = boundary_labels(context, images, labels)
             engine.descend(functional.cross_entropy(engine.model(images), nearest))
-    yield engine.finished()
+    return Edit(engine.finished())
 
 
 # --- teachers ---------------------------------------------------------------------------------------------
@@ -216,7 +215,7 @@ def answers(teacher: HookedModel, images: Tensor) -> Tensor:
     source="2302.09880",
     grid=[{"lr": lr, "max_epochs": most} for lr, most in ((3e-3, 3), (3e-3, 2), (1e-3, 3), (1e-2, 3), (1e-2, 2))],
 )
-def scrub(context: Context, point: Point, lr: float, max_epochs: int) -> Generator[HookedModel]:
+def scrub(context: Context, point: Point, lr: float, max_epochs: int) -> Edit:
     """The untouched classifier teaches, at temperature 4: each epoch a pass over D_f that maximises KL to it (the first
     `max_epochs` only), then one over D_r that minimises 0.99 CE + 0.1 KL, by SGD.
     """
@@ -227,7 +226,7 @@ def scrub(context: Context, point: Point, lr: float, max_epochs: int) -> Generat
             engine.descend(-distillation(student, teacher, SCRUB_TEMPERATURE))
         for images, labels in engine.retained():
             engine.descend(scrub_retain_loss(engine.model(images), answers(context.model, images), labels))
-    yield engine.finished()
+    return Edit(engine.finished())
 
 
 @method(
@@ -237,7 +236,7 @@ def scrub(context: Context, point: Point, lr: float, max_epochs: int) -> Generat
     source="2205.08096",
     grid=[{"lr": lr} for lr in (3e-4, 1e-4, 1e-3, 3e-3)],
 )
-def bad_teacher(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
+def bad_teacher(context: Context, point: Point, lr: float) -> Edit:
     """Minimise KL(teacher || student) by Adam: D_f's teacher has initial weights, D_r's is the untouched classifier."""
     assert context.untrained is not None, "this method needs Context.untrained"
     engine, incompetent = tuner("bad_teacher", context, point, adam(lr)), context.untrained()
@@ -245,7 +244,7 @@ def bad_teacher(context: Context, point: Point, lr: float) -> Generator[HookedMo
         for (forget, _), (retain, _) in engine.paired():
             teacher = torch.cat([answers(incompetent, forget), answers(context.model, retain)])
             engine.descend(distillation(engine.model(torch.cat([forget, retain])), teacher))
-    yield engine.finished()
+    return Edit(engine.finished())
 
 
 # --- last layer -------------------------------------------------------------------------------------------
@@ -267,11 +266,11 @@ def last_inputs(context: Context) -> tuple[Tensor, Tensor]:
     source="control: head-only retraining",
     grid=[{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
 )
-def head_retrain(context: Context, point: Point, lr: float) -> Generator[HookedModel]:
+def head_retrain(context: Context, point: Point, lr: float) -> Edit:
     """The last layer trained from initial weights on D_r, by Adam, 8 times the batch, everything below it frozen."""
     name = f"linears.{len(context.model.linears) - 1}.weight"
-    context.allowed = {name: torch.ones_like(context.model.target(-1).weight, dtype=torch.bool)}
-    engine = tuner("head_retrain", context, point, adam(lr), free=context.allowed)
+    allowed = {name: torch.ones_like(context.model.target(-1).weight, dtype=torch.bool)}
+    engine = tuner("head_retrain", context, point, adam(lr), free=allowed)
     weight, (h, labels) = engine.model.target(-1).weight, last_inputs(context)
     bound = 1 / math.sqrt(weight.shape[1])
     with torch.no_grad():
@@ -279,4 +278,4 @@ def head_retrain(context: Context, point: Point, lr: float) -> Generator[HookedM
     for _ in range(EPOCHS):
         for picks in torch.randperm(len(h), generator=engine.generator).split(8 * engine.batch):
             engine.descend(functional.cross_entropy(apply_linear(h[picks], weight), labels[picks]))
-    yield engine.finished()
+    return Edit(engine.finished(), allowed)

@@ -1,4 +1,5 @@
-"""What a record shows beside numbers: some forgotten images with what each model says of them, and where a mask lies.
+"""What a record shows beside single numbers: some forgotten images with what each model says of them, where images go,
+where a mask lies, and how sure scores are.
 
 Small by intent, whatever the dataset: a record stays a few dozen kilobytes.
 """
@@ -6,12 +7,15 @@ Small by intent, whatever the dataset: a record stays a few dozen kilobytes.
 import base64
 import io
 import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from measure.counts import class_tables
-from measure.metrics import Outputs
+from core.config import derive_seed
+from core.intervals import bootstrap_mean, wilson
+from measure.metrics import Evidence, Outputs
 from model import NO_ANSWER
 from unlearn.masks import Mask
 from utils_data import UnlearningDataset
@@ -20,6 +24,14 @@ SAMPLES = 8
 WIDEST = 48  # pixels of a thumbnail's longer side
 TABLES = ("class_probability", "confusion", "class_score", "taken_for", "said_of_samples")
 MAP_SIDE = 32  # cells, at most, of a mask's map in each direction
+MOST_CLASSES = 100  # of a class x class table in a record
+SHARES: dict[str, Callable[[Evidence], Tensor]] = {
+    "forget_score": lambda e: e.forget.right,
+    "retain_score": lambda e: e.retain.right,
+    "UA": lambda e: ~e.train_forget.right,
+    "RA": lambda e: e.train_retain.right,
+}
+"""Metrics that are shares of images, in percent, and which images count. bool [S]."""
 
 
 def sampled(labels: Tensor) -> list[int]:
@@ -61,6 +73,20 @@ def said_of_samples(forget: Outputs) -> list[list[float]] | None:
     return [[int(label), round(float(p), 4)] for p, label in zip(best.values, best.indices, strict=True)]
 
 
+def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
+    """Where images go: mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes.
+
+    Each is left out where logits are not finite: no table would then account for every image.
+    """
+    count, mean = forget.num_classes, forget.mean_p
+    tables = {"class_probability": mean.tolist()} if mean.isfinite().all() else {}
+    true, said = torch.cat([forget.labels, retain.labels]), torch.cat([forget.predicted, retain.predicted])
+    if count <= MOST_CLASSES and NO_ANSWER not in said:
+        cells = torch.bincount(true * count + said, minlength=count * count)
+        tables["confusion"] = cells.view(count, count).tolist()
+    return tables
+
+
 def many_classes(forget: Outputs, retain: Outputs) -> dict[str, list]:
     """Where there is no table of all pairs: accuracy of each class in percent [C] (None: no image of it), and how many
     forgotten images are taken for each class [C]; the latter only if all of them have an answer.
@@ -95,3 +121,16 @@ def mask_map(mask: Mask) -> list[dict]:
     return [
         {"layer": name, "shape": list(off.shape), "cells": _binned(off.cpu().int()).tolist()} for name, off in layers
     ]
+
+
+def intervals_of(e: Evidence, names: Iterable[str]) -> dict[str, dict]:
+    """95 % intervals over the images of one run: Wilson for shares, percent; bootstrap for the mean probability."""
+    found = {}
+    for name in names:
+        if name in SHARES:
+            right = SHARES[name](e)
+            found[name] = asdict(wilson(int(right.sum()), len(right)).times(100))
+        elif name == "forget_probability" and e.forget.confidence.isfinite().all():
+            seed = derive_seed(e.seed, "bootstrap")
+            found[name] = asdict(bootstrap_mean(e.forget.confidence.cpu().numpy(), seed))
+    return found

@@ -1,0 +1,335 @@
+"""What a method is: it gets a `Context`, returns an `Edit`, and registers under a name by one decorator.
+
+A method leaves the shared classifier bit-identical. `unlearn.methods` lists the modules whose methods are compared.
+"""
+
+import time
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from core.config import MaskStrategies, PipelineConfig
+from core.observe import progress
+from graphs.layout import WeightGraph
+from model import HookedModel, inspecting, predictions
+from unlearn.masks import Mask, masked
+from unlearn.requests import Checkpoint, Request, Unlearner
+from utils_data import UnlearningDataset
+
+OURS = "this project"
+BUDGET = 5  # settings, at most, that a method may try on validation images: the same for all
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the sweep."""
+
+    topK: int
+    kappa: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a method did to forget.
+
+    Args:
+        model: the classifier that has forgotten, in eval mode. A copy, or the shared classifier itself where nothing
+            is changed or where a mask holds until the method is left.
+        allowed: which entries may differ from the untouched classifier's: a bool tensor for each parameter by name; a
+            parameter without one may not differ at all, so {} allows nothing. None: anything may differ.
+        seconds: from the request to the model, shared work included as if it were done for this request alone. None
+            in what a method returns: `Method.enter` fills in what it measures.
+        seconds_offline: spent once, ahead of all requests; None: unknown. `Method.enter` fills it in.
+    """
+
+    model: HookedModel
+    allowed: Mapping[str, Tensor] | None = None
+    seconds: float | None = None
+    seconds_offline: float | None = 0.0
+
+
+@dataclass(frozen=True)
+class Timed(Generic[Made]):
+    """A value and the seconds that it takes somebody who starts from nothing."""
+
+    value: Made
+    seconds: float
+
+
+class Shared:
+    """Values that several methods use: each is computed once, and its seconds are charged to every method that uses it.
+
+    The clock alone would favour whoever comes second. So `timed` adds, to the seconds on the clock, what each value
+    that was found here had cost when it was computed.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Timed[Any]] = {}
+        self._found = 0.0  # seconds of all values that were found rather than computed, so far
+
+    def timed(self, make: Callable[[], Made]) -> Timed[Made]:
+        """Call `make`, and charge it with the shared values that it finds; calls may be nested."""
+        begun, found = time.perf_counter(), self._found
+        made = make()
+        return Timed(made, time.perf_counter() - begun + self._found - found)
+
+    def once(self, key: Hashable, make: Callable[[], Made], *, charged: bool = True) -> Timed[Made]:
+        """Return `make()`, called only if nothing is kept under the key, and the seconds that its only call took.
+
+        Args:
+            key: names everything that varies within a run and that the value depends on.
+            charged: whether an enclosing `timed` is charged when the value is found. False is for what the evaluation
+                computes for itself, ahead of all methods.
+        """
+        if key not in self._made:
+            self._made[key] = self.timed(make)
+        elif charged:
+            self._found += self._made[key].seconds
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every method may read.
+
+    Args:
+        learn_importance: topK -> theta [C, *graph.shape], one logit per weight, for the strategies that weigh all
+            classes.
+        checkpoint: answers requests. unlearner: answers them in one go; None: the GCN is the ELBO's.
+        retrain: number of the training seed -> the classifier retrained without the classes to forget.
+        untrained: makes a classifier with initial weights.
+        stage_seconds: what each of the run's stages took when it was made, by name.
+        shared: what is computed once for all methods.
+    """
+
+    model: HookedModel
+    data: UnlearningDataset
+    config: PipelineConfig
+    device: torch.device
+    learn_importance: Callable[[int], Tensor]
+    checkpoint: Checkpoint | None = None
+    unlearner: Unlearner | None = None
+    retrain: Callable[[int], HookedModel] | None = None
+    untrained: Callable[[], HookedModel] | None = None
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    shared: Shared = field(default_factory=Shared)
+
+    @property
+    def weights(self) -> list[torch.nn.Parameter]:
+        """W [m, n] of every target layer."""
+        return self.model.weights(self.config.mask_layer)
+
+    @property
+    def graph(self) -> WeightGraph:
+        """Layout of the target layers' weights."""
+        return self.model.weight_graph(self.config.mask_layer)
+
+    def learning_seconds(self, topK: int) -> float | None:
+        """Seconds that training the graph network took, once for all requests; None: unknown, its file was given."""
+        return self.stage_seconds.get(f"gcn_top-{topK}" if self.unlearner is None else "gcn")
+
+    @property
+    def strategy(self) -> MaskStrategies:
+        """How `mimu` forms its mask: as configured, else as the GCN's objective asks for."""
+        own = MaskStrategies.feasibility if self.unlearner is None else MaskStrategies.direct
+        return self.config.eval.mask_strategy or own
+
+    def within_targets(self, chosen: Sequence[Tensor]) -> dict[str, Tensor]:
+        """For `Edit.allowed`: bool [m, n] for each target layer, and nothing else."""
+        return dict(zip(self.graph.names, chosen, strict=True))
+
+    def request(self, kappa: int) -> Request:
+        """Forget the run's classes with kappa weights."""
+        return Request(self.config.forget_labels, kappa)
+
+    @property
+    def requests(self) -> Checkpoint:
+        """The checkpoint that answers requests."""
+        assert self.checkpoint is not None, "this method needs Context.checkpoint"
+        return self.checkpoint
+
+    def theta(self, topK: int) -> Tensor:
+        """theta [C, *graph.shape], computed once per topK."""
+        return self.shared.once(("theta", topK), lambda: self.learn_importance(topK)).value
+
+    def importance(self, topK: int) -> Tensor:
+        """Graded importance [C, *graph.shape] as configured: theta, or the mask prior q = softmax(theta)."""
+        theta = self.theta(topK)
+        if self.config.eval.importance.value == "theta":
+            return theta
+        return theta.flatten(1).softmax(1).view_as(theta)
+
+    def class_theta(self, topK: int) -> Tensor:
+        """What the GCN holds to be the forgotten classes' own weights. [*graph.shape]."""
+        if self.unlearner is not None:
+            with torch.no_grad():
+                return self.unlearner.theta(self.requests, self.request(topK))
+        return self.theta(topK)[list(self.config.forget_labels)].amax(0)
+
+    def images(self, split: str, is_forget_set: bool) -> DataLoader:
+        """The forget or the retain set of a split, in the evaluation's batch size."""
+        return self.data.get_forget_set(split) if is_forget_set else self.data.get_retain_set(split)
+
+    def activations(self, split: str, is_forget_set: bool) -> tuple[Tensor, Tensor]:
+        """The same set as h [S, n] of the first target layer, which no mask changes, and labels [S]; made once."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            h, labels = [], []
+            with inspecting(self.model), torch.inference_mode():
+                for batch, true in progress(self.images(split, is_forget_set), name):
+                    h.append(self.model.prefix(batch.to(self.device), self.config.mask_layer))
+                    labels.append(true)
+            return torch.cat(h), torch.cat(labels).to(self.device)
+
+        name = f"{'forget' if is_forget_set else 'retain'} set of {split}"
+        return self.shared.once(("activations", split, is_forget_set), make, charged=False).value
+
+    def score(self, mask: Mask, split: str, is_forget_set: bool) -> float:
+        """Accuracy of the masked classifier on a set, percent."""
+        h, labels = self.activations(split, is_forget_set)
+        with masked(self.weights, mask), torch.inference_mode():
+            right = predictions(self.model.head(h, self.config.mask_layer)) == labels
+        return 100 * float(right.double().mean())
+
+
+Settings = Mapping[str, Any]
+"""Hyper-parameters of a method, by keyword."""
+EditFunction = Callable[..., Edit]
+"""(context, point, **settings) -> edit."""
+MaskFunction = Callable[[Context, Point], Mask]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: a function that returns an `Edit`, or one that returns the mask to apply.
+
+    Args:
+        axes: fields of `Point` that the result depends on.
+        function: (context, point, **settings) -> `Edit`; None: the method is a mask.
+        mask: (context, point) -> `Mask`; None: the method is no mask.
+        source: arXiv id or reference.
+        grid: settings that the method is tuned over, on validation images, its default first.
+        learned: whether the method asks the graph network.
+    """
+
+    name: str
+    label: str
+    axes: tuple[str, ...]
+    function: EditFunction | None = None
+    mask: MaskFunction | None = None
+    source: str = OURS
+    grid: tuple[Settings, ...] = ({},)
+    learned: bool = False
+
+    @property
+    def _written(self) -> Callable:
+        """The decorated function."""
+        written = self.function or self.mask
+        assert written is not None, f"{self.name} has neither a function nor a mask"
+        return written
+
+    @property
+    def module(self) -> str:
+        """Name of the module that registers the method."""
+        return self._written.__module__
+
+    @property
+    def definition(self) -> str:
+        """The decorated function's docstring, in one line."""
+        return " ".join((self._written.__doc__ or "").split())
+
+    def axes_in(self, context: Context) -> tuple[str, ...]:
+        """Its axes in a run: with masks by `direct`, nothing depends on topK."""
+        direct = context.strategy is MaskStrategies.direct
+        return tuple(axis for axis in self.axes if not (direct and axis == "topK"))
+
+    def key(self, context: Context, point: Point) -> tuple:
+        """What tells one result of this method from another."""
+        return (self.name, *(getattr(point, axis) for axis in self.axes_in(context)))
+
+    def mask_at(self, context: Context, point: Point) -> Mask:
+        """Return the method's mask at a point, made once; whoever takes it again is charged what it cost."""
+        make = self.mask
+        assert make is not None, f"{self.name} makes no mask"
+        return context.shared.once(("mask", *self.key(context, point)), lambda: make(context, point)).value
+
+    @contextmanager
+    def enter(self, context: Context, point: Point, **settings: Any) -> Generator[Edit]:
+        """Yield what the method does at a point; on leaving, the shared classifier is bit-identical to before.
+
+        A mask is on the shared classifier, and not on a copy, from entering until leaving.
+        """
+        with ExitStack() as stack:
+            timed = context.shared.timed(lambda: self._edited(context, point, settings, stack))
+            edit = timed.value
+            seconds = timed.seconds if edit.seconds is None else edit.seconds
+            offline = context.learning_seconds(point.topK) if self.learned else edit.seconds_offline
+            yield replace(edit, seconds=seconds, seconds_offline=offline)
+
+    def _edited(self, context: Context, point: Point, settings: Settings, stack: ExitStack) -> Edit:
+        """The method's edit; a mask is entered on `stack`."""
+        if self.function is not None:
+            return self.function(context, point, **settings)
+        mask = self.mask_at(context, point)
+        stack.enter_context(masked(context.weights, mask))
+        return Edit(context.model, context.within_targets(context.graph.split(~mask.keep)))
+
+
+REGISTERED: dict[str, Method] = {}
+"""By name. `unlearn.methods.METHODS` is the same, with the modules imported that register."""
+
+
+def _register(entry: Method) -> None:
+    """Keep a method under its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if entry.name in REGISTERED:
+        taken = f"{REGISTERED[entry.name].module} registers one"
+        raise ValueError(f"{entry.module} registers a second method {entry.name!r}, {taken}: choose another name")
+    REGISTERED[entry.name] = entry
+
+
+def method(
+    name: str, label: str, axes: tuple[str, ...] = (), *, source: str = OURS, grid: Sequence[Settings] = ({},)
+) -> Callable[[EditFunction], EditFunction]:
+    """Register a function (context, point, **settings) -> `Edit` as a method; its docstring is its definition.
+
+    Args:
+        axes: fields of `Point` that it depends on. source: arXiv id or reference. grid: at most BUDGET settings, the
+            default first; the one to use is chosen on validation images.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    assert 1 <= len(grid) <= BUDGET, f"{name} has {len(grid)} settings, {BUDGET} are allowed"
+
+    def register(function: EditFunction) -> EditFunction:
+        _register(Method(name, label, axes, function=function, source=source, grid=tuple(grid)))
+        return function
+
+    return register
+
+
+def mask_method(
+    name: str, label: str, axes: tuple[str, ...] = (), *, source: str = OURS, learned: bool = False
+) -> Callable[[MaskFunction], MaskFunction]:
+    """Register a function (context, point) -> mask as a method: the classifier with those weights switched off.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(function: MaskFunction) -> MaskFunction:
+        _register(Method(name, label, axes, mask=function, source=source, learned=learned))
+        return function
+
+    return register
