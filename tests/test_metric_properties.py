@@ -21,7 +21,9 @@ from measure.exhibits import tables_of
 from measure.metrics import METRICS, Again, Evidence, Outputs, blocks, entropy_mia
 from unlearn.masks import random_mask
 
-HERE = [name for name, entry in METRICS.items() if entry.compute.__module__ in ("metrics", "comparisons")]
+HERE = [
+    name for name, entry in METRICS.items() if entry.compute.__module__ in ("measure.metrics", "measure.comparisons")
+]
 SETS = [(split, part) for split in ("train", "test") for part in (True, False)]
 CLASSES, SIZES = 4, {"train": (23, 40), "test": (11, 31)}
 

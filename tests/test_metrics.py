@@ -1,13 +1,16 @@
 """Every metric against values worked out by hand, and what they say where there is nothing to say."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from common import evidence, held
 
-from core.config import UserError
-from measure import comparisons  # registers its metrics
+import measure
+from core.config import PROJECT_ROOT, UserError
+from measure import comparisons
 from measure.attacks import caught, logistic_calls, separation, svc_calls
 from measure.comparisons import AVERAGED, js, kl, total_variation
 from measure.metrics import METRICS, Evidence, Outputs, chosen_metrics, forget_loss, metric
@@ -80,7 +83,9 @@ BY_HAND = {
     "ZRF": ZRF,
     "ZRF_gap": ZRF - ZRF_RETRAINED,
 }
-HERE = [name for name, entry in METRICS.items() if entry.compute.__module__ in ("metrics", "comparisons")]
+HERE = [
+    name for name, entry in METRICS.items() if entry.compute.__module__ in ("measure.metrics", "measure.comparisons")
+]
 
 
 def test_every_metric_has_a_value_by_hand():
@@ -280,3 +285,24 @@ def test_a_figure_is_computed_once_and_never_not_a_number():
         assert e.figure(forget_loss) is not None
     finally:
         del METRICS["infinite"]
+
+
+def test_a_name_is_registered_once():
+    first = METRICS["UA"]
+    with pytest.raises(
+        ValueError,
+        match=rf"{__name__} registers a second metric 'UA', measure\.metrics registers one: choose another name",
+    ):
+        metric("UA", "%", "lower")(lambda e: 0.0)
+    assert METRICS["UA"] is first
+
+
+def test_every_module_that_registers_metrics_is_listed():
+    """Importing any file of the room imports the listed ones, so that no metric is ever missing."""
+    listed = set(measure.__all__)
+    for path in sorted((PROJECT_ROOT / "measure").glob("[!_]*.py")):
+        registers = "\n@metric(" in path.read_text(encoding="utf-8")
+        assert registers == (path.stem in listed), path.name
+    code = "import measure.integrity, sys; print(*sys.modules['measure.metrics'].METRICS)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(METRICS)

@@ -22,7 +22,9 @@ from commands.docs import (
 from core.artifacts import SCHEMA, read_json
 from core.config import UserError
 from measure.metrics import METRICS
+from unlearn.masks import Mask
 from unlearn.methods import METHODS
+from unlearn.registry import Context, Point
 
 RECORD = {
     "schema": SCHEMA,
@@ -60,7 +62,7 @@ def test_pages_change_with_the_registries(tmp_path):
     example = extract(written(tmp_path, RECORD))
     page = methods_page(METHODS, example)
     assert all(f"## `{name}`: {entry.label}\n\n{entry.definition}\n" in page for name, entry in METHODS.items())
-    assert methods_page({**METHODS, "sft": replace(METHODS["sft"], definition="Another.")}, example) != page
+    assert methods_page({**METHODS, "sft": replace(METHODS["sft"], label="another")}, example) != page
     assert methods_page({name: METHODS[name] for name in ("sft", "default")}, example) != page
     page = metrics_page(METRICS, example)
     assert all(f"## `{name}` [{entry.unit}]\n\n{entry.definition}\n" in page for name, entry in METRICS.items())
@@ -69,9 +71,15 @@ def test_pages_change_with_the_registries(tmp_path):
 
 def test_sections_by_hand(tmp_path):
     example = extract(written(tmp_path, RECORD))
-    tuned = replace(
-        METHODS["taylor_mask"], source="2310.12508", definition="It ranks.", grid=({"lr": 0.1, "steps": 3}, {"lr": 1})
-    )
+
+    def ranking(context: Context, point: Point) -> Mask:
+        """It
+        ranks.
+        """
+        raise NotImplementedError
+
+    grid = ({"lr": 0.1, "steps": 3}, {"lr": 1})
+    tuned = replace(METHODS["taylor_mask"], source="2310.12508", mask=ranking, grid=grid)
     assert method_section(tuned, example) == (
         "## `taylor_mask`: signed Taylor\n\nIt ranks.\n\n"
         "- source: [arXiv:2310.12508](https://arxiv.org/abs/2310.12508)\n"
