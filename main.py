@@ -186,10 +186,10 @@ def run(arguments: list[str]) -> int:
 
     with running(config.output_dir):
         pipeline = Pipeline(config)
-        if pipeline.take_part():
+        if pipeline.stages.take_part():
             return 0
         records = pipeline.run()
-        pipeline.dismiss()
+        pipeline.stages.dismiss()
     return _show(config, records, for_programs)
 
 

@@ -86,8 +86,9 @@ class Plan:
 def evaluation_of(config: PipelineConfig) -> Eval:
     """Its evaluation; the images are read once for all cells."""
     pipeline, data = Pipeline(config), stages_of(config).data
-    pipeline.data = UnlearningDataset(data.name, data.splits, config.train.batch_size, config.forget_class, config.seed)
-    return pipeline.evaluation
+    images = UnlearningDataset(data.name, data.splits, config.train.batch_size, config.forget_class, config.seed)
+    pipeline.stages.data = images
+    return pipeline.evaluation.eval
 
 
 def measure(evaluation: Eval, name: str, kappas: Sequence[int]) -> dict:
@@ -110,7 +111,7 @@ def cell(plan: Plan, seed: int, label: int) -> dict:
         "references": plan.references,
         "metrics": plan.metrics,
     }
-    inputs |= {"gcn": sha256_file(GCNS[plan.model]), "code": code_key("pipeline")}
+    inputs |= {"gcn": sha256_file(GCNS[plan.model]), "code": code_key("stages.evaluation")}
     name = f"{plan.model.value}_seed-{seed}_class-{label}_{key_of(inputs)[:12]}.json"
     path = plan.output_dir / "comparison" / name
     found = read_json(path, foreign=True) if path.exists() else {"seed": seed, "class": label, "methods": {}}

@@ -125,7 +125,7 @@ def one_job() -> dict:
         begun = time.perf_counter()
         first.eval()
         whole = time.perf_counter() - begun
-        stages = {stage: first.seconds[stage] for stage in ("classifier", "graphs", "gcn")}
+        stages = {stage: first.stages.seconds[stage] for stage in ("classifier", "graphs", "gcn")}
         begun = time.perf_counter()
         Pipeline(replace(config, forget_class=(1,))).eval()
         own = time.perf_counter() - begun

@@ -204,7 +204,7 @@ def run_job(job: Job, threads: int | None = None) -> dict:
         with running(job.config.output_dir):
             pipeline = Pipeline(job.config)
             if job.speaks:
-                say(pipeline)
+                say(pipeline.stages)
             records = pipeline.eval()
         root = job.config.output_dir
         outcome["records"] = [str(record_path(root, record).relative_to(root)) for record in records]

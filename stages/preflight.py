@@ -1,20 +1,13 @@
-"""What a run understood, said before anything is computed: data, classes, what is given, made, and without effect.
-
-And whether the classifier has learned anything: masks of one that is near chance say nothing.
-"""
+"""What a run understood, said before anything is computed: data, classes, what is given, made, and without effect."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
-
 from core.config import KappaModes, MaskStrategies, Objectives, PipelineConfig, SupportedDatasets
-from core.intervals import wilson
 from core.observe import log
 from images.specs import SPECS
 from stages.chain import Stages
-from unlearn.registry import Context
 from utils_data import SPLITS, TREE_SETTINGS
 
 MOST_NAMES = 8
@@ -139,48 +132,3 @@ def say(stages: Stages, measures: bool = True) -> None:
     """Log the block."""
     for line in understood(stages, measures):
         log(line)
-
-
-# --- has the classifier learned anything? -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Footing:
-    """How often the untouched classifier is right on validation images, and how often by chance; percent."""
-
-    accuracy: float
-    low: float
-    high: float
-    chance: float
-
-    @property
-    def near_chance(self) -> bool:
-        """Whether the 95 % interval holds what guessing reaches."""
-        return self.low <= self.chance
-
-    @property
-    def sentence(self) -> str:
-        """What to say if so."""
-        found = f"{self.accuracy:.1f} % [{self.low:.1f}, {self.high:.1f}] of the validation images"
-        return (
-            f"the untouched classifier recognises {found}, guessing {self.chance:.1f} %: near chance, "
-            "so that nothing said of forgetting holds; train it longer, or give another"
-        )
-
-
-def footing(context: Context) -> Footing:
-    """The classifier's standing, from the validation activations that methods use anyway.
-
-    Chance is 1 / classes, or always saying the largest class, whichever is more often right.
-    """
-    right, labels = 0, []
-    for is_forget_set in (True, False):
-        h, true = context.activations("val", is_forget_set)
-        with torch.inference_mode():
-            logits = context.model.head(h, context.config.mask_layer)
-        right += int(((logits.argmax(1) == true) & logits.isfinite().all(1)).sum())
-        labels.append(true)
-    counts = torch.cat(labels).bincount()
-    count, interval = int(counts.sum()), wilson(right, int(counts.sum()))
-    chance = max(1 / logits.shape[1], int(counts.max()) / count)
-    return Footing(100 * right / count, 100 * interval.low, 100 * interval.high, 100 * chance)

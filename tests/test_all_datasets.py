@@ -106,7 +106,7 @@ def test_whole_pipeline(name, model, roots, tmp_path, monkeypatch):
         reporter=ReporterConfig(dpi=20, formats=("png",)),
     )
     (record,) = Pipeline(config).run()
-    assert Pipeline(config).shape == SHAPES[name]
+    assert Pipeline(config).stages.setup.shape == SHAPES[name]
     assert (record["forget_class"], record["dataset"], record["skipped_images"]) == ([label], name, [])
     assert record["methods"]["mimu"]["weights_changed"] == 100
     assert all(np.isfinite(record["methods"][method]["forget_loss"]) for method in ("mimu", "default"))

@@ -11,7 +11,8 @@ import pytest
 from core import hashes
 from core.config import PROJECT_ROOT
 
-ENTRIES = ("images.index", "images.pixel_cache", "stages.chain", "pipeline", "reporter")
+STAGES = ("stages.classifier", "stages.graphs", "stages.gcn", "stages.evaluation")
+ENTRIES = ("images.index", "images.pixel_cache", *STAGES, "reporter")
 
 
 def sources() -> set[str]:
@@ -122,6 +123,24 @@ def test_the_keys_of_the_stages_change_with_their_closures_and_no_other_file(mon
         monkeypatch.setattr(hashes, "_imported", lambda edited=edited: edited)
         changed = {entry for entry in ENTRIES if hashes._hash_of(closures[entry]) != before[entry]}
         assert changed == {entry for entry in ENTRIES if name in closures[entry]}
+
+
+def test_an_edit_makes_anew_only_what_comes_after_it():
+    """Nothing that draws or writes reports is in a record's closure, and no later stage in that of an earlier one."""
+    later = {
+        "stages.classifier": ("stages/graphs.py", "stages/gcn.py", "unlearn/methods.py"),
+        "stages.graphs": ("stages/gcn.py", "unlearn/methods.py", "eval.py"),
+        "stages.gcn": ("stages/evaluation.py", "unlearn/methods.py", "measure/metrics.py", "eval.py"),
+        "stages.evaluation": ("pipeline.py", "main.py", "reporter.py", "stages/preflight.py"),
+    }
+    page = {name for name in sources() if name.startswith(("reporting/", "commands/"))} | {"reporter.py"}
+    for entry in STAGES:
+        found = set(hashes.closure(entry))
+        assert set(later[entry]) <= sources()
+        assert not found & {*later[entry], *page}, entry
+    needed = {"eval.py", "unlearn/methods.py", "stages/gcn.py", "stages/setup.py"}
+    assert needed <= set(hashes.closure("stages.evaluation"))
+    assert not [name for name in hashes.closure("reporter") if name.startswith(("stages/", "unlearn/", "measure/"))]
 
 
 def test_a_module_that_is_not_there_is_refused():

@@ -31,7 +31,9 @@ from data import GraphGenerator
 from measure.auto_kappa import Search
 from model import save_classifier, vision_model_loader
 from pipeline import Pipeline
-from stages import chain as stages
+from stages import gcn, setup
+from stages.classifier import CLASSIFIER_FILE
+from stages.evaluation import Evaluation
 from unlearn.requests import Unlearner
 from utils_data import get_unlearning_dataset
 
@@ -121,14 +123,14 @@ def stand_ins(monkeypatch, tmp_path):
         key = key_of({"folder": folder.name} | inputs)
         path = tmp_path / "stages" / key
         path.mkdir(parents=True, exist_ok=True)
-        for name in (stages.CLASSIFIER_FILE, stages.GCN_FILE):
+        for name in (CLASSIFIER_FILE, gcn.GCN_FILE):
             (path / name).write_text(key)
         return Stage(path, key, {}, 0.0)
 
-    monkeypatch.setattr(stages, "build_stage", build)
-    monkeypatch.setattr(Pipeline, "_measure", lambda self, record, path: record)
+    monkeypatch.setattr(setup, "build_stage", build)
+    monkeypatch.setattr(Evaluation, "_measure", lambda self, record, path: record)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(stages, "check_memory", lambda *_: None)  # of a GPU that is not here
+    monkeypatch.setattr(gcn, "check_memory", lambda *_: None)  # of a GPU that is not here
 
 
 def records(config: PipelineConfig) -> list[dict]:

@@ -23,7 +23,9 @@ from core.yaml_files import made, merged, typed
 from pipeline import Pipeline
 from reporting.tables import remarks
 from stages.chain import Stages
-from stages.preflight import Footing, changed, understood, without_effect
+from stages.classifier import ClassifierStage
+from stages.evaluation import Footing
+from stages.preflight import changed, understood, without_effect
 from tests.common import TINY
 from unlearn.requests import WARM_UP, Unlearner, UnlearningTrainer
 
@@ -53,7 +55,7 @@ def finished(tmp_path_factory, one_thread) -> tuple[Path, dict]:
     pipeline = Pipeline(tiny(folder, kappa_list=[100]))
     (record,) = pipeline.eval()
     given = {
-        "trained_vision_model_path": str(pipeline.classifier_path),
+        "trained_vision_model_path": str(pipeline.run_vision_model_training()),
         "graph_dir": str(pipeline.run_gcn_graph_generation()),
         "gcn_path": str(pipeline.run_gcn_training(300)),
     }
@@ -89,14 +91,15 @@ def test_what_is_said_to_have_no_effect_moves_no_figure(finished, tmp_path):
     """Every field that the function names, changed at once: the record's figures stay as they were, to the bit."""
     _, first = finished
     config = tiny(tmp_path, kappa_list=[100], **first["given"], **IDLE)
-    stages = Pipeline(config)
+    pipeline = Pipeline(config)
+    stages = pipeline.stages
     said = without_effect(stages.config, stages.objective)
     named = {name for line in said for name in line.removeprefix("no effect: ").partition(" (")[0].split(", ")}
     wanted = {f"{part}.{name}" for part, values in IDLE.items() if isinstance(values, dict) for name in values}
     assert wanted | {"resume", "topK_list"} <= named
     assert all(line.startswith("no effect: ") and line.endswith(")") for line in said)
     assert named <= set(changed(stages.config))
-    (record,) = stages.eval()
+    (record,) = pipeline.eval()
     assert figures(record) == figures(first["record"])
 
 
@@ -146,7 +149,7 @@ def test_no_effect_follows_the_settings(config, objective, named, not_named):
 def test_the_block_says_what_was_understood(tmp_path, finished):
     _, first = finished
     path = first["given"]["gcn_path"]
-    stages = Pipeline(tiny(tmp_path, forget_class=["three", "0"], gcn_path=path, data={"max_test_samples": 100}))
+    stages = Stages(tiny(tmp_path, forget_class=["three", "0"], gcn_path=path, data={"max_test_samples": 100}))
     lines = understood(stages)
     assert lines[0] == ("dataset: DIGITS, 10 classes (zero, one, two, three, four, five, six, seven, ...)")
     sizes = {name: len(part) for name, part in stages.data.splits.items()}
@@ -169,7 +172,7 @@ def test_the_block_comes_before_the_training_and_quiet_silences_it(tmp_path, mon
     def reached(_):
         raise Reached("training begins")
 
-    monkeypatch.setattr(Stages, "run_vision_model_training", reached)
+    monkeypatch.setattr(ClassifierStage, "train", reached)
     words = ["--config", str(path), "--output-dir", str(tmp_path / "out")]
     for more, quiet in (([], False), (["--quiet"], True)):
         for command in (["run"], ["train-gcn", "--out", str(tmp_path / "g.safetensors")]):

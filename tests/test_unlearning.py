@@ -381,7 +381,7 @@ def test_a_target_that_cannot_be_shown_is_refused_before_anything_is_trained(tmp
     def never(*_, **__):
         raise AssertionError("nothing is to be trained")
 
-    monkeypatch.setattr("pipeline.Pipeline.run_vision_model_training", never)
+    monkeypatch.setattr("stages.classifier.ClassifierStage.train", never)
     with pytest.raises(UserError, match="14 of the classes to forget"):
         Pipeline(PipelineConfig(output_dir=tmp_path, kappa=KappaModes.auto, device="cpu")).run()
 
@@ -443,7 +443,7 @@ def test_numbers_of_a_run(whole):
 
 
 def test_taylor_chooses_lambda_on_validation_images(whole):
-    context = Pipeline(whole[0]).evaluation.context
+    context = Pipeline(whole[0]).evaluation.eval.context
     found = mask_of("taylor_mask", context, Point(1, 100, 0))
     contributions = context.requests.statistics.contributions((0,))
 
@@ -511,7 +511,7 @@ def test_train_gcn_writes_one_file(tmp_path, capsys):
 @pytest.mark.parametrize("start", Starts)
 def test_refinement_starts_where_it_is_told(whole, start):
     config = replace(whole[0], refine=RefineConfig(start=start, steps=1, lr=1e-9))
-    context, point = Pipeline(config).evaluation.context, Point(1, 100, 0)
+    context, point = Pipeline(config).evaluation.eval.context, Point(1, 100, 0)
     found = mask_of("mimu_refined", context, point).keep
     request = Request((0,), 100)
     wanted = {

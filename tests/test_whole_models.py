@@ -153,7 +153,7 @@ def test_pipeline_over_several_layers(mask_layer, nodes, tmp_path):
     assert record["methods"]["mimu"]["weights_changed"] == 300
     mask = Mask.load(tmp_path / record["mask_paths"]["mimu"])
     assert mask.switched_off == record["methods"]["mimu_refined"]["weights_changed"] == 300
-    test = pipeline.data.splits["test"]
+    test = pipeline.stages.data.splits["test"]
     images, labels = test.only(test.labels == 0).batch(slice(None))
     with masked(pipeline.classifier.weights(mask_layer), mask), torch.no_grad():
         right = (pipeline.classifier(images).argmax(1) == labels).double().mean()
