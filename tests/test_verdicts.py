@@ -332,8 +332,8 @@ def test_record_holds_verdicts_against_the_right_references(evaluated):
 def test_scores_are_measured_whichever_metrics_were_chosen(evaluated):
     """Verdicts, chosen points and the answer in words are made of them."""
     context, record = evaluated
-    context.config = replace(context.config, eval=replace(context.config.eval, metrics=("forget_loss",)))
-    again = Eval(context).eval(500, 1)[0]
+    config = replace(context.config, eval=replace(context.config.eval, metrics=("forget_loss",)))
+    again = Eval(replace(context, config=config)).eval(500, 1)[0]
     assert again["verdicts"] == record["verdicts"]
     assert set(again["methods"]["default"]) == {"forget_loss", *SCORES, *again["costs"]}
     assert set(again["metrics"]) == {"forget_loss", *SCORES}
