@@ -7,6 +7,7 @@ layers W [m, n]. `prefix` stops at the first one's input h [B, n]; `head` goes o
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from core.artifacts import write_tensors
-from core.config import SupportedVisionModels, UserError
-from graphs.layout import WeightGraph
+from core.config import Activations, Aggregations, SupportedVisionModels, UserError
+from graphs.layout import WeightGraph, layer_graph
+from graphs.message_passing import message_passing
 from models.checkpoints import FITTING, load_state, read_checkpoint
 
 MaskLayer = int | Sequence[int] | None
@@ -283,3 +285,119 @@ def inspecting(model: nn.Module) -> Generator[None]:
             module.training = mode
         for parameter, flag in frozen:
             parameter.requires_grad_(flag)
+
+
+class MaskingGCN(nn.Module):
+    """One node per weight; two weights are neighbours when they touch the same neuron.
+
+    A round is x' = act(x S + agg(x) V + b), with `residual` x' = x + act(...) from the second on. With `mean`, agg is
+    the mean over the neighbours (GraphSAGE, Hamilton et al. 2017, arXiv:1706.02216); with `gcn`, S = 0 and agg is the
+    normalised sum over the neighbours and the node itself (Kipf and Welling 2017, arXiv:1609.02907). Both need sums
+    over neurons only. For one m x n layer:
+
+        mean:  agg(x)_ij = (row_i + col_j - 2 x_ij) / (m + n - 2)
+        gcn:   agg(x)_ij = (row_i + col_j -   x_ij) / (m + n - 1)
+
+    Shapes:
+        features [B, m, n, F] -> theta [B, m, n], one logit per weight; with a `WeightGraph` of several layers
+        [B, N, F] -> [B, N].
+    """
+
+    def __init__(
+        self,
+        num_node_features: int = 4,
+        num_message_passing_rounds: int = 3,
+        hidden_dim: int = 32,
+        aggregation: Aggregations = Aggregations.mean,
+        activation: Activations = Activations.sigmoid,
+        residual: bool = False,
+    ):
+        super().__init__()
+        self.num_node_features, self.hidden_dim = num_node_features, hidden_dim
+        self.num_message_passing_rounds, self.aggregation = num_message_passing_rounds, aggregation
+        self.activation, self.residual = activation, residual
+        widths = [num_node_features] + [hidden_dim] * num_message_passing_rounds
+        self.neighbours, self.selves, self.biases = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for width in widths[:-1]:
+            self.neighbours.append(nn.init.xavier_uniform_(torch.empty(width, hidden_dim)))
+            if aggregation is Aggregations.mean:
+                self.selves.append(nn.init.xavier_uniform_(torch.empty(width, hidden_dim)))
+            self.biases.append(nn.Parameter(torch.zeros(hidden_dim)))
+        self.readout = nn.Linear(widths[-1], 1)
+
+    def forward(self, features: Tensor, graph: WeightGraph | None = None) -> Tensor:
+        """Node features [B, *graph.shape, F] -> theta [B, *graph.shape]; without a graph, that of one m x n layer."""
+        graph = graph or layer_graph(*features.shape[1:-1])
+        nodes = [part.contiguous() for part in graph.split(features, trailing=1)]
+        selves = list(self.selves) or [None] * self.num_message_passing_rounds
+        rounds = list(zip(selves, self.neighbours, self.biases, strict=True))
+        readout, how = (self.readout.weight, self.readout.bias), (self.aggregation, self.activation, self.residual)
+        return graph.join(message_passing(graph, nodes, rounds, readout, *how))
+
+    def forward_edges(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        """The same network over explicit edges, through PyTorch Geometric; the oracle of `forward`.
+
+        Args:
+            x: [N, F]. edge_index: directed edges [2, E], no self loops.
+
+        Returns:
+            theta [N].
+        """
+        if self.aggregation is Aggregations.mean:
+            degree = torch.bincount(edge_index[1], minlength=len(x)).clamp_min(1)
+            weight = 1 / degree[edge_index[1]].to(x.dtype)
+        else:
+            from torch_geometric.nn.conv.gcn_conv import gcn_norm
+
+            edge_index, weight = gcn_norm(edge_index, num_nodes=len(x), add_self_loops=True, dtype=x.dtype)
+        for index in range(self.num_message_passing_rounds):
+            out = _neighbour_sum()(x, edge_index, weight) @ self.neighbours[index] + self.biases[index]
+            if self.aggregation is Aggregations.mean:
+                out = out + x @ self.selves[index]
+            out = getattr(torch, self.activation.value)(out)
+            x = x + out if self.residual and index else out
+        return self.readout(x).squeeze(-1)
+
+    def save(self, path: Path, facts: dict) -> None:
+        """Write safetensors with the network's shape and `facts` as metadata."""
+        shape = {
+            "num_node_features": self.num_node_features,
+            "num_message_passing_rounds": self.num_message_passing_rounds,
+            "hidden_dim": self.hidden_dim,
+            "aggregation": self.aggregation.value,
+            "activation": self.activation.value,
+            "residual": self.residual,
+        }
+        arrays = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
+        write_tensors(path, arrays, facts | {"masking_gcn": shape})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple["MaskingGCN", dict]:
+        """The network and the facts that `save` wrote.
+
+        Raises:
+            UserError: not such a file.
+        """
+        stored = read_checkpoint(path)
+        facts, shape = stored.facts, stored.facts.get("masking_gcn")
+        if not isinstance(shape, dict):
+            kind = "a classifier, no GCN" if "architecture" in facts else "no GCN"
+            raise UserError(f"{path} is {kind}: give a gcn.safetensors that `run` wrote, or leave it out to train one")
+        try:
+            kinds = {"aggregation": Aggregations(shape["aggregation"]), "activation": Activations(shape["activation"])}
+            # What the facts ask for must be in the file, so that they cannot ask for more memory than it has.
+            room = sum(tensor.numel() for tensor in stored.tensors.values())
+            if any(isinstance(size, int) and size > room for size in shape.values()):
+                raise ValueError("its facts name more values than it holds")
+            gcn = cls(**shape | kinds)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is a GCN of another version ({error!r}): train it anew") from None
+        load_state(gcn, stored)
+        return gcn, facts
+
+
+@lru_cache(maxsize=1)
+def _neighbour_sum():  # noqa: ANN202 - PyTorch Geometric takes seconds to import
+    from torch_geometric.nn import SimpleConv
+
+    return SimpleConv(aggr="sum")  # ty: ignore[abstract-class-instantiation]

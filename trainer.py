@@ -20,9 +20,8 @@ from core.config import (
 )
 from core.observe import Tracker, log, progress
 from data import GraphDataset, Vectors
-from graphs.gcn import MaskingGCN
 from graphs.layout import WeightGraph
-from model import HookedModel, MaskLayer, inspecting
+from model import HookedModel, MaskingGCN, MaskLayer, inspecting
 from training.classifier import VisionModelTrainer, gradient_norm, mean_loss_and_score
 from unlearn.masks import SAMPLERS, check_budget
 from utils_data import UnlearningDataset

@@ -29,9 +29,9 @@ from core.config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatas
 from core.hashes import code_key, key_of, provenance, sha256_file
 from core.intervals import against, t_interval
 from eval import Eval
-from graphs.gcn import reuse_freed_memory
 from pipeline import Pipeline
 from reporting.write import as_text
+from training.processes import reuse_freed_memory
 from unlearn.methods import METHODS
 from unlearn.registry import Point
 from utils_data import UnlearningDataset

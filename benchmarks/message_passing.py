@@ -44,7 +44,8 @@ from benchmarks.common import (
 import torch
 
 from data import FEATURES
-from graphs.gcn import MaskingGCN, reuse_freed_memory
+from model import MaskingGCN
+from training.processes import reuse_freed_memory
 from graphs.layout import layer_graph
 from main import SPIN_COUNT
 from unlearn.masks import Mask, hard_topk, sinkhorn_topk

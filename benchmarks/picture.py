@@ -27,8 +27,8 @@ from PIL import Image
 from core.artifacts import write_bytes
 from core.config import PROJECT_ROOT, EvalConfig
 from core.records import read_records
-from graphs.gcn import reuse_freed_memory
 from pipeline import Pipeline
+from training.processes import reuse_freed_memory
 
 KAPPAS = (8, 16, 32, 64, 96, 128, 200, 256, 400)
 LINES = {  # method -> label, colour (Okabe and Ito), marker

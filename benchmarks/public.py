@@ -21,8 +21,8 @@ from benchmarks.comparison import Plan, cell, table, tables
 from torch.utils.data import DataLoader, TensorDataset
 
 from core.config import PROJECT_ROOT, SupportedVisionModels
-from graphs.gcn import reuse_freed_memory
 from reporting.write import as_text
+from training.processes import reuse_freed_memory
 from unlearn.registry import Context, Edit, Point, method
 
 STRATEGIES = (

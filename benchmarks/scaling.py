@@ -24,11 +24,11 @@ import torch
 
 from core.config import EvalConfig, PipelineConfig, Trackers, TrainConfig
 from core.observe import Tracker
-from graphs.gcn import reuse_freed_memory
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from pipeline import Pipeline
 from training.classifier import VisionModelTrainer
 from training.distributed import Group, launch
+from training.processes import reuse_freed_memory
 
 CPU = torch.device("cpu")
 WORKERS = (1, 2, 4, 8, 16, 32, 64)

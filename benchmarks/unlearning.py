@@ -56,9 +56,9 @@ from core.config import (
     SupportedVisionModels,
     TopKSamplers,
 )
-from graphs.gcn import reuse_freed_memory
 from measure.auto_kappa import search
 from reporting.write import as_text
+from training.processes import reuse_freed_memory
 from unlearn.masks import Mask, hard_topk
 from unlearn.methods import mask_of
 from unlearn.registry import Context, Point

@@ -25,8 +25,7 @@ from core.config import (
     TrainConfig,
 )
 from core.observe import Tracker
-from graphs.gcn import MaskingGCN
-from model import HookedModel
+from model import HookedModel, MaskingGCN
 from stages.chain import Stages
 from trainer import GCNTrainer
 from unlearn.masks import feasibility_score, hard_topk

@@ -11,10 +11,11 @@ from core.config import GIVEN, Objectives, UserError, plain
 from core.hashes import code_key, provenance
 from core.observe import log
 from data import FEATURES
-from graphs.gcn import MaskingGCN, check_memory
+from model import MaskingGCN
 from stages.classifier import ClassifierStage
 from stages.crew import Crew
 from stages.graphs import GraphStage
+from stages.limits import check_memory
 from stages.setup import Setup, seed_weights
 from trainer import GCNTrainer
 from unlearn.requests import Checkpoint, Request, Unlearner, UnlearningTrainer, check_scores

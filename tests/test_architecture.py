@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "imagenet_classes": 0,
     "core.choices": 0,
-    "core.memory": 0,
     "core.config": 0,
     "core.yaml_files": 0,
     "core.observe": 0,
@@ -47,7 +46,6 @@ LAYERS = {
     "utils_data": 1,
     "models.checkpoints": 1,
     "model": 1,
-    "graphs.gcn": 1,
     "training.distributed": 1,
     "training.resume": 1,
     "data": 2,

@@ -16,8 +16,7 @@ from torch import nn
 from core.artifacts import appending_array
 from core.config import GCNConfig, GraphConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
 from data import LAYOUT_FILE, GraphDataset, GraphGenerator
-from graphs.gcn import MaskingGCN
-from model import HookedMLPClassifier, HookedModel, save_classifier, vision_model_loader
+from model import HookedMLPClassifier, HookedModel, MaskingGCN, save_classifier, vision_model_loader
 from models.checkpoints import load_state, read_checkpoint
 from stages.chain import Stages
 from tests.common import LOG_LINE

@@ -6,11 +6,11 @@ from torch import nn
 
 from core.config import Aggregations, GraphConfig, SupportedDatasets, SupportedVisionModels, UserError
 from data import GraphDataset, GraphGenerator
-from graphs.gcn import MaskingGCN
 from graphs.layout import MAX_EDGES, layer_graph
 from model import (
     VISION_MODELS,
     HookedMLPClassifier,
+    MaskingGCN,
     apply_linear,
     capture,
     inspecting,

@@ -20,10 +20,9 @@ from core.config import (
 from core.observe import Tracker
 from data import GraphDataset, GraphGenerator, Vectors
 from eval import Eval
-from graphs.gcn import MaskingGCN
 from graphs.layout import layer_graph
 from measure.metrics import Outputs, chosen_metrics
-from model import HookedModel, vision_model_loader
+from model import HookedModel, MaskingGCN, vision_model_loader
 from tests.common import APART, MIXED, NET_5432, evidence, held
 from trainer import GCNTrainer, categorical_kl, log_prior
 from unlearn import masks

@@ -11,9 +11,8 @@ from core.artifacts import appending_array
 from core.config import GCNConfig, GraphConfig, PipelineConfig, RefineConfig, SupportedDatasets, TrainConfig, UserError
 from core.yaml_files import load_config
 from data import GraphDataset, GraphGenerator
-from graphs.gcn import MaskingGCN
 from graphs.layout import WeightGraph, layer_graph
-from model import HookedMLPClassifier, HookedModel, capture
+from model import HookedMLPClassifier, HookedModel, MaskingGCN, capture
 from pipeline import Pipeline
 from tests.common import APART, MIXED, NET_5432
 from unlearn.masks import Mask, masked, random_mask

@@ -15,9 +15,9 @@ from core.artifacts import HISTORY, DamagedError, write_json
 from core.choices import Diverged
 from core.config import Trackers, TrainConfig, UserError
 from core.observe import Tracker, log, progress
-from graphs.gcn import reuse_freed_memory
 from model import HookedModel, inspecting, predictions
 from training.distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
+from training.processes import reuse_freed_memory
 from training.resume import Progress, StateFile, Training
 from utils_data import UnlearningDataset
 

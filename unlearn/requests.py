@@ -18,8 +18,7 @@ from core.artifacts import HISTORY, write_json
 from core.config import FeatureSets, ForgetLosses, GCNConfig, RefineConfig, UserError, derive_seed
 from core.observe import Tracker, log, progress
 from data import GraphDataset
-from graphs.gcn import MaskingGCN
-from model import HookedModel, MaskLayer, inspecting
+from model import HookedModel, MaskingGCN, MaskLayer, inspecting
 from unlearn.features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log, standardised
 from unlearn.masks import SAMPLERS, check_budget, sinkhorn_topk
 

@@ -1,40 +1,21 @@
-"""The graph network that learns masks: message passing over every weight in time and memory linear in their number.
+"""Message passing over every weight, in time and memory linear in their number: the operator of `model.MaskingGCN`.
 
 The edge list is never built. What a node hears is a sum over the two neurons that it touches, so a round
 needs one sum per neuron, and as aggregation is linear, its matrix is applied to those sums, not to the nodes.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
-from pathlib import Path
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from core.artifacts import write_tensors
-from core.config import Activations, Aggregations, Objectives, PipelineConfig, UserError
-from core.memory import check_fits, machine_bytes
-from graphs.layout import Neurons, WeightGraph, layer_graph
-from models.checkpoints import load_state, read_checkpoint
+from core.config import Activations, Aggregations
+from graphs.layout import Neurons, WeightGraph
 
 SPLITS = 32  # of a tall product A^T B: BLAS leaves one to a single core, a batch of them it shares out
-
-
-def reuse_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next tensors, process-wide; other C libraries are left alone.
-
-    By default large blocks go back to the system and return page by page: on a CPU a pass over 128 x 512 weights
-    then spends up to half its time on ten thousand page faults. The peak stays, the memory is held until the end.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        _ = mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # 32 MiB is the most that some accept
 
 
 def _matched(a: Tensor, b: Tensor) -> Tensor:
@@ -214,142 +195,31 @@ def _grad_input(
     return out
 
 
-class MaskingGCN(nn.Module):
-    """One node per weight; two weights are neighbours when they touch the same neuron.
+def message_passing(
+    graph: WeightGraph,
+    nodes: Sequence[Tensor],
+    rounds: Sequence[tuple[Tensor | None, Tensor, Tensor]],
+    readout: tuple[Tensor, Tensor],
+    aggregation: Aggregations,
+    activation: Activations,
+    residual: bool,
+) -> tuple[Tensor, ...]:
+    """Apply all rounds x' = act(x S + agg(x) V + b) and the readout theta = x w + b, differentiable.
 
-    A round is x' = act(x S + agg(x) V + b), with `residual` x' = x + act(...) from the second on. With `mean`, agg is
-    the mean over the neighbours (GraphSAGE, Hamilton et al. 2017, arXiv:1706.02216); with `gcn`, S = 0 and agg is the
-    normalised sum over the neighbours and the node itself (Kipf and Welling 2017, arXiv:1609.02907). Both need sums
-    over neurons only. For one m x n layer:
-
-        mean:  agg(x)_ij = (row_i + col_j - 2 x_ij) / (m + n - 2)
-        gcn:   agg(x)_ij = (row_i + col_j -   x_ij) / (m + n - 1)
-
-    Shapes:
-        features [B, m, n, F] -> theta [B, m, n], one logit per weight; with a `WeightGraph` of several layers
-        [B, N, F] -> [B, N].
-    """
-
-    def __init__(
-        self,
-        num_node_features: int = 4,
-        num_message_passing_rounds: int = 3,
-        hidden_dim: int = 32,
-        aggregation: Aggregations = Aggregations.mean,
-        activation: Activations = Activations.sigmoid,
-        residual: bool = False,
-    ):
-        super().__init__()
-        self.num_node_features, self.hidden_dim = num_node_features, hidden_dim
-        self.num_message_passing_rounds, self.aggregation = num_message_passing_rounds, aggregation
-        self.activation, self.residual = activation, residual
-        widths = [num_node_features] + [hidden_dim] * num_message_passing_rounds
-        self.neighbours, self.selves, self.biases = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
-        for width in widths[:-1]:
-            self.neighbours.append(nn.init.xavier_uniform_(torch.empty(width, hidden_dim)))
-            if aggregation is Aggregations.mean:
-                self.selves.append(nn.init.xavier_uniform_(torch.empty(width, hidden_dim)))
-            self.biases.append(nn.Parameter(torch.zeros(hidden_dim)))
-        self.readout = nn.Linear(widths[-1], 1)
-
-    def forward(self, features: Tensor, graph: WeightGraph | None = None) -> Tensor:
-        """Node features [B, *graph.shape, F] -> theta [B, *graph.shape]; without a graph, that of one m x n layer."""
-        graph = graph or layer_graph(*features.shape[1:-1])
-        nodes = [part.contiguous() for part in graph.split(features, trailing=1)]
-        selves = list(self.selves) or [None] * self.num_message_passing_rounds
-        rounds = zip(selves, self.neighbours, self.biases, strict=True)
-        parameters = [tensor for one in rounds for tensor in one] + [self.readout.weight, self.readout.bias]
-        agg = _Aggregation.of(self.aggregation, graph)
-        how = _Rounds(agg, _ACTIVATIONS[self.activation], self.residual)
-        return graph.join(_MessagePassing.apply(how, *nodes, *parameters))
-
-    def forward_edges(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        """The same network over explicit edges, through PyTorch Geometric; the oracle of `forward`.
-
-        Args:
-            x: [N, F]. edge_index: directed edges [2, E], no self loops.
-
-        Returns:
-            theta [N].
-        """
-        if self.aggregation is Aggregations.mean:
-            degree = torch.bincount(edge_index[1], minlength=len(x)).clamp_min(1)
-            weight = 1 / degree[edge_index[1]].to(x.dtype)
-        else:
-            from torch_geometric.nn.conv.gcn_conv import gcn_norm
-
-            edge_index, weight = gcn_norm(edge_index, num_nodes=len(x), add_self_loops=True, dtype=x.dtype)
-        for index in range(self.num_message_passing_rounds):
-            out = _neighbour_sum()(x, edge_index, weight) @ self.neighbours[index] + self.biases[index]
-            if self.aggregation is Aggregations.mean:
-                out = out + x @ self.selves[index]
-            out = getattr(torch, self.activation.value)(out)
-            x = x + out if self.residual and index else out
-        return self.readout(x).squeeze(-1)
-
-    def save(self, path: Path, facts: dict) -> None:
-        """Write safetensors with the network's shape and `facts` as metadata."""
-        shape = {
-            "num_node_features": self.num_node_features,
-            "num_message_passing_rounds": self.num_message_passing_rounds,
-            "hidden_dim": self.hidden_dim,
-            "aggregation": self.aggregation.value,
-            "activation": self.activation.value,
-            "residual": self.residual,
-        }
-        arrays = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
-        write_tensors(path, arrays, facts | {"masking_gcn": shape})
-
-    @classmethod
-    def load(cls, path: Path) -> tuple["MaskingGCN", dict]:
-        """The network and the facts that `save` wrote.
-
-        Raises:
-            UserError: not such a file.
-        """
-        stored = read_checkpoint(path)
-        facts, shape = stored.facts, stored.facts.get("masking_gcn")
-        if not isinstance(shape, dict):
-            kind = "a classifier, no GCN" if "architecture" in facts else "no GCN"
-            raise UserError(f"{path} is {kind}: give a gcn.safetensors that `run` wrote, or leave it out to train one")
-        try:
-            kinds = {"aggregation": Aggregations(shape["aggregation"]), "activation": Activations(shape["activation"])}
-            # What the facts ask for must be in the file, so that they cannot ask for more memory than it has.
-            room = sum(tensor.numel() for tensor in stored.tensors.values())
-            if any(isinstance(size, int) and size > room for size in shape.values()):
-                raise ValueError("its facts name more values than it holds")
-            gcn = cls(**shape | kinds)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is a GCN of another version ({error!r}): train it anew") from None
-        load_state(gcn, stored)
-        return gcn, facts
-
-
-@lru_cache(maxsize=1)
-def _neighbour_sum():  # noqa: ANN202 - PyTorch Geometric takes seconds to import
-    from torch_geometric.nn import SimpleConv
-
-    return SimpleConv(aggr="sum")  # ty: ignore[abstract-class-instantiation]
-
-
-def check_memory(config: PipelineConfig, fresh: nn.Module, graph: WeightGraph, device: torch.device) -> None:
-    """Refuse what cannot fit before its memory is asked for, by the least that a training step takes.
+    `mean` averages over the neighbours (GraphSAGE, Hamilton et al. 2017, arXiv:1706.02216); `gcn` sums over the
+    neighbours and the node itself, normalised by degrees (Kipf and Welling 2017, arXiv:1609.02907), without S.
 
     Args:
-        fresh: the classifier without values (on the meta device).
+        graph: which weights are nodes, and who touches whom.
+        nodes: x of each layer, contiguous, [B, m, n, F].
+        rounds: S [F, d] (None for `gcn`), V [F, d] and b [d] of each round; F is d from the second on.
+        readout: w [1, d] and b [1].
+        aggregation: how neighbours are summed.
+        activation: the non-linearity act.
+        residual: from the second round on, x is added to the result.
 
-    Raises:
-        UserError: the classifier or the graph network is larger than the device's memory.
+    Shapes:
+        per layer [B, m, n, F] -> theta [B, m, n].
     """
-    gcn, rounds = config.gcn, config.gcn.num_message_passing_rounds
-    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_bytes()
-    weights = sum(parameter.numel() for parameter in fresh.parameters())
-    copies = 1 if config.trained_vision_model_path else 4  # parameters, gradients, AdamW's two moments
-    what = f"{config.model_architecture.value} of {weights:,} weights"
-    check_fits(what, 4 * copies * weights, there, "use a smaller data.image_size")
-    if not config.gcn_path:
-        batch = gcn.batch_size if gcn.objective is Objectives.elbo else 1
-        kept = batch * graph.num_vertices * gcn.hidden_dim * (rounds + 1)  # a round's output, each, and one more
-        needed = 4 * (kept + 4 * 2 * (rounds - 1) * gcn.hidden_dim**2)
-        what = f"the graph network over {graph.num_vertices:,} weights, gcn.hidden_dim {gcn.hidden_dim:,},"
-        check_fits(what, needed, there, "lower gcn.hidden_dim, gcn.num_message_passing_rounds or gcn.batch_size")
+    how = _Rounds(_Aggregation.of(aggregation, graph), _ACTIVATIONS[activation], residual)
+    return _MessagePassing.apply(how, *nodes, *(tensor for one in rounds for tensor in one), *readout)
