@@ -44,10 +44,10 @@ from benchmarks.common import (
 import torch
 
 from data import FEATURES
-from model import MaskingGCN
-from training.processes import reuse_freed_memory
 from graphs.layout import layer_graph
 from main import SPIN_COUNT
+from model import MaskingGCN
+from training.processes import reuse_freed_memory
 from unlearn.masks import Mask, hard_topk, sinkhorn_topk
 
 ROUNDS, WIDTH = 3, 32

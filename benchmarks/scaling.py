@@ -26,7 +26,7 @@ from core.config import EvalConfig, PipelineConfig, Trackers, TrainConfig
 from core.observe import Tracker
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from pipeline import Pipeline
-from training.classifier import VisionModelTrainer
+from trainer import VisionModelTrainer
 from training.distributed import Group, launch
 from training.processes import reuse_freed_memory
 

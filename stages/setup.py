@@ -14,7 +14,7 @@ from core.config import GIVEN, PipelineConfig, UserError, derive_seed, plain
 from core.observe import Tracker
 from core.store import Stage, build_stage
 from model import HookedModel, vision_model_loader
-from training.classifier import check_recipe
+from trainer import check_recipe
 from training.distributed import by_torchrun, choose_device, local_device, make_repeatable
 from training.processes import reuse_freed_memory
 from unlearn.masks import check_budget

@@ -18,96 +18,49 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Room -> layer, in the order of the plan. A room imports only from rows strictly above its own.
-LAYERS = {
-    "imagenet_classes": 0,
-    "core.choices": 0,
-    "core.config": 0,
-    "core.yaml_files": 0,
-    "core.observe": 0,
-    "training.processes": 0,
-    "training.fork_server": 0,
-    "core.hashes": 0,
-    "core.artifacts": 0,
-    "core.store": 0,
-    "core.records": 0,
-    "core.intervals": 1,
-    "graphs.layout": 1,
-    "unlearn.masks": 1,
-    "images.specs": 1,
-    "images.decode": 1,
-    "images.archives": 1,
-    "images.names": 1,
-    "images.layouts": 1,
-    "images.pixel_cache": 1,
-    "images.index": 1,
-    "images.splits": 1,
-    "images.fetch": 1,
-    "utils_data": 1,
-    "models.checkpoints": 1,
-    "model": 1,
-    "training.distributed": 1,
-    "training.resume": 1,
-    "data": 2,
-    "unlearn.features": 2,
-    "training.classifier": 2,
-    "trainer": 2,
-    "unlearn.finetuning": 2,
-    "unlearn.requests": 2,
-    "measure.attacks": 2,
-    "measure.integrity": 2,
-    "unlearn.registry": 3,
-    "unlearn.ours": 3,
-    "unlearn.closed_form": 3,
-    "unlearn.trained": 3,
-    "unlearn.methods": 3,
-    "measure.metrics": 3,
-    "measure.comparisons": 3,
-    "measure.exhibits": 3,
-    "measure.probes": 3,
-    "measure.verdicts": 4,
-    "measure.snapshots": 4,
-    "eval": 4,
-    "measure.auto_kappa": 4,
-    "reporting.write": 4,
-    "reporting.families": 4,
-    "reporting.tables": 4,
-    "reporting.panels": 4,
-    "reporting.curves": 4,
-    "reporting.compare": 4,
-    "reporting.draw": 4,
-    "reporting.page": 4,
-    "reporter": 4,
-    "stages.setup": 5,
-    "stages.crew": 5,
-    "stages.classifier": 5,
-    "stages.graphs": 5,
-    "stages.gcn": 5,
-    "stages.chain": 5,
-    "stages.evaluation": 5,
-    "stages.preflight": 5,
-    "pipeline": 5,
-    "commands.docs": 5,
-    "commands.sweep": 6,
-    "main": 7,
+# The staircase, one step a line: a script at the top of the tree (no files), or a room and its files in their order. A
+# file imports only from steps above its own line, and in its room only from files named before it. To add a file, name
+# it here.
+STAIRCASE = {
+    "imagenet_classes": "",
+    "core": "choices config observe hashes artifacts store records intervals yaml_files",
+    "images": "specs decode archives names layouts pixel_cache index splits fetch",
+    "graphs": "layout message_passing",
+    "training": "processes fork_server distributed resume",
+    "models": "checkpoints",
+    "utils_data": "",
+    "model": "",
+    "data": "",
+    "unlearn": "masks features requests registry finetuning ours closed_form trained methods",
+    "trainer": "",
+    "measure": "attacks integrity metrics comparisons exhibits probes verdicts snapshots auto_kappa",
+    "eval": "",
+    "reporting": "write families tables panels curves compare draw page",
+    "reporter": "",
+    "stages": "setup limits crew classifier graphs gcn chain evaluation preflight",
+    "pipeline": "",
+    "commands": "docs sweep",
+    "main": "",
 }
-ROWS = list(LAYERS)
+ROWS = [f"{step}.{file}" if file else step for step, files in STAIRCASE.items() for file in files.split() or [""]]
+NINE = {step for step, files in STAIRCASE.items() if not files}
+MOST_FILES, LEAST_FILES = 9, 3  # of a room
+YOUNG = {"commands", "graphs", "models"}  # rooms that may still have fewer, because what they are for has just begun
+
+# Room -> who may enter it, beside its own files. A room that is not named is open to every step below it.
+DOORS = {
+    "images": {"utils_data", "stages", "commands"},
+    "reporting": {"reporter", "commands"},
+    "stages": {"pipeline"},
+}
+BACK_DOORS = {("main", "images"), ("main", "reporting"), ("main", "stages"), ("commands", "stages")}  # to be closed
+CORE_ALONE = ("core", "reporting")  # import from this project core alone, and no torch
+WITHOUT_TORCH = (*CORE_ALONE, "reporter")
 
 MAX_FILE_LINES = 280  # code lines: no docstrings, comments, imports or blanks, so that explaining costs nothing
 MAX_FUNCTION_LINES = 45
 MAX_MEDIAN_LINES = 10
 DATA_ONLY = {"imagenet_classes"}
-WITHOUT_TORCH = (
-    "core.config",
-    "core.artifacts",
-    "core.store",
-    "reporting.tables",
-    "reporting.panels",
-    "reporting.compare",
-    "reporting.draw",
-    "reporting.page",
-    "reporter",
-)
 TORCH = ("torch", "torchvision", "torch_geometric")
 
 # Dotted names -> the one room that may use them, in any spelling (`import ... as`, `from ... import`).
@@ -228,7 +181,12 @@ def within(name: str, prefix: str) -> bool:
 
 def file_of(name: str) -> str | None:
     """The file of this project that an imported name is of; None: of a library."""
-    return next((row for row in (*LAYERS, "None") if within(name, row)), None)
+    return next((row for row in (*ROWS, "None") if within(name, row)), None)
+
+
+def step_of(name: str) -> str:
+    """The step of the staircase that an imported name is of: its room, or the script itself."""
+    return name.partition(".")[0]
 
 
 # --- rules for a room: each returns its complaints --------------------------------------------------------
@@ -298,8 +256,26 @@ def leaves_writing_to_artifacts(room: Room) -> list[str]:
     return [f"line {line}: {name} writes, which {WRITER} is for" for line, name in calls_that_write(room)]
 
 
+def enters_by_the_door(room: Room) -> list[str]:
+    return [
+        f"line {line}: {name} is entered by {' and '.join(sorted(DOORS[step]))} alone"
+        for line, name in room.imports()
+        if (step := step_of(name)) in DOORS and step_of(room.name) not in {step, *DOORS[step]}
+        if (step_of(room.name), step) not in BACK_DOORS
+    ]
+
+
+def needs_core_alone(room: Room) -> list[str]:
+    mine = step_of(room.name)
+    return [
+        f"line {line}: {name} in a room that needs core alone"
+        for line, name in room.imports()
+        if mine in CORE_ALONE and file_of(name) and step_of(name) not in ("core", mine)
+    ]
+
+
 def needs_no_torch(room: Room) -> list[str]:
-    if room.name not in WITHOUT_TORCH:
+    if step_of(room.name) not in WITHOUT_TORCH:
         return []
     return [
         f"line {line}: {name} in a room without torch"
@@ -378,12 +354,29 @@ def runs_nothing_that_it_reads(room: Room) -> list[str]:
 
 def strangers(names: set[str]) -> set[str]:
     """Files that no row of the table speaks of."""
-    return names - set(LAYERS)
+    return names - set(ROWS)
 
 
 def missing(names: set[str]) -> set[str]:
     """Rows of the table without a file."""
-    return set(LAYERS) - names
+    return set(ROWS) - names
+
+
+def badly_filled(rooms: dict[str, int]) -> list[str]:
+    """Rooms (name -> number of files) with too few or too many."""
+    return [
+        f"{room} has {files} files, {LEAST_FILES} to {MOST_FILES} are allowed"
+        for room, files in rooms.items()
+        if files > MOST_FILES or (files < LEAST_FILES and room not in YOUNG)
+    ]
+
+
+def only_introduces(room: str, text: str) -> bool:
+    """Whether a room's `__init__.py` is a docstring, and imports at most the room's own files that register."""
+    tree = ast.parse(text)
+    rest = [node for node in tree.body[1:] if not isinstance(node, (ast.Assign, *FUNCTIONS))]
+    own = [node for node in rest if isinstance(node, ast.ImportFrom) and node.module == room]
+    return bool(ast.get_docstring(tree)) and rest == own
 
 
 def median_length(rooms: list[Room]) -> float:
@@ -397,6 +390,8 @@ ROOM_RULES: list[Callable[[Room], list[str]]] = [
     functions_are_short,
     keeps_to_its_own_things,
     leaves_writing_to_artifacts,
+    enters_by_the_door,
+    needs_core_alone,
     needs_no_torch,
     has_docstrings,
 ]
@@ -421,7 +416,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-KNOWN = [path for path in FILES if name_of(path) in LAYERS]
+KNOWN = [path for path in FILES if name_of(path) in ROWS]
 
 
 @lru_cache
@@ -436,6 +431,21 @@ def test_every_room_exists() -> None:
 
 def test_every_file_is_a_room() -> None:
     assert not strangers({name_of(path) for path in FILES})
+
+
+def test_the_top_holds_the_nine_scripts() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} == NINE
+    assert len(NINE) == 9
+
+
+def test_rooms_are_neither_drawers_nor_attics() -> None:
+    assert badly_filled({room.name: len(list(room.glob("[!_]*.py"))) for room in ROOMS}) == []
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_a_room_says_what_it_is_for(room: Path) -> None:
+    """Its `__init__.py` is a docstring, and at most the list of the files that register something: no re-exports."""
+    assert only_introduces(room.name, (room / "__init__.py").read_text(encoding="utf-8"))
 
 
 def test_most_functions_are_short() -> None:
@@ -454,10 +464,11 @@ def test_file(rule: Callable[[Room], list[str]], path: Path) -> None:
     assert rule(read(path)) == []
 
 
-@pytest.mark.parametrize("name", WITHOUT_TORCH)
-def test_importing_leaves_torch_out(name: str) -> None:
-    """What the room imports may import torch in its turn, which no reading of one file shows."""
-    code = f"import sys, {name}; print(set({TORCH!r}) & set(sys.modules))"
+@pytest.mark.parametrize("step", WITHOUT_TORCH)
+def test_importing_leaves_torch_out(step: str) -> None:
+    """What a file imports may import torch in its turn, which no reading of one file shows."""
+    files = ", ".join(name for name in ROWS if step_of(name) == step)
+    code = f"import sys, {files}; print(set({TORCH!r}) & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
@@ -466,7 +477,7 @@ def test_importing_leaves_torch_out(name: str) -> None:
 
 LONG = "def f():\n    '''Long.'''\n" + "    x = 1\n" * MAX_FUNCTION_LINES
 BAD = [
-    (imports_run_downwards, "unlearn.masks", "def f():\n    from model import HookedModel"),
+    (imports_run_downwards, "model", "def f():\n    from data import GraphDataset"),
     (imports_run_downwards, "eval", "from eval import Eval"),
     (imports_run_downwards, "eval", "from . import config"),
     (file_is_short, "model", "x = 1\n" * (MAX_FILE_LINES + 1)),
@@ -492,6 +503,11 @@ BAD = [
     (leaves_writing_to_artifacts, "data", "from numpy.lib.format import open_memmap\nopen_memmap(path)"),
     (leaves_writing_to_artifacts, "model", "import torch\ntorch.save({}, path)"),
     (leaves_writing_to_artifacts, "model", "from safetensors.torch import save_file as s\ns({}, path)"),
+    (enters_by_the_door, "trainer", "from images.decode import How"),
+    (enters_by_the_door, "pipeline", "def f():\n    from reporting.draw import draw"),
+    (enters_by_the_door, "reporter", "import stages.chain as c"),
+    (needs_core_alone, "reporting.page", "from eval import Eval"),
+    (needs_core_alone, "core.records", "def f():\n    import model"),
     (needs_no_torch, "core.artifacts", "def f():\n    from torch.nn import Module"),
     (needs_no_torch, "reporter", "import torchvision.transforms as t"),
     (has_docstrings, "model", "x = 1"),
@@ -522,6 +538,10 @@ BAD = [
     (runs_nothing_that_it_reads, "core.artifacts", "__import__(name)"),
 ]
 GOOD = [
+    (enters_by_the_door, "stages.preflight", "from images.specs import SPECS\nfrom stages.given import check_paths"),
+    (enters_by_the_door, "eval", "from measure.metrics import METRICS"),
+    (needs_core_alone, "reporting.page", "from core.config import plain\nfrom reporting.write import as_text"),
+    (needs_core_alone, "eval", "import model"),
     (imports_run_downwards, "core.artifacts", "import json\nfrom core.config import PROJECT_ROOT"),
     (imports_run_downwards, "pipeline", "def f():\n    from eval import Eval"),
     (file_is_short, "imagenet_classes", "x = 1\n" * (MAX_FILE_LINES + 1)),
@@ -564,5 +584,10 @@ def test_every_rule_has_a_bad_example() -> None:
 
 def test_house_rules_can_fail() -> None:
     assert strangers({"core.config", "utils"}) == {"utils"}
-    assert missing(set(LAYERS) - {"eval"}) == {"eval"}
+    assert missing(set(ROWS) - {"eval"}) == {"eval"}
+    assert badly_filled({"core": 9, "graphs": 3, "models": 1}) == []
+    assert len(badly_filled({"core": 10, "images": 2})) == 2
+    assert only_introduces("measure", "'Text.'\nREGISTER = ('a', 'b')")
+    assert not only_introduces("measure", "'Text.'\nfrom core.config import plain")
+    assert not only_introduces("measure", "REGISTER = ('a', 'b')")
     assert median_length([Room("model", LONG)]) > MAX_MEDIAN_LINES

@@ -26,8 +26,8 @@ from core.yaml_files import load_config
 from model import HookedMLPClassifier, HookedResnet
 from stages.chain import Stages
 from tests.common import LOG_LINE, TINY
+from trainer import VisionModelTrainer
 from training import distributed
-from training.classifier import VisionModelTrainer
 from training.distributed import ALONE, Group, Slices, check_shared_memory, launch, meet
 from training.resume import StateFile, recipe
 from utils_data import Images, UnlearningDataset, get_unlearning_dataset

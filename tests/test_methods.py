@@ -28,7 +28,7 @@ from data import GraphDataset, GraphGenerator
 from graphs.layout import layer_graph
 from measure.integrity import changed_outside, extent, state_hash, unchanged
 from model import vision_model_loader
-from trainer import SFTTrainer
+from unlearn.finetuning import SFTTrainer
 from unlearn.masks import (
     Mask,
     feasibility_score,

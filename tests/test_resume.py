@@ -13,7 +13,7 @@ from core.config import DataConfig, PipelineConfig, SupportedDatasets, Trackers,
 from core.observe import Tracker
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from stages.chain import Stages
-from training.classifier import VisionModelTrainer
+from trainer import VisionModelTrainer
 from training.resume import StateFile
 from utils_data import get_unlearning_dataset
 

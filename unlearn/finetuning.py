@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from core.choices import Diverged
-from core.config import derive_seed
-from model import HookedModel
+from core.config import SFTConfig, SFTModes, derive_seed
+from core.observe import progress
+from model import HookedModel, MaskLayer
 from utils_data import UnlearningDataset
 
 BATCH, SMALLEST_BATCH = 128, 8
@@ -118,3 +120,57 @@ class Finetuner:
         """The fine-tuned copy, frozen, in eval mode."""
         self.optimizer.zero_grad(set_to_none=True)
         return self.model.requires_grad_(False)
+
+
+class SFTTrainer:
+    """Supervised fine-tuning of the target layers alone (AdamW), on a copy of the classifier.
+
+    Args:
+        model: left as it is. mode: random labels on the forget set, true labels on the retain set, or half
+            a batch of each.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        data: UnlearningDataset,
+        mask_layer: MaskLayer,
+        config: SFTConfig,
+        seed: int,
+        device: torch.device,
+    ):
+        self.model, self.mask_layer, self.config, self.device = model, mask_layer, config, device
+        self.images, self.num_classes = data.splits["train"], data.num_classes
+        forgotten = data.is_forgotten(self.images.labels)
+        self.forget, self.retain = forgotten.nonzero().flatten(), (~forgotten).nonzero().flatten()
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, "sft"))
+
+    def _draw(self, pool: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        picks = torch.randint(len(pool), (count,), generator=self.generator)
+        return self.images.batch(pool[picks])
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] and the labels [B] to fit; random labels are uniform over all classes."""
+        size, mode = self.config.batch_size, self.config.mode
+        if mode is SFTModes.Finetune_Retain:
+            return self._draw(self.retain, size)
+        forgetting = size if mode is SFTModes.Randomize_Forget else size // 2
+        images, labels = self._draw(self.forget, forgetting)
+        labels = torch.randint(self.num_classes, labels.shape, generator=self.generator)
+        kept_images, kept_labels = self._draw(self.retain, size - forgetting)
+        return torch.cat([images, kept_images]), torch.cat([labels, kept_labels])
+
+    def train(self) -> HookedModel:
+        """The fine-tuned copy, in eval mode."""
+        tuned = copy.deepcopy(self.model).eval().requires_grad_(False)
+        weights = [weight.requires_grad_(True) for weight in tuned.weights(self.mask_layer)]
+        optimizer = torch.optim.AdamW(weights, lr=self.config.lr)
+        for _ in progress(range(self.config.steps), "sft"):
+            images, labels = (values.to(self.device) for values in self.batch())
+            with torch.no_grad():
+                h = tuned.prefix(images, self.mask_layer)
+            loss = functional.cross_entropy(tuned.head(h, self.mask_layer), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        return tuned.requires_grad_(False)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from core.config import MaskStrategies, Starts, UserError, derive_seed
-from trainer import SFTTrainer
 from unlearn.features import centred_rank
+from unlearn.finetuning import SFTTrainer
 from unlearn.masks import Mask, feasibility_score, random_mask, set_difference_mask, top_mask
 from unlearn.registry import Context, Edit, Point, mask_method, method
 from unlearn.requests import noise_start, refine, taylor_start
