@@ -145,18 +145,23 @@ def _write_once(path: Path, data: bytes) -> None:
 
 
 def _images_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(<class>/<file>, bytes) of every row of a parquet file with an image and a class-label column."""
+    """(<class>/<file>, bytes) of every row of a parquet file with an image and a class-label column.
+
+    `datasets` reads what the columns are and what a label is called; pyarrow reads the rows (docs/data.md says why).
+    """
     import pyarrow
     import pyarrow.parquet
+    from datasets import ClassLabel, Features, Image
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
         facts = json.loads((table.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
-        image = next(name for name, about in facts.items() if about.get("_type") == "Image")
-        label, names = next((name, about["names"]) for name, about in facts.items() if about.get("names"))
+        features = Features.from_dict(facts)
+        image = next(name for name, feature in features.items() if isinstance(feature, Image))
+        label, classes = next((name, feature) for name, feature in features.items() if isinstance(feature, ClassLabel))
         for batch in table.iter_batches(256, columns=[image, label]):
             for row in batch.to_pylist():
-                data, place = row[image]["bytes"], names[row[label]]
+                data, place = row[image]["bytes"], classes.int2str(row[label])  # refuses -1: a row without a label
                 name = PurePosixPath((row[image]["path"] or "").replace("\\", "/")).name
                 if data is None or not _is_plain(place):
                     _refuse(path, f"{place}/{name}", "no image bytes or no plain class name")

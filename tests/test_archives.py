@@ -161,6 +161,15 @@ def test_parquet_class_names_cannot_be_paths(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train-00000.parquet"]
 
 
+@pytest.mark.parametrize("label", [-1, 2, None])
+def test_parquet_row_without_a_known_label_is_refused(label, tmp_path):
+    """The hub writes -1 where a label is hidden; as a Python index this would be the last class."""
+    write_parquet(tmp_path / "test-00000.parquet", [("1.jpg", jpeg(), 0), ("2.jpg", jpeg(), label)], ["Mew", "Abra"])
+    with pytest.raises(UserError, match="is no image dataset of the hub"):
+        unpack_all(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["test-00000.parquet"]
+
+
 def test_packed_tree_says_that_it_must_be_unpacked(tmp_path):
     (tmp_path / "train_images_0.tar.gz").write_bytes(b"1")
     with pytest.raises(UserError, match=r"only archives \(train_images_0.tar.gz\): unpack them with"):

@@ -1,4 +1,4 @@
-"""What must never be committed is not, and the hooks that see to it pass."""
+"""What must never be committed is not, and the hooks that see to it are local."""
 
 import re
 import subprocess
@@ -77,10 +77,6 @@ def test_patterns_match_what_they_are_for() -> None:
 def test_hooks_are_local() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert [repo["repo"] for repo in config["repos"]] == ["local"]
-
-
-def test_hooks_pass() -> None:
-    run("uv", "run", "--no-sync", "pre-commit", "run", "--all-files")
 
 
 def test_pins_are_the_same_in_both_places() -> None:
