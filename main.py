@@ -255,9 +255,22 @@ def train_gcn(arguments: list[str]) -> int:
     return 0
 
 
+def _sweep_flags(
+    config: tyro.conf.UseAppendAction[tuple[Path, ...]], quiet: tyro.conf.FlagCreatePairsOff[bool] = False
+) -> None:
+    """Carry out the jobs of a configuration's section `sweep`, see configs/sweep_example.yaml.
+
+    Args:
+        config: a YAML file; repeat the flag for several, later files win.
+        quiet: no progress on stderr.
+    """
+
+
 def sweep(arguments: list[str]) -> int:
     """Carry out the jobs of a configuration file's section `sweep` and print their table; 1 if any failed."""
     paths, rest = _take("--config", _quiet(arguments))
+    if {"-h", "--help"} & {*rest}:
+        _parse(_sweep_flags, ["--help"], prog="main.py sweep")
     if not paths or rest:
         what = rest[0] if rest else "no --config FILE"
         raise UserError(f"sweep found {what}: it takes --config FILE alone, see configs/sweep_example.yaml")

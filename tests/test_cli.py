@@ -124,6 +124,16 @@ def test_every_field_is_a_flag(capsys):
     assert missing == []
 
 
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main([command, "--help"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0
+    assert f"main.py {command}" in said.out
+    assert not said.err
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main.main(["--help"])
