@@ -23,6 +23,7 @@ import io
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -208,21 +209,21 @@ def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
 def _show(config: PipelineConfig, records: list[dict], for_programs: bool) -> int:
     """Print a run's table, answer and places; returns the exit code."""
     from core.records import RECORDS
-    from reporting.tables import headline, is_answered, remarks, table
-    from reporting.write import as_text
+    from reporting.tables import headline, is_answered, remarks
+    from reporting.terminal import terminal_table
 
     code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
     places = _places(config, records)
     if for_programs:
         print(_as_json(records, code, places))
         return code
-    _say(as_text(table(records)))
+    _say(terminal_table(records, shutil.get_terminal_size((100, 24)).columns))
     if is_answered(records):
         _say(headline(records) + "\n")
     _say("\n".join([*remarks(records), ""]))
     _say("Test figures; each method's point was chosen on validation images.")
     if mask := places.get("mask"):
-        layers = records[0]["mask_layer"]
+        layers = records[0]["mask_layer"][0] if len(records[0]["mask_layer"]) == 1 else records[0]["mask_layer"]
         _say(f"mask   {mask}")
         _say(f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # unlearn/masks.py")
     _say(f"JSON   {config.output_dir / RECORDS}")

@@ -35,7 +35,7 @@ STAIRCASE = {
     "trainer": "",
     "measure": "attacks integrity metrics comparisons exhibits probes verdicts snapshots auto_kappa",
     "eval": "",
-    "reporting": "write families tables panels curves compare draw page",
+    "reporting": "write families tables terminal panels curves compare draw page",
     "reporter": "",
     "stages": "setup limits crew classifier graphs gcn chain evaluation preflight",
     "pipeline": "",

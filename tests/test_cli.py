@@ -22,6 +22,7 @@ from core.artifacts import write_tensors
 from core.choices import Choice, bare, hints
 from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
 from model import save_classifier, vision_model_loader
+from reporting import terminal
 from tests.common import LOG_LINE, TINY
 from unlearn.masks import Mask
 
@@ -161,10 +162,15 @@ def test_run_prints_its_table(finished):
     folder, result = finished
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    written = one_file(folder, "table.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in written]
     assert tuple(row[0] for row in rows[2:]) == METHODS
     assert tuple(cell.split(" [")[0] for cell in rows[0] if " [" in cell) == METRICS
-    assert "\n".join(line for line in lines if line.startswith("|")) + "\n" == one_file(folder, "table.md").read_text()
+    assert re.split(r" {2,}", lines[0]) == ["method", *terminal.COLUMNS, "verdict"]
+    assert [re.split(r" {2,}", line)[0] for line in lines[2 : 2 + len(METHODS)]] == list(METHODS)
+    column = rows[0].index(next(cell for cell in rows[0] if cell.startswith("forget_score")))
+    shown = [float(re.split(r" {2,}", line)[2]) for line in lines[2 : 2 + len(METHODS)]]
+    assert shown == [round(float(row[column].strip("*").split()[0]), 1) for row in rows[2:]]
     assert re.search(r"^Switching off \d+ weights \(.* class 0 \(zero\) is recognised", result.stdout, re.MULTILINE)
 
 
