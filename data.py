@@ -19,6 +19,7 @@ from core.artifacts import DamagedError, appending_array, read_array, read_json,
 from core.config import GraphConfig, UserError, derive_seed
 from core.observe import log, progress
 from core.store import MANIFEST, read_manifest
+from graphs.edge_list import edge_index
 from graphs.layout import WeightGraph
 from model import HookedModel, MaskLayer, capture, inspecting
 from utils_data import Images, UnlearningDataset, make_loader
@@ -208,7 +209,7 @@ class GraphDataset(Dataset):
         Raises:
             UserError: they would not fit.
         """
-        return self.graph.edge_index()
+        return edge_index(self.graph)
 
     def to_pyg(self, index: int) -> "Data":
         """One sample as PyG `Data`: x [N, 4], edge_index [2, E], y [1] (the label)."""

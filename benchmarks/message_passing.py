@@ -44,6 +44,7 @@ from benchmarks.common import (
 import torch
 
 from data import FEATURES
+from graphs.edge_list import edge_index
 from graphs.layout import layer_graph
 from main import SPIN_COUNT
 from model import MaskingGCN
@@ -71,7 +72,7 @@ def closed_pass(gcn: MaskingGCN, m: int, n: int) -> Callable[[], None]:
 
 def edge_pass(gcn: MaskingGCN, m: int, n: int) -> Callable[[], None]:
     """Forward + backward over the edge list, with the same parameters."""
-    features, edges = torch.randn(m * n, gcn.num_node_features), layer_graph(m, n).edge_index()
+    features, edges = torch.randn(m * n, gcn.num_node_features), edge_index(layer_graph(m, n))
 
     def run() -> None:
         gcn.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Which weights are nodes and who touches whom: layout, degrees and, where it fits, the explicit edge list.
+"""Which weights are nodes and which of them are neighbours: layout, neurons and degrees.
 
 One node per weight of the masked layers, numbered layer by layer, row by row. Two weights are neighbours when they
 touch the same neuron: in one layer that is the rook's graph K_m x K_n; where the outputs of one masked
@@ -12,10 +12,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-
-from core.config import UserError
-
-MAX_EDGES = 200_000_000  # 3.2 GB of int64; 128 x 512 has 41.8 million
 
 
 @dataclass(frozen=True)
@@ -108,30 +104,6 @@ class WeightGraph:
         if len(parts) == 1:
             return parts[0]
         return torch.cat([part.flatten(begin, begin + 1) for part in parts], begin)
-
-    def edge_index(self) -> Tensor:
-        """Directed edges [2, E] without self loops; for inspection, export and tests.
-
-        Raises:
-            UserError: the list would not fit; said before memory is taken.
-        """
-        if self.num_edges > MAX_EDGES:
-            layers = ", ".join(f"{m} x {n}" for m, n in self.shapes)
-            size = f"{self.num_edges:,} edges ({self.num_edges * 16 / 1e9:,.0f} GB) of {layers}"
-            raise UserError(f"{size} do not fit: use MaskingGCN.forward, which needs no edges (limit {MAX_EDGES:,})")
-        nodes = self.split(torch.arange(self.num_vertices).view(self.shape))
-        cliques = []
-        for row in self.neurons:
-            touching = [] if row.below is None else [nodes[row.below]]
-            touching += [] if row.above is None else [nodes[row.above].T]
-            members = torch.cat(touching, 1)
-            cliques.append(members[:, _ordered_pairs(members.shape[1])].transpose(0, 1).flatten(1))
-        return torch.cat(cliques, 1)
-
-
-def _ordered_pairs(count: int) -> Tensor:
-    """All (a, b) with a != b, [2, count (count - 1)]."""
-    return (~torch.eye(count, dtype=torch.bool)).nonzero().T
 
 
 def layer_graph(m: int, n: int) -> WeightGraph:

@@ -6,7 +6,8 @@ from torch import nn
 
 from core.config import Aggregations, GraphConfig, SupportedDatasets, SupportedVisionModels, UserError
 from data import GraphDataset, GraphGenerator
-from graphs.layout import MAX_EDGES, layer_graph
+from graphs.edge_list import MAX_EDGES, edge_index
+from graphs.layout import layer_graph
 from model import (
     VISION_MODELS,
     HookedMLPClassifier,
@@ -145,7 +146,7 @@ def test_graph_file_and_explicit_form(tmp_path):
 
 def test_edges_that_do_not_fit_are_refused_by_size():
     with pytest.raises(UserError, match=r"6,\d{3},\d{3},\d{3} edges \(\d+ GB\) of 1000 x 2048"):
-        layer_graph(1000, 2048).edge_index()
+        edge_index(layer_graph(1000, 2048))
     assert MAX_EDGES > 41_811_968  # 128 x 512 is allowed
 
 

@@ -20,6 +20,7 @@ from core.config import (
 from core.observe import Tracker
 from data import GraphDataset, GraphGenerator, Vectors
 from eval import Eval
+from graphs.edge_list import edge_index
 from graphs.layout import layer_graph
 from measure.metrics import Outputs, chosen_metrics
 from model import HookedModel, MaskingGCN, vision_model_loader
@@ -65,7 +66,7 @@ def test_closed_form_is_the_edge_list(aggregation, activation, residual, graph):
     gcn = MaskingGCN(4, 3, 8, aggregation, activation, residual).double()
     x = torch.randn(2, *graph.shape, 4, dtype=torch.float64, requires_grad=True)
     probe = torch.randn(2, *graph.shape, dtype=torch.float64)
-    edges = graph.edge_index()
+    edges = edge_index(graph)
     slow = torch.stack([gcn.forward_edges(one.reshape(-1, 4), edges).view(graph.shape) for one in x])
     fast = gcn(x) if len(graph.shapes) == 1 else gcn(x, graph)
     inputs = [x, *gcn.parameters()]
@@ -87,7 +88,7 @@ def test_edges_are_shared_rows_and_columns(shape):
         for d in range(n)
         if (a == c) != (b == d)
     }
-    edges = layer_graph(m, n).edge_index().T.tolist()
+    edges = edge_index(layer_graph(m, n)).T.tolist()
     assert len(edges) == layer_graph(m, n).num_edges == m * n * (m + n - 2) == len(naive)
     assert {tuple(edge) for edge in edges} == naive
 

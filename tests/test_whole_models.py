@@ -11,6 +11,7 @@ from core.artifacts import appending_array
 from core.config import GCNConfig, GraphConfig, PipelineConfig, RefineConfig, SupportedDatasets, TrainConfig, UserError
 from core.yaml_files import load_config
 from data import GraphDataset, GraphGenerator
+from graphs.edge_list import edge_index
 from graphs.layout import WeightGraph, layer_graph
 from model import HookedMLPClassifier, HookedModel, MaskingGCN, capture
 from pipeline import Pipeline
@@ -35,7 +36,7 @@ def touched(graph: WeightGraph) -> list[set]:
 def test_edges_and_degrees_come_from_shared_neurons(graph):
     neurons = touched(graph)
     naive = {(a, b) for a in range(len(neurons)) for b in range(len(neurons)) if a != b and neurons[a] & neurons[b]}
-    edges = graph.edge_index()
+    edges = edge_index(graph)
     assert edges.shape[1] == graph.num_edges == len(naive)
     assert {tuple(edge) for edge in edges.T.tolist()} == naive
     counted = torch.bincount(edges[0], minlength=graph.num_vertices)
@@ -194,7 +195,7 @@ def test_layers_that_are_no_plain_matrix_are_refused(layer, what):
 def test_edges_of_a_whole_network_are_refused_before_memory_is_touched():
     graph = WeightGraph(((1000, 2048), (2048, 1000)), (False,))
     with pytest.raises(UserError, match=r"12,\d{3},\d{3},\d{3} edges \(\d+ GB\) of 1000 x 2048, 2048 x 1000"):
-        graph.edge_index()
+        edge_index(graph)
 
 
 def test_arrays_grow_from_the_front_and_must_be_whole(tmp_path):
