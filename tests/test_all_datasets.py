@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torchvision.datasets.cifar as cifar
 import torchvision.datasets.svhn as svhn
-from formats import write_cifar, write_mnist, write_svhn, write_tree
 
 from core.config import (
     PROJECT_ROOT,
@@ -23,6 +22,7 @@ from core.config import (
 )
 from imagenet_classes import IMAGENET2012_CLASSES
 from pipeline import Pipeline
+from tests.helpers.formats import write_cifar, write_mnist, write_svhn, write_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLANTS = [f"plant_{i:02}" for i in range(6)]

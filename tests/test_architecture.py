@@ -92,11 +92,11 @@ RUNS_WHAT_IT_READS = (
 RUN_BUILTINS = ("eval", "exec", "compile", "__import__")
 ALLOWED_TO_RUN = {
     ("models.checkpoints", "pickle"),  # the name of the error that torch.load raises
-    ("test_checkpoints", "pickle"),  # makes a file that is refused
-    ("formats", "pickle"),  # writes CIFAR's files as their makers do
-    ("test_pixel_cache", "pickle"),  # what a worker process gets
-    ("test_utils_data", "pickle"),  # the oracle of the reader of those files, which needs no pickle
-    ("test_all_datasets", "exec"),  # a block of docs/data.md
+    ("tests.models.test_checkpoints", "pickle"),  # makes a file that is refused
+    ("tests.helpers.formats", "pickle"),  # writes CIFAR's files as their makers do
+    ("tests.images.test_pixel_cache", "pickle"),  # what a worker process gets
+    ("tests.test_utils_data", "pickle"),  # the oracle of the reader of those files, which needs no pickle
+    ("tests.test_all_datasets", "exec"),  # a block of docs/data.md
     ("commands.sweep", "__import__"),  # names of two engines, written beside it
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -421,8 +421,7 @@ KNOWN = [path for path in FILES if name_of(path) in ROWS]
 
 @lru_cache
 def read(path: Path) -> Room:
-    folder = path.parent.name
-    return Room(path.stem if folder in ("tests", "benchmarks") else name_of(path), path.read_text(encoding="utf-8"))
+    return Room(name_of(path), path.read_text(encoding="utf-8"))
 
 
 def test_every_room_exists() -> None:
@@ -520,7 +519,7 @@ BAD = [
     (loads_weights_only, "model", "load(path, weights_only=flag)"),
     (runs_nothing_that_it_reads, "model", "import pickle"),
     (runs_nothing_that_it_reads, "model", "def f():\n    from pickle import loads as l"),
-    (runs_nothing_that_it_reads, "test_model", "import joblib as j"),
+    (runs_nothing_that_it_reads, "tests.test_model", "import joblib as j"),
     (runs_nothing_that_it_reads, "model", "eval(text)"),
     (runs_nothing_that_it_reads, "model", "exec(compile(text, 'a', 'exec'))"),
     (runs_nothing_that_it_reads, "main", "import os\nos.system('ls')"),
@@ -564,7 +563,7 @@ GOOD = [
     (runs_nothing_that_it_reads, "core.artifacts", "import numpy as np\nnp.load(path, allow_pickle=False)"),
     (runs_nothing_that_it_reads, "main", "import re\nimport subprocess\nre.compile('a')\nsubprocess.run(['ls'])"),
     (runs_nothing_that_it_reads, "main", "from eval import Eval\nself.eval(1)\nhtml.compile(text)"),
-    (runs_nothing_that_it_reads, "formats", "import pickle\npickle.dumps(1)"),
+    (runs_nothing_that_it_reads, "tests.helpers.formats", "import pickle\npickle.dumps(1)"),
 ]
 
 

@@ -23,7 +23,7 @@ from core.choices import Choice, bare, hints
 from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
 from model import save_classifier, vision_model_loader
 from reporting import terminal
-from tests.common import LOG_LINE, TINY
+from tests.helpers.common import LOG_LINE, TINY
 from unlearn.masks import Mask
 
 ROOT = Path(main.__file__).parent

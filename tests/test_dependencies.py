@@ -54,11 +54,13 @@ def sources() -> list[Path]:
     return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
 
 
+def without_tests() -> list[Path]:
+    return [path for path in sources() if not path.is_relative_to(ROOT / "tests")]
+
+
 def distributions(paths: list[Path]) -> set[str]:
     """Distributions that files import: neither the standard library nor the project's own modules."""
-    own = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sources()} | {
-        path.stem for path in sources() if path.parent == ROOT / "tests"
-    }
+    own = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sources()}
     names = {name for path in paths for name in imported(path.read_text(encoding="utf-8"))}
     return {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in names - own - sys.stdlib_module_names}
 
@@ -79,7 +81,7 @@ def test_imports_are_found_at_every_depth() -> None:
 
 def test_every_import_of_the_source_is_declared() -> None:
     needed, _ = declared()
-    assert distributions([path for path in sources() if path.parent != ROOT / "tests"]) - needed == set(NOT_DECLARED)
+    assert distributions(without_tests()) - needed == set(NOT_DECLARED)
 
 
 def test_every_import_of_the_tests_is_declared() -> None:
@@ -89,7 +91,7 @@ def test_every_import_of_the_tests_is_declared() -> None:
 
 def test_everything_declared_is_used() -> None:
     needed, dev = declared()
-    assert needed - distributions([path for path in sources() if path.parent != ROOT / "tests"]) == set()
+    assert needed - distributions(without_tests()) == set()
     assert dev - distributions(sources()) == set(RUN_NOT_IMPORTED)
 
 

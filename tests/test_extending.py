@@ -10,7 +10,7 @@ import pytest
 from core.config import EvalConfig
 from measure.metrics import METRICS, Evidence, metric
 from pipeline import Pipeline
-from tests.test_page import page_data
+from tests.reporting.test_page import page_data
 from tests.test_pipeline import tiny
 from unlearn.methods import METHODS
 from unlearn.registry import Context, Edit, Point, method

@@ -19,7 +19,7 @@ from core import artifacts
 from core.config import PipelineConfig
 from core.yaml_files import load_config
 from pipeline import Pipeline
-from tests.common import LOG_LINE, TINY
+from tests.helpers.common import LOG_LINE, TINY
 
 ROOT = Path(main.__file__).parent
 STAGES = ("checkpoints/classifier", "datasets/Graphs", "checkpoints/gcn")
@@ -34,7 +34,7 @@ from core.yaml_files import (load_config)
 from data import GraphGenerator
 from eval import Eval
 from pipeline import Pipeline
-from tests.common import LOG_LINE, TINY
+from tests.helpers.common import LOG_LINE, TINY
 from trainer import GCNTrainer, VisionModelTrainer
 
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()  # imports the rest of torch

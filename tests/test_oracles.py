@@ -24,7 +24,7 @@ from graphs.edge_list import edge_index
 from graphs.layout import layer_graph
 from measure.metrics import Outputs, chosen_metrics
 from model import HookedModel, MaskingGCN, vision_model_loader
-from tests.common import APART, MIXED, NET_5432, evidence, held
+from tests.helpers.common import APART, MIXED, NET_5432, evidence, held
 from trainer import GCNTrainer, categorical_kl, log_prior
 from unlearn import masks
 from unlearn.masks import SAMPLERS, Mask, hard_topk, masked, random_mask

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from formats import idx_bytes, write_cifar, write_mnist, write_svhn
 
 from core.config import DataConfig, SupportedDatasets, UserError
 from images.splits import find_duplicates
+from tests.helpers.formats import idx_bytes, write_cifar, write_mnist, write_svhn
 from utils_data import SPLITS, download, get_unlearning_dataset, read_idx, stratified
 
 LABELS = np.arange(60) % 10

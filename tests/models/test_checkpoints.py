@@ -19,7 +19,7 @@ from data import LAYOUT_FILE, GraphDataset, GraphGenerator
 from model import HookedMLPClassifier, HookedModel, MaskingGCN, save_classifier, vision_model_loader
 from models.checkpoints import load_state, read_checkpoint
 from stages.chain import Stages
-from tests.common import LOG_LINE
+from tests.helpers.common import LOG_LINE
 from unlearn.requests import Unlearner
 from utils_data import get_unlearning_dataset
 

@@ -15,7 +15,7 @@ from graphs.edge_list import edge_index
 from graphs.layout import WeightGraph, layer_graph
 from model import HookedMLPClassifier, HookedModel, MaskingGCN, capture
 from pipeline import Pipeline
-from tests.common import APART, MIXED, NET_5432
+from tests.helpers.common import APART, MIXED, NET_5432
 from unlearn.masks import Mask, masked, random_mask
 from utils_data import Images, UnlearningDataset
 

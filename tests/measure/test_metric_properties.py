@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import evidence, held
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from measure.attacks import caught, separation
 from measure.comparisons import js, kl, total_variation, zero_retrain_forgetting
 from measure.exhibits import tables_of
 from measure.metrics import METRICS, Again, Evidence, Outputs, blocks, entropy_mia
+from tests.helpers.common import evidence, held
 from unlearn.masks import random_mask
 
 HERE = [

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats import photo, write_tree
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from images.names import resolve_classes
 from images.specs import SPECS
 from reporting import page
 from stages.chain import Stages
+from tests.helpers.formats import photo, write_tree
 from utils_data import get_unlearning_dataset
 
 ONE_TO_THREE = ("1", "2", "3")

@@ -26,7 +26,7 @@ from stages.chain import Stages
 from stages.classifier import ClassifierStage
 from stages.evaluation import Footing
 from stages.preflight import changed, understood, without_effect
-from tests.common import TINY
+from tests.helpers.common import TINY
 from unlearn.requests import WARM_UP, Unlearner, UnlearningTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from formats import images, photo
 from PIL import Image, ImageOps
 
 from core.choices import MachineError
 from core.config import PROJECT_ROOT
 from images.decode import BadImageError, How, decode, examine, in_threads
+from tests.helpers.formats import images, photo
 
 
 def shown(path, size=16):

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from formats import write_tree
 from PIL import Image
 
 from core.config import DataConfig, SupportedDatasets, UserError
 from images import index, pixel_cache
 from images.decode import How, decode
 from images.pixel_cache import PixelCache
+from tests.helpers.formats import write_tree
 from utils_data import SPLITS, get_unlearning_dataset
 
 ROW = 3 * 16 * 16

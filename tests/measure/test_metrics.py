@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from common import evidence, held
 
 import measure
 from core.config import PROJECT_ROOT, UserError
@@ -15,6 +14,7 @@ from measure.attacks import caught, logistic_calls, separation, svc_calls
 from measure.comparisons import AVERAGED, js, kl, total_variation
 from measure.metrics import METRICS, Evidence, Outputs, chosen_metrics, forget_loss, metric
 from model import NO_ANSWER
+from tests.helpers.common import evidence, held
 
 LN2, LOW = math.log(2), -1e4
 # Four classes, 0 is forgotten. Distributions by the class that they are for: two leaning ones of 1.75 bits, one-hots.

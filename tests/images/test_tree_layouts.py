@@ -7,7 +7,6 @@ import zipfile
 
 import numpy as np
 import pytest
-from formats import photo, write_cifar, write_mnist, write_svhn, write_tree
 
 from core import artifacts
 from core.choices import SupportedDatasets, UserError
@@ -18,6 +17,7 @@ from images.fetch import listing, prepare
 from images.index import open_tree
 from images.layouts import NoTreeError
 from images.names import TEST, TRAIN, UNSPLIT, VAL, litter_file, splits_by_name
+from tests.helpers.formats import photo, write_cifar, write_mnist, write_svhn, write_tree
 from utils_data import SPLITS, dataset_facts, get_unlearning_dataset
 
 FOLDER = SupportedDatasets.FOLDER

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from formats import photo, write_tree
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -18,6 +17,7 @@ from images.decode import BadImageError, How, decode
 from images.index import open_tree
 from images.names import TEST, TRAIN, UNSPLIT
 from images.splits import by_hash
+from tests.helpers.formats import photo, write_tree
 from utils_data import SPLITS, get_unlearning_dataset
 
 FOLDER = SupportedDatasets.FOLDER

@@ -9,13 +9,13 @@ import zipfile
 import pyarrow
 import pyarrow.parquet
 import pytest
-from formats import photo, write_mnist, write_tree
 
 from core.config import SupportedDatasets, UserError
 from images import archives
 from images.archives import unpack_all
 from images.fetch import download, listing, prepare
 from images.index import open_tree
+from tests.helpers.formats import photo, write_mnist, write_tree
 
 
 def jpeg() -> bytes:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import evidence
 from torch import nn
 
 from measure import probes
@@ -25,6 +24,7 @@ from measure.probes import (
     training_images,
 )
 from model import HookedMLPClassifier, HookedModel, HookedResnet
+from tests.helpers.common import evidence
 from unlearn.closed_form import DroppedLogits
 
 DEEP = [name for name, entry in METRICS.items() if entry.group == "deep"]

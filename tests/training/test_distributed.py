@@ -25,7 +25,7 @@ from core.observe import Tracker
 from core.yaml_files import load_config
 from model import HookedMLPClassifier, HookedResnet
 from stages.chain import Stages
-from tests.common import LOG_LINE, TINY
+from tests.helpers.common import LOG_LINE, TINY
 from trainer import VisionModelTrainer
 from training import distributed
 from training.distributed import ALONE, Group, Slices, check_shared_memory, launch, meet
