@@ -24,7 +24,7 @@ DISTRIBUTIONS = {
 # Imported, but declared nowhere.
 NOT_DECLARED = {
     "erasus": "a rival that benchmarks/public.py measures: its command brings it by `uv run --with`",
-    "typeguard": "tyro needs it: benchmarks/faults.py loads it ahead of a measurement",
+    "typeguard": "tyro needs it: benchmarks/undisturbed.py loads it ahead of a measurement",
 }
 
 # Declared, but imported by no file here.

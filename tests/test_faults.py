@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.damage import WAYS, damage_file, unnamed
 from benchmarks.disk import Operation, unsynced
-from benchmarks.faults import WAYS, Ended, Plan, damage_file, ill_said, leftovers, snapshot, unnamed
+from benchmarks.faults import ill_said
+from benchmarks.undisturbed import Ended, Plan, leftovers, snapshot
 
 import pytest
 
