@@ -133,7 +133,7 @@ class GCNStage:
         """The classifier with all that answering a request needs."""
         setup, graphs, begun = self.setup, self.graphs.dataset, time.perf_counter()
         layers, num_classes = setup.config.mask_layer, setup.data.num_classes
-        made = Checkpoint(self.classifier.model, graphs, layers, num_classes, setup.device)
+        made = Checkpoint.of_graphs(self.classifier.model, graphs, layers, num_classes, setup.device)
         setup.seconds["checkpoint"] = time.perf_counter() - begun
         return made
 

@@ -4,13 +4,14 @@ A request names the classes to forget; every column has one value per weight [*g
 `contrast` adds the forgotten classes against the retained ones; `taylor` adds first-order importances.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from core.config import FeatureSets, UserError
 from data import EPSILON, GraphDataset
+from graphs.layout import WeightGraph
 
 BASIC = ("h", "z", "W", "g")
 CONTRAST = ("h_contrast", "z_contrast", "t_forget", "t_retain")
@@ -44,37 +45,56 @@ def centred_rank(column: Tensor) -> Tensor:
 
 
 class ClassStatistics:
-    """Per-class means of a checkpoint's graphs, and its first-order importances t = -W * dL/dW.
+    """Per-class means of a classifier's activations and gradients, and its first-order importances t = -W * dL/dW.
 
     Args:
-        graphs: of the checkpoint. num_classes: of its dataset. device: where columns are computed.
-
-    Attributes:
-        h [C, n] and z [C, m] of each layer: mean activations. counts [C]: graphs of each class.
-
-    Raises:
-        UserError: a class has no graph, or a graph is of no class.
+        graph: layout of the target weights.
+        weight: W of all of them, [*graph.shape].
+        counts: images of each class, [C].
+        h, z: mean input and output activations of each class, one [C, n] and [C, m] for each layer.
+        gradient: label -> mean dL/dW over the class's images, [*graph.shape].
     """
 
-    def __init__(self, graphs: GraphDataset, num_classes: int, device: torch.device | str = "cpu"):
-        graphs.check_classes(num_classes)
-        self.graphs, self.graph, self.device = graphs, graphs.graph, torch.device(device)
-        self.weight = graphs.weight.to(self.device)
-        self.num_classes = num_classes
-        self.counts = torch.bincount(graphs.labels, minlength=num_classes)
-        vectors = graphs.vectors(torch.arange(len(graphs))).to(self.device)
-        members = torch.nn.functional.one_hot(graphs.labels, self.num_classes).float()
-        members = (members / self.counts).T.to(self.device)
-        self.h, self.z = [members @ h for h in vectors.h], [members @ z for z in vectors.z]
-        few = self.num_classes * self.graph.num_vertices <= MOST_KEPT
-        self._kept = [self._gradient(label) for label in range(self.num_classes)] if few else []
+    def __init__(
+        self,
+        graph: WeightGraph,
+        weight: Tensor,
+        counts: Tensor,
+        h: list[Tensor],
+        z: list[Tensor],
+        gradient: Callable[[int], Tensor],
+    ):
+        self.graph, self.weight, self.counts, self.h, self.z = graph, weight, counts, h, z
+        self.num_classes, self._gradient = len(counts), gradient
+        few = self.num_classes * graph.num_vertices <= MOST_KEPT
+        self._kept = [gradient(label) for label in range(self.num_classes)] if few else []
 
-    def _gradient(self, label: int) -> Tensor:
-        """Mean dL/dW over a class's graphs: one matrix product per layer. [*graph.shape]."""
-        indices = (self.graphs.labels == label).nonzero().flatten()
-        vectors = self.graphs.vectors(indices).to(self.device)
-        pairs = zip(vectors.delta, vectors.h, strict=True)
-        return self.graph.join([delta.T @ h / len(indices) for delta, h in pairs])
+    @classmethod
+    def of_graphs(cls, graphs: GraphDataset, num_classes: int, device: torch.device | str = "cpu") -> "ClassStatistics":
+        """Compute the statistics of a classifier's graphs.
+
+        Args:
+            num_classes: of the dataset.
+            device: where columns are computed.
+
+        Raises:
+            UserError: a class has no graph, or a graph is of no class.
+        """
+        graphs.check_classes(num_classes)
+        counts = torch.bincount(graphs.labels, minlength=num_classes)
+        vectors = graphs.vectors(torch.arange(len(graphs))).to(torch.device(device))
+        members = torch.nn.functional.one_hot(graphs.labels, num_classes).float()
+        members = (members / counts).T.to(device)
+
+        def gradient(label: int) -> Tensor:
+            """Mean over the outer products delta h^T of the class: one matrix product per layer."""
+            indices = (graphs.labels == label).nonzero().flatten()
+            vectors = graphs.vectors(indices).to(torch.device(device))
+            pairs = zip(vectors.delta, vectors.h, strict=True)
+            return graphs.graph.join([delta.T @ h / len(indices) for delta, h in pairs])
+
+        h, z = [members @ h for h in vectors.h], [members @ z for z in vectors.z]
+        return cls(graphs.graph, graphs.weight.to(device), counts, h, z, gradient)
 
     def gradients(self) -> Iterator[Tensor]:
         """Mean dL/dW of every class, in order. [*graph.shape] each."""

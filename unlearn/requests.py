@@ -61,22 +61,32 @@ class _Sides:
 
 
 class Checkpoint:
-    """What is kept of a classifier to answer requests: its weights, and the activations h and labels of its graphs.
+    """What is kept of a classifier to answer requests: its weights, and some images as rows h with their labels.
 
     Args:
-        model: the classifier; used frozen, in eval mode. graphs: of its layers `mask_layer`.
-        num_classes: of the dataset.
+        model: the classifier; used frozen, in eval mode.
+        mask_layer: its target layers.
+        statistics: of them.
+        h: what lies ahead of the first target layer, one row per image, [S, n].
+        labels: [S].
     """
 
     def __init__(
-        self, model: HookedModel, graphs: GraphDataset, mask_layer: MaskLayer, num_classes: int, device: torch.device
+        self, model: HookedModel, mask_layer: MaskLayer, statistics: ClassStatistics, h: Tensor, labels: Tensor
     ):
-        self.model, self.mask_layer, self.graph, self.device = model, mask_layer, graphs.graph, device
-        self.statistics = ClassStatistics(graphs, num_classes, device)
-        self.num_classes, self.weight = self.statistics.num_classes, self.statistics.weight
-        self.h = graphs.vectors(torch.arange(len(graphs))).h[0].to(device)
-        self.labels = graphs.labels.to(device)
+        self.model, self.mask_layer, self.statistics, self.h, self.labels = model, mask_layer, statistics, h, labels
+        self.graph, self.num_classes, self.weight = statistics.graph, statistics.num_classes, statistics.weight
+        self.device = h.device
         self._sides: dict[tuple[int, ...], _Sides] = {}  # least recently asked for first
+
+    @classmethod
+    def of_graphs(
+        cls, model: HookedModel, graphs: GraphDataset, mask_layer: MaskLayer, num_classes: int, device: torch.device
+    ) -> "Checkpoint":
+        """Take the images that the graphs of `mask_layer` were made of; `num_classes`: of the dataset."""
+        statistics = ClassStatistics.of_graphs(graphs, num_classes, device)
+        h = graphs.vectors(torch.arange(len(graphs))).h[0].to(device)
+        return cls(model, mask_layer, statistics, h, graphs.labels.to(device))
 
     def sides(self, classes: tuple[int, ...]) -> _Sides:
         """The samples to forget and those to retain.

@@ -56,7 +56,7 @@ def context(request, tmp_path_factory) -> Context:
     config = PipelineConfig(forget_class=(4,), sft=SFTConfig(steps=3), refine=RefineConfig(steps=3))
     folder, device = tmp_path_factory.mktemp("graphs"), torch.device("cpu")
     GraphGenerator(model, data, -2, config.graph).generate(folder)
-    checkpoint = Checkpoint(model, GraphDataset(folder), -2, 10, device)
+    checkpoint = Checkpoint.of_graphs(model, GraphDataset(folder), -2, 10, device)
     unlearner = Unlearner.fresh(GCNConfig(hidden_dim=4)) if request.param is Objectives.unlearning else None
     fresh = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval()
     others = (lambda index: fresh, lambda: fresh)

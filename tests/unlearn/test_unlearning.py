@@ -78,7 +78,7 @@ def tiny(request, tmp_path) -> tuple[Net, GraphDataset, Checkpoint]:
     data = UnlearningDataset(SupportedDatasets.MNIST, dict.fromkeys(("train", "val", "test"), images), 7, 1, 0)
     GraphGenerator(model, data, request.param, GraphConfig(num_samples=100)).generate(tmp_path)
     graphs = GraphDataset(tmp_path)
-    return model, graphs, Checkpoint(model, graphs, request.param, 4, CPU)
+    return model, graphs, Checkpoint.of_graphs(model, graphs, request.param, 4, CPU)
 
 
 def class_gradient(model: Net, graphs: GraphDataset, mask_layer, label: int) -> Tensor:
@@ -115,7 +115,9 @@ def test_first_order_importances_are_those_of_autograd(tiny, classes):
 def test_kept_and_recomputed_gradients_agree(tiny, monkeypatch):
     _, graphs, checkpoint = tiny
     monkeypatch.setattr("unlearn.features.MOST_KEPT", 0)
-    for ours, again in zip(checkpoint.statistics.gradients(), ClassStatistics(graphs, 4).gradients(), strict=True):
+    for ours, again in zip(
+        checkpoint.statistics.gradients(), ClassStatistics.of_graphs(graphs, 4).gradients(), strict=True
+    ):
         assert torch.equal(ours, again)
 
 
@@ -123,12 +125,12 @@ def test_graphs_of_other_classes_are_refused_not_shifted(tiny):
     """The count is the dataset's: without the last class's graphs, class 3 would be left out in silence."""
     _, graphs, _ = tiny
     with pytest.raises(UserError, match=r"holds no graph of class 4, the dataset has classes 0 to 4: leave graph_dir"):
-        ClassStatistics(graphs, 5)
+        ClassStatistics.of_graphs(graphs, 5)
     with pytest.raises(UserError, match=r"holds graphs of class 3, the dataset has classes 0 to 2: leave graph_dir"):
-        ClassStatistics(graphs, 3)
+        ClassStatistics.of_graphs(graphs, 3)
     graphs.labels[graphs.labels == 1] = 2
     with pytest.raises(UserError, match="holds no graph of class 1"):
-        ClassStatistics(graphs, 4)
+        ClassStatistics.of_graphs(graphs, 4)
 
 
 def test_samples_of_requests_are_kept_within_a_bound_and_made_again_alike(tiny, monkeypatch):
