@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.classifiers import Recipe, stages_of
 from benchmarks.common import Tables, for_pages, keep, parser, publish_all
-from benchmarks.zoo import Recipe, stages_of
 
 from core.artifacts import read_json, write_json, write_text
 from core.config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels

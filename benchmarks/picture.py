@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.classifiers import Recipe
 from benchmarks.common import parser
-from benchmarks.rows import SHIPPED
-from benchmarks.zoo import Recipe
+from benchmarks.unlearning_tables import SHIPPED
 
 import numpy as np
 from PIL import Image

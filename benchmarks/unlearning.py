@@ -15,226 +15,182 @@ over the checkpoints (worst class) / retain score, percent.
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.classifiers import PAIRS, SEED, SINGLES, Recipe, Score, Way, classifiers, score
 from benchmarks.common import for_pages, keep, parser, publish_all
-from benchmarks.rows import BATCHES, KAPPAS, RESNET_KAPPAS, SHIPPED, SHIPPED_RESNET, Bench, Row, judged_rows, on, show
-from benchmarks.zoo import (
-    PAIRS,
-    SINGLES,
-    Case,
-    Cell,
-    Classes,
-    Recipe,
-    Theta,
-    by_gcn,
-    by_taylor,
-    by_taylor_tuned,
-    cases,
-    elbo_theta,
-    refined,
-    train,
+from benchmarks.unlearning_tables import (
+    BATCHES,
+    KAPPAS,
+    RESNET_KAPPAS,
+    SHIPPED,
+    SHIPPED_RESNET,
+    Row,
+    Scope,
+    row_of,
+    rows_of,
+    show,
 )
-
-import torch
-from torch import Tensor
+from benchmarks.ways import DROPPED, RETRAINED, TAYLOR, UNTOUCHED, by_gcn, elbo_importances, refined, train
 
 from core.artifacts import copy_file, write_json
 from core.config import (
     PROJECT_ROOT,
     Activations,
+    AutoConfig,
     FeatureSets,
     ForgetLosses,
     GCNConfig,
-    KappaModes,
     RefineConfig,
+    Starts,
     SupportedDatasets,
     SupportedVisionModels,
     TopKSamplers,
 )
+from eval import Eval
 from measure.auto_kappa import search
 from reporting.write import as_text
 from training.processes import reuse_freed_memory
-from unlearn.masks import Mask, hard_topk
 from unlearn.methods import mask_of
-from unlearn.registry import Context, Point
-from unlearn.requests import Request, Unlearner, noise_start, taylor_start
-from utils_data import UnlearningDataset
+from unlearn.registry import Point
+from unlearn.requests import Unlearner
 
-CPU = torch.device("cpu")
 FULL_STEPS = 300  # as the graph networks that ship (configs/gcn_mlp.yaml)
-
-
-# --- parts of tables ---
-
-
-def references(case: Case, requests: Sequence[Classes], kind: str, kl: bool = True) -> list[Cell]:
-    """Cells without a mask: the untouched classifier, its logits of the classes at -inf, or one retrained without."""
-    cells = []
-    for classes in requests:
-        h, labels = case.inputs("test")
-        with torch.inference_mode():
-            logits = case.stages.classifier.head(h, (-2,))
-        if kind == "retrained":
-            logits = case.retrained_logits(classes, "test")
-        if kind == "dropped":  # not -inf, whose KL times 0 would be NaN
-            logits = logits.index_fill(1, torch.tensor(classes), -1e4)
-        cells.append(case.judge_logits(logits, labels, classes, 0, "test", 0.0, kl))
-    return cells
+NO_MASK = (0,)  # kappa of what switches no weights off
 
 
 # --- sections: each prints its tables and returns its rows -----------------------------------------------
 
 
-def main_table(bench: Bench) -> list[Row]:
+def main_table(scope: Scope) -> list[Row]:
     """Every method, test images, each recipe by itself."""
-    gcn, rows = by_gcn(Unlearner.load(SHIPPED)[0]), []
-    names = {"untouched": "untouched", "retrained": "retrained without the class", "dropped": "its logit at -inf"}
+    unlearner, rows = Unlearner.load(SHIPPED)[0], []
     ways = {
-        "random": lambda checkpoint, request: noise_start(checkpoint, request, 0),
-        "GCN": gcn,
-        "GCN, refined": refined(gcn),
-        "GCN, refined, margin": refined(gcn, RefineConfig(forget_loss=ForgetLosses.margin)),
-        "GCN, refined, match": refined(gcn, RefineConfig(forget_loss=ForgetLosses.match)),
+        "random": Way("noise"),
+        "GCN": by_gcn(unlearner),
+        "GCN, refined": refined(unlearner),
+        "GCN, refined, margin": refined(unlearner, RefineConfig(forget_loss=ForgetLosses.margin)),
+        "GCN, refined, match": refined(unlearner, RefineConfig(forget_loss=ForgetLosses.match)),
     }
+    ways = {name: replace(way, kl=scope.full) for name, way in ways.items()}
+    without = {"untouched": UNTOUCHED, "retrained without the class": RETRAINED, "its logit at -inf": DROPPED}
+    without = {name: replace(way, kl=True) for name, way in without.items() if scope.full}
     for size in BATCHES:
-        judged = [case for case in bench.judged if case.recipe.batch_size == size]
-        kinds = names if bench.full else {}
-        found = [
-            Row(kinds[kind], on(judged, lambda case, kind=kind: references(case, SINGLES, kind))) for kind in kinds
-        ]
-        found.append(Row("signed Taylor", on(judged, lambda case: by_taylor_tuned(case, KAPPAS, SINGLES))))
-        found += judged_rows(judged, ways, KAPPAS, "test", kl=bench.full)
-        bench.tables[f"unlearning_{size}"] = show(
+        judged = [one for one in scope.judged if one.recipe.batch_size == size]
+        found = rows_of(without, judged, NO_MASK)
+        found.append(row_of("signed Taylor", TAYLOR, judged, KAPPAS))
+        found += rows_of(ways, judged, KAPPAS)
+        scope.tables[f"unlearning_{size}"] = show(
             f"Test images, batch {size}, {len(judged)} checkpoints x 10 classes", found, KAPPAS, more=True
         )
         rows += [replace(row, name=f"batch {size}: {row.name}") for row in found]
     return rows
 
 
-def unseen_table(bench: Bench) -> list[Row]:
+def unseen_table(scope: Scope) -> list[Row]:
     """Classes that the graph network was never asked to forget, on checkpoints it never saw."""
-    folds = ((0, 1, 2), (3, 4, 5), (6, 7, 8, 9))[: 3 if bench.full else 1]
-    cells: dict[str, list[Cell]] = {}
-    steps = FULL_STEPS if bench.full else 40
+    folds = ((0, 1, 2), (3, 4, 5), (6, 7, 8, 9))[: 3 if scope.full else 1]
+    scores: dict[str, list[Score]] = {}
+    steps = FULL_STEPS if scope.full else 40
     for fold in folds:
         seen = tuple(label for label in range(10) if label not in fold)
-        gcn = train(bench.teachers, GCNConfig(steps=steps, train_classes=seen), bench.output_dir / "trial")
-        for case in bench.judged:
+        gcn = by_gcn(train(scope.teachers, GCNConfig(steps=steps, train_classes=seen), scope.output_dir / "trial"))
+        for one in scope.judged:
             requests = [(label,) for label in fold]
-            cells.setdefault(case.recipe.name, []).extend(case.run(by_gcn(gcn), KAPPAS, requests, "test"))
+            scores.setdefault(one.recipe.name, []).extend(one.measure(gcn, KAPPAS, requests, "test"))
     rows = []
     for size in BATCHES:
-        part = {name: group for name, group in cells.items() if name.startswith(f"batch {size},")}
+        part = {name: group for name, group in scores.items() if name.startswith(f"batch {size},")}
         rows.append(Row(f"batch {size}: GCN, classes never asked for", part))
-    bench.tables["unlearning_unseen"] = show("Unseen classes of unseen checkpoints, test images", rows, KAPPAS)
+    scope.tables["unlearning_unseen"] = show("Unseen classes of unseen checkpoints, test images", rows, KAPPAS)
     return rows
 
 
-def pairs_table(bench: Bench) -> list[Row]:
+def pairs_table(scope: Scope) -> list[Row]:
     """All 45 pairs of classes, 2 x kappa weights."""
-    gcn, rows = by_gcn(Unlearner.load(SHIPPED)[0]), []
-    pairs = PAIRS if bench.full else PAIRS[::9]
+    unlearner, rows, kappas = Unlearner.load(SHIPPED)[0], [], (64, 128, 200)
+    pairs = PAIRS if scope.full else PAIRS[::9]
     for size in BATCHES:
-        judged = [case for case in bench.judged if case.recipe.batch_size == size]
-        for name, way in (("GCN", gcn), ("GCN, refined", refined(gcn))):
-            found = on(judged, lambda case, way=way: case.run(way, (64, 128, 200), pairs, "test"))
-            rows.append(Row(f"batch {size}: {name}", found))
-        if bench.full:
-            first = on(judged[:1], lambda case: references(case, pairs, "retrained", kl=False))
-            rows.append(Row(f"batch {size}: retrained without both, seed 0", first))
-    bench.tables["unlearning_pairs"] = show(
-        f"{len(pairs)} pairs of classes, twice kappa, test images", rows, (64, 128, 200)
-    )
+        judged = [one for one in scope.judged if one.recipe.batch_size == size]
+        for name, way in (("GCN", by_gcn(unlearner)), ("GCN, refined", refined(unlearner))):
+            rows.append(row_of(f"batch {size}: {name}", way, judged, kappas, requests=pairs))
+        if scope.full:
+            name = f"batch {size}: retrained without both, seed 0"
+            rows.append(row_of(name, RETRAINED, judged[:1], NO_MASK, requests=pairs))
+    scope.tables["unlearning_pairs"] = show(f"{len(pairs)} pairs of classes, twice kappa, test images", rows, kappas)
     return rows
 
 
-def transfer_table(bench: Bench) -> list[Row]:
+def transfer_table(scope: Scope) -> list[Row]:
     """The graph network of Fashion-MNIST on classifiers of DIGITS."""
-    gcn = by_gcn(Unlearner.load(SHIPPED)[0])
-    recipes = [Recipe(32, seed, SupportedDatasets.DIGITS) for seed in range(5 if bench.full else 1)]
-    judged, kappas = cases(recipes, bench.output_dir), (25, *KAPPAS)
-    rows = [Row("signed Taylor", on(judged, lambda case: by_taylor_tuned(case, kappas, SINGLES)))]
-    rows += judged_rows(judged, {"GCN": gcn, "GCN, refined": refined(gcn)}, kappas, "test")
-    bench.tables["unlearning_transfer"] = show(
+    unlearner = Unlearner.load(SHIPPED)[0]
+    recipes = [Recipe(32, seed, SupportedDatasets.DIGITS) for seed in range(5 if scope.full else 1)]
+    judged, kappas = classifiers(recipes, scope.output_dir), (25, *KAPPAS)
+    ways = {"signed Taylor": TAYLOR, "GCN": by_gcn(unlearner), "GCN, refined": refined(unlearner)}
+    rows = rows_of(ways, judged, kappas)
+    scope.tables["unlearning_transfer"] = show(
         f"DIGITS, {len(judged)} checkpoints, the GCN of Fashion-MNIST, test images", rows, kappas
     )
     return rows
 
 
-def resnet_table(bench: Bench) -> list[Row]:
+def resnet_table(scope: Scope) -> list[Row]:
     """ResNet-18, 12,000 training images, 2 epochs: 65,536 weights."""
-    if not bench.full:
+    if not scope.full:
         print("\nResNet-18: with --full")
         return []
     fashion, resnet = SupportedDatasets.FASHION_MNIST, SupportedVisionModels.HookedResnet
-    judged = cases([Recipe(128, seed, fashion, resnet) for seed in (0, 1)], bench.output_dir)
-    gcn, foreign = (by_gcn(Unlearner.load(path)[0]) for path in (SHIPPED_RESNET, SHIPPED))
-    ways = {"GCN of MLPs": foreign, "GCN of MLPs, refined": refined(foreign), "GCN": gcn, "GCN, refined": refined(gcn)}
+    judged = classifiers([Recipe(128, seed, fashion, resnet) for seed in (0, 1)], scope.output_dir)
+    own, foreign = (Unlearner.load(path)[0] for path in (SHIPPED_RESNET, SHIPPED))
+    ways = {
+        "signed Taylor": TAYLOR,
+        "GCN of MLPs": by_gcn(foreign),
+        "GCN of MLPs, refined": refined(foreign),
+        "GCN": by_gcn(own),
+        "GCN, refined": refined(own),
+    }
     rows = [
-        Row("untouched", on(judged, lambda case: references(case, SINGLES, "untouched", kl=False))),
-        Row(
-            "retrained without the class, seed 0",
-            on(judged[:1], lambda case: references(case, SINGLES, "retrained", kl=False)),
-        ),
-        Row("signed Taylor", on(judged, lambda case: by_taylor_tuned(case, RESNET_KAPPAS, SINGLES))),
-        *judged_rows(judged, ways, RESNET_KAPPAS, "test"),
+        row_of("untouched", UNTOUCHED, judged, NO_MASK),
+        row_of("retrained without the class, seed 0", RETRAINED, judged[:1], NO_MASK),
+        *rows_of(ways, judged, RESNET_KAPPAS),
     ]
-    bench.tables["unlearning_resnet"] = show(f"ResNet-18, {len(judged)} checkpoints, test images", rows, RESNET_KAPPAS)
+    scope.tables["unlearning_resnet"] = show(f"ResNet-18, {len(judged)} checkpoints, test images", rows, RESNET_KAPPAS)
     return rows
 
 
-def auto_table(bench: Bench) -> list[Row]:
+def auto_table(scope: Scope) -> list[Row]:
     """kappa: auto for every class: how often a target is shown on validation images, and holds on test images."""
-    unlearner, lines, rows = (
-        Unlearner.load(SHIPPED)[0],
-        [["target", "shown", "hold on test", "kappa: least, median, most"]],
-        [],
-    )
-    for tau, epsilon in ((2.0, 1.0), (1.0, 1.0), (5.0, 0.5))[: 3 if bench.full else 1]:
-        hold, cells = 0, {}
-        for case in bench.judged:
-            untouched = references(case, SINGLES, "untouched", kl=False)
-            for classes, before in zip(SINGLES, untouched, strict=True):
-                context = context_of(case, classes, tau, epsilon, unlearner)
-                config = context.config
-                found = search(context, 1)
+    way, rows = refined(Unlearner.load(SHIPPED)[0]), []
+    lines = [["target", "shown", "hold on test", "kappa: least, median, most"]]
+    for tau, epsilon in ((2.0, 1.0), (1.0, 1.0), (5.0, 0.5))[: 3 if scope.full else 1]:
+        target = AutoConfig(method=way.method, tau=tau, epsilon=epsilon)
+        hold, scores = 0, {}
+        for one in scope.judged:
+            for classes in SINGLES:
+                evaluation = Eval(one.context(way, classes, target))
+                found = search(evaluation.context, 1)
                 if found.achieved:
-                    mask = mask_of(config.auto.method, context, Point(1, found.kappa, config.seed))
-                    cell = case.judge(~mask.keep, classes, found.kappa, "test", 0.0)
-                    cells.setdefault(case.recipe.name, []).append(cell)
-                    hold += cell.forget <= tau and before.retain - cell.retain <= epsilon
-        kappas = [cell.kappa for group in cells.values() for cell in group]
-        shown = len(kappas)
-        total = len(bench.judged) * 10
+                    masked = score(evaluation, way.method, found.kappa, found.kappa, "test")
+                    scores.setdefault(one.recipe.name, []).append(masked)
+                    untouched = score(evaluation, "default", 0, 0, "test")
+                    hold += masked.forget <= tau and untouched.retain - masked.retain <= epsilon
+        kappas = [masked.kappa for group in scores.values() for masked in group]
+        shown, total = len(kappas), 10 * len(scope.judged)
         middle = f"{min(kappas)}, {statistics.median(kappas):.0f}, {max(kappas)}" if kappas else "-"
         lines.append([f"forget <= {tau}, drop <= {epsilon}", f"{shown} of {total}", f"{hold} of {shown}", middle])
-        rows.append(Row(f"tau {tau}, epsilon {epsilon}", cells))
+        rows.append(Row(f"tau {tau}, epsilon {epsilon}", scores))
     print(f"\nkappa: auto, refined masks\n\n{as_text(lines)}", flush=True)
-    bench.tables["unlearning_auto"] = (f"10 classes x {len(bench.judged)} classifiers", lines)
+    scope.tables["unlearning_auto"] = (f"10 classes x {len(scope.judged)} classifiers", lines)
     return rows
 
 
-def context_of(case: Case, classes: Classes, tau: float, epsilon: float, unlearner: Unlearner) -> Context:
-    """What a run with `kappa: auto` would work with."""
-    config, data = case.stages.config, case.stages.data
-    auto = replace(config.auto, tau=tau, epsilon=epsilon)
-    config = replace(config, forget_class=classes, kappa=KappaModes.auto, auto=auto)
-    data = UnlearningDataset(data.name, data.splits, 256, classes, data.seed)
-    return Context(case.stages.classifier, data, config, CPU, _never, case.checkpoint, unlearner)
-
-
-def _never(topK: int) -> Tensor:
-    raise AssertionError("direct masks need no class importances")
-
-
-def ablation_table(bench: Bench) -> list[Row]:
+def ablation_table(scope: Scope) -> list[Row]:
     """One change at a time, GCN only, on validation images."""
-    base = GCNConfig(steps=FULL_STEPS if bench.full else 40)
+    base = GCNConfig(steps=FULL_STEPS if scope.full else 40)
     variants: dict[str, GCNConfig] = {
         "default": base,
         "features basic": replace(base, features=FeatureSets.basic),
@@ -259,59 +215,53 @@ def ablation_table(bench: Bench) -> list[Row]:
         "lambda 6": replace(base, lambda_retain=6.0),
         "lambda 0.5": replace(base, lambda_retain=0.5),
     }
-    rows = judged_rows(bench.chosen_on, {"signed Taylor, lambda 9": by_taylor(9.0)}, KAPPAS, "val")
-    for name, config in (variants | (more if bench.full else {})).items():
-        gcn = by_gcn(train(bench.teachers, config, bench.output_dir / "trial"))
-        rows += judged_rows(bench.chosen_on, {name: gcn}, KAPPAS, "val")
-    blind = train(bench.teachers, base, bench.output_dir / "trial", message_passing=False)
-    rows += judged_rows(bench.chosen_on, {"no message passing": by_gcn(blind)}, KAPPAS, "val")
-    for count in (1, 2, 4) if bench.full else ():
-        gcn = by_gcn(train(bench.teachers[:count], base, bench.output_dir / "trial"))
-        rows += judged_rows(bench.chosen_on, {f"{count} training checkpoints of 8": gcn}, KAPPAS, "val")
-    bench.tables["unlearning_ablations"] = show(
+    rows = [row_of("signed Taylor, lambda 9", Way("taylor_fixed"), scope.chosen_on, KAPPAS, "val")]
+    for name, config in (variants | (more if scope.full else {})).items():
+        gcn = by_gcn(train(scope.teachers, config, scope.output_dir / "trial"))
+        rows.append(row_of(name, gcn, scope.chosen_on, KAPPAS, "val"))
+    blind = train(scope.teachers, base, scope.output_dir / "trial", message_passing=False)
+    rows.append(row_of("no message passing", by_gcn(blind), scope.chosen_on, KAPPAS, "val"))
+    for count in (1, 2, 4) if scope.full else ():
+        gcn = by_gcn(train(scope.teachers[:count], base, scope.output_dir / "trial"))
+        rows.append(row_of(f"{count} training checkpoints of 8", gcn, scope.chosen_on, KAPPAS, "val"))
+    scope.tables["unlearning_ablations"] = show(
         "Ablations of the GCN, validation images, seed 50, both recipes", rows, KAPPAS
     )
     return rows
 
 
-def refinement_table(bench: Bench) -> list[Row]:
+def refinement_table(scope: Scope) -> list[Row]:
     """What refinement starts from, and for how long, on validation images."""
-    gcn = by_gcn(Unlearner.load(SHIPPED)[0])
-    starts: dict[str, Theta] = {
-        "GCN": gcn,
-        "signed Taylor": lambda checkpoint, request: taylor_start(checkpoint, request.classes),
-        "noise": lambda checkpoint, request: noise_start(checkpoint, request, 0),
-    }
-    rows = judged_rows(bench.chosen_on, {"GCN, not refined": gcn}, KAPPAS, "val")
-    for steps in (5, 10, 30, 100) if bench.full else (30,):
+    unlearner = Unlearner.load(SHIPPED)[0]
+    starts = {"GCN": Starts.gcn, "signed Taylor": Starts.taylor, "noise": Starts.noise}
+    ways = {"GCN, not refined": by_gcn(unlearner)}
+    for steps in (5, 10, 30, 100) if scope.full else (30,):
         for name, start in starts.items():
-            way = refined(start, RefineConfig(steps=steps))
-            rows += judged_rows(bench.chosen_on, {f"from {name}, {steps} steps": way}, KAPPAS, "val")
-    for weight in (0.1, 1.0, 3.0) if bench.full else ():
-        way = refined(gcn, RefineConfig(lambda_retain=weight))
-        rows += judged_rows(bench.chosen_on, {f"from GCN, 30 steps, lambda {weight}": way}, KAPPAS, "val")
+            ways[f"from {name}, {steps} steps"] = refined(unlearner, RefineConfig(start=start, steps=steps))
+    for weight in (0.1, 1.0, 3.0) if scope.full else ():
+        ways[f"from GCN, 30 steps, lambda {weight}"] = refined(unlearner, RefineConfig(lambda_retain=weight))
+    rows = rows_of(ways, scope.chosen_on, KAPPAS, "val")
     show("Refinement, validation images, seed 50, both recipes", rows, KAPPAS)
     return rows
 
 
-def elbo_table(bench: Bench) -> list[Row]:
+def elbo_table(scope: Scope) -> list[Row]:
     """The ELBO over topK, with both samplers, learned on the very checkpoint that is judged; validation images."""
-    base = GCNConfig(activation=Activations.sigmoid, residual=False, steps=200 if bench.full else 40)
-    kappas, rows = (*KAPPAS, 800, 1600), []
-    for topK in (500, 2000, 4000, 8000) if bench.full else (500,):
+    base = GCNConfig(activation=Activations.sigmoid, residual=False, steps=200 if scope.full else 40)
+    kappas, rows, folder = (*KAPPAS, 800, 1600), [], scope.output_dir / "trial"
+    for topK in (500, 2000, 4000, 8000) if scope.full else (500,):
         for sampler in (TopKSamplers.gumbel, TopKSamplers.sinkhorn):
-            config = replace(base, sampler=sampler)
-
-            def judge(case: Case, topK: int = topK, config: GCNConfig = config) -> list[Cell]:
-                return case.run(elbo_theta(case, topK, config, bench.output_dir / "trial"), kappas, SINGLES, "val")
-
-            rows.append(Row(f"ELBO, topK {topK}, {sampler.value}", on(bench.chosen_on, judge)))
-    rows += judged_rows(bench.chosen_on, {"unlearning": by_gcn(Unlearner.load(SHIPPED)[0])}, kappas, "val")
-    bench.tables["unlearning_elbo"] = show("The ELBO, validation images, seed 50, both recipes", rows, kappas)
+            config, scores = replace(base, sampler=sampler), {}
+            for one in scope.chosen_on:
+                way = Way("mimu", importances=elbo_importances(one, topK, config, folder))
+                scores[one.recipe.name] = one.measure(way, kappas, SINGLES, "val")
+            rows.append(Row(f"ELBO, topK {topK}, {sampler.value}", scores))
+    rows.append(row_of("unlearning", by_gcn(Unlearner.load(SHIPPED)[0]), scope.chosen_on, kappas, "val"))
+    scope.tables["unlearning_elbo"] = show("The ELBO, validation images, seed 50, both recipes", rows, kappas)
     return rows
 
 
-SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
+SECTIONS: dict[str, Callable[[Scope], list[Row]]] = {
     "main": main_table,
     "unseen": unseen_table,
     "pairs": pairs_table,
@@ -324,26 +274,26 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
 }
 
 
-def write_masks(bench: Bench, folder: Path) -> None:
+def write_masks(scope: Scope, folder: Path) -> None:
     """The masks of the main table, each classifier beside its own, and how its images are normalised."""
-    gcn = by_gcn(Unlearner.load(SHIPPED)[0])
-    images = bench.judged[0].stages.data.splits["test"]
+    unlearner = Unlearner.load(SHIPPED)[0]
+    images = scope.judged[0].stages.data.splits["test"]
     write_json(folder / "normalisation.json", {"mean": float(images.mean), "std": float(images.std)})
-    for case in bench.judged:
-        place = folder / case.recipe.name.replace(", ", "_").replace(" ", "-")
-        copy_file(case.stages.classifier_path, place / "classifier.safetensors")
-        for name, way in (("gcn", gcn), ("refined", refined(gcn))):
+    for one in scope.judged:
+        place = folder / one.recipe.name.replace(", ", "_").replace(" ", "-")
+        copy_file(one.stages.classifier_path, place / "classifier.safetensors")
+        for name, way in (("gcn", by_gcn(unlearner)), ("refined", refined(unlearner))):
             for classes in SINGLES:
+                context = one.context(way, classes)
                 for kappa in KAPPAS:
-                    off = hard_topk(way(case.checkpoint, Request(classes, kappa)), kappa)
                     facts = {"method": name, "forget_class": classes[0], "kappa": kappa}
                     path = place / f"{name}_class-{classes[0]}_kappa-{kappa}.safetensors"
-                    Mask(~off, case.checkpoint.graph, facts).save(path)
+                    replace(mask_of(way.method, context, Point(1, kappa, SEED)), facts=facts).save(path)
         print(place, flush=True)
 
 
 def main() -> None:
-    """Parse, run the sections, keep the cells."""
+    """Parse, run the sections, keep the scores."""
     flags = parser(__doc__)
     flags.add_argument("--full", action="store_true", help="all seeds, all training steps, all references")
     flags.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
@@ -352,18 +302,18 @@ def main() -> None:
     for_pages(flags)
     arguments = flags.parse_args()
     reuse_freed_memory()
-    bench = Bench(arguments.output_dir, arguments.full)
+    scope = Scope(arguments.output_dir, arguments.full)
     if arguments.masks:
-        write_masks(bench, arguments.masks)
+        write_masks(scope, arguments.masks)
         return
-    figures: dict[str, object] = {"full": bench.full}
+    figures: dict[str, object] = {"full": scope.full}
     for name in arguments.sections:
-        rows = SECTIONS[name](bench)
+        rows = SECTIONS[name](scope)
         figures[name] = {
-            row.name: {key: [asdict(c) for c in cells] for key, cells in row.cells.items()} for row in rows
+            row.name: {key: [asdict(score) for score in scores] for key, scores in row.scores.items()} for row in rows
         }
     keep(arguments.json, figures)
-    publish_all(arguments.docs, bench.tables)
+    publish_all(arguments.docs, scope.tables)
 
 
 if __name__ == "__main__":

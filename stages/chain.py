@@ -15,7 +15,7 @@ from stages.crew import Crew
 from stages.gcn import GCNStage
 from stages.graphs import GraphStage
 from stages.setup import Setup
-from unlearn.requests import Checkpoint
+from unlearn.requests import FrozenHead
 from utils_data import UnlearningDataset
 
 
@@ -108,9 +108,9 @@ class Stages:
         return self.gcn_stage.objective
 
     @property
-    def checkpoint(self) -> Checkpoint:
+    def head(self) -> FrozenHead:
         """The classifier with all that answering a request needs."""
-        return self.gcn_stage.checkpoint
+        return self.gcn_stage.head
 
     def learn_importance(self, topK: int) -> torch.Tensor:
         """Compute theta [C, *graph.shape] of every class, as if it alone were to be forgotten."""

@@ -119,7 +119,7 @@ class Evaluation:
         judged = UnlearningDataset(data.name, data.splits, config.eval.batch_size, data.forget_class, data.seed)
         shared = (stages.classifier, judged, config, stages.device, stages.learn_importance)
         retrain = stages.retrained if config.eval.references else None
-        made = (stages.checkpoint, stages.gcn_stage.unlearner, retrain, stages.classifier_stage.untrained)
+        made = (stages.head, stages.gcn_stage.unlearner, retrain, stages.classifier_stage.untrained)
         return Eval(Context(*shared, *made, stage_seconds=stages.seconds))
 
     @cached_property

@@ -18,7 +18,7 @@ from stages.graphs import GraphStage
 from stages.limits import check_memory
 from stages.setup import Setup, seed_weights
 from trainer import GCNTrainer
-from unlearn.requests import Checkpoint, Request, Unlearner, UnlearningTrainer, check_scores
+from unlearn.requests import FrozenHead, Request, Unlearner, UnlearningTrainer, check_scores
 from utils_data import UnlearningDataset
 
 GCN_FILE = "gcn.safetensors"
@@ -94,9 +94,9 @@ class GCNStage:
         def make(folder: Path) -> dict:
             seed_weights(setup.config.seed, "gcn", "weights")
             unlearner = Unlearner.fresh(config)
-            checkpoints = [teacher.checkpoint for teacher in teachers]
+            heads = [teacher.head for teacher in teachers]
             seed, tracker = setup.config.seed, setup.tracker("gcn")
-            facts = UnlearningTrainer(unlearner, checkpoints, config, seed, setup.device, tracker).train(folder)
+            facts = UnlearningTrainer(unlearner, heads, config, seed, setup.device, tracker).train(folder)
             trained_on = {name: setup.common[name] for name in ("model", "dataset")} | {"shapes": setup.graph.shapes}
             trained_on["classifiers"] = [
                 {"seed": teacher.setup.config.seed, "train": plain(teacher.setup.config.train)} for teacher in teachers
@@ -129,11 +129,11 @@ class GCNStage:
         return teachers
 
     @cached_property
-    def checkpoint(self) -> Checkpoint:
+    def head(self) -> FrozenHead:
         """The classifier with all that answering a request needs."""
         setup, graphs, begun = self.setup, self.graphs.dataset, time.perf_counter()
         layers, num_classes = setup.config.mask_layer, setup.data.num_classes
-        made = Checkpoint.of_graphs(self.classifier.model, graphs, layers, num_classes, setup.device)
+        made = FrozenHead.of_graphs(self.classifier.model, graphs, layers, num_classes, setup.device)
         setup.seconds["checkpoint"] = time.perf_counter() - begun
         return made
 
@@ -152,7 +152,7 @@ class GCNStage:
         classes = range(self.setup.data.num_classes)
         if self.unlearner:
             with torch.no_grad():
-                thetas = [self.unlearner.theta(self.checkpoint, Request((label,), topK)) for label in classes]
+                thetas = [self.unlearner.theta(self.head, Request((label,), topK)) for label in classes]
             return torch.stack(thetas).cpu()
         gcn, facts = MaskingGCN.load(self.train(topK))
         if facts.get("topK", topK) != topK:

@@ -20,7 +20,7 @@ def mimu_score(context: Context, point: Point) -> Tensor:
     if context.unlearner is None:
         raise UserError("eval.mask_strategy is direct, but the GCN was trained for the ELBO: choose feasibility")
     with torch.no_grad():
-        return context.unlearner.theta(context.requests, context.request(point.kappa))
+        return context.unlearner.theta(context.known_head, context.request(point.kappa))
 
 
 @mask_method("mimu", "MIMU (ours)", axes=("topK", "kappa"), learned=True)
@@ -36,9 +36,9 @@ def _start(context: Context, point: Point) -> Tensor:
     """theta that refinement starts from, as configured. [*graph.shape]."""
     start, request = context.config.refine.start, context.request(point.kappa)
     if start is Starts.taylor:
-        return taylor_start(context.requests, request.classes)
+        return taylor_start(context.known_head, request.classes)
     if start is Starts.noise:
-        return noise_start(context.requests, request, point.seed)
+        return noise_start(context.known_head, request, point.seed)
     score = mimu_score(context, point)
     direct = context.strategy is MaskStrategies.direct
     return (score if direct else centred_rank(score)).to(context.device)  # q has tails that drown the rest
@@ -48,7 +48,7 @@ def _start(context: Context, point: Point) -> Tensor:
 def mimu_refined(context: Context, point: Point) -> Mask:
     """The same, improved by a few steps of descent on theta for this request alone."""
     request = context.request(point.kappa)
-    theta = refine(context.requests, _start(context, point), request, context.config.refine)
+    theta = refine(context.known_head, _start(context, point), request, context.config.refine)
     return top_mask(theta, point.kappa, context.graph)
 
 
@@ -58,7 +58,7 @@ def taylor_mask(context: Context, point: Point) -> Mask:
 
     lambda is the one that keeps and forgets most on validation images.
     """
-    contributions = context.requests.statistics.contributions(context.config.forget_labels)
+    contributions = context.known_head.statistics.contributions(context.config.forget_labels)
     scores = (contributions.signed_taylor(weight) for weight in TAYLOR_LAMBDAS)
     candidates = [top_mask(score, point.kappa, context.graph) for score in scores]
     return max(candidates, key=lambda mask: context.score(mask, "val", False) - context.score(mask, "val", True))

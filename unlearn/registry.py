@@ -18,7 +18,7 @@ from core.observe import progress
 from graphs.layout import WeightGraph
 from model import HookedModel, inspecting, predictions
 from unlearn.masks import Mask, masked
-from unlearn.requests import Checkpoint, Request, Unlearner
+from unlearn.requests import FrozenHead, Request, Unlearner
 from utils_data import UnlearningDataset
 
 OURS = "this project"
@@ -102,7 +102,8 @@ class Context:
     Args:
         learn_importance: topK -> theta [C, *graph.shape], one logit per weight, for the strategies that weigh all
             classes.
-        checkpoint: answers requests. unlearner: answers them in one go; None: the GCN is the ELBO's.
+        head: the classifier from its first target layer on, with what a request is answered from. unlearner: the graph
+            network that answers a request in a few passes; None: the GCN learned the ELBO.
         retrain: number of the training seed -> the classifier retrained without the classes to forget.
         untrained: makes a classifier with initial weights.
         stage_seconds: what each of the run's stages took when it was made, by name.
@@ -114,7 +115,7 @@ class Context:
     config: PipelineConfig
     device: torch.device
     learn_importance: Callable[[int], Tensor]
-    checkpoint: Checkpoint | None = None
+    head: FrozenHead | None = None
     unlearner: Unlearner | None = None
     retrain: Callable[[int], HookedModel] | None = None
     untrained: Callable[[], HookedModel] | None = None
@@ -150,10 +151,10 @@ class Context:
         return Request(self.config.forget_labels, kappa)
 
     @property
-    def requests(self) -> Checkpoint:
-        """The checkpoint that answers requests."""
-        assert self.checkpoint is not None, "this method needs Context.checkpoint"
-        return self.checkpoint
+    def known_head(self) -> FrozenHead:
+        """Return `head`, without which the method cannot work."""
+        assert self.head is not None, "this method needs Context.head"
+        return self.head
 
     def theta(self, topK: int) -> Tensor:
         """theta [C, *graph.shape], computed once per topK."""
@@ -170,7 +171,7 @@ class Context:
         """What the GCN holds to be the forgotten classes' own weights. [*graph.shape]."""
         if self.unlearner is not None:
             with torch.no_grad():
-                return self.unlearner.theta(self.requests, self.request(topK))
+                return self.unlearner.theta(self.known_head, self.request(topK))
         return self.theta(topK)[list(self.config.forget_labels)].amax(0)
 
     def images(self, split: str, is_forget_set: bool) -> DataLoader:

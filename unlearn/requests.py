@@ -60,8 +60,8 @@ class _Sides:
         return sum(tensor.nbytes for tensor in (self.h, self.labels, self.target))
 
 
-class Checkpoint:
-    """What is kept of a classifier to answer requests: its weights, and some images as rows h with their labels.
+class FrozenHead:
+    """A classifier from its first masked layer on, with weights that nothing changes and images to judge masks by.
 
     Args:
         model: the classifier; used frozen, in eval mode.
@@ -82,7 +82,7 @@ class Checkpoint:
     @classmethod
     def of_graphs(
         cls, model: HookedModel, graphs: GraphDataset, mask_layer: MaskLayer, num_classes: int, device: torch.device
-    ) -> "Checkpoint":
+    ) -> "FrozenHead":
         """Take the images that the graphs of `mask_layer` were made of; `num_classes`: of the dataset."""
         statistics = ClassStatistics.of_graphs(graphs, num_classes, device)
         h = graphs.vectors(torch.arange(len(graphs))).h[0].to(device)
@@ -149,9 +149,9 @@ def soft_mask(theta: Tensor, kappa: int, temperature: float) -> Tensor:
     return sinkhorn_topk(theta.flatten(), kappa, temperature).view_as(theta)
 
 
-def taylor_start(checkpoint: Checkpoint, classes: tuple[int, ...]) -> Tensor:
+def taylor_start(head: FrozenHead, classes: tuple[int, ...]) -> Tensor:
     """2 * rank of the signed Taylor score, the theta that everything learned starts from. [*graph.shape]."""
-    return 2 * centred_rank(checkpoint.statistics.contributions(classes).signed_taylor())
+    return 2 * centred_rank(head.statistics.contributions(classes).signed_taylor())
 
 
 def check_scores(theta: Tensor, given: Path | None) -> Tensor:
@@ -222,27 +222,27 @@ class Unlearner:
             raise UserError(f"{path} reads the columns {found}, this version makes {needed}: train one anew")
         return unlearner, facts
 
-    def theta(self, checkpoint: Checkpoint, request: Request) -> Tensor:
+    def theta(self, head: FrozenHead, request: Request) -> Tensor:
         """One logit per weight, large where it is to be switched off. [*graph.shape]."""
-        check_budget(request.kappa, checkpoint.graph.num_vertices, "kappa")
-        contributions = checkpoint.statistics.contributions(request.classes)
-        static = request_features(checkpoint.statistics, contributions, request.classes, self.features)
-        theta = torch.zeros_like(checkpoint.weight)
+        check_budget(request.kappa, head.graph.num_vertices, "kappa")
+        contributions = head.statistics.contributions(request.classes)
+        static = request_features(head.statistics, contributions, request.classes, self.features)
+        theta = torch.zeros_like(head.weight)
         if self.taylor_prior:
             theta = 2 * centred_rank(contributions.signed_taylor())
         degrees = torch.zeros_like(theta)
         for index in range(self.passes):
             if index:
                 degrees = soft_mask(theta.detach(), request.kappa, LOOK_TEMPERATURE)
-            columns = torch.cat([static, _state(checkpoint, request, theta.detach(), degrees)], -1)
-            theta = theta + self.gcn(columns.unsqueeze(0), checkpoint.graph)[0]
+            columns = torch.cat([static, _state(head, request, theta.detach(), degrees)], -1)
+            theta = theta + self.gcn(columns.unsqueeze(0), head.graph)[0]
         return theta if torch.is_grad_enabled() else check_scores(theta, self.given)
 
 
-def _state(checkpoint: Checkpoint, request: Request, theta: Tensor, degrees: Tensor) -> Tensor:
+def _state(head: FrozenHead, request: Request, theta: Tensor, degrees: Tensor) -> Tensor:
     """The columns STATE: where theta leads. [*graph.shape, 5]."""
-    u_forget, u_retain = checkpoint.importances(degrees, request.classes)
-    share = request.kappa / checkpoint.graph.num_vertices
+    u_forget, u_retain = head.importances(degrees, request.classes)
+    share = request.kappa / head.graph.num_vertices
     log_kappa = torch.full_like(theta, math.log(share / TYPICAL_SHARE))
     return torch.stack([log_kappa, signed_log(u_forget), signed_log(u_retain), 4 * degrees, standardised(theta)], -1)
 
@@ -252,46 +252,46 @@ def annealed(start: float, end: float, step: int, steps: int) -> float:
     return start * (end / start) ** (step / max(1, steps - 1))
 
 
-def refine(checkpoint: Checkpoint, theta: Tensor, request: Request, config: RefineConfig) -> Tensor:
+def refine(head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig) -> Tensor:
     """Descend on theta itself, with Adam, for one request. [*graph.shape] -> [*graph.shape]."""
     theta = standardised(theta.detach()).requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=config.lr)
-    with torch.enable_grad(), inspecting(checkpoint.model):
+    with torch.enable_grad(), inspecting(head.model):
         for step in range(config.steps):
             temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
             degrees = soft_mask(theta, request.kappa, temperature)
-            forget, retain = checkpoint.losses(degrees, request.classes, config.forget_loss)
+            forget, retain = head.losses(degrees, request.classes, config.forget_loss)
             optimizer.zero_grad(set_to_none=True)
             (forget + config.lambda_retain * retain).backward()
             optimizer.step()
     return theta.detach()
 
 
-def noise_start(checkpoint: Checkpoint, request: Request, seed: int) -> Tensor:
+def noise_start(head: FrozenHead, request: Request, seed: int) -> Tensor:
     """A start that knows nothing: normal noise. [*graph.shape]."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "noise", *request.classes, request.kappa))
-    return torch.randn(checkpoint.graph.shape, generator=generator).to(checkpoint.device)
+    return torch.randn(head.graph.shape, generator=generator).to(head.device)
 
 
 class UnlearningTrainer:
-    """Trains the GCN to answer requests: random classes, kappa log-uniform, on one checkpoint or several.
+    """Trains the GCN to answer requests: random classes, kappa log-uniform, on one head or several.
 
     Minimises forget loss + lambda * retain loss at the soft mask of theta, temperature annealed.
 
     Args:
-        unlearner: its GCN is trained in place. checkpoints: each step draws from one of them.
+        unlearner: its GCN is trained in place. heads: each step draws from one of them.
     """
 
     def __init__(
         self,
         unlearner: Unlearner,
-        checkpoints: Sequence[Checkpoint],
+        heads: Sequence[FrozenHead],
         config: GCNConfig,
         seed: int,
         device: torch.device,
         tracker: Tracker,
     ):
-        self.unlearner, self.checkpoints, self.config, self.tracker = unlearner, checkpoints, config, tracker
+        self.unlearner, self.heads, self.config, self.tracker = unlearner, heads, config, tracker
         self.gcn = unlearner.gcn.to(device)
         self.order = torch.Generator().manual_seed(derive_seed(seed, "unlearning", "order"))
         self.noise = torch.Generator(device).manual_seed(derive_seed(seed, "unlearning", "noise"))
@@ -305,28 +305,28 @@ class UnlearningTrainer:
     def _uniform(self) -> float:
         return float(torch.rand((), generator=self.order))
 
-    def draw(self, checkpoint: Checkpoint) -> Request:
+    def draw(self, head: FrozenHead) -> Request:
         """A random request: one class or two, kappa log-uniform between KAPPA_SHARES of the weights of each."""
-        known = torch.tensor(self.config.train_classes or range(checkpoint.num_classes))
-        pair = len(known) > 1 and checkpoint.num_classes > 2 and self._uniform() < PAIR_SHARE
+        known = torch.tensor(self.config.train_classes or range(head.num_classes))
+        pair = len(known) > 1 and head.num_classes > 2 and self._uniform() < PAIR_SHARE
         several = 2 if pair else 1
         classes = known[torch.randperm(len(known), generator=self.order)[:several]]
         low, high = KAPPA_SHARES
         share = several * low * (high / low) ** self._uniform()
-        size = checkpoint.graph.num_vertices
+        size = head.graph.num_vertices
         return Request(tuple(sorted(classes.tolist())), min(max(1, round(share * size)), size))
 
     def step(self, temperature: float) -> dict[str, float]:
-        """One optimiser step over `requests_per_step` requests to one checkpoint; returns the mean terms."""
-        place = int(torch.randint(len(self.checkpoints), (), generator=self.order))
-        checkpoint, count = self.checkpoints[place], self.config.requests_per_step
+        """One optimiser step over `requests_per_step` requests to one head; returns the mean terms."""
+        place = int(torch.randint(len(self.heads), (), generator=self.order))
+        head, count = self.heads[place], self.config.requests_per_step
         terms = {"loss": 0.0, "forget": 0.0, "retain": 0.0}
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(count):
-            request = self.draw(checkpoint)
-            theta = self.unlearner.theta(checkpoint, request)
+            request = self.draw(head)
+            theta = self.unlearner.theta(head, request)
             degrees = SAMPLERS[self.config.sampler](theta.flatten(), request.kappa, temperature, self.noise)
-            forget, retain = checkpoint.losses(degrees.view_as(theta), request.classes, self.config.forget_loss)
+            forget, retain = head.losses(degrees.view_as(theta), request.classes, self.config.forget_loss)
             loss = forget + self.config.lambda_retain * retain
             (loss / count).backward()
             for name, value in (("loss", loss), ("forget", forget), ("retain", retain)):
@@ -354,4 +354,4 @@ class UnlearningTrainer:
         last = self.tracker.history[-max(1, config.steps // 10) :]
         figures = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "forget", "retain")}
         log("GCN: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-        return figures | {"checkpoints": len(self.checkpoints)}
+        return figures | {"checkpoints": len(self.heads)}

@@ -209,7 +209,7 @@ def test_any_number_of_steps_has_a_schedule(finished, tmp_path, steps):
     config = stages.config.gcn
     trainer = UnlearningTrainer(
         Unlearner.fresh(config),
-        [stages.checkpoint],
+        [stages.head],
         config,
         0,
         torch.device("cpu"),

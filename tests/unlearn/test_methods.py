@@ -41,7 +41,7 @@ from unlearn.masks import (
 )
 from unlearn.methods import METHODS, MODULES, chosen_methods, mask_of
 from unlearn.registry import Context, Edit, Point, Shared, mask_method, method
-from unlearn.requests import Checkpoint, Request, Unlearner
+from unlearn.requests import FrozenHead, Request, Unlearner
 from utils_data import get_unlearning_dataset
 
 POINT = Point(topK=500, kappa=200, seed=0)
@@ -56,11 +56,11 @@ def context(request, tmp_path_factory) -> Context:
     config = PipelineConfig(forget_class=(4,), sft=SFTConfig(steps=3), refine=RefineConfig(steps=3))
     folder, device = tmp_path_factory.mktemp("graphs"), torch.device("cpu")
     GraphGenerator(model, data, -2, config.graph).generate(folder)
-    checkpoint = Checkpoint.of_graphs(model, GraphDataset(folder), -2, 10, device)
+    head = FrozenHead.of_graphs(model, GraphDataset(folder), -2, 10, device)
     unlearner = Unlearner.fresh(GCNConfig(hidden_dim=4)) if request.param is Objectives.unlearning else None
     fresh = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval()
     others = (lambda index: fresh, lambda: fresh)
-    return Context(model, data, config, device, lambda topK: theta, checkpoint, unlearner, *others)
+    return Context(model, data, config, device, lambda topK: theta, head, unlearner, *others)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -245,7 +245,7 @@ def test_a_retrained_model_costs_its_training_and_a_network_its_own(context):
 def test_strategies_of_mimu(context):
     if context.unlearner:
         with torch.no_grad():
-            theta = context.unlearner.theta(context.checkpoint, Request((4,), 200))
+            theta = context.unlearner.theta(context.head, Request((4,), 200))
         assert torch.equal(mask_of("mimu", context, POINT).keep, ~hard_topk(theta, 200))
         return
     theta = context.theta(500)

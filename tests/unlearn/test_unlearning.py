@@ -43,7 +43,7 @@ from unlearn.ours import TAYLOR_LAMBDAS
 from unlearn.registry import Point
 from unlearn.requests import (
     STATE,
-    Checkpoint,
+    FrozenHead,
     Request,
     Unlearner,
     UnlearningTrainer,
@@ -70,7 +70,7 @@ class Net(HookedModel):
 
 
 @pytest.fixture(params=[-2, (-2, -1), None], ids=["one", "two", "all"])
-def tiny(request, tmp_path) -> tuple[Net, GraphDataset, Checkpoint]:
+def tiny(request, tmp_path) -> tuple[Net, GraphDataset, FrozenHead]:
     torch.manual_seed(3)
     pixels = torch.randint(0, 256, (40, 1, 2, 3), dtype=torch.uint8)
     images = Images(pixels, torch.arange(40) % 4, torch.full((1, 1, 1), 127.0), torch.full((1, 1, 1), 70.0))
@@ -78,7 +78,7 @@ def tiny(request, tmp_path) -> tuple[Net, GraphDataset, Checkpoint]:
     data = UnlearningDataset(SupportedDatasets.MNIST, dict.fromkeys(("train", "val", "test"), images), 7, 1, 0)
     GraphGenerator(model, data, request.param, GraphConfig(num_samples=100)).generate(tmp_path)
     graphs = GraphDataset(tmp_path)
-    return model, graphs, Checkpoint.of_graphs(model, graphs, request.param, 4, CPU)
+    return model, graphs, FrozenHead.of_graphs(model, graphs, request.param, 4, CPU)
 
 
 def class_gradient(model: Net, graphs: GraphDataset, mask_layer, label: int) -> Tensor:
@@ -96,10 +96,10 @@ def class_gradient(model: Net, graphs: GraphDataset, mask_layer, label: int) -> 
 
 @pytest.mark.parametrize("classes", [(1,), (0, 3)])
 def test_first_order_importances_are_those_of_autograd(tiny, classes):
-    model, graphs, checkpoint = tiny
-    t = [-graphs.weight * class_gradient(model, graphs, checkpoint.mask_layer, label) for label in range(4)]
+    model, graphs, head = tiny
+    t = [-graphs.weight * class_gradient(model, graphs, head.mask_layer, label) for label in range(4)]
     others = torch.stack([t[label] for label in range(4) if label not in classes])
-    found = checkpoint.statistics.contributions(classes)
+    found = head.statistics.contributions(classes)
     forget = torch.stack([t[label] for label in classes]).mean(0)
     for ours, oracle in (
         (found.forget, forget),
@@ -113,11 +113,9 @@ def test_first_order_importances_are_those_of_autograd(tiny, classes):
 
 
 def test_kept_and_recomputed_gradients_agree(tiny, monkeypatch):
-    _, graphs, checkpoint = tiny
+    _, graphs, head = tiny
     monkeypatch.setattr("unlearn.features.MOST_KEPT", 0)
-    for ours, again in zip(
-        checkpoint.statistics.gradients(), ClassStatistics.of_graphs(graphs, 4).gradients(), strict=True
-    ):
+    for ours, again in zip(head.statistics.gradients(), ClassStatistics.of_graphs(graphs, 4).gradients(), strict=True):
         assert torch.equal(ours, again)
 
 
@@ -134,26 +132,26 @@ def test_graphs_of_other_classes_are_refused_not_shifted(tiny):
 
 
 def test_samples_of_requests_are_kept_within_a_bound_and_made_again_alike(tiny, monkeypatch):
-    _, _, checkpoint = tiny
+    _, _, head = tiny
     requests = [(0,), (1,), (2,), (0, 1), (1, 2)]
-    first = [checkpoint.sides(classes) for classes in requests]
-    assert all(checkpoint.sides(classes) is sides for classes, sides in zip(requests, first, strict=True))
+    first = [head.sides(classes) for classes in requests]
+    assert all(head.sides(classes) is sides for classes, sides in zip(requests, first, strict=True))
     room = first[0].bytes + first[1].bytes + first[2].bytes
     monkeypatch.setattr("unlearn.requests.MOST_SIDES_BYTES", room)
-    again = [checkpoint.sides(classes) for classes in (*requests, *requests)]
+    again = [head.sides(classes) for classes in (*requests, *requests)]
     for old, new in zip((*first, *first), again, strict=True):
         assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in ("h", "labels", "target"))
-    kept = checkpoint._sides
+    kept = head._sides
     assert sum(sides.bytes for sides in kept.values()) <= room
     assert list(kept)[-1] == requests[-1]  # what was asked for last stays
-    assert checkpoint.sides(requests[-1]) is again[-1]
-    assert checkpoint.sides(requests[0]) is not again[5]
+    assert head.sides(requests[-1]) is again[-1]
+    assert head.sides(requests[0]) is not again[5]
 
 
 @pytest.mark.parametrize("kind", FeatureSets)
 def test_columns_of_features(tiny, kind):
-    _, graphs, checkpoint = tiny
-    statistics, classes = checkpoint.statistics, (1, 2)
+    _, graphs, head = tiny
+    statistics, classes = head.statistics, (1, 2)
     contributions = statistics.contributions(classes)
     found = request_features(statistics, contributions, classes, kind)
     assert found.shape == (*graphs.graph.shape, len(COLUMNS[kind]))
@@ -196,13 +194,13 @@ def test_all_classes_cannot_be_forgotten(tiny):
 @pytest.mark.parametrize("how", ForgetLosses)
 @pytest.mark.parametrize("classes", [(1,), (0, 3)])
 def test_losses_sample_by_sample(tiny, how, classes):
-    model, graphs, checkpoint = tiny
+    model, graphs, head = tiny
     degrees = torch.rand(graphs.graph.shape, generator=torch.Generator().manual_seed(0))
     weights = graphs.graph.split(graphs.weight * (1 - degrees))
     forget, retain = [], []
     for index, label in enumerate(graphs.labels.tolist()):
         h = graphs.vectors([index]).h[0]
-        z, before = (model.head(h, checkpoint.mask_layer, w)[0].detach() for w in (weights, None))
+        z, before = (model.head(h, head.mask_layer, w)[0].detach() for w in (weights, None))
         p = z.softmax(0)
         if label not in classes:
             retain.append(-math.log(float(p[label])))
@@ -214,20 +212,20 @@ def test_losses_sample_by_sample(tiny, how, classes):
         wanted = {"margin": math.log1p(math.exp(margin + 0.5)), "match": match}
         wanted["both"] = wanted["margin"] + 0.1 * match
         forget.append(wanted[how.value])
-    found = checkpoint.losses(degrees, classes, how)
+    found = head.losses(degrees, classes, how)
     oracle = sum(forget) / len(forget), sum(retain) / len(retain)
     assert [float(value.detach()) for value in found] == pytest.approx(oracle, rel=1e-4)
 
 
 def test_importances_are_finite_differences(tiny):
-    _, graphs, checkpoint = tiny
+    _, graphs, head = tiny
     degrees = torch.full(graphs.graph.shape, 0.3)
-    found = checkpoint.importances(degrees, (2,))
+    found = head.importances(degrees, (2,))
     step = 1e-2
     for index in (0, 7, 19):
         nudge = torch.zeros(graphs.graph.num_vertices)
         nudge[index] = step
-        up, down = (checkpoint.losses(degrees + s * nudge.view_as(degrees), (2,), ForgetLosses.margin) for s in (1, -1))
+        up, down = (head.losses(degrees + s * nudge.view_as(degrees), (2,), ForgetLosses.margin) for s in (1, -1))
         for ours, a, b in zip(found, up, down, strict=True):
             assert float(ours.flatten()[index]) == pytest.approx(
                 float((a - b).detach()) / (2 * step), rel=0.02, abs=1e-4
@@ -235,12 +233,12 @@ def test_importances_are_finite_differences(tiny):
 
 
 def test_a_fresh_gcn_says_what_its_prior_says(tiny):
-    checkpoint = tiny[2]
+    head = tiny[2]
     for classes in ((0,), (1, 3)):
-        theta = Unlearner.fresh(SMALL).theta(checkpoint, Request(classes, 5)).detach()
-        assert torch.equal(theta, taylor_start(checkpoint, classes))
+        theta = Unlearner.fresh(SMALL).theta(head, Request(classes, 5)).detach()
+        assert torch.equal(theta, taylor_start(head, classes))
     with pytest.raises(UserError, match="kappa is 999, but the masked layers have"):
-        Unlearner.fresh(SMALL).theta(checkpoint, Request((0,), 999))
+        Unlearner.fresh(SMALL).theta(head, Request((0,), 999))
 
 
 def test_soft_mask_keeps_its_budget_and_tends_to_the_hard_one(tiny):
@@ -275,34 +273,34 @@ def whole(tmp_path_factory) -> tuple[PipelineConfig, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(whole) -> Checkpoint:
-    return Stages(whole[0]).checkpoint
+def head(whole) -> FrozenHead:
+    return Stages(whole[0]).head
 
 
-def objective(checkpoint: Checkpoint, theta: Tensor, request: Request, config: RefineConfig) -> float:
+def objective(head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig) -> float:
     """What refinement descends on, at the hard mask."""
     off = hard_topk(theta, request.kappa).float()
     with torch.no_grad():
-        forget, retain = checkpoint.losses(off, request.classes, config.forget_loss)
+        forget, retain = head.losses(off, request.classes, config.forget_loss)
     return float(forget + config.lambda_retain * retain)
 
 
 @pytest.mark.parametrize("classes", [(0,), (3,), (1, 8)])
-def test_refined_masks_are_better_than_their_start(checkpoint, classes):
+def test_refined_masks_are_better_than_their_start(head, classes):
     request, config = Request(classes, 150), RefineConfig()
-    for start in (taylor_start(checkpoint, classes), noise_start(checkpoint, request, 0)):
-        refined = refine(checkpoint, start, request, config)
-        assert objective(checkpoint, refined, request, config) < objective(checkpoint, start, request, config)
-        assert torch.equal(refined, refine(checkpoint, start, request, config))
+    for start in (taylor_start(head, classes), noise_start(head, request, 0)):
+        refined = refine(head, start, request, config)
+        assert objective(head, refined, request, config) < objective(head, start, request, config)
+        assert torch.equal(refined, refine(head, start, request, config))
 
 
-def test_training_learns_and_repeats(checkpoint, tmp_path):
+def test_training_learns_and_repeats(head, tmp_path):
     config = replace(SMALL, steps=60)
 
     def train(seed: int) -> tuple[Unlearner, list[dict]]:
         torch.manual_seed(0)
         unlearner, tracker = Unlearner.fresh(config), Tracker(Trackers.none, "x", {})
-        UnlearningTrainer(unlearner, [checkpoint], config, seed, CPU, tracker).train(tmp_path)
+        UnlearningTrainer(unlearner, [head], config, seed, CPU, tracker).train(tmp_path)
         return unlearner, tracker.history
 
     learned, history = train(0)
@@ -314,7 +312,7 @@ def test_training_learns_and_repeats(checkpoint, tmp_path):
     assert len(history) == 60
     before, after = (
         [
-            objective(checkpoint, u.theta(checkpoint, Request((c,), 100)).detach(), Request((c,), 100), RefineConfig())
+            objective(head, u.theta(head, Request((c,), 100)).detach(), Request((c,), 100), RefineConfig())
             for c in range(10)
         ]
         for u in (Unlearner.fresh(config), learned)
@@ -322,9 +320,9 @@ def test_training_learns_and_repeats(checkpoint, tmp_path):
     assert sum(after) < sum(before)
 
 
-def test_drawn_requests_are_spread(checkpoint):
-    trainer = UnlearningTrainer(Unlearner.fresh(SMALL), [checkpoint], SMALL, 0, CPU, Tracker(Trackers.none, "x", {}))
-    drawn = [trainer.draw(checkpoint) for _ in range(400)]
+def test_drawn_requests_are_spread(head):
+    trainer = UnlearningTrainer(Unlearner.fresh(SMALL), [head], SMALL, 0, CPU, Tracker(Trackers.none, "x", {}))
+    drawn = [trainer.draw(head) for _ in range(400)]
     assert {label for request in drawn for label in request.classes} == set(range(10))
     pairs = sum(len(request.classes) == 2 for request in drawn)
     assert 40 <= pairs <= 120  # a fifth of 400, five standard deviations
@@ -334,7 +332,7 @@ def test_drawn_requests_are_spread(checkpoint):
     assert math.log(shares[200] / 0.004) / math.log(20) == pytest.approx(0.5, abs=0.13)
 
 
-def test_gcn_file_round_trip_and_others_are_refused(checkpoint, tmp_path):
+def test_gcn_file_round_trip_and_others_are_refused(head, tmp_path):
     torch.manual_seed(1)
     unlearner = Unlearner.fresh(replace(SMALL, taylor_prior=False, features=FeatureSets.contrast))
     path = tmp_path / "g.safetensors"
@@ -343,7 +341,7 @@ def test_gcn_file_round_trip_and_others_are_refused(checkpoint, tmp_path):
     assert facts["trained_on"] == "x"
     assert facts["columns"] == [*COLUMNS[FeatureSets.contrast], *STATE]
     request = Request((4,), 100)
-    assert torch.equal(again.theta(checkpoint, request), unlearner.theta(checkpoint, request))
+    assert torch.equal(again.theta(head, request), unlearner.theta(head, request))
     tensors, facts = read_tensors(path)
     for change, message in (
         ({"objective": "elbo"}, "trained with another objective"),
@@ -447,7 +445,7 @@ def test_numbers_of_a_run(whole):
 def test_taylor_chooses_lambda_on_validation_images(whole):
     context = Pipeline(whole[0]).evaluation.eval.context
     found = mask_of("taylor_mask", context, Point(1, 100, 0))
-    contributions = context.requests.statistics.contributions((0,))
+    contributions = context.known_head.statistics.contributions((0,))
 
     def gain(weight: float) -> tuple[float, Tensor]:
         keep = ~hard_topk(contributions.signed_taylor(weight), 100)
@@ -518,8 +516,8 @@ def test_refinement_starts_where_it_is_told(whole, start):
     request = Request((0,), 100)
     wanted = {
         Starts.gcn: ~mask_of("mimu", context, point).keep,
-        Starts.taylor: hard_topk(taylor_start(context.requests, (0,)), 100),
-        Starts.noise: hard_topk(noise_start(context.requests, request, 0), 100),
+        Starts.taylor: hard_topk(taylor_start(context.known_head, (0,)), 100),
+        Starts.noise: hard_topk(noise_start(context.known_head, request, 0), 100),
     }[start]
     assert int((~found & ~wanted).sum()) <= 2  # standardising may swap a tie
 
