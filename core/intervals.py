@@ -1,7 +1,7 @@
 """Intervals for what is measured, and paired tests between methods. No torch: numpy, and scipy where a table is needed.
 
 One run is uncertain by its finite set of images (Wilson for shares, bootstrap for means of other figures); repeats are
-uncertain by the training seed (t intervals over seeds). Shares are in [0, 1]; `Estimate.times(100)` gives percent.
+uncertain by the training seed (t intervals over seeds). Shares are in [0, 1]; `Interval.times(100)` gives percent.
 """
 
 import math
@@ -17,12 +17,12 @@ FEWEST_CELLS = 6  # with n pairs the smallest two-sided p of the exact signed-ra
 UNIT = "class x seed"
 CLOSE, DUST = 1e-9, 1e-12  # figures that differ by less, as a share of them or at all, differ by rounding alone
 RESAMPLED = 2**17  # values drawn at a time: they stay in the processor's cache
-Cell = tuple[int, int]
-Figures = Mapping[str, Mapping[Cell, float | None]]
+ClassAndSeed = tuple[int, int]
+Figures = Mapping[str, Mapping[ClassAndSeed, float | None]]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Interval:
     """A figure with its interval; n: how many images (or seeds) it rests on."""
 
     value: float
@@ -30,7 +30,7 @@ class Estimate:
     high: float
     n: int
 
-    def times(self, factor: float) -> "Estimate":
+    def times(self, factor: float) -> "Interval":
         """The same in another unit; factor > 0."""
         return replace(self, value=factor * self.value, low=factor * self.low, high=factor * self.high)
 
@@ -70,7 +70,7 @@ def normal_quantile(level: float) -> float:
     return NormalDist().inv_cdf((1 + _level(level)) / 2)
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Score interval of a share: all p with |share - p| <= z sqrt(p (1 - p) / n) (Wilson 1927, JASA 22:209).
 
     Raises:
@@ -83,10 +83,10 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     low = 0.0 if successes == 0 else middle - half  # exact at the ends, where rounding would leave 1e-18
-    return Estimate(share, low, 1.0 if successes == n else middle + half, n)
+    return Interval(share, low, 1.0 if successes == n else middle + half, n)
 
 
-def difference(a: Estimate, b: Estimate) -> Estimate:
+def difference(a: Interval, b: Interval) -> Interval:
     """a - b of two shares with their Wilson intervals (Newcombe 1998, Statistics in Medicine 17:873, method 10).
 
     low = d - sqrt((a - a_low)^2 + (b_high - b)^2), high = d + sqrt((a_high - a)^2 + (b - b_low)^2). For shares of
@@ -95,10 +95,10 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
     d = a.value - b.value
     low = d - math.hypot(a.value - a.low, b.high - b.value)
     high = d + math.hypot(a.high - a.value, b.value - b.low)
-    return Estimate(d, low, high, min(a.n, b.n))
+    return Interval(d, low, high, min(a.n, b.n))
 
 
-def paired_difference(lost: int, gained: int, n: int, level: float = 0.95) -> Estimate:
+def paired_difference(lost: int, gained: int, n: int, level: float = 0.95) -> Interval:
     """(lost - gained) / n with its interval, for two models judged on the same n images.
 
     Half an image is added to each of the four cells (Agresti and Min 2005, Statistics in Medicine 24:729), so that no
@@ -116,7 +116,7 @@ def paired_difference(lost: int, gained: int, n: int, level: float = 0.95) -> Es
     cells, total = (lost + gained + 1) / (n + 2), n + 2
     shift = (lost - gained) / total
     half = normal_quantile(level) * math.sqrt(max(0.0, cells - shift * shift) / total)
-    return Estimate((lost - gained) / n, shift - half, shift + half, n)
+    return Interval((lost - gained) / n, shift - half, shift + half, n)
 
 
 def _finite(values: Sequence[float] | np.ndarray, fewest: int, what: str) -> np.ndarray:
@@ -126,7 +126,7 @@ def _finite(values: Sequence[float] | np.ndarray, fewest: int, what: str) -> np.
     return array
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, level: float = 0.95, draws: int = 1000) -> Estimate:
+def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, level: float = 0.95, draws: int = 1000) -> Interval:
     """Percentile interval of a mean: quantiles of the means of `draws` resamples with replacement (Efron 1979).
 
     Args:
@@ -137,10 +137,10 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, level: float
     sizes = [min(rows, draws - first) for first in range(0, draws, rows)]
     means = [array[generator.integers(len(array), size=(size, len(array)))].mean(1) for size in sizes]
     low, high = np.quantile(np.concatenate(means), [(1 - _level(level)) / 2, (1 + level) / 2])
-    return Estimate(float(array.mean()), float(low), float(high), len(array))
+    return Interval(float(array.mean()), float(low), float(high), len(array))
 
 
-def t_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:
+def t_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
     """Mean +- t_{n-1} s / sqrt(n) over independent repeats, s the standard deviation with n - 1 (Student 1908).
 
     Args:
@@ -151,7 +151,7 @@ def t_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Est
     array = _finite(values, 2, "t_interval")
     n, mean = len(array), float(array.mean())
     half = float(t.ppf((1 + _level(level)) / 2, n - 1) * array.std(ddof=1) / math.sqrt(n))
-    return Estimate(mean, mean - half, mean + half, n)
+    return Interval(mean, mean - half, mean + half, n)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.choices import UserError, at_home
-from core.intervals import Estimate as Interval
-from core.intervals import difference, minus, same
+from core.intervals import Interval, difference, minus, same
 from core.records import read_records
 from reporting.families import SHORT, Run, dataset_of, differing, labels_of, runs_of
 from reporting.tables import ARROWS, Best, Estimate, best_points, known, over_runs, shown
 
-Cell = tuple[str, str, tuple[int, ...], int]  # model, fingerprint of the images, classes, seed
+Setting = tuple[str, str, tuple[int, ...], int]  # model, fingerprint of the images, classes, seed
 Points = dict[str, Best]  # method -> its chosen point
 Pair = tuple[Points, Points]
 MOST_NAMED = 8  # runs that a message names
@@ -24,10 +23,10 @@ MOST_NAMED = 8  # runs that a message names
 
 @dataclass(frozen=True)
 class Side:
-    """Some runs under one name, by cell."""
+    """Some runs under one name, by setting."""
 
     name: str
-    runs: dict[Cell, list[Run]]
+    runs: dict[Setting, list[Run]]
     metrics: dict[str, dict]
 
 
@@ -41,13 +40,13 @@ class Comparison:
 
 def side(name: str, runs: Sequence[Run]) -> Side:
     """Runs as one side."""
-    cells: dict[Cell, list[Run]] = {}
+    settings: dict[Setting, list[Run]] = {}
     for run in runs:
         first = run[0]
-        cell = (first["model"], first["images"], tuple(labels_of(first)), first["seed"])
-        cells.setdefault(cell, []).append(run)
+        setting = (first["model"], first["images"], tuple(labels_of(first)), first["seed"])
+        settings.setdefault(setting, []).append(run)
     metrics = {metric: about for run in runs for metric, about in run[0]["metrics"].items()}
-    return Side(name, cells, {metric: about for metric, about in metrics.items() if about["first"]})
+    return Side(name, settings, {metric: about for metric, about in metrics.items() if about["first"]})
 
 
 def find_side(name: str, output_dir: Path) -> Side:
@@ -81,19 +80,19 @@ def _classifier(run: Run) -> str | None:
 
 
 def _fits(one: Run, other: Run) -> bool:
-    """Whether two runs of a cell are of classifiers that may be paired: both trained by their runs, or the same one."""
+    """Whether two runs of a setting are of classifiers that may be paired: both trained by their runs, or the same one."""
     return _classifier(one) == _classifier(other) or one[0]["classifier_sha256"] == other[0]["classifier_sha256"]
 
 
 def _pairs(a: Side, b: Side) -> list[tuple[Run, Run]]:
-    """Runs of the same cell whose classifiers fit.
+    """Runs of the same setting whose classifiers fit.
 
     Raises:
         UserError: nothing is paired, or one run could be with several.
     """
     found = []
-    for cell in a.runs:
-        ours, theirs = a.runs[cell], b.runs.get(cell, [])
+    for setting in a.runs:
+        ours, theirs = a.runs[setting], b.runs.get(setting, [])
         fitting = [(run, other) for run in ours for other in theirs if _fits(run, other)]
         for run, other in fitting:
             _only_one(a, [one for one, two in fitting if two is other])

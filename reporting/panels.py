@@ -337,7 +337,7 @@ def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
 # --- masks and weights ------------------------------------------------------------------------------------
 
 
-def mask_map(runs: Sequence[Run]) -> list[Panel]:
+def mask_map_panels(runs: Sequence[Run]) -> list[Panel]:
     """Where the answer's mask switches weights off, with the sums of rows and columns; one panel per layer."""
     record = choose(runs[0], runs[0][0]["answer"])
     found = []
@@ -375,7 +375,7 @@ FIGURES: tuple[tuple[str, Callable[[Sequence[Run]], list[Panel]], bool], ...] = 
     ("confusion_difference", confusion_difference, True),
     ("class_probability", class_probability, True),
     ("forgotten_taken_for", forgotten_taken_for, True),
-    ("mask_map", mask_map, True),
+    ("mask_map", mask_map_panels, True),
     ("weight_histogram", weight_histogram, True),
 )
 

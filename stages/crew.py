@@ -7,7 +7,7 @@ from dataclasses import replace
 from core.choices import Diverged
 from core.config import TrainConfig
 from stages.setup import Setup
-from training.distributed import Group, Meeting, by_torchrun, part, torchrun_meeting
+from training.distributed import Group, Meeting, by_torchrun, leave_group, torchrun_meeting
 
 
 class Crew:
@@ -43,11 +43,11 @@ class Crew:
         while (job := meeting.next_job()) is not None:
             with suppress(Diverged):  # the first process meets the same at the same step, and says it
                 work(job, meeting.group)
-        part()
+        leave_group()
         return True
 
     def dismiss(self) -> None:
         """Let the other processes go; called by the first one at the end."""
         if meeting := self.meeting:
             meeting.announce(None)
-            part()
+            leave_group()

@@ -201,7 +201,7 @@ def torchrun_meeting(device: torch.device, seconds: float) -> Meeting:
     return meet(device, seconds)
 
 
-def part() -> None:
+def leave_group() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -288,7 +288,7 @@ def _worker(
             time.sleep(GRACE)
         raise
     finally:
-        part()
+        leave_group()
 
 
 @contextmanager

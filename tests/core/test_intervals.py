@@ -9,7 +9,7 @@ from scipy import stats
 
 from core.config import UserError
 from core.intervals import (
-    Estimate,
+    Interval,
     against,
     bootstrap_mean,
     difference,
@@ -77,7 +77,7 @@ def test_upper_ends_cover(share, count):
 
 
 def test_times_changes_the_unit():
-    assert Estimate(0.5, 0.25, 0.75, 9).times(100) == Estimate(50, 25, 75, 9)
+    assert Interval(0.5, 0.25, 0.75, 9).times(100) == Interval(50, 25, 75, 9)
 
 
 def test_t_interval_by_hand():
@@ -95,7 +95,7 @@ def test_bootstrap_is_near_the_normal_interval_and_repeatable():
     assert found.value == pytest.approx(values.mean())
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.25 * half)
     assert bootstrap_mean(values, 0) == found != bootstrap_mean(values, 1)
-    assert bootstrap_mean([0.25] * 5, 0) == Estimate(0.25, 0.25, 0.25, 5)
+    assert bootstrap_mean([0.25] * 5, 0) == Interval(0.25, 0.25, 0.25, 5)
 
 
 def test_bootstrap_of_two_values_by_enumeration():

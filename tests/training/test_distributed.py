@@ -345,7 +345,7 @@ def test_processes_that_do_not_meet(case, monkeypatch):
         begun = time.monotonic()
         with pytest.raises(UserError, match=r"do not find each other \(.+\): check the master's address and port"):
             meet(CPU, 2)
-    distributed.part()
+    distributed.leave_group()
     assert time.monotonic() - begun < 20
 
 
@@ -355,7 +355,7 @@ def test_meeting_alone(monkeypatch):
     try:
         assert meet(CPU, 2).group == ALONE
     finally:
-        distributed.part()
+        distributed.leave_group()
 
 
 def stall(group: Group, device: torch.device) -> dict:
