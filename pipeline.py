@@ -3,8 +3,10 @@
 Stages are kept under the hash of all their inputs, and so is every record: what is there is not measured again.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from core.config import KappaModes, PipelineConfig, Trackers
 from core.observe import progress
@@ -18,6 +20,7 @@ from stages.preflight import say
 from unlearn.methods import chosen_methods
 
 __all__ = ["Pipeline", "PipelineConfig"]
+T = TypeVar("T")
 
 
 class Pipeline:
@@ -40,11 +43,32 @@ class Pipeline:
 
     def run(self) -> list[dict]:
         """Run all stages, then write the report; returns one record per (topK, kappa) point."""
-        say(self.stages)
+        self.preflight()
         records = self.eval()
         self._show_masks(records)
         self.reporter.plot(records)
         return records
+
+    def train_gcn(self) -> Path:
+        """Train the graph network alone, or find it (the ELBO: for the first topK); returns its file."""
+        self.preflight(measures=False)
+        return self.run_gcn_training(self.config.topK_list[0])
+
+    def preflight(self, measures: bool = True) -> None:
+        """Say in the log what the run understood: data, classes, what is given, made, and without effect.
+
+        Args:
+            measures: whether methods will be measured.
+        """
+        say(self.stages, measures)
+
+    def with_others(self, work: Callable[[], T]) -> T | None:
+        """Do the work in the first process of torchrun's while all others help it to train; returns None in those."""
+        if self.stages.take_part():
+            return None
+        done = work()
+        self.stages.dismiss()
+        return done
 
     def run_vision_model_training(self) -> Path:
         """Train the classifier (or take the given one); returns its checkpoint."""

@@ -193,7 +193,6 @@ def run_job(job: Job, threads: int | None = None) -> dict:
 
     from core.records import record_path
     from pipeline import Pipeline
-    from stages.preflight import say
 
     if threads:
         torch.set_num_threads(threads)
@@ -204,7 +203,7 @@ def run_job(job: Job, threads: int | None = None) -> dict:
         with running(job.config.output_dir):
             pipeline = Pipeline(job.config)
             if job.speaks:
-                say(pipeline.stages)
+                pipeline.preflight()
             records = pipeline.eval()
         root = job.config.output_dir
         outcome["records"] = [str(record_path(root, record).relative_to(root)) for record in records]

@@ -23,7 +23,7 @@ from core.choices import Choice, bare, hints
 from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
 from model import save_classifier, vision_model_loader
 from reporting import terminal
-from tests.helpers.common import LOG_LINE, TINY
+from tests.helpers.common import LOG_LINE, TINY, settings_of
 from unlearn.masks import Mask
 
 ROOT = Path(main.__file__).parent
@@ -584,7 +584,7 @@ def test_equals_sign_and_underscores_mean_the_same(name, monkeypatch):
     flag = f"--{name.replace('_', '-')}"
 
     def read(*words: str) -> object:
-        config = main._configured(main._spelled(list(words)), "run", "")
+        config = settings_of(list(words))
         for part in name.split("."):
             config = getattr(config, part)
         return config
@@ -617,17 +617,21 @@ SAME = [
 @pytest.mark.parametrize(("one", "other"), SAME, ids=range(len(SAME)))
 def test_short_forms_take_an_equals_sign(one, other, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found, wanted = (main._configured(main._spelled(words), "run", "") for words in (one, other))
+    found, wanted = (settings_of(words) for words in (one, other))
     assert found == wanted
-    assert found != main._configured([], "run", "")
+    assert found != settings_of([])
 
 
 def test_switches_of_commands_take_an_equals_sign(monkeypatch, capsys):
     said = []
-    monkeypatch.setitem(main.COMMANDS, "run", lambda words: said.append(words) or 0)
-    for words in (["--quiet=true", "--json=true"], ["--quiet=false", "--json=no"]):
+
+    def command(quiet: bool = False, json: bool = False) -> None:
+        said.append((quiet, json))
+
+    monkeypatch.setitem(main.COMMANDS, "run", command)
+    for words in (["--quiet=true", "--json=true"], ["--quiet=false", "--json=no"], ["--quiet"]):
         assert main.main(["run", *words]) == 0
-    assert said == [["--quiet", "--json"], []]
+    assert said == [(True, True), (False, False), (True, False)]
     assert main.main(["run", "--quiet=perhaps"]) == 2
     assert "--quiet is 'perhaps': give true or false" in capsys.readouterr().err
 

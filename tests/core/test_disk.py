@@ -234,7 +234,7 @@ def test_a_place_that_was_never_writable_is_the_users(tmp_path):
 
 
 def test_the_commands_exit_code_is_1_without_a_traceback(tmp_path, monkeypatch, capsys):
-    def fails(_arguments):
+    def fails() -> None:
         raise MachineError("cannot write x (No space left on device): make room there and run again")
 
     monkeypatch.setitem(main.COMMANDS, "run", fails)
@@ -474,7 +474,7 @@ def test_a_worker_with_other_code_refuses(house):
 def test_an_error_of_the_machine_is_one_sentence_wherever_it_comes_up(monkeypatch, capsys, tmp_path, number):
     """A file that is only read, a folder that is listed: no place needs to expect the disk to fail."""
 
-    def fails(words: list[str]) -> int:
+    def fails() -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "h.npy"))
 
     monkeypatch.setitem(main.COMMANDS, "run", fails)
@@ -485,7 +485,7 @@ def test_an_error_of_the_machine_is_one_sentence_wherever_it_comes_up(monkeypatc
 
 
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, capsys):
-    def fails(words: list[str]) -> int:
+    def fails() -> None:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "a")
 
     monkeypatch.setitem(main.COMMANDS, "run", fails)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from commands.command_line import Environment, Settings, call
+from core.config import PipelineConfig
 from graphs.layout import WeightGraph
 from measure.metrics import Choose, Evidence, Outputs
 from model import HookedMLPClassifier, HookedModel
@@ -26,6 +28,17 @@ NO_MODEL = HookedMLPClassifier(3, 1, 2)
 NET_5432 = WeightGraph(((4, 5), (3, 4), (2, 3)), (True, True))
 APART = WeightGraph(((4, 5), (2, 3)), (False,))
 MIXED = WeightGraph(((4, 5), (7, 6), (3, 7)), (False, True))
+
+
+def settings_of(words: list[str]) -> PipelineConfig:
+    """The configuration that `main.py run` makes of these words."""
+    found = []
+
+    def command(settings: Settings) -> None:
+        found.append(settings)
+
+    assert call(command, words, "run", Environment(lambda folder: folder)) == 0
+    return found[0]
 
 
 def held(outputs: Outputs) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import main
 from commands.sweep import expand, load_sweep
 from core.config import GCNConfig, PipelineConfig, SupportedDatasets, UserError, plain, spelled, written
 from core.observe import visible
@@ -20,6 +19,7 @@ from images.names import resolve_classes
 from images.specs import SPECS
 from reporting import page
 from stages.chain import Stages
+from tests.helpers.common import settings_of
 from tests.helpers.formats import photo, write_tree
 from utils_data import get_unlearning_dataset
 
@@ -165,7 +165,7 @@ def test_yaml_keeps_the_text_of_sections(tmp_path):
 
 @pytest.mark.parametrize("words", [["--forget-class", "1", "007", "-1"], ["--forget-class=1"]])
 def test_flags_keep_the_text(words):
-    config = main._configured(words, "run", "")
+    config = settings_of(words)
     assert config.forget_class == (("1", "007", "-1") if len(words) > 1 else ("1",))
 
 
@@ -195,7 +195,7 @@ def test_the_pages_command_makes_the_same_run(numbered):
     kept = {"config": plain(written(config)), "top_k": 9, "kappa": 5, "auto": None}
     words = shlex.split(page.command([kept]))[4:]
     place = ["--output-dir", str(config.output_dir)]
-    assert Stages(main._configured([*words, *place], "run", "")).config.forget_class == (1, 2)
+    assert Stages(settings_of([*words, *place])).config.forget_class == (1, 2)
 
 
 def test_numbers_out_of_range_are_refused_before_any_image_is_read(numbered):

@@ -22,7 +22,6 @@ import tyro
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import main
 from core.config import KappaModes, PipelineConfig, SupportedDatasets, TrainConfig, plain, written
 from core.yaml_files import load_config
 from reporting.families import families, runs_of
@@ -30,6 +29,7 @@ from reporting.page import DEFAULT_CONFIG, as_page, command, rounded, sentence
 from reporting.panels import figures_of
 from reporting.tables import table
 from reporting.write import as_text
+from tests.helpers.common import settings_of
 from tests.test_reporter import record
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
@@ -234,7 +234,7 @@ def as_run(config: PipelineConfig) -> list[dict]:
 def typed_again(words: list[str]) -> PipelineConfig:
     """What main.py makes of the words of a command."""
     assert words[:4] == ["uv", "run", "main.py", "run"]
-    return replace(main._configured(words[4:], "run", ""), kappa_list=(70,))
+    return replace(settings_of(words[4:]), kappa_list=(70,))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

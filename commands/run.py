@@ -1,0 +1,150 @@
+"""What runs the pipeline: as a whole (`run`), as far as its graph network (`train-gcn`), or many times (`sweep`)."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from commands.command_line import Environment, Files, Rest, Settings, show
+from core.choices import at_home
+from core.config import PipelineConfig, Trackers, UserError
+from core.observe import be_quiet
+
+
+def run(here: Environment, settings: Settings, quiet: bool = False, json: bool = False) -> int:
+    """Run the pipeline; print its table, its answer, and where everything lies.
+
+    Args:
+        quiet: Print nothing about progress on stderr.
+        json: Print the results as one JSON object on stdout, instead of the table.
+    """
+    be_quiet(quiet)
+    config = _launched(settings, here)
+    curves = here.curves(config.output_dir)
+    from core.store import running
+    from pipeline import Pipeline
+
+    with running(config.output_dir):
+        pipeline = Pipeline(config)
+        records = pipeline.with_others(pipeline.run)
+    return 0 if records is None else _print(config, records, json, curves)
+
+
+def train_gcn(
+    here: Environment,
+    settings: Settings,
+    out: Annotated[Files, tyro.conf.arg(help_behavior_hint="(required)")] = (),
+    quiet: bool = False,
+) -> int:
+    """Train the graph network of a configuration, or find it, and copy it to a file for --gcn-path.
+
+    Args:
+        out: The .safetensors file to write.
+        quiet: Print nothing about progress on stderr.
+    """
+    be_quiet(quiet)
+    config = _launched(settings, here)
+    here.curves(config.output_dir)
+    if len(out) != 1:
+        raise UserError(f"train-gcn needs one --out FILE, found {len(out)}: name the .safetensors file to write")
+    target = at_home(out[0])
+    from core.artifacts import copy_file
+    from core.store import running
+    from pipeline import Pipeline
+
+    with running(config.output_dir):
+        pipeline = Pipeline(config)
+        if made := pipeline.with_others(pipeline.train_gcn):
+            copy_file(made, target)
+            show(target)
+    return 0
+
+
+def sweep(here: Environment, config: Files = (), quiet: bool = False, rest: Rest = ()) -> int:
+    """Carry out many runs, over lists of values for any field: local processes, Slurm or Ray.
+
+    The section `sweep` of a configuration file says which; configs/sweep_example.yaml shows how.
+
+    Args:
+        config: YAML file of settings; later files win over earlier ones.
+        quiet: Print nothing about progress on stderr.
+    """
+    be_quiet(quiet)
+    if rest or not config:
+        found = rest[0] if rest else "no --config FILE"
+        raise UserError(f"sweep found {found}: it takes --config FILE alone, see configs/sweep_example.yaml")
+    from commands.sweep import load_sweep, run_sweep, table
+
+    jobs, base = load_sweep(config)
+    here.curves(base.output_dir)
+    ended = run_sweep(jobs, base)
+    show(table(ended))
+    return 1 if any(outcome["status"] == "failed" for _, outcome in ended) else 0
+
+
+def _launched(config: PipelineConfig, here: Environment) -> PipelineConfig:
+    """The configuration as torchrun's processes carry it out: after a failure they go on from the last saved state.
+
+    Raises:
+        UserError: torchrun started several processes, each of which would do the whole run.
+    """
+    if here.torchrun and not config.train.use_ddp:
+        raise UserError("torchrun started this, but train.use_ddp is off: add --train.use-ddp, or use no torchrun")
+    return replace(config, resume=True) if here.torchrun and here.restarted else config
+
+
+# --- what a run prints ------------------------------------------------------------------------------------
+
+
+def _print(config: PipelineConfig, records: list[dict], as_json: bool, curves: Path) -> int:
+    """Print a run's table, answer and places; returns the exit code, 1 if `kappa: auto` met its target nowhere."""
+    code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
+    places = _places(config, records)
+    if as_json:
+        print(_for_programs(records, code, places))
+        return code
+    from core.records import RECORDS
+    from reporting.tables import headline, is_answered, remarks
+    from reporting.terminal import terminal_table
+
+    show(terminal_table(records, shutil.get_terminal_size((100, 24)).columns))
+    if is_answered(records):
+        show(headline(records) + "\n")
+    show("\n".join([*remarks(records), ""]))
+    show("Test figures; each method's point was chosen on validation images.")
+    if mask := places.get("mask"):
+        layers = records[0]["mask_layer"][0] if len(records[0]["mask_layer"]) == 1 else records[0]["mask_layer"]
+        show(f"mask   {mask}")
+        show(f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # unlearn/masks.py")
+    show(f"JSON   {config.output_dir / RECORDS}")
+    show(f"plots  {places['plots']}")
+    show(f"page   {places['page']}")
+    if config.tracker is Trackers.trackio:
+        show(f"logs   {curves} (uv run main.py dashboard)")
+    return code
+
+
+def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
+    """Where a run's files lie; the mask is that of its answer."""
+    from reporter import Reporter
+    from reporting.tables import answer_of
+
+    reporter, chosen = Reporter(config.output_dir), answer_of(records)
+    places = {"output": config.output_dir, "plots": reporter.plots / reporter.run_name(records[0])}
+    if chosen:
+        places["mask"] = config.output_dir / chosen["mask_path"]
+    return {name: str(path) for name, path in (places | {"page": reporter.page}).items()}
+
+
+def _for_programs(records: list[dict], code: int, places: dict[str, str]) -> str:
+    """A run's results as JSON: the table as objects, the answer, remarks, every record's id and place."""
+    import json
+
+    from core.records import record_path
+    from reporting.tables import as_json, headline, is_answered, remarks
+
+    said = {"exit": code, "headline": headline(records) if is_answered(records) else None, "remarks": remarks(records)}
+    files = [str(record_path(Path(places["output"]), record)) for record in records]
+    return json.dumps(said | {"methods": as_json(records), "records": files, **places}, indent=1)
