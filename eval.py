@@ -120,7 +120,7 @@ class Eval(Snapshots):
     def _gap(self, name: str, key: tuple, edit: Edit) -> float:
         """Avg Gap on validation images; infinite where it is not a number."""
         outputs = self.remembered(name, edit.model, self._prefix_kept(edit), keep=False)
-        value = self.evidence(edit.model, outputs, "val", retrained=self.others(name, "val")).figure(avg_gap)
+        value = self.evidence(edit.model, outputs, "val", retrained=self.others(name, "val")).value(avg_gap)
         return math.inf if value is None else value
 
     def _judge(self, name: str, key: tuple, edit: Edit) -> dict[str, dict]:
@@ -135,7 +135,7 @@ class Eval(Snapshots):
             references = {"original": self.reference(split), "retrained": self.others(name, split)}
             e = self.evidence(model, outputs, split, **references, untrained=self.untrained)
             asked = {name: entry for name, entry in self.metrics.items() if split == "test" or entry.group != "deep"}
-            judged[split] = {name: e.figure(entry.compute) for name, entry in asked.items()} | extra
+            judged[split] = {name: e.value(entry.compute) for name, entry in asked.items()} | extra
             if split == "test":
                 self.about[key]["intervals"] = intervals_of(e, asked)
                 self._right[key] = {"forget_score": e.forget.right, "retain_score": e.retain.right}

@@ -39,7 +39,7 @@ def mean_loss_and_score(
 ) -> tuple[float, float]:
     """Mean cross-entropy (nats) and accuracy (percent) over a whole loader, eval mode.
 
-    In a group, `loader` holds this process's share, and the figures are those of all shares together.
+    In a group, `loader` holds this process's share, and the values are those of all shares together.
     """
     total = correct = count = 0.0
     with inspecting(model), torch.inference_mode():
@@ -96,7 +96,7 @@ class VisionModelTrainer:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=fused)
 
     def train(self, folder: Path) -> dict:
-        """Train; write the curves to `folder`/history.json; return the last epoch's figures.
+        """Train; write the curves to `folder`/history.json; return the last epoch's values.
 
         Raises:
             UserError: the loss is no longer finite, or the state to go on from cannot be read.
@@ -122,7 +122,7 @@ class VisionModelTrainer:
         loader = self.data.get_train_loader()
         # What an attempt left is what the next one goes on from.
         given = (copy.deepcopy(self.model).cpu(), self.data, config, self.tracker, replace(state, resume=True), folder)
-        figures = launch(
+        values = launch(
             _train_share,
             given,
             workers=config.num_workers,
@@ -133,7 +133,7 @@ class VisionModelTrainer:
         self.tracker.history = self._training(loader).load(state).history
         if self.state is None:
             state.clear()
-        return figures
+        return values
 
     def _training(self, loader: DataLoader) -> Training:
         assert isinstance(loader.generator, torch.Generator)
@@ -149,7 +149,7 @@ class VisionModelTrainer:
         val_loader = group.shard(self.data.get_val_loader(), keep_empty=False)
         training = self._training(loader)
         done = self._take_up(training, group)
-        network, step, figures = group.wrap(self.model), done.step, done.figures
+        network, step, values = group.wrap(self.model), done.step, done.values
         self.tracker.history = done.history
         said, saved = -math.inf, time.monotonic()
         with self.tracker:
@@ -161,8 +161,8 @@ class VisionModelTrainer:
                 val_loss, val_score = mean_loss_and_score(self.model, val_loader, self.device, group)
                 if not math.isfinite(val_loss):
                     raise Diverged("the classifier's loss on validation images is not finite: lower train.lr")
-                figures = {"epoch": epoch, "val_loss": val_loss, "val_score": val_score}
-                self.tracker.log(step, **figures, images_per_second=rate)
+                values = {"epoch": epoch, "val_loss": val_loss, "val_score": val_score}
+                self.tracker.log(step, **values, images_per_second=rate)
                 last = epoch == self.config.epochs
                 if group.leads and (last or time.monotonic() - said > SECONDS_BETWEEN_LINES):
                     said = time.monotonic()
@@ -170,11 +170,11 @@ class VisionModelTrainer:
                     log(f"classifier: {place}, validation {val_score:.1f} %, {rate:.0f} images/s")
                 due = (hand_over or group.world > 1) if last else time.monotonic() - saved >= self.config.save_seconds
                 if group.leads and self.state and due:
-                    training.save(self.state, Progress(epoch, step, self.tracker.history, figures))
+                    training.save(self.state, Progress(epoch, step, self.tracker.history, values))
                     saved = time.monotonic()
         if group.leads:
             write_json(folder / HISTORY, {"history": self.tracker.history})
-        return figures
+        return values
 
     def _take_up(self, training: Training, group: Group) -> Progress:
         """Where to go on; the state in the file is taken up if that is asked for."""
@@ -402,7 +402,7 @@ class GCNTrainer:
         self.gcn.eval()
         write_json(folder / HISTORY, {"history": self.tracker.history})
         last = self.tracker.history[-max(1, len(batches) // 10) :]
-        figures = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "nll", "kl")}
-        if figures["nll"] > DEAD_SHARE * math.log(self.model.target(-1).out_features):
+        values = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "nll", "kl")}
+        if values["nll"] > DEAD_SHARE * math.log(self.model.target(-1).out_features):
             log(f"GCN: masks of topK {self.topK} leave nothing that predicts; try gcn.sampler gumbel or a larger topK")
-        return figures
+        return values

@@ -63,15 +63,15 @@ def peak_memory() -> int:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the flag that all benchmarks have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, help="write the figures, the machine and the versions here")
+    made.add_argument("--json", type=Path, help="write the results, the machine and the versions here")
     return made
 
 
-def keep(path: Path | None, figures: dict) -> None:
-    """Write the figures with machine and versions, if a path was given."""
+def keep(path: Path | None, results: dict) -> None:
+    """Write the results with machine and versions, if a path was given."""
     if path is not None:
         machine = {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
-        write_json(path, figures | {"machine": machine, "provenance": provenance()})
+        write_json(path, results | {"machine": machine, "provenance": provenance()})
 
 
 def for_pages(flags: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def run(
     flags = parser(description)
     for_pages(flags)
     arguments = flags.parse_args()
-    figures = measure()
-    show(figures)
-    keep(arguments.json, figures)
-    publish_all(arguments.docs, tables(figures))
+    results = measure()
+    show(results)
+    keep(arguments.json, results)
+    publish_all(arguments.docs, tables(results))

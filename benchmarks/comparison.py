@@ -7,7 +7,7 @@
 
 Fashion-MNIST; MLP: all images, batch 128, 8 epochs; ResNet-18: 12,000 images, 2 epochs. The graph network is the
 shipped one, which has seen none of these classifiers. Settings (at most 5 a method) and kappa (5 values) are chosen for
-every cell, a class of a classifier, by Avg Gap to the retrained models on validation images; figures are of test
+every cell, a class of a classifier, by Avg Gap to the retrained models on validation images; results are of test
 images. What is measured is kept cell by cell below the output folder: a second run, or two at once over different
 seeds, only adds.
 """
@@ -92,7 +92,7 @@ def evaluation_of(config: PipelineConfig) -> Eval:
 
 
 def measure(evaluation: Eval, name: str, kappas: Sequence[int]) -> dict:
-    """A method's test figures at the kappa, and with the settings, that validation images choose."""
+    """A method's test results at the kappa, and with the settings, that validation images choose."""
     seed, begun = evaluation.config.seed, time.perf_counter()
     points = [Point(1, kappa, seed) for kappa in kappas if "kappa" in METHODS[name].axes] or [Point(1, 0, seed)]
     gaps = [evaluation.validation_gap(name, point) for point in points] if len(points) > 1 else [0.0]
@@ -126,7 +126,7 @@ def cell(plan: Plan, seed: int, label: int) -> dict:
 
 
 def by_seed(cells: Sequence[dict], method: str, metric: str) -> dict[int, list[float]]:
-    """A figure's values over the classes, for each training seed."""
+    """A metric's values over the classes, for each training seed."""
     values: dict[int, list[float]] = {}
     for one in cells:
         value = one["methods"][method]["test"].get(metric)
@@ -173,9 +173,9 @@ def significance(cells: Sequence[dict], methods: Sequence[str], metric: str) -> 
         method: {(one["class"], one["seed"]): one["methods"][method]["test"][metric] for one in cells}
         for method in methods
     }
-    figures = {method: values for method, values in measured.items() if None not in values.values()}
+    results = {method: values for method, values in measured.items() if None not in values.values()}
     rows = [["method", f"{metric}: it minus MIMU refined", "n", "test", "p", "p (Holm)"]]
-    for method, test in against(figures, "mimu_refined").items():
+    for method, test in against(results, "mimu_refined").items():
         shown = [f"{test.difference:.3g}", f"{test.n} ({test.unit})", test.test, f"{test.p:.2g}", f"{test.p_holm:.2g}"]
         rows.append([METHODS[method].label, *shown])
     return rows

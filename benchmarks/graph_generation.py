@@ -51,7 +51,7 @@ def plain(model: HookedMLPClassifier, images: torch.Tensor, labels: torch.Tensor
 
 
 def measure() -> dict:
-    """All figures of the benchmark."""
+    """All results of the benchmark."""
     torch.manual_seed(0)
     model, data = HookedMLPClassifier(10, 1, 28).eval(), random_data(STORED, BATCH)
     images, labels = data.splits["train"].batch(slice(0, BATCH))
@@ -83,36 +83,36 @@ def measure() -> dict:
     }
 
 
-def show(figures: dict) -> None:
+def show(results: dict) -> None:
     """A table for people."""
-    line(f"capture of a batch of {BATCH}", figures["batched"])
-    line(f"autograd, {SINGLES} samples one at a time", figures["one_by_one"])
-    line(f"plain forward + backward of the batch, {BATCH}", figures["plain"])
-    rate = BATCH / statistics.median(figures["batched"])
-    print(f"capture: {rate:,.0f} samples/s, {figures['speed_up']:.0f} times one at a time,")
-    print(f"         {100 * figures['share_of_plain']:.0f} % of plain forward + backward")
-    whole = statistics.median(figures["plain"]) / figures["generate_seconds_per_batch"]
+    line(f"capture of a batch of {BATCH}", results["batched"])
+    line(f"autograd, {SINGLES} samples one at a time", results["one_by_one"])
+    line(f"plain forward + backward of the batch, {BATCH}", results["plain"])
+    rate = BATCH / statistics.median(results["batched"])
+    print(f"capture: {rate:,.0f} samples/s, {results['speed_up']:.0f} times one at a time,")
+    print(f"         {100 * results['share_of_plain']:.0f} % of plain forward + backward")
+    whole = statistics.median(results["plain"]) / results["generate_seconds_per_batch"]
     print(f"reading, capture and writing together: {100 * whole:.0f} % of plain forward + backward")
-    for name, times in figures["times_smaller"].items():
+    for name, times in results["times_smaller"].items():
         print(f"stored graphs of {name}: {times:.0f} times smaller than dense features")
-    grown, stored = figures["memory_growth_bytes"] / 1e6, figures["stored_bytes"] / 1e6
+    grown, stored = results["memory_growth_bytes"] / 1e6, results["stored_bytes"] / 1e6
     print(
         f"{STORED:,} graphs, {stored:.0f} MB, were written; beyond a copy of their images memory grew by {grown:.0f} MB"
     )
 
 
-def tables(figures: dict) -> Tables:
+def tables(results: dict) -> Tables:
     """Return the table of docs/speed.md."""
-    whole = statistics.median(figures["plain"]) / figures["generate_seconds_per_batch"]
-    share = f"{100 * figures['share_of_plain']:.0f} % of its rate"
+    whole = statistics.median(results["plain"]) / results["generate_seconds_per_batch"]
+    share = f"{100 * results['share_of_plain']:.0f} % of its rate"
     rows = [
         ["what", "value"],
-        ["graphs of a batch / autograd one sample at a time, MLP", f"{figures['speed_up']:.0f} times faster"],
+        ["graphs of a batch / autograd one sample at a time, MLP", f"{results['speed_up']:.0f} times faster"],
         [
             "graphs of a batch / its plain forward + backward",
             f"{share}; with reading images and writing graphs {100 * whole:.0f} %",
         ],
-        ["dense features / stored graph, 128 x 512", f"{figures['times_smaller']['128 x 512']:.0f}"],
+        ["dense features / stored graph, 128 x 512", f"{results['times_smaller']['128 x 512']:.0f}"],
     ]
     return {"speed_graph_generation": (f"medians of {REPEATS} repeats", rows)}
 

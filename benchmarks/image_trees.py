@@ -176,9 +176,9 @@ def pictures(root: Path, store: Path, repeats: int) -> dict:
     anew = epoch(None)
     later = [epoch(cache) for _ in range(1 + repeats)][1:]
     wall, processor = (ratio([one[part] for one in first], [one[part] for one in bare]) for part in (0, 1))
-    figures = {"images": len(sound), "decode_seconds": median(seconds for seconds, _ in bare)}
-    figures |= {"first_pass_ratio": wall, "first_pass_processor_ratio": processor}
-    return figures | {"epoch_images_per_second": median(later), "decoded_anew_images_per_second": anew}
+    results = {"images": len(sound), "decode_seconds": median(seconds for seconds, _ in bare)}
+    results |= {"first_pass_ratio": wall, "first_pass_processor_ratio": processor}
+    return results | {"epoch_images_per_second": median(later), "decoded_anew_images_per_second": anew}
 
 
 MEMORY = """
@@ -200,27 +200,27 @@ print(seconds, processor, len(tree), int(peak) / 1024)
 def million(root: Path, store: Path) -> dict:
     """Seconds and peak memory [MiB, imports included] of fresh processes that index a tree and that reopen it."""
     shutil.rmtree(store, ignore_errors=True)
-    figures: dict[str, float] = {}
+    results: dict[str, float] = {}
     for name in ("cold", "cached"):
         command = [sys.executable, "-c", MEMORY, str(root), str(store)]
         paths = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
         said = subprocess.run(command, capture_output=True, text=True, check=True, env=paths)
         seconds, processor, files, mib = map(float, said.stdout.split())
-        figures |= {
+        results |= {
             f"{name}_seconds": seconds,
             f"{name}_processor_seconds": processor,
             f"{name}_peak_mib": mib,
             "files": files,
         }
-    return figures
+    return results
 
 
-def tables(figures: dict, given: argparse.Namespace) -> Tables:
-    """Return the table of docs/speed.md that the figures belong to."""
+def tables(results: dict, given: argparse.Namespace) -> Tables:
+    """Return the table of docs/speed.md that the results belong to."""
     head = ["what", "value"]
     if given.million:
         sizes = {
-            name: f"{figures[f'{name}_seconds']:.2g} s, {figures[f'{name}_peak_mib']:.0f} MiB"
+            name: f"{results[f'{name}_seconds']:.2g} s, {results[f'{name}_peak_mib']:.0f} MiB"
             for name in ("cold", "cached")
         }
         what = f"{given.million / 1e6:g} million images: cold index"
@@ -230,12 +230,12 @@ def tables(figures: dict, given: argparse.Namespace) -> Tables:
                 [head, [what, sizes["cold"]], ["the same from the cached index", sizes["cached"]]],
             )
         }
-    rates = f"{figures['images_per_second']:,.0f} / {figures['torchvision_images_per_second']:,.0f}"
-    loaded = f"{figures['ratio']:.2f} ({rates}), 2 cores {100 * figures['busy']:.0f} % busy"
+    rates = f"{results['images_per_second']:,.0f} / {results['torchvision_images_per_second']:,.0f}"
+    loaded = f"{results['ratio']:.2f} ({rates}), 2 cores {100 * results['busy']:.0f} % busy"
     rows = [
         head,
         [f"folder of {given.count:,} JPEGs: images/s / torchvision's ImageFolder and DataLoader", loaded],
-        ["its start-up, ImageFolder / cached index", f"{figures['start_ratio']:.0f}"],
+        ["its start-up, ImageFolder / cached index", f"{results['start_ratio']:.0f}"],
     ]
     return {"speed_image_trees": (f"medians of {given.repeats} repeats", rows)}
 
@@ -252,18 +252,18 @@ def main() -> None:
     given: argparse.Namespace = made.parse_args()
     store = given.root / "store"
     if given.pictures:
-        figures = pictures(given.pictures, store, given.repeats)
+        results = pictures(given.pictures, store, given.repeats)
     elif given.million:
-        figures = million(make_tree(given.root, given.million, (32, 24)), store)
+        results = million(make_tree(given.root, given.million, (32, 24)), store)
     else:
         root = make_tree(given.root, given.count, (500, 375))
-        figures = starting(root, store, given.repeats) | loading(root, store, given.batches, given.repeats)
-        figures["peak_bytes"] = peak_memory()
-    for name, value in figures.items():
+        results = starting(root, store, given.repeats) | loading(root, store, given.batches, given.repeats)
+        results["peak_bytes"] = peak_memory()
+    for name, value in results.items():
         print(f"{name:32} {value:12.3f}")
-    keep(given.json, figures)
+    keep(given.json, results)
     if not given.pictures:
-        publish_all(given.docs, tables(figures, given))
+        publish_all(given.docs, tables(results, given))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def exponent(x: list[int], y: list[float]) -> float:
 
 
 def measure(full: bool) -> dict:
-    """All figures of the benchmark."""
+    """All results of the benchmark."""
     torch.manual_seed(0)
     gcn = MaskingGCN(num_message_passing_rounds=ROUNDS, hidden_dim=WIDTH)
     activation = 4 * WIDTH * math.prod(LARGE)
@@ -159,7 +159,7 @@ def measure(full: bool) -> dict:
     begun = time.perf_counter()
     head_pass(gcn)()
     head = time.perf_counter() - begun
-    figures = {
+    results = {
         "closed_small": small,
         "edges_small": edges,
         "closed_large": large,
@@ -170,31 +170,31 @@ def measure(full: bool) -> dict:
         "growth": growth(gcn),
         "edges_large_is_scaled": not full,
     }
-    figures["floor_seconds"] = ROUNDS * 2 * activation / figures["bandwidth"]
+    results["floor_seconds"] = ROUNDS * 2 * activation / results["bandwidth"]
     if full:
         run, begun = edge_pass(gcn, *LARGE), time.perf_counter()
         run()
-        return figures | {"edges_large": [time.perf_counter() - begun]}
-    return figures | {"edges_large": [value * scale for value in edges]}
+        return results | {"edges_large": [time.perf_counter() - begun]}
+    return results | {"edges_large": [value * scale for value in edges]}
 
 
-def show(figures: dict) -> None:
+def show(results: dict) -> None:
     """A table for people."""
-    mark, name = "~" if figures["edges_large_is_scaled"] else " ", f"{LARGE[0]} x {LARGE[1]}"
-    line(f"closed form, {SMALL[0]} x {SMALL[1]}", figures["closed_small"])
-    line(f"edge list,   {SMALL[0]} x {SMALL[1]}", figures["edges_small"])
-    line(f"closed form, {name}", figures["closed_large"])
-    line(f"edge list,   {name}", figures["edges_large"], mark)
-    closed, floor = statistics.median(figures["closed_large"]), figures["floor_seconds"]
-    small = ratio(figures["edges_small"], figures["closed_small"])
+    mark, name = "~" if results["edges_large_is_scaled"] else " ", f"{LARGE[0]} x {LARGE[1]}"
+    line(f"closed form, {SMALL[0]} x {SMALL[1]}", results["closed_small"])
+    line(f"edge list,   {SMALL[0]} x {SMALL[1]}", results["edges_small"])
+    line(f"closed form, {name}", results["closed_large"])
+    line(f"edge list,   {name}", results["edges_large"], mark)
+    closed, floor = statistics.median(results["closed_large"]), results["floor_seconds"]
+    small = ratio(results["edges_small"], results["closed_small"])
     print(f"edge list / closed form, {SMALL[0]} x {SMALL[1]}: {small:.0f}")
-    print(f"edge list / closed form, {name}: {mark}{statistics.median(figures['edges_large']) / closed:.0f}")
-    print(f"memory bandwidth {figures['bandwidth'] / 1e9:.1f} GB/s: activations once per round {1e3 * floor:.2f} ms")
+    print(f"edge list / closed form, {name}: {mark}{statistics.median(results['edges_large']) / closed:.0f}")
+    print(f"memory bandwidth {results['bandwidth'] / 1e9:.1f} GB/s: activations once per round {1e3 * floor:.2f} ms")
     print(f"closed form / floor: {closed / floor:.1f} (forward and backward each once: {closed / floor / 2:.1f})")
-    print(f"extra memory: {figures['extra_activations']:.1f} activations of {name} x {WIDTH}")
-    head = f"{figures['head_seconds']:.1f} s, peak of the process {figures['head_peak_bytes'] / 1e9:.2f} GB"
+    print(f"extra memory: {results['extra_activations']:.1f} activations of {name} x {WIDTH}")
+    head = f"{results['head_seconds']:.1f} s, peak of the process {results['head_peak_bytes'] / 1e9:.2f} GB"
     print(f"head {HEAD[0]} x {HEAD[1]}, features to mask: {head}")
-    grown = figures["growth"]
+    grown = results["growth"]
     for nodes, taken, size in zip(grown["nodes"], grown["seconds"], grown["bytes"], strict=True):
         print(f"N = {nodes:9,}: {1e3 * taken:9.2f} ms, {size / 1e6:8.1f} MB")
     print(f"time grows as N^{grown['exponent']:.2f}")
@@ -246,36 +246,36 @@ def show_busy(taken: dict) -> None:
     print(f"means, idle, after / before: {after['idle'] / before['idle']:.2f}")
 
 
-def tables(figures: dict) -> Tables:
+def tables(results: dict) -> Tables:
     """Return the table of docs/speed.md."""
-    closed, name = statistics.median(figures["closed_large"]), f"{LARGE[0]} x {LARGE[1]}"
-    edges = statistics.median(figures["edges_large"]) / closed
-    scaled = " (the edge list scaled up from a smaller layer)" if figures["edges_large_is_scaled"] else ""
-    bandwidth = f"{figures['bandwidth'] / 1e9:.0f} GB/s"
+    closed, name = statistics.median(results["closed_large"]), f"{LARGE[0]} x {LARGE[1]}"
+    edges = statistics.median(results["edges_large"]) / closed
+    scaled = " (the edge list scaled up from a smaller layer)" if results["edges_large_is_scaled"] else ""
+    bandwidth = f"{results['bandwidth'] / 1e9:.0f} GB/s"
     head = f"a {HEAD[0]:,} x {HEAD[1]:,} head from features to mask (GCN forward + backward, sampler)"
     floor = f"its time / reading and writing its activations once per round, at the {bandwidth} measured beside it"
     rows = [
         ["what", "value"],
         [f"message passing over {name}, forward + backward: edge list / closed form", f"{edges:,.0f}{scaled}"],
-        [floor, f"{closed / figures['floor_seconds']:.1f}"],
-        [f"its extra memory, in activations [{LARGE[0]}, {LARGE[1]}, {WIDTH}]", f"{figures['extra_activations']:.1f}"],
-        [head, f"{figures['head_seconds']:.1f} s, {figures['head_peak_bytes'] / 1e9:.1f} GB"],
+        [floor, f"{closed / results['floor_seconds']:.1f}"],
+        [f"its extra memory, in activations [{LARGE[0]}, {LARGE[1]}, {WIDTH}]", f"{results['extra_activations']:.1f}"],
+        [head, f"{results['head_seconds']:.1f} s, {results['head_peak_bytes'] / 1e9:.1f} GB"],
         [
             f"growth of time with the number of weights, 2^{GROWTH[0]} to 2^{GROWTH[-1]}",
-            f"N^{figures['growth']['exponent']:.2f}",
+            f"N^{results['growth']['exponent']:.2f}",
         ],
     ]
     return {"speed_message_passing": ("medians of 5 to 21 repeats; the edge list of 128 x 512 and the head: 1", rows)}
 
 
-def plot(figures: dict, path: Path) -> None:
+def plot(results: dict, path: Path) -> None:
     """Time and memory against N."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    grown = figures["growth"]
+    grown = results["growth"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     left.loglog(grown["nodes"], grown["seconds"], "o-", label=f"$N^{{{grown['exponent']:.2f}}}$")
     left.set(xlabel="weights N", ylabel="seconds, forward + backward")
@@ -304,12 +304,12 @@ def main() -> None:
         show_busy(taken)
         keep(arguments.json, taken)
         return
-    figures = measure(arguments.full)
-    show(figures)
-    keep(arguments.json, figures)
-    publish_all(arguments.docs, tables(figures))
+    results = measure(arguments.full)
+    show(results)
+    keep(arguments.json, results)
+    publish_all(arguments.docs, tables(results))
     if arguments.plot:
-        plot(figures, arguments.plot)
+        plot(results, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     uv run benchmarks/page.py --records DIR [--json PATH] [--docs]
 
 DIR is an output folder with records (make some with `uv run main.py --output-dir DIR`). Its first run stands for ten of
-fifty points each, same figures, other seeds and kappas. Seconds are chromium's own, from the start of navigation until
+fifty points each, same values, other seeds and kappas. Seconds are chromium's own, from the start of navigation until
 the page's script has drawn the first run, beside those of an empty page.
 """
 

@@ -151,18 +151,18 @@ def simulated(job: dict, starting: float) -> dict:
 
 
 def measure() -> dict:
-    """All figures of the benchmark."""
+    """All results of the benchmark."""
     reuse_freed_memory()  # as a run does
     job = one_job()
     found = {"launches": launches(), "throughput": throughput(), "job": job}
     return found | {"simulated": simulated(job, found["launches"][0])}
 
 
-def show(figures: dict) -> None:
+def show(results: dict) -> None:
     """Tables for people."""
-    first, *later = figures["launches"]
+    first, *later = results["launches"]
     print(f"launch of 2 processes: first {first:.1f} s, later {statistics.median(later):.2f} s (n = {len(later)})")
-    for name, rows in figures["throughput"].items():
+    for name, rows in results["throughput"].items():
         same = [row["2 x 1"] / row["1 x 2"] for row in rows]
         best = [row["2 x 1"] / max(row["1 x 1"], row["1 x 2"]) for row in rows]
         for label, ratios in (("1 x 2", same), ("the better of 1 x 1 and 1 x 2", best)):
@@ -170,33 +170,33 @@ def show(figures: dict) -> None:
             print(f"{name}: 2 processes x 1 thread / {label}: {statistics.median(ratios):.2f} ({spread})")
         idle = [row["1 x 2"] / row["1 x 1"] for row in rows]
         print(f"  1 x 2 / 1 x 1: {statistics.median(idle):.2f} (well below 1: the machine is busy, the first is void)")
-    job = figures["job"]
+    job = results["job"]
     print("stages of a job, s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in job["stages"].items()))
     print(f"whole job {job['whole']:.1f} s, one that finds its stages {job['own']:.1f} s")
     print(f"memory {job['memory'] / 2**20:.0f} MB; files {job['files']}, bytes {job['bytes']}")
     print(f"simulated, {SEEDS} classifiers x {CLASSES} classes, jobs/hour:")
     for workers in WORKERS:
-        row = ", ".join(f"{name} {values[workers]:.0f}" for name, values in figures["simulated"].items())
+        row = ", ".join(f"{name} {values[workers]:.0f}" for name, values in results["simulated"].items())
         print(f"  {workers:2} workers: {row}")
 
 
-def tables(figures: dict) -> Tables:
+def tables(results: dict) -> Tables:
     """Return the tables of docs/scaling.md."""
-    first, *later = figures["launches"]
+    first, *later = results["launches"]
     rows = [
         ["measured", "value"],
         ["launch of 2 processes, the first in a process", f"{first:.1f} s"],
         ["launch of 2 processes, later ones", f"{statistics.median(later):.2f} s"],
     ]
     what = "images/s of 2 processes x 1 thread / of 1 process x 2 threads"
-    for name, repeats in figures["throughput"].items():
+    for name, repeats in results["throughput"].items():
         ratios = [row["2 x 1"] / row["1 x 2"] for row in repeats]
         spread = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         label = f"{what}: {name}" if len(rows) == 3 else f"the same, {name}"
         rows.append([label, f"{statistics.median(ratios):.2f} ({spread})"])
     jobs = [["workers", "jobs of one classifier together", "classifiers in turn"]]
     jobs += [
-        [str(workers), *(f"{figures['simulated'][order][workers]:,.0f}" for order in ("together", "in turn"))]
+        [str(workers), *(f"{results['simulated'][order][workers]:,.0f}" for order in ("together", "in turn"))]
         for workers in WORKERS
     ]
     repeated = f"{len(later)} launches after the first; {REPEATS} repeats for each ratio, all of them in brackets"

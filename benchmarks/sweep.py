@@ -27,7 +27,7 @@ IMAGES, BATCH, REPEATS = 4000, 256, 7
 
 
 def measure() -> dict:
-    """All figures of the benchmark."""
+    """All results of the benchmark."""
     torch.manual_seed(0)
     data = random_data(IMAGES, BATCH)
     model, theta = HookedResnet(10, 1, 28).eval(), torch.randn(10, 128, 512)
@@ -48,19 +48,19 @@ def measure() -> dict:
     return {"full": seconds(full, 5), "points": points}
 
 
-def show(figures: dict) -> None:
+def show(results: dict) -> None:
     """A table for people."""
-    line(f"full evaluation pass, {2 * IMAGES:,} images", figures["full"])
-    for name, values in figures["points"].items():
+    line(f"full evaluation pass, {2 * IMAGES:,} images", results["full"])
+    for name, values in results["points"].items():
         line(f"one more point of {name}", values)
-        print(f"  {100 * statistics.median(values) / statistics.median(figures['full']):.2f} % of a full pass")
+        print(f"  {100 * statistics.median(values) / statistics.median(results['full']):.2f} % of a full pass")
 
 
-def tables(figures: dict) -> Tables:
+def tables(results: dict) -> Tables:
     """Return the table of docs/speed.md."""
     shares = {
-        name: f"{100 * statistics.median(values) / statistics.median(figures['full']):.1f} %"
-        for name, values in figures["points"].items()
+        name: f"{100 * statistics.median(values) / statistics.median(results['full']):.1f} %"
+        for name, values in results["points"].items()
     }
     what = "one more point of mimu (random) / a full evaluation pass, ResNet-18"
     rows = [["what", "value"], [what, f"{shares['mimu']} ({shares['random']})"]]

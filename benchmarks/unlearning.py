@@ -306,13 +306,13 @@ def main() -> None:
     if arguments.masks:
         write_masks(scope, arguments.masks)
         return
-    figures: dict[str, object] = {"full": scope.full}
+    results: dict[str, object] = {"full": scope.full}
     for name in arguments.sections:
         rows = SECTIONS[name](scope)
-        figures[name] = {
+        results[name] = {
             row.name: {key: [asdict(score) for score in scores] for key, scores in row.scores.items()} for row in rows
         }
-    keep(arguments.json, figures)
+    keep(arguments.json, results)
     publish_all(arguments.docs, scope.tables)
 
 

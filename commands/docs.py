@@ -38,13 +38,13 @@ def _of_shape(value: object, holds: Callable[[object], bool]) -> bool:
 def _sound(record: dict) -> bool:
     """Whether all that the pages read of a record is there, of the right types."""
 
-    def figures(of: object) -> bool:
+    def numbers(of: object) -> bool:
         return _of_shape(of, lambda value: value is None or isinstance(value, (int, float)))
 
     def said(of: object) -> bool:
         return isinstance(of, list) and all(isinstance(one, dict) and {"key", "sentence"} <= set(one) for one in of)
 
-    shapes = {"methods": figures, "settings": lambda of: of is None or isinstance(of, dict), "verdicts": said}
+    shapes = {"methods": numbers, "settings": lambda of: of is None or isinstance(of, dict), "verdicts": said}
     return {*ABOUT, *KEPT} <= set(record) and all(_of_shape(record[key], holds) for key, holds in shapes.items())
 
 
@@ -64,7 +64,7 @@ def extract(path: Path) -> dict:
 
 
 def shown(value: object) -> str:
-    """A figure with DIGITS digits; "-" where there is none."""
+    """A value with DIGITS digits; "-" where there is none."""
     if value is None or isinstance(value, str):
         return value or "-"
     return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
@@ -95,9 +95,9 @@ def method_section(entry: Method, example: Example) -> str:
     lines.append(f"- depends on: {', '.join(entry.axes) or 'no sweep axis'}")
     tuned = "; ".join(settings(one) for one in entry.grid)
     lines.append(f"- settings: {tuned}" + (" (the first is the default)" if len(entry.grid) > 1 else ""))
-    figures = example["methods"].get(entry.name)
-    if figures:
-        values = ", ".join(f"{name} {shown(figures.get(name))}" for name in SHOWN)
+    measured = example["methods"].get(entry.name)
+    if measured:
+        values = ", ".join(f"{name} {shown(measured.get(name))}" for name in SHOWN)
         used = example["settings"].get(entry.name)
         lines.append(f"- example: {values}" + (f"; with {settings(used)}" if used else ""))
         lines += [f"- verdict: {one['key']} ({one['sentence']})" for one in example["verdicts"].get(entry.name, [])]
@@ -121,9 +121,9 @@ def methods_page(methods: Mapping[str, Method], example: Example) -> str:
 
 def metric_section(entry: Metric, example: Example) -> str:
     """One metric's part of the page."""
-    figures = example["methods"]
-    present = [name for name in BESIDE if name in figures]
-    values = ", ".join(f"{METHODS[name].label} {shown(figures[name].get(entry.name))}" for name in present)
+    measured = example["methods"]
+    present = [name for name in BESIDE if name in measured]
+    values = ", ".join(f"{METHODS[name].label} {shown(measured[name].get(entry.name))}" for name in present)
     lines = [f"## `{entry.name}` [{entry.unit}]", "", entry.definition, ""]
     lines.append(f"- better: {ARROWS[entry.better]}; target: {entry.target or '-'}")
     lines.append(f"- group: {entry.group} ({GROUPS[entry.group]})")

@@ -113,7 +113,7 @@ def _print(config: PipelineConfig, records: list[dict], as_json: bool, curves: P
     if is_answered(records):
         show(headline(records) + "\n")
     show("\n".join([*remarks(records), ""]))
-    show("Test figures; each method's point was chosen on validation images.")
+    show("Test values; each method's point was chosen on validation images.")
     if mask := places.get("mask"):
         layers = records[0]["mask_layer"][0] if len(records[0]["mask_layer"]) == 1 else records[0]["mask_layer"]
         show(f"mask   {mask}")

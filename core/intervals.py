@@ -1,6 +1,6 @@
 """Intervals for what is measured, and paired tests between methods. No torch: numpy, and scipy where a table is needed.
 
-One run is uncertain by its finite set of images (Wilson for shares, bootstrap for means of other figures); repeats are
+One run is uncertain by its finite set of images (Wilson for shares, bootstrap for means of other values); repeats are
 uncertain by the training seed (t intervals over seeds). Shares are in [0, 1]; `Interval.times(100)` gives percent.
 """
 
@@ -15,15 +15,15 @@ from core.config import UserError
 
 FEWEST_CELLS = 6  # with n pairs the smallest two-sided p of the exact signed-rank test is 2 / 2^n: .0625 for 5
 UNIT = "class x seed"
-CLOSE, DUST = 1e-9, 1e-12  # figures that differ by less, as a share of them or at all, differ by rounding alone
+CLOSE, DUST = 1e-9, 1e-12  # values that differ by less, as a share of them or at all, differ by rounding alone
 RESAMPLED = 2**17  # values drawn at a time: they stay in the processor's cache
 ClassAndSeed = tuple[int, int]
-Figures = Mapping[str, Mapping[ClassAndSeed, float | None]]
+Values = Mapping[str, Mapping[ClassAndSeed, float | None]]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its interval; n: how many images (or seeds) it rests on."""
+    """A value with its interval; n: how many images (or seeds) it rests on."""
 
     value: float
     low: float
@@ -36,7 +36,7 @@ class Interval:
 
 
 def same(a: float, b: float) -> bool:
-    """Whether two figures are equal but for rounding: the one rule for every choice and comparison."""
+    """Whether two values are equal but for rounding: the one rule for every choice and comparison."""
     return math.isclose(a, b, rel_tol=CLOSE, abs_tol=DUST)
 
 
@@ -47,7 +47,7 @@ def minus(a: float, b: float) -> float:
 
 @dataclass(frozen=True)
 class Test:
-    """A method against ours: mean of (its figure minus ours) over n paired units; nan where no test can be made."""
+    """A method against ours: mean of (its value minus ours) over n paired units; nan where no test can be made."""
 
     __test__ = False  # for pytest: this is no test class
 
@@ -130,7 +130,7 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, level: float
     """Percentile interval of a mean: quantiles of the means of `draws` resamples with replacement (Efron 1979).
 
     Args:
-        values: one figure per image [S]. seed: of the resampling; the same gives the same interval.
+        values: one value per image [S]. seed: of the resampling; the same gives the same interval.
     """
     array, generator = _finite(values, 1, "bootstrap_mean"), np.random.default_rng(seed)
     rows = max(1, RESAMPLED // len(array))  # a thousand small calls take longer than what they do
@@ -144,7 +144,7 @@ def t_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Int
     """Mean +- t_{n-1} s / sqrt(n) over independent repeats, s the standard deviation with n - 1 (Student 1908).
 
     Args:
-        values: one figure per training seed (means over classes, say), at least two.
+        values: one value per training seed (means over classes, say), at least two.
     """
     from scipy.stats import t
 
@@ -183,19 +183,19 @@ def paired(differences: Sequence[float]) -> Test:
     return Test(mean, n, UNIT, "Wilcoxon signed-rank", p)
 
 
-def against(figures: Figures, ours: str) -> dict[str, Test]:
+def against(values: Values, ours: str) -> dict[str, Test]:
     """Every other method against `ours` on one metric, paired over the cells that both have, Holm-corrected.
 
     Args:
-        figures: {method: {(class, seed): value}}; None where a figure cannot be said.
+        values: {method: {(class, seed): value}}; None where a value cannot be said.
 
     Raises:
         UserError: `ours` is not among the methods.
     """
-    if ours not in figures:
-        raise UserError(f"there are no figures of {ours!r}: choose from {', '.join(figures)}")
-    base, tests = figures[ours], {}
-    for name, cells in figures.items():
+    if ours not in values:
+        raise UserError(f"there are no values of {ours!r}: choose from {', '.join(values)}")
+    base, tests = values[ours], {}
+    for name, cells in values.items():
         pairs = [(value, base.get(cell)) for cell, value in cells.items()]
         if name != ours:
             tests[name] = paired([a - b for a, b in pairs if a is not None and b is not None])

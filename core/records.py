@@ -14,7 +14,7 @@ from core.observe import log
 
 Check = Callable[[object], str]
 SCORES = ("forget_score", "retain_score")  # always measured: points, verdicts and the answer rest on them
-MOST = 1e30  # of any figure: sums and squares of larger ones are no numbers
+MOST = 1e30  # of any value: sums and squares of larger ones are no numbers
 BETTER = ("higher", "lower", "retrain")
 AXES = ("topK", "kappa", "seed")
 
@@ -143,7 +143,7 @@ def _short(value: object) -> str:
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,79}"  # of what becomes part of a path
 name, key, scalar = text(NAME), text(r"[A-Za-z0-9_-]{1,80}"), either(text(), number(), one_of(True, False, None))
-figures = named(maybe(number()), keys=NAME)
+metric_values = named(maybe(number()), keys=NAME)
 ALWAYS = {**dict.fromkeys(SCORES, number()), "seconds": number(0), "weights_changed": whole()}
 NEVER = dict.fromkeys(ALWAYS, one_of(None))
 measured = either(named(maybe(number()), NEVER, NAME), named(maybe(number()), ALWAYS, NAME))
@@ -232,7 +232,7 @@ MORE: dict[str, Check] = {
     "mask_sha256": by_method(key),
     "costs": named(text()),
     "references": rows(named(anything, {"index": whole(), "sane": one_of(True, False), "why": maybe(text())})),
-    "degradation": by_method(figures),
+    "degradation": by_method(metric_values),
     "mask_efficacy": named(maybe(number())),
     "samples": only(images=rows(text(r"[A-Za-z0-9+/=]{0,100000}")), labels=rows(whole())),
     "said_of_samples": by_method(maybe(rows(rows(number(0), least=2, most=2)))),
@@ -272,7 +272,7 @@ def _contradiction(record: Mapping) -> str:
         lacking = {record[part][method]["seconds"] is None for part in ("methods", "validation")}
         lacking |= {record["class_probability"][method] is None}
         if len(lacking) > 1 or (lacking == {True} and method in ("default", record["answer"])):
-            return f"figures of {method} are lacking"
+            return f"values of {method} are lacking"
     count, forgotten = record["num_classes"], record["forget_class"]
     if max(forgotten) >= count or len(set(forgotten)) < len(forgotten):
         return f"forget_class is {forgotten}, the dataset has {count} classes"

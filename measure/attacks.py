@@ -1,6 +1,6 @@
 """Membership inference: small classifiers and tests that guess, from a model's outputs, what it was trained on.
 
-None draws at random and none sees an order: figures are rounded to a grid and enter with their counts as sample
+None draws at random and none sees an order: values are rounded to a grid and enter with their counts as sample
 weights, which to an SVC or a logistic regression is the same as entering one by one. Both sides weigh the same, so
 that no attack wins by guessing the larger one.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-GRID = 100  # steps per unit of the figure (a probability, or nats): an SVC takes time quadratic in distinct values
+GRID = 100  # steps per unit of the value (a probability, or nats): an SVC takes time quadratic in distinct values
 FALSE_ALARMS = 0.01  # the false-positive rate at which true positives are counted
 
 Attack = Callable[[np.ndarray, np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
@@ -42,10 +42,10 @@ def svc_calls(members: Tensor, others: Tensor, asked: Tensor) -> float:
     """Share of `asked` that an SVC calls members: RBF kernel, C = 3, gamma auto = 1 (arXiv:2304.04934).
 
     Args:
-        members, others, asked: one figure per image, [M], [N], [S]. Both sides weigh min(M, N) images.
+        members, others, asked: one value per image, [M], [N], [S]. Both sides weigh min(M, N) images.
 
     Returns:
-        A share in [0, 1]; NaN if a figure is not finite.
+        A share in [0, 1]; NaN if a value is not finite.
     """
     from sklearn.svm import SVC
 
@@ -69,15 +69,15 @@ def logistic_calls(members: Tensor, others: Tensor, asked: Tensor) -> float:
 
 
 def roc(members: Tensor, others: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The ROC curve of "the higher the figure, the likelier a member": false and true positive rates, from 0 to 1.
+    """The ROC curve of "the higher the value, the likelier a member": false and true positive rates, from 0 to 1.
 
-    Equal figures share one corner, so the straight line across it is what guessing among them gives.
+    Equal values share one corner, so the straight line across it is what guessing among them gives.
     """
     from sklearn.metrics import roc_curve
 
-    figures = np.concatenate([others.cpu().numpy(), members.cpu().numpy()])
+    values = np.concatenate([others.cpu().numpy(), members.cpu().numpy()])
     truth = np.repeat([0, 1], [len(others), len(members)])
-    false, true, _ = roc_curve(truth, figures, drop_intermediate=False)
+    false, true, _ = roc_curve(truth, values, drop_intermediate=False)
     return false, true
 
 
@@ -85,10 +85,10 @@ def separation(members: Tensor, others: Tensor) -> float:
     """Area under the ROC curve, P(member > other) + P(equal) / 2: 0.5 if they cannot be told apart, else up to 1.
 
     Args:
-        members, others: one figure per image, [M] and [N].
+        members, others: one value per image, [M] and [N].
 
     Returns:
-        A share in [0, 1]; NaN if a figure is not finite.
+        A share in [0, 1]; NaN if a value is not finite.
     """
     from sklearn.metrics import auc
 

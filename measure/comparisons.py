@@ -1,6 +1,6 @@
 """Metrics that hold a model against the ones retrained without the classes to forget (and against an untrained one).
 
-With several retrained models each is compared on its own and the figures are averaged. A retrained model held against
+With several retrained models each is compared on its own and the values are averaged. A retrained model held against
 the others in this very way gives the noise floor: what no method can be asked to fall below. p_u and p_r are the
 predicted distributions of the judged and of a retrained model, computed as log-softmax in float64.
 """
@@ -39,7 +39,7 @@ def gap(of: Compute) -> Compare:
     """|m_u - m_r| of a metric; None if either model has none."""
 
     def compare(u: Evidence, r: Evidence) -> float | None:
-        ours, theirs = u.figure(of), r.figure(of)
+        ours, theirs = u.value(of), r.value(of)
         return None if ours is None or theirs is None else abs(ours - theirs)
 
     return compare

@@ -24,7 +24,7 @@ OutputsOf = Callable[[str, bool], "Outputs"]
 Compute = Callable[["Evidence"], float | None]
 Choose = Tensor | Callable[[Tensor], Tensor]
 """Positions of images within a set [k], or what finds them given the set's labels [S]."""
-Figure = TypeVar("Figure")
+Value = TypeVar("Value")
 
 
 class ImagesOf(Protocol):
@@ -212,17 +212,17 @@ class Evidence:
     original: "Evidence | None" = None
     retrained: tuple["Evidence", ...] = ()
     untrained: OutputsOf | None = None
-    _figures: dict[Callable, Any] = field(default_factory=dict)
+    _values: dict[Callable, Any] = field(default_factory=dict)
 
-    def figure(self, of: Callable[["Evidence"], Figure]) -> Figure:
+    def value(self, of: Callable[["Evidence"], Value]) -> Value:
         """A metric of this model, or what several of them share, computed once.
 
         None where it is a number but not a finite one (logits that diverged).
         """
-        if of not in self._figures:
+        if of not in self._values:
             value = of(self)
-            self._figures[of] = None if isinstance(value, float) and not math.isfinite(value) else value
-        return self._figures[of]
+            self._values[of] = None if isinstance(value, float) and not math.isfinite(value) else value
+        return self._values[of]
 
     @property
     def forget(self) -> Outputs:
@@ -438,6 +438,6 @@ def class_mia_tpr1(e: Evidence) -> float:
 
 
 def retrained_mean(e: Evidence, of: Compute) -> float | None:
-    """Mean of a figure over the retrained models; None if there are none."""
-    values = [value for value in (r.figure(of) for r in e.retrained) if value is not None]
+    """Mean of a metric over the retrained models; None if there are none."""
+    values = [value for value in (r.value(of) for r in e.retrained) if value is not None]
     return sum(values) / len(values) if values else None

@@ -155,7 +155,7 @@ def _judged_accuracy(e: Evidence) -> float:
 
 def regaining_steps(e: Evidence) -> float:
     """Steps, at most MOST_STEPS, to regain REGAINED of the untouched classifier's accuracy on D_f."""
-    goal = REGAINED * (e.original or e).figure(_judged_accuracy)
+    goal = REGAINED * (e.original or e).value(_judged_accuracy)
     asked, taught = _judged_by(e), training_images(e, "AIN", MOST_TAUGHT, drawn_of_all)
     learners = relearning(e.model, *taught, derive_seed(e.seed, "AIN", "order"))
     return steps_until(goal, (accuracy(learner, *asked) for learner in learners), MOST_STEPS)
@@ -169,7 +169,7 @@ def anamnesis_index(e: Evidence) -> float | None:
     leaves. A dropped logit is regained only by driving all others below it, which a ResNet's steps come to do.
     """
     steps = retrained_mean(e, regaining_steps)
-    return e.figure(regaining_steps) / steps if steps else None
+    return e.value(regaining_steps) / steps if steps else None
 
 
 # --- representations --------------------------------------------------------------------------------------
@@ -235,14 +235,14 @@ def probe_input(e: Evidence) -> float | None:
     multinomial logistic regression (C = 1, standardised) fitted to up to 200 training images of every class (of more
     than 20 retained classes: of 20). A mask of the target layer leaves this as it was.
     """
-    train, asked = e.figure(_training_features), e.figure(_judged_features)
+    train, asked = e.value(_training_features), e.value(_judged_features)
     return probe_recall(train.input, train.labels, asked.input, asked.labels)
 
 
 @metric("probe_output", "%", "retrain", group="deep", target="as retrained, not chance", source="1610.01644")
 def probe_output(e: Evidence) -> float | None:
     """The same at the target layer's output (of several: the last's), ahead of the non-linearity."""
-    train, asked = e.figure(_training_features), e.figure(_judged_features)
+    train, asked = e.value(_training_features), e.value(_judged_features)
     return probe_recall(train.output, train.labels, asked.output, asked.labels)
 
 
@@ -251,7 +251,7 @@ def probe_gap(e: Evidence) -> float | None:
     """probe_output minus its mean over the retrained models: what features tell of the classes beyond what those of
     models tell that never saw them.
     """
-    ours, theirs = e.figure(probe_output), retrained_mean(e, probe_output)
+    ours, theirs = e.value(probe_output), retrained_mean(e, probe_output)
     return None if ours is None or theirs is None else ours - theirs
 
 
@@ -274,13 +274,13 @@ def cka_original(e: Evidence) -> float | None:
     """Linear CKA of the target layer's output on T's forgotten images with the untouched classifier's: 1 is the same
     but for rotation and scale.
     """
-    return linear_cka(e.figure(_judged_features).output, (e.original or e).figure(_judged_features).output)
+    return linear_cka(e.value(_judged_features).output, (e.original or e).value(_judged_features).output)
 
 
 @metric("CKA_retrain", "similarity", "higher", group="deep", target="as between retrained models", source="1905.00414")
 def cka_retrained(e: Evidence) -> float | None:
     """The same with the retrained models', their mean."""
-    ours = e.figure(_judged_features).output
-    values = [linear_cka(ours, r.figure(_judged_features).output) for r in e.retrained]
+    ours = e.value(_judged_features).output
+    values = [linear_cka(ours, r.value(_judged_features).output) for r in e.retrained]
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

@@ -16,12 +16,12 @@ NEAR_CHANCE = 5.0  # points above 100 / C: a broken classifier answers with one 
 PROBE_GAP = 3.0  # points of recall: 20 retrained MLPs of Fashion-MNIST differed from others by 2.0 at most
 ENTROPY_GAP = 0.25  # of log C: there retrained ones differed by .10 at most, random labels by .55 or more
 
-Figures = Mapping[str, float | None]
+Values = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A short key for tables, and one sentence with the figures that it rests on."""
+    """A short key for tables, and one sentence with the values that it rests on."""
 
     key: str
     sentence: str
@@ -51,9 +51,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Other:
-    """What a method is held against: another model's figures, and both models' answers to the same images."""
+    """What a method is held against: another model's values, and both models' answers to the same images."""
 
-    figures: Figures
+    values: Values
     forget: Pair
     retain: Pair
 
@@ -68,7 +68,7 @@ class References:
         by_class: of each retained class, the method's answers against the untouched classifier's.
         is_mask: whether a mask is judged. is_retrained: whether a model that never saw the classes is: held against
             others of its kind it may be, but it need not be.
-        retrained: figures of a model retrained without the classes. retrained_drop: of each retained class, by how many
+        retrained: values of a model retrained without the classes. retrained_drop: of each retained class, by how many
             points that model's score is below the untouched one's.
     """
 
@@ -79,47 +79,47 @@ class References:
     by_class: Mapping[int, Pair] = field(default_factory=dict)
     is_mask: bool = False
     is_retrained: bool = False
-    retrained: Figures | None = None
+    retrained: Values | None = None
     retrained_drop: Mapping[int, float] = field(default_factory=dict)
 
 
-def _score(figures: Figures, name: str) -> float:
+def _score(values: Values, name: str) -> float:
     """A score that is always measured."""
-    value = figures[name]
+    value = values[name]
     assert value is not None, name
     return value
 
 
-def _beside(a: Figures, b: Figures) -> str:
+def _beside(a: Values, b: Values) -> str:
     """Both scores of a against b's, in words."""
     pairs = (("forget", "forget_score"), ("retain", "retain_score"))
     return ", ".join(f"{word} {a[score]:.1f} % against {b[score]:.1f} %" for word, score in pairs)
 
 
-def too_few_images(figures: Figures, r: References) -> str | None:
+def too_few_images(values: Values, r: References) -> str | None:
     """The forgotten classes are recognised less often, but with so few test images of them not even the loss of all
     would be beyond the interval.
     """
     pair = r.untouched.forget
-    recognised = round(_score(r.untouched.figures, "forget_score") * pair.n / 100)
+    recognised = round(_score(r.untouched.values, "forget_score") * pair.n / 100)
     if pair.lost <= pair.gained or Pair(recognised, 0, pair.n).lower():
         return None
     return f"{pair.n} test images of the forgotten classes, {recognised} recognised before, can show no forgetting"
 
 
-def no_op(figures: Figures, r: References) -> str | None:
+def no_op(values: Values, r: References) -> str | None:
     """The forgotten classes are recognised as before: their score is not lower beyond the interval."""
-    if r.untouched.forget.lower() or too_few_images(figures, r):
+    if r.untouched.forget.lower() or too_few_images(values, r):
         return None
-    changed = figures["weights_changed"]
+    changed = values["weights_changed"]
     how = "no weight is changed" if changed == 0 else f"{changed:,} weights are changed"
-    scores = f"{figures['forget_score']:.1f} % against {r.untouched.figures['forget_score']:.1f} %"
+    scores = f"{values['forget_score']:.1f} % against {r.untouched.values['forget_score']:.1f} %"
     return f"{how} and the forgotten classes are recognised as before: {scores}, no less beyond noise"
 
 
-def half_forgotten(figures: Figures, r: References) -> str | None:
+def half_forgotten(values: Values, r: References) -> str | None:
     """The forgotten classes are recognised less than before, but still FORGOTTEN % of the time or more."""
-    score, n = _score(figures, "forget_score"), r.untouched.forget.n
+    score, n = _score(values, "forget_score"), r.untouched.forget.n
     if score < FORGOTTEN or not r.untouched.forget.lower():
         return None
     return (
@@ -127,18 +127,18 @@ def half_forgotten(figures: Figures, r: References) -> str | None:
     )
 
 
-def outputs_only(figures: Figures, r: References) -> str | None:
+def outputs_only(values: Values, r: References) -> str | None:
     """No weight is changed, and yet the forgotten classes are recognised less: the outputs are edited."""
-    if figures["weights_changed"] != 0 or not r.untouched.forget.lower():
+    if values["weights_changed"] != 0 or not r.untouched.forget.lower():
         return None
     return "no weight is changed: what the model answers is edited, what it knows is all there"
 
 
-def collapsed(figures: Figures, r: References) -> str | None:
+def collapsed(values: Values, r: References) -> str | None:
     """The retained score is at most NEAR_CHANCE points above chance (100 / C), or more than COLLAPSE_DROP points below
     the untouched model's.
     """
-    score, before = _score(figures, "retain_score"), _score(r.untouched.figures, "retain_score")
+    score, before = _score(values, "retain_score"), _score(r.untouched.values, "retain_score")
     chance = 100 / r.classes
     if score > chance + NEAR_CHANCE and score >= before - COLLAPSE_DROP:
         return None
@@ -146,12 +146,12 @@ def collapsed(figures: Figures, r: References) -> str | None:
     return f"the retained classes score {score:.1f} %, {how}"
 
 
-def costs_a_class(figures: Figures, r: References) -> str | None:
+def costs_a_class(values: Values, r: References) -> str | None:
     """A retained class is recognised more than CLASS_DROP points less often than by the untouched model, beyond what
     retraining costs that class, and beyond the interval (corrected for how many classes there are); not said of a
     collapsed model.
     """
-    if collapsed(figures, r) is not None or not r.by_class:
+    if collapsed(values, r) is not None or not r.by_class:
         return None
     excess = {c: pair.points - max(0.0, r.retrained_drop.get(c, 0.0)) for c, pair in r.by_class.items()}
     level = 1 - 0.05 / len(r.by_class)  # Bonferroni: the worst of many classes is below 0 by chance alone
@@ -163,51 +163,51 @@ def costs_a_class(figures: Figures, r: References) -> str | None:
     return f"retained class {worst} is recognised {r.by_class[worst].points:.1f} points less often than before{more}"
 
 
-def suppressed(figures: Figures, r: References) -> str | None:
+def suppressed(values: Values, r: References) -> str | None:
     """The forget score is below FORGOTTEN % by a change of weights, but no probe has looked at the features: that the
     outputs forget is all that is known.
     """
-    forgets = _score(figures, "forget_score") < FORGOTTEN and r.untouched.forget.lower()
-    if r.is_retrained or not forgets or figures["weights_changed"] == 0 or figures.get("probe_gap") is not None:
+    forgets = _score(values, "forget_score") < FORGOTTEN and r.untouched.forget.lower()
+    if r.is_retrained or not forgets or values["weights_changed"] == 0 or values.get("probe_gap") is not None:
         return None
     return "outputs only, features not checked: probe_gap, which needs a retrained model, was not measured"
 
 
-def head_suppression(figures: Figures, r: References) -> str | None:
+def head_suppression(values: Values, r: References) -> str | None:
     """The forget score is below FORGOTTEN %, but a linear probe on the target layer's output recognises the classes
     more than PROBE_GAP points more often than on a retrained model's.
     """
-    gap, score = figures.get("probe_gap"), _score(figures, "forget_score")
+    gap, score = values.get("probe_gap"), _score(values, "forget_score")
     if gap is None or gap <= PROBE_GAP or score >= FORGOTTEN:
         return None
     found = f"a linear probe on the features recognises them {gap:.0f} points more than after retraining"
     return f"the classes are answered {score:.1f} % of the time, but {found}"
 
 
-def worse_than_logit_drop(figures: Figures, r: References) -> str | None:
+def worse_than_logit_drop(values: Values, r: References) -> str | None:
     """It forgets less and retains less than the trivial answer, both beyond the intervals."""
     trivial = r.logit_drop
     if trivial is None or not trivial.forget.higher() or not trivial.retain.lower():
         return None
-    return f"never answering the classes does better: {_beside(figures, trivial.figures)}"
+    return f"never answering the classes does better: {_beside(values, trivial.values)}"
 
 
-def no_better_than_random(figures: Figures, r: References) -> str | None:
+def no_better_than_random(values: Values, r: References) -> str | None:
     """It neither forgets nor retains more than a random mask of as many weights, beyond the intervals; not said where
     the test images are too few to tell.
     """
     control = r.random if r.is_mask else None
-    if control is None or control.forget.lower() or control.retain.higher() or too_few_images(figures, r):
+    if control is None or control.forget.lower() or control.retain.higher() or too_few_images(values, r):
         return None
-    against = _beside(figures, control.figures)
+    against = _beside(values, control.values)
     return f"not told apart from a random mask of as many weights, within the 95 % intervals: {against}"
 
 
-def too_random(figures: Figures, r: References) -> str | None:
+def too_random(values: Values, r: References) -> str | None:
     """The entropy on the forgotten classes is more than ENTROPY_GAP of log C above a retrained model's: answers so
     uncertain give the forgotten classes away.
     """
-    gap, own = figures.get("entropy_gap"), figures.get("entropy_forget")
+    gap, own = values.get("entropy_gap"), values.get("entropy_forget")
     if gap is None or own is None or abs(gap) <= ENTROPY_GAP:
         return None
     other = None if r.retrained is None else r.retrained.get("entropy_forget")
@@ -215,7 +215,7 @@ def too_random(figures: Figures, r: References) -> str | None:
     return f"the entropy on the forgotten classes is {abs(gap):.2f} of log C above retraining's" if above else None
 
 
-CHECKS: dict[str, Callable[[Figures, References], str | None]] = {
+CHECKS: dict[str, Callable[[Values, References], str | None]] = {
     "too few images": too_few_images,
     "no-op": no_op,
     "half forgotten": half_forgotten,
@@ -246,34 +246,34 @@ def meanings() -> dict[str, str]:
     for name, value in thresholds.items():
         texts = {key: text.replace(name, f"{value:g}") for key, text in texts.items()}
     return texts | {
-        DIVERGED: "Its training diverged with every setting: there is no model, and there are no figures.",
-        UNCHECKED: "None of these, but not every figure that they need was measured.",
+        DIVERGED: "Its training diverged with every setting: there is no model, and there are no values.",
+        UNCHECKED: "None of these, but not every value that they need was measured.",
         FINE: "None of these: every check was made and passed.",
     }
 
 
-def _unmeasured(figures: Figures, r: References) -> list[str]:
-    """What could not be checked, for want of which figure."""
+def _unmeasured(values: Values, r: References) -> list[str]:
+    """What could not be checked, for want of which value."""
     needed = () if r.is_retrained else ("probe_gap", "entropy_gap", "entropy_forget")
-    lacking = [name for name in needed if figures.get(name) is None]
+    lacking = [name for name in needed if values.get(name) is None]
     lacking += ["per-class answers"] * (not r.by_class)
-    lacking += ["logit_drop"] * (r.logit_drop is None and figures["weights_changed"] != 0)
+    lacking += ["logit_drop"] * (r.logit_drop is None and values["weights_changed"] != 0)
     return lacking + ["random"] * (r.is_mask and r.random is None)
 
 
-def verdict(figures: Figures, references: References) -> list[Verdict]:
+def verdict(values: Values, references: References) -> list[Verdict]:
     """Everything there is to say against a method, in the order of CHECKS.
 
     If that is nothing: "fine" where every check was made, else "unchecked".
 
     Args:
-        figures: its test figures; `forget_score`, `retain_score` and `weights_changed` at least, of `probe_gap`,
+        values: its test values; `forget_score`, `retain_score` and `weights_changed` at least, of `probe_gap`,
             `entropy_gap` and `entropy_forget` what is measured.
     """
-    found = [Verdict(key, said) for key, check in CHECKS.items() if (said := check(figures, references))]
+    found = [Verdict(key, said) for key, check in CHECKS.items() if (said := check(values, references))]
     if found:
         return found
-    lacking = _unmeasured(figures, references)
+    lacking = _unmeasured(values, references)
     if lacking:
         return [Verdict(UNCHECKED, f"nothing found; not checked, for want of {', '.join(lacking)}")]
     return [Verdict(FINE, "nothing found")]

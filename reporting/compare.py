@@ -80,7 +80,7 @@ def _classifier(run: Run) -> str | None:
 
 
 def _fits(one: Run, other: Run) -> bool:
-    """Whether two runs of a setting are of classifiers that may be paired: both trained by their runs, or the same one."""
+    """Whether two runs of a setting are of classifiers that may be paired: trained by their runs, or the same one."""
     return _classifier(one) == _classifier(other) or one[0]["classifier_sha256"] == other[0]["classifier_sha256"]
 
 
@@ -191,7 +191,7 @@ def _verdict(gain: Estimate, a: str, b: str) -> str:
 
 
 def _row(pairs: Sequence[Pair], sides: tuple[Side, Side], method: str, metric: str) -> list[str] | None:
-    """One method on one metric; None unless both sides have figures of it in some pair."""
+    """One method on one metric; None unless both sides have values of it in some pair."""
     a, b = sides
     better = a.metrics[metric]["better"]
     both = [pair for pair in pairs if all(method in points for points in pair)]
@@ -210,8 +210,8 @@ def _row(pairs: Sequence[Pair], sides: tuple[Side, Side], method: str, metric: s
         gain = over_runs(gains)
     means = [over_runs([pair[place].values[metric] for pair in found]).value for place in (0, 1)]
     about = f"{metric} [{a.metrics[metric]['unit']}, {ARROWS[better]}]"
-    figures = [f"{mean:.4g}" for mean in means]
-    return [found[0][0].label, about, str(len(found)), *figures, shown(change), _verdict(gain, a.name, b.name)]
+    numbers = [f"{mean:.4g}" for mean in means]
+    return [found[0][0].label, about, str(len(found)), *numbers, shown(change), _verdict(gain, a.name, b.name)]
 
 
 def _negative(value: float | None) -> float | None:

@@ -20,7 +20,7 @@ APART = {
     *("vision_dataset", "dataset_path", "trained_vision_model_path", "graph_dir", "gcn_path"),
     # the kind of device that was used is counted instead
     "device",
-    # what no figure depends on
+    # what no value depends on
     *("reporter", "tracker", "output_dir", "resume", "data.num_workers", "data.skip_bad_images"),
     *("train.ddp_timeout", "train.ddp_restarts", "train.save_seconds"),
 }

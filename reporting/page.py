@@ -40,7 +40,7 @@ from reporting.write import Lead
 
 TEMPLATE = PROJECT_ROOT / "reporting" / "templates" / "report.html"
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
-DIGITS = 4  # significant ones that a figure keeps on the page
+DIGITS = 4  # significant ones that a value keeps on the page
 NO_FLAGS = ("reporter", "output_dir", "tracker", "resume")  # say nothing about the results
 PATHS = ("dataset_path", "trained_vision_model_path", "graph_dir", "gcn_path")
 ALL_FIGURES = 12  # runs, at most, whose every figure is on the page; of more, those that need no training history
@@ -118,7 +118,7 @@ def sentence(record: dict) -> str:
     """One point of the sweep in words: the answer's mask there."""
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     if not all(known(values.get(score)) for values in (after, before) for score in SCORES):
-        return f"At kappa {record['kappa']:,} there are no figures: training diverged, or nothing was measured."
+        return f"At kappa {record['kappa']:,} there are no values: training diverged, or nothing was measured."
     lost = before["retain_score"] - after["retain_score"]
     verb = "are" if len(record["forget_class"]) > 1 else "is"
     change = f"{'lose' if lost >= 0 else 'gain'} {abs(lost):.1f} points"
@@ -204,7 +204,7 @@ def _run_text(run: Run, apart: str) -> dict:
         "what": f"{first['model']} on {dataset_of(first)}" + (f" ({apart})" if apart else ""),
         "classes": named_classes(first),
         "seed": first["seed"],
-        "headline": headline(run) if is_answered(run) else "The answer or the untouched classifier has no figures.",
+        "headline": headline(run) if is_answered(run) else "The answer or the untouched classifier has no values.",
         "caption": caption(run, apart=apart),
         "rows": _bold(table(run)),
         "all_rows": _bold(table(run, every=True)),

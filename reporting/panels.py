@@ -24,7 +24,7 @@ from reporting.tables import (
 )
 
 MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
-WIDE = 1e3  # largest / smallest figure from which an axis is logarithmic
+WIDE = 1e3  # largest / smallest value from which an axis is logarithmic
 BETTER = {"higher": "higher is better", "lower": "lower is better", "retrain": "best as retrained"}
 RANGES = {"%": (0.0, 100.0), "probability": (0.0, 1.0)}  # a band is drawn no further, though a t interval knows no end
 
@@ -76,7 +76,7 @@ def _name(about: dict, metric: str) -> str:
 
 
 def _at(runs: Sequence[Run], method: str, metric: str, **place: int) -> Estimate | None:
-    """A method's figure over the runs at one place of the sweep, e.g. kappa=400; None unless some run has it."""
+    """A method's value over the runs at one place of the sweep, e.g. kappa=400; None unless some run has it."""
     found = [next((r for r in run if all(r[key] == value for key, value in place.items())), None) for run in runs]
     records = [record for record in found if record and known(record["methods"].get(method, {}).get(metric))]
     if not records:
@@ -89,10 +89,10 @@ def _at(runs: Sequence[Run], method: str, metric: str, **place: int) -> Estimate
 
 def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, style: int) -> Series:
     """A series with a band where every point has limits."""
-    figures = [figure for _, figure in points]
-    limits = [[figure.low for figure in figures], [figure.high for figure in figures]]
+    found = [estimate for _, estimate in points]
+    limits = [[one.low for one in found], [one.high for one in found]]
     low, high = limits if all(value is not None for side in limits for value in side) else (None, None)
-    values = [figure.value for figure in figures]
+    values = [one.value for one in found]
     return Series(label, [x for x, _ in points], values, kind, style, low, high)  # ty: ignore[invalid-argument-type]
 
 
@@ -109,7 +109,7 @@ def _lines(runs: Sequence[Run], method: str, metric: str, axis: str) -> list[Ser
     found = []
     for number, rest in enumerate(fixed):
         points = [(x, _at(runs, method, metric, **{key: x}, **rest)) for x in places]
-        known = [(float(x), figure) for x, figure in points if figure]
+        known = [(float(x), one) for x, one in points if one]
         name = label + "".join(f", {'topK' if k == 'top_k' else k} {v:,}" for k, v in rest.items())
         if known:
             found.append(_with_limits(name, known, "line", style + number * len(first["labels"])))
@@ -123,8 +123,8 @@ def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
     for method, points in found.items():
         if axis in first["axes"][method]:
             series += _lines(runs, method, metric, axis)
-        elif figure := estimate(points, metric):
-            series.append(_with_limits(points[0].label, [(0.0, figure)], "level", style_of(first, method)))
+        elif level := estimate(points, metric):
+            series.append(_with_limits(points[0].label, [(0.0, level)], "level", style_of(first, method)))
     series = [_within(one, *RANGES.get(about["unit"], (-math.inf, math.inf))) for one in series]
     values = [value for one in series for value in one.y]
     spread = bool(values) and min(values) > 0 and max(values) / min(values) > WIDE and about["unit"] != "probability"
@@ -194,8 +194,8 @@ def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
     if "kappa" in runs[0][0]["axes"][method]:
         return _lines(runs, method, metric, "kappa")
     points = chosen_in(runs)[method]
-    figure = estimate(points, metric)
-    return [_with_limits(points[0].label, [(0.0, figure)], "level", style_of(runs[0][0], method))] if figure else []
+    found = estimate(points, metric)
+    return [_with_limits(points[0].label, [(0.0, found)], "level", style_of(runs[0][0], method))] if found else []
 
 
 def time_against_quality(runs: Sequence[Run]) -> list[Panel]:

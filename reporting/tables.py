@@ -23,7 +23,7 @@ REFERENCES = ("retrain", "default")  # what methods are held against: never the 
 
 @dataclass(frozen=True)
 class Best:
-    """A method's chosen point: topK and kappa as far as it depends on them, and its test figures."""
+    """A method's chosen point: topK and kappa as far as it depends on them, and its test values."""
 
     method: str
     label: str
@@ -44,7 +44,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval (None: not known) and the number of runs or images behind it."""
+    """A value with its 95 % interval (None: not known) and the number of runs or images behind it."""
 
     value: float
     low: float | None
@@ -56,7 +56,7 @@ class Estimate:
 
 
 def known(value: object) -> TypeGuard[float]:
-    """Whether a figure can be compared: a finite number."""
+    """Whether a value can be compared: a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -69,7 +69,7 @@ def choose(records: Iterable[dict], method: str) -> dict:
     """The record where a method does best on *validation* images.
 
     One criterion for the whole run: the smallest Avg Gap to retraining if any method has one anywhere in it, else
-    (nothing was retrained) the largest retain minus forget score. A point without the figure, e.g. because training
+    (nothing was retrained) the largest retain minus forget score. A point without the value, e.g. because training
     diverged there, is the worst. Ties (but for rounding) go to the smaller kappa, then the smaller topK.
     """
     run = list(records)
@@ -131,12 +131,12 @@ def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
 def _all(points: Sequence[Best], metric: str) -> list[float]:
     """A metric at every point; nothing if it is not known at one of them."""
     values = [point.values.get(metric) for point in points]
-    figures = [value for value in values if known(value)]
-    return figures if len(figures) == len(values) else []
+    finite = [value for value in values if known(value)]
+    return finite if len(finite) == len(values) else []
 
 
 def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str, list[float]]:
-    """method -> how far from the best possible it is in each run; methods without the figure are left out."""
+    """method -> how far from the best possible it is in each run; methods without the value are left out."""
     losses = {}
     for name, points in found.items():
         values = _all(points, metric)
@@ -156,7 +156,7 @@ def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
     """The best method, and those that cannot be told from it.
 
     Over several runs: the 95 % t interval of the paired differences reaches 0. In one run: the intervals overlap, if
-    the record has some (which is cautious), else the figures are equal.
+    the record has some (which is cautious), else the values are equal.
     """
     losses = _losses(found, metric, better)
     if not losses:
@@ -180,16 +180,16 @@ def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
 # --- tables -----------------------------------------------------------------------------------------------
 
 
-def shown(figure: Estimate | None) -> str:
+def shown(found: Estimate | None) -> str:
     """ "12", "12 ± 3.1" over runs, "12 [9.2, 15.4]" where the interval is lopsided; "-" if there is none."""
-    if figure is None or not known(figure.value):
+    if found is None or not known(found.value):
         return "-"
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:.4g}"
-    low, high = (0.0 if side < DUST else side for side in (figure.value - figure.low, figure.high - figure.value))
+    if found.low is None or found.high is None:
+        return f"{found.value:.4g}"
+    low, high = (0.0 if side < DUST else side for side in (found.value - found.low, found.high - found.value))
     if math.isclose(low, high, rel_tol=1e-6, abs_tol=DUST):
-        return f"{figure.value:.4g} ± {high:.2g}"
-    return f"{figure.value:.4g} [{figure.low:.3g}, {figure.high:.3g}]"
+        return f"{found.value:.4g} ± {high:.2g}"
+    return f"{found.value:.4g} [{found.low:.3g}, {found.high:.3g}]"
 
 
 def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, dict]:
@@ -206,7 +206,7 @@ def _budget(values: Sequence[int | None]) -> str:
 
 
 def table(*runs: Run, every: bool = False) -> list[list[str]]:
-    """Header and one row per method: its chosen point and its test figures, over one run or a family's runs.
+    """Header and one row per method: its chosen point and its test values, over one run or a family's runs.
 
     Args:
         every: all metrics instead of those that are shown first.
@@ -217,8 +217,8 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
     judged = len(runs) == 1 and any(points[0].verdicts for points in found.values())
     rows = [["method", "topK", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
     for method, points in found.items():
-        figures = {name: shown(estimate(points, name)) for name in metrics}
-        marked = [Lead(text) if method in bold[name] else text for name, text in figures.items()]
+        texts = {name: shown(estimate(points, name)) for name in metrics}
+        marked = [Lead(text) if method in bold[name] else text for name, text in texts.items()]
         changed = _budget([int(count) for count in _all(points, "weights_changed")])
         spent = _all(points, "seconds")
         seconds = f"{over_runs(spent).value:.3f}" if spent else "-"
@@ -229,16 +229,16 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
 
 
 def caption(*runs: Run, apart: str = "") -> str:
-    """What the figures of a table are of, in words; `apart`: what tells them from others of the same name."""
+    """What the values of a table are of, in words; `apart`: what tells them from others of the same name."""
     first = runs[0][0]
     about = f"{first['model']} on {dataset_of(first)}" + (f" ({apart})" if apart else "")
     if len(runs) == 1:
-        what = f"{about}, forgetting {classes_of(first)}, seed {first['seed']}: test figures, one run"
+        what = f"{about}, forgetting {classes_of(first)}, seed {first['seed']}: test values, one run"
         return f"{what}, [95 % interval over test images]" if any(first["intervals"].values()) else what
     classes = sorted({tuple(labels_of(run[0])) for run in runs})
     seeds = sorted({run[0]["seed"] for run in runs})
     named = f"classes {', '.join('+'.join(map(str, labels)) for labels in classes)}; seeds {', '.join(map(str, seeds))}"
-    return f"{about}: test figures, mean ± 95 % interval over n = {len(runs)} runs ({named})"
+    return f"{about}: test values, mean ± 95 % interval over n = {len(runs)} runs ({named})"
 
 
 def grid(groups: Sequence[list[Run]], metric: str) -> list[list[str]]:
@@ -311,7 +311,7 @@ def remarks(records: Run) -> list[str]:
 
 
 def is_answered(records: Run) -> bool:
-    """Whether the run's answer can be put into words: its method and the untouched classifier have figures."""
+    """Whether the run's answer can be put into words: its method and the untouched classifier have values."""
     answer = records[0]["answer"]
     if not {answer, "default"} <= set(records[0]["labels"]):
         return False

@@ -1,4 +1,4 @@
-"""The table that a run prints: the figures that answer a person's question, as wide as the terminal and no wider.
+"""The table that a run prints: the values that answer a person's question, as wide as the terminal and no wider.
 
 All other columns, and every interval, are in the table's files and on the page.
 """
@@ -61,14 +61,14 @@ def terminal_table(records: Run, width: int) -> str:
     kept = _kept(widths, width)
     taken = sum(len(GAP) + widths[name] for name in kept)
     names = [visible(point.label) for point in points]
-    room = width - taken - len(GAP) - LEAST_VERDICT  # for names, if the verdict is to stand beside the figures
+    room = width - taken - len(GAP) - LEAST_VERDICT  # for names, if the verdict is to stand beside the values
     first = min(max(len("method"), *map(len, names)), room if room >= LEAST_NAME else width - taken)
     left = width - taken - first - len(GAP)
     beside = left >= LEAST_VERDICT
 
-    def row(name: str, figures: dict[str, str], said: str) -> list[str]:
+    def row(name: str, texts: dict[str, str], said: str) -> list[str]:
         verdict = textwrap.wrap(said, left if beside else width - len(INDENT), break_long_words=False)
-        numbers = "".join(f"{GAP}{figures[column]:>{widths[column]}}" for column in kept)
+        numbers = "".join(f"{GAP}{texts[column]:>{widths[column]}}" for column in kept)
         parts = textwrap.wrap(name, first) or [""]
         count = max(len(parts), len(verdict)) if beside else len(parts)
         lines = []
@@ -79,8 +79,8 @@ def terminal_table(records: Run, width: int) -> str:
         return lines if beside else [*lines, *(INDENT + line for line in verdict)]
 
     head = row("method", {name: name for name in COLUMNS}, "verdict" if beside else "")
-    body = [line for point, name, figures in zip(points, names, cells, strict=True)
-            for line in row(name, figures, _said(point))]  # fmt: skip
+    body = [line for point, name, texts in zip(points, names, cells, strict=True)
+            for line in row(name, texts, _said(point))]  # fmt: skip
     return "\n".join([*head, "-" * max(map(len, (*head, *body))), *body]) + "\n"
 
 

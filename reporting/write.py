@@ -13,7 +13,7 @@ from core.observe import visible
 
 PUNCTUATION = re.escape("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
-FIGURE = re.compile(rf"-|{NUMBER}( ± {NUMBER}| \[{NUMBER}, {NUMBER}\])?")  # what `tables.shown` gives, and numbers
+SHOWN_VALUE = re.compile(rf"-|{NUMBER}( ± {NUMBER}| \[{NUMBER}, {NUMBER}\])?")  # what `tables.shown` gives, and numbers
 # What a spreadsheet runs: it passes over spaces first, and takes the wide forms of East Asian keyboards as well.
 RUN_BY_SPREADSHEETS = re.compile(r"'*\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|'*[\t\n]")
 MARKDOWN = re.compile(
@@ -61,15 +61,15 @@ def in_markdown(cell: str) -> str:
 
 
 def in_csv(cell: str) -> str:
-    """A cell of a CSV file: what a spreadsheet would run gets an apostrophe in front; figures stay figures."""
+    """A cell of a CSV file: what a spreadsheet would run gets an apostrophe in front; numbers stay numbers."""
     text = visible(cell, keep="\n\t")
-    return f"'{text}" if RUN_BY_SPREADSHEETS.match(text) and not FIGURE.fullmatch(text) else text
+    return f"'{text}" if RUN_BY_SPREADSHEETS.match(text) and not SHOWN_VALUE.fullmatch(text) else text
 
 
 def in_latex(cell: str) -> str:
     """A cell of a LaTeX table, or its caption: every sign stands for itself."""
-    figure = FIGURE.fullmatch(cell)
-    special = {sign: text for sign, text in TEX.items() if not (figure and sign == "-")}
+    number = SHOWN_VALUE.fullmatch(cell)
+    special = {sign: text for sign, text in TEX.items() if not (number and sign == "-")}
     text = "".join(special.get(sign, sign) for sign in visible(cell))
     return f"\\textbf{{{text}}}" if isinstance(cell, Lead) else text
 

@@ -35,7 +35,7 @@ from unlearn.methods import METHODS
 from unlearn.registry import Context
 from utils_data import UnlearningDataset
 
-SECTIONS = ("eval", "refine", "sft", "gcn")  # of the configuration, that figures depend on directly
+SECTIONS = ("eval", "refine", "sft", "gcn")  # of the configuration, that values depend on directly
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Evaluation:
 
     @cached_property
     def run_inputs(self) -> dict:
-        """Name all that the figures of every point of this run depend on; a point adds topK, kappa and its GCN.
+        """Name all that the values of every point of this run depend on; a point adds topK, kappa and its GCN.
 
         What is given by path counts by its contents, and so does that it is given: a run that trained a network itself
         and one that was handed it are two runs.

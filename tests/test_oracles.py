@@ -291,7 +291,7 @@ def test_metrics_by_hand():
     forget = Outputs(p[:2].log(), torch.tensor([0, 0]))
     retain = Outputs(p[2:].log(), torch.tensor([1, 1]))
     judged = evidence(test=(forget, retain))
-    values = {name: judged.figure(metric.compute) for name, metric in chosen_metrics(MISSION).items()}
+    values = {name: judged.value(metric.compute) for name, metric in chosen_metrics(MISSION).items()}
     assert values == pytest.approx(
         {
             "forget_loss": (0.6931472 + 1.3862944) / 2,

@@ -198,7 +198,7 @@ def digits_test_images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_numbers_follow_from_the_files(whole):
-    """Classifier and mask alone, in numpy, give the recorded test figures."""
+    """Classifier and mask alone, in numpy, give the recorded test values."""
     config, records = whole
     images, labels = digits_test_images()
     for record in records:

@@ -143,7 +143,7 @@ def test_points_are_chosen_on_validation_images(records):
 
 
 def gapped(kappa: int, gap: float | None, forget: float = 50, retain: float = 80) -> dict:
-    """A record whose validation figures of mimu have an Avg Gap."""
+    """A record whose validation values of mimu have an Avg Gap."""
     one = record(5, kappa, (forget, retain), (forget, retain))
     one["validation"]["mimu"]["avg_gap"] = gap
     return one

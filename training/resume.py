@@ -17,12 +17,12 @@ RNG, ORDER, HISTORY = "rng", "order", "history"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come: whole epochs, optimiser steps, the curves so far, the last epoch's figures."""
+    """How far a training has come: whole epochs, optimiser steps, the curves so far, the last epoch's values."""
 
     epoch: int
     step: int
     history: list[dict]
-    figures: dict
+    values: dict
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Training:
             arrays[f"{RNG}.cuda"] = torch.cuda.get_rng_state(self.device).numpy()
         # A header of safetensors ends at 100 MB, and curves grow with every step: they are kept as an array.
         arrays[HISTORY] = np.frombuffer(json.dumps(progress.history).encode(), np.uint8)
-        facts = {"key": place.key, "epoch": progress.epoch, "step": progress.step, "figures": progress.figures}
+        facts = {"key": place.key, "epoch": progress.epoch, "step": progress.step, "figures": progress.values}
         write_tensors(place.path, arrays, facts)
 
     def load(self, place: StateFile) -> Progress:

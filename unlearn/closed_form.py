@@ -284,7 +284,7 @@ def svd_projection(context: Context, point: Point, alpha_forget: float, alpha_re
     """Inputs of every linear layer lose h P_f (I - P_r), so W := W (I - P_f (I - P_r))^T, P scaled projections onto the
     principal directions of the input on 900 images of D_f and 900 of D_r, as the untouched classifier has them.
     Convolutions are left alone (the original edits them too). Not checked against the paper's text or code: which side
-    of W the transpose stands on was settled by validation figures.
+    of W the transpose stands on was settled by scores on validation images.
     """
 
     def make() -> list[tuple[Spectrum, Spectrum]]:

@@ -352,6 +352,6 @@ class UnlearningTrainer:
         self.gcn.eval()
         write_json(folder / HISTORY, {"history": self.tracker.history})
         last = self.tracker.history[-max(1, config.steps // 10) :]
-        figures = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "forget", "retain")}
-        log("GCN: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-        return figures | {"checkpoints": len(self.heads)}
+        means = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "forget", "retain")}
+        log("GCN: " + ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
+        return means | {"checkpoints": len(self.heads)}

@@ -168,7 +168,7 @@ def test_against_pairs_cells_and_corrects():
         (lambda: t_interval([1]), "at least 2 finite values"),
         (lambda: t_interval([1, math.nan]), "finite"),
         (lambda: bootstrap_mean([], 0), "at least 1 finite"),
-        (lambda: against({"a": {}}, "b"), "no figures of 'b': choose from a"),
+        (lambda: against({"a": {}}, "b"), "no values of 'b': choose from a"),
     ],
 )
 def test_wrong_input_is_refused(call, says):

@@ -62,7 +62,7 @@ WHO = ("u", "original", "r0", "r1", "untrained")
 
 def figures(sets: dict[str, Drawn]) -> dict[str, float | None]:
     e = evidence_of(sets)
-    return {name: e.figure(METRICS[name].compute) for name in HERE}
+    return {name: e.value(METRICS[name].compute) for name in HERE}
 
 
 def shuffled(sets: dict[str, Drawn], seed: int) -> dict[str, Drawn]:
@@ -258,7 +258,7 @@ def test_defect_entropy_mia_counts_non_members():
     sure, unsure = (Outputs(scale * torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)) for scale in (20.0, 0.1))
     for asked, share in ((sure, 100), (unsure, 0)):
         e = evidence(train=(asked, sure), test=(unsure, unsure))
-        assert e.figure(entropy_mia) == share
+        assert e.value(entropy_mia) == share
 
 
 def test_defect_js_of_disjoint_certainties_is_not_1():
@@ -291,7 +291,7 @@ def test_defect_zrf_is_a_cosine_of_logits():
 
     def zrf(logits: Tensor) -> float:
         judged = Outputs(logits, torch.tensor([0]))
-        value = evidence(train=(judged, judged), untrained=lambda *_: fresh).figure(zero_retrain_forgetting)
+        value = evidence(train=(judged, judged), untrained=lambda *_: fresh).value(zero_retrain_forgetting)
         assert value is not None
         return value
 

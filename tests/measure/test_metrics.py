@@ -94,7 +94,7 @@ def test_every_metric_has_a_value_by_hand():
 
 @pytest.mark.parametrize("name", HERE)
 def test_by_hand(name):
-    assert world().figure(METRICS[name].compute) == pytest.approx(BY_HAND[name], rel=1e-6)
+    assert world().value(METRICS[name].compute) == pytest.approx(BY_HAND[name], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -112,13 +112,13 @@ def test_a_metric_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", [name for name in HERE if METRICS[name].group == "retrain" and name != "ZRF"])
 def test_nothing_is_said_without_retrained_models(name):
-    assert world(retrained=()).figure(METRICS[name].compute) is None
+    assert world(retrained=()).value(METRICS[name].compute) is None
 
 
 def test_nothing_is_said_without_the_others():
-    assert world(original=None).figure(METRICS["worst_retained_drop"].compute) is None
+    assert world(original=None).value(METRICS["worst_retained_drop"].compute) is None
     for name in ("ZRF", "ZRF_gap"):
-        assert world(untrained=None).figure(METRICS[name].compute) is None
+        assert world(untrained=None).value(METRICS[name].compute) is None
 
 
 def test_the_gap_is_to_each_retrained_model_not_to_their_mean():
@@ -128,19 +128,19 @@ def test_the_gap_is_to_each_retrained_model_not_to_their_mean():
     judged = evidence(train=(right(1, 2, 0), right(2, 2, 1)), retrained=(low, high), **sets)
 
     def figures(e: Evidence) -> torch.Tensor:
-        return torch.tensor([e.figure(of) for of in AVERAGED], dtype=torch.float64)
+        return torch.tensor([e.value(of) for of in AVERAGED], dtype=torch.float64)
 
     gaps = [float((figures(judged) - figures(r)).abs().mean()) for r in (low, high)]
     assert min(gaps) >= 50 / 4
-    assert judged.figure(comparisons.avg_gap) == pytest.approx(sum(gaps) / 2)
-    assert judged.figure(comparisons.tug_of_war) == pytest.approx(0.5)
+    assert judged.value(comparisons.avg_gap) == pytest.approx(sum(gaps) / 2)
+    assert judged.value(comparisons.tug_of_war) == pytest.approx(0.5)
 
 
 def test_tow_multiplies_all_three():
     sets = {"train": (right(3, 4, 0), right(1, 2, 1)), "test": (right(1, 1, 0), right(4, 5, 2))}
     gold = {"train": (right(0, 4, 0), right(2, 2, 1)), "test": (right(0, 1, 0), right(5, 5, 2))}
     judged = evidence(retrained=(evidence(**gold),), **sets)
-    assert judged.figure(comparisons.tug_of_war) == pytest.approx(0.25 * 0.5 * 0.8)
+    assert judged.value(comparisons.tug_of_war) == pytest.approx(0.25 * 0.5 * 0.8)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -148,7 +148,7 @@ def test_a_retrained_model_has_no_gap_to_itself(name):
     """Lower-is-better comparisons are 0 and ToW is 1 where the two models say the same."""
     (gold,) = world().retrained
     sets = {"train": (gold.train_forget, gold.train_retain), "test": (gold.forget, gold.retain)}
-    value = evidence(retrained=(gold,), untrained=gold.untrained, original=gold, **sets).figure(METRICS[name].compute)
+    value = evidence(retrained=(gold,), untrained=gold.untrained, original=gold, **sets).value(METRICS[name].compute)
     best = {"0": 0.0, "1": 1.0}.get(METRICS[name].target) if METRICS[name].group == "retrain" else None
     if best is not None:
         assert value == pytest.approx(best, abs=1e-12)
@@ -172,7 +172,7 @@ def test_dropped_logits_give_finite_numbers(name):
             return Outputs(logits, outputs.labels)
 
         object.__setattr__(target, "outputs", dropped)
-        value = e.figure(METRICS[name].compute)
+        value = e.value(METRICS[name].compute)
         assert value is not None
         assert math.isfinite(value)
 
@@ -184,7 +184,7 @@ def test_logits_that_diverged_say_nothing_and_stop_nothing(name):
     sets = {"train": (nan, nan), "test": (nan, nan)}
     sure = Outputs(9 * torch.eye(4)[[0, 1]], torch.tensor([0, 1]))
     gold = evidence(train=(sure, sure), test=(sure, sure), untrained=lambda *_: sure)
-    value = evidence(retrained=(gold,), untrained=gold.untrained, original=gold, **sets).figure(METRICS[name].compute)
+    value = evidence(retrained=(gold,), untrained=gold.untrained, original=gold, **sets).value(METRICS[name].compute)
     nothing = {"forget_score": 0, "retain_score": 0, "worst_retained_drop": 100, "UA": 100, "RA": 0, "ToW": 0}
     assert value == (nothing | {"routing_TV": 1}).get(name)
 
@@ -281,8 +281,8 @@ def test_a_figure_is_computed_once_and_never_not_a_number():
     try:
         metric("infinite", "1", "lower")(infinite)
         e = world()
-        assert (e.figure(infinite), e.figure(infinite), len(asked)) == (None, None, 1)
-        assert e.figure(forget_loss) is not None
+        assert (e.value(infinite), e.value(infinite), len(asked)) == (None, None, 1)
+        assert e.value(forget_loss) is not None
     finally:
         del METRICS["infinite"]
 

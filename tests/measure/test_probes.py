@@ -82,11 +82,11 @@ def judged(one_thread) -> Evidence:
 
 def beside(e: Evidence, model: HookedModel, **more) -> Evidence:
     """A model's evidence with e's model as the original and the same references."""
-    return replace(e, model=model, original=replace(e, _figures={}), _figures={}, **more)
+    return replace(e, model=model, original=replace(e, _values={}), _values={}, **more)
 
 
 def figures(e: Evidence) -> dict[str, float | None]:
-    return {name: e.figure(METRICS[name].compute) for name in DEEP}
+    return {name: e.value(METRICS[name].compute) for name in DEEP}
 
 
 # --- drawing ---
@@ -171,9 +171,9 @@ def test_features_are_what_the_target_layers_read_and_say(judged, mask_layer, fi
 
 def test_the_probe_gap_is_against_the_mean_of_the_retrained_models(judged):
     first, second = judged.retrained[0], beside(judged, fresh())
-    two = tuple(replace(e, _figures={probes.probe_output: value}) for e, value in ((first, 60.0), (second, 70.0)))
-    ours = replace(judged, retrained=two, _figures={probes.probe_output: 90.0})
-    assert ours.figure(probes.probe_gap) == 25.0
+    two = tuple(replace(e, _values={probes.probe_output: value}) for e, value in ((first, 60.0), (second, 70.0)))
+    ours = replace(judged, retrained=two, _values={probes.probe_output: 90.0})
+    assert ours.value(probes.probe_gap) == 25.0
 
 
 # --- CKA ---
@@ -230,7 +230,7 @@ def test_ain_is_a_ratio_of_counted_steps(judged, monkeypatch):
     monkeypatch.setattr(probes, "_judged_accuracy", lambda e: 80.0)
     read = lambda state, *rest: 76.0 if state[1] >= state[0] else 75.9  # noqa: E731
     monkeypatch.setattr(probes, "accuracy", read)
-    assert replace(judged, _figures={}, retrained=(replace(judged.retrained[0], _figures={}),)).figure(
+    assert replace(judged, _values={}, retrained=(replace(judged.retrained[0], _values={}),)).value(
         probes.anamnesis_index
     ) == pytest.approx(6 / 8)
 
@@ -255,27 +255,27 @@ def test_an_untouched_model_relearns_from_the_top_and_a_retrained_one_from_the_b
     asked = SETS["test"][0][LABELS == 0], LABELS[LABELS == 0]
     assert accuracy(judged.model, *asked) == 100
     assert accuracy(judged.retrained[0].model, *asked) == 0
-    assert [judged.figure(METRICS[f"relearn_{shots}"].compute) for shots in (1, 10, 50)] == [100, 100, 100]
-    assert judged.figure(regaining_steps) == 0
-    assert judged.figure(probes.anamnesis_index) == 0
-    assert judged.retrained[0].figure(regaining_steps) > 0
+    assert [judged.value(METRICS[f"relearn_{shots}"].compute) for shots in (1, 10, 50)] == [100, 100, 100]
+    assert judged.value(regaining_steps) == 0
+    assert judged.value(probes.anamnesis_index) == 0
+    assert judged.retrained[0].value(regaining_steps) > 0
 
 
 def test_with_fewer_images_than_shots_nothing_is_said(judged, monkeypatch):
     pixels, labels = SETS["train"]
     monkeypatch.setitem(SETS, "train", (pixels[: 40 * CLASSES], labels[: 40 * CLASSES]))
-    few = replace(judged, _figures={})
-    assert few.figure(probes.relearn_10) == 100
-    assert few.figure(probes.relearn_50) is None
+    few = replace(judged, _values={})
+    assert few.value(probes.relearn_10) == 100
+    assert few.value(probes.relearn_50) is None
 
 
 def test_a_dropped_logit_stays_dropped_and_its_features_tell_all(judged):
     model = fitted()
     model.linears[-1] = DroppedLogits(model.target(-1), (0,))
     e = beside(judged, model.eval())
-    assert [e.figure(METRICS[f"relearn_{shots}"].compute) for shots in (1, 10, 50)] == [0, 0, 0]
-    assert e.figure(regaining_steps) == probes.MOST_STEPS
-    assert (e.figure(probes.probe_output), e.figure(probes.cka_original)) == (100, pytest.approx(1))
+    assert [e.value(METRICS[f"relearn_{shots}"].compute) for shots in (1, 10, 50)] == [0, 0, 0]
+    assert e.value(regaining_steps) == probes.MOST_STEPS
+    assert (e.value(probes.probe_output), e.value(probes.cka_original)) == (100, pytest.approx(1))
     assert not model.linears[-1].weight.requires_grad
 
 
@@ -314,7 +314,7 @@ def test_nothing_hangs_on_a_global_seed(judged):
         torch.manual_seed(seed)
         before = torch.random.get_rng_state()
         *_, learned = itertools.islice(relearning(e.model, images, labels, 0), 4)
-        seen.append((figures(replace(e, _figures={})), bits(learned)))
+        seen.append((figures(replace(e, _values={})), bits(learned)))
         assert torch.equal(before, torch.random.get_rng_state())
     assert seen[0] == seen[1]
 
@@ -336,7 +336,7 @@ def test_the_size_of_a_forward_batch_moves_nothing(judged, monkeypatch):
 
 
 def test_without_retrained_models_what_needs_them_is_none(judged):
-    alone = replace(judged, retrained=(), _figures={})
+    alone = replace(judged, retrained=(), _values={})
     values = figures(alone)
     assert {name for name, value in values.items() if value is None} == {"AIN", "probe_gap", "CKA_retrain"}
 
@@ -345,7 +345,7 @@ def test_several_classes_to_forget_are_asked_for_together(judged):
     e = beside(replace(judged, forget_class=(0, 2), images=images_of((0, 2))), judged.model)
     _, labels = training_images(e, "relearn", 2)
     assert labels.tolist() == [0, 0, 2, 2, 1, 1]
-    assert e.figure(probes.relearn_10) == 100
+    assert e.value(probes.relearn_10) == 100
 
 
 def test_a_logit_that_is_no_number_is_not_recognised():

@@ -1,4 +1,4 @@
-"""Each verdict is provoked by hand-made figures, and not provoked just beyond its edge."""
+"""Each verdict is provoked by hand-made values, and not provoked just beyond its edge."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ from unlearn.registry import Context, Point
 from utils_data import get_unlearning_dataset
 
 
-def figures(forget: float, retain: float, changed: int = 100, **more: float | None) -> dict[str, float | None]:
+def values(forget: float, retain: float, changed: int = 100, **more: float | None) -> dict[str, float | None]:
     return {"forget_score": forget, "retain_score": retain, "weights_changed": changed, **more}
 
 
@@ -54,12 +54,12 @@ def held_against(
     return Other(other, pair(f, g, forget, swapped), pair(r, s, retain, swapped))
 
 
-BEFORE = figures(90, 88, 0)
+BEFORE = values(90, 88, 0)
 CHECKED = {"probe_gap": 0.0, "entropy_gap": 0.01, "entropy_forget": 0.4}
 
 
 def keys(one: dict[str, float | None], /, before=BEFORE, forget=1000, retain=9000, swapped=0, **more) -> list[str]:
-    """Verdicts on a model of which all was measured, but for what `more` says otherwise; `Other`s as their figures."""
+    """Verdicts on a model of which all was measured, but for what `more` says otherwise; `Other`s as their values."""
     of = {name: more.pop(name) for name in ("logit_drop", "random") if more.get(name)}
     others = {name: held_against(one, values, forget, retain, swapped) for name, values in of.items()}
     untouched = held_against(one, before, forget, retain, swapped)
@@ -70,13 +70,13 @@ def keys(one: dict[str, float | None], /, before=BEFORE, forget=1000, retain=900
 
 def test_two_images_say_nothing_of_a_random_mask():
     """With two test images no forgetting can be shown: then a mask that forgets both is not "no better than random"."""
-    control = figures(100, 88)
-    assert keys(figures(0, 88), figures(100, 88, 0), forget=2, random=control, is_mask=True) == ["too few images"]
-    assert "no better than random" in keys(figures(100, 88), figures(100, 88, 0), random=control, is_mask=True)
+    control = values(100, 88)
+    assert keys(values(0, 88), values(100, 88, 0), forget=2, random=control, is_mask=True) == ["too few images"]
+    assert "no better than random" in keys(values(100, 88), values(100, 88, 0), random=control, is_mask=True)
 
 
 def test_fine_needs_every_check():
-    one = figures(1, 87.5, **CHECKED)
+    one = values(1, 87.5, **CHECKED)
     whole = References(10, held_against(one, BEFORE, 1000, 9000), is_mask=True, by_class={1: Pair(0, 0, 900)})
     whole = replace(whole, logit_drop=whole.untouched, random=whole.untouched)
     assert [(said.key, said.sentence) for said in verdict(one, whole)] == [("fine", "nothing found")]
@@ -92,10 +92,10 @@ def test_fine_needs_every_check():
 
 
 def test_suppressed_where_no_probe_looked_at_the_features():
-    assert keys(figures(0, 88, probe_gap=None)) == ["suppressed"]
-    assert keys(figures(FORGOTTEN, 88, probe_gap=None)) == ["half forgotten"]  # nothing is suppressed
-    assert keys(figures(0, 88, 0, probe_gap=None)) == ["outputs only"]
-    gold = figures(0, 88, probe_gap=None, entropy_gap=None)
+    assert keys(values(0, 88, probe_gap=None)) == ["suppressed"]
+    assert keys(values(FORGOTTEN, 88, probe_gap=None)) == ["half forgotten"]  # nothing is suppressed
+    assert keys(values(0, 88, 0, probe_gap=None)) == ["outputs only"]
+    gold = values(0, 88, probe_gap=None, entropy_gap=None)
     assert keys(gold, is_retrained=True) == ["fine"]  # a single one has no other to be held against
 
 
@@ -110,11 +110,11 @@ def test_meanings_give_thresholds_by_value():
 
 
 def test_no_op():
-    assert keys(figures(90, 88, 0)) == ["no-op"]
-    assert keys(figures(95, 88, 500)) == ["no-op"]  # recognised more than before is not forgotten either
-    assert keys(figures(88, 88, 500), swapped=60) == ["no-op"]  # 80 lost, 60 gained
-    assert keys(figures(88, 88, 500)) == ["half forgotten"]  # 20 lost, none gained
-    one = figures(88, 88, 5000)
+    assert keys(values(90, 88, 0)) == ["no-op"]
+    assert keys(values(95, 88, 500)) == ["no-op"]  # recognised more than before is not forgotten either
+    assert keys(values(88, 88, 500), swapped=60) == ["no-op"]  # 80 lost, 60 gained
+    assert keys(values(88, 88, 500)) == ["half forgotten"]  # 20 lost, none gained
+    one = values(88, 88, 5000)
     (said,) = verdict(one, References(10, held_against(one, BEFORE, 1000, 9000, swapped=60)))
     assert "5,000 weights are changed" in said.sentence
     assert "88.0 % against 90.0 %" in said.sentence
@@ -124,46 +124,46 @@ def test_noise_depends_on_the_number_of_images_that_change():
     """By hand, n = 50: of 5 lost and 0 gained the interval is 5 / 52 -+ 1.96 sqrt((6 / 52 - (5 / 52)^2) / 52)."""
     half = 1.959964 * math.sqrt((6 / 52 - (5 / 52) ** 2) / 52)
     assert 4 / 52 - 1.959964 * math.sqrt((5 / 52 - (4 / 52) ** 2) / 52) < 0 < 5 / 52 - half
-    assert keys(figures(80, 88), forget=50) == ["half forgotten"]
-    assert keys(figures(82, 88), forget=50) == ["no-op"]
-    assert keys(figures(80, 88), forget=50, swapped=3) == ["no-op"]
+    assert keys(values(80, 88), forget=50) == ["half forgotten"]
+    assert keys(values(82, 88), forget=50) == ["no-op"]
+    assert keys(values(80, 88), forget=50, swapped=3) == ["no-op"]
 
 
 def test_two_images_show_nothing_either_way():
-    one, before = figures(0, 88), figures(100, 88, 0)
+    one, before = values(0, 88), values(100, 88, 0)
     assert keys(one, before, forget=2) == ["too few images"]
     assert keys(one, before, forget=3) == ["fine"]
-    assert keys(one, figures(5, 88, 0), forget=40) == ["too few images"]  # 2 of 40 recognised before
+    assert keys(one, values(5, 88, 0), forget=40) == ["too few images"]  # 2 of 40 recognised before
     assert keys(before, before, forget=2) == ["no-op"]  # the same answers are the same
 
 
 def test_half_forgotten():
-    assert keys(figures(50, 88)) == ["half forgotten"]
-    assert keys(figures(FORGOTTEN, 88)) == ["half forgotten"]
-    assert keys(figures(FORGOTTEN - 0.1, 88)) == ["fine"]
-    one = figures(50, 88)
+    assert keys(values(50, 88)) == ["half forgotten"]
+    assert keys(values(FORGOTTEN, 88)) == ["half forgotten"]
+    assert keys(values(FORGOTTEN - 0.1, 88)) == ["fine"]
+    one = values(50, 88)
     (said,) = verdict(one, References(10, held_against(one, BEFORE, 1000, 9000)))
     assert said.sentence == "the forgotten classes are still recognised 50.0 % of the time (500 of 1000 images)"
 
 
 def test_outputs_only():
-    assert keys(figures(0, 88, 0)) == ["outputs only"]
-    assert keys(figures(0, 88, 1)) == ["fine"]
+    assert keys(values(0, 88, 0)) == ["outputs only"]
+    assert keys(values(0, 88, 1)) == ["fine"]
 
 
 def test_collapsed_by_points_and_by_chance():
     edge = 88 - COLLAPSE_DROP
-    assert keys(figures(0, edge)) == ["fine"]
-    assert keys(figures(0, edge - 0.1)) == ["collapsed"]
-    weak = figures(90, 20, 0)
-    assert keys(figures(0, 10 + NEAR_CHANCE), weak) == ["collapsed"]
-    assert keys(figures(0, 10.1 + NEAR_CHANCE), weak) == ["fine"]
-    two = figures(90, 96, 0)
-    assert keys(figures(0, 95), two, classes=2) == ["fine"]  # one retained class out of two, 95 % of it kept
+    assert keys(values(0, edge)) == ["fine"]
+    assert keys(values(0, edge - 0.1)) == ["collapsed"]
+    weak = values(90, 20, 0)
+    assert keys(values(0, 10 + NEAR_CHANCE), weak) == ["collapsed"]
+    assert keys(values(0, 10.1 + NEAR_CHANCE), weak) == ["fine"]
+    two = values(90, 96, 0)
+    assert keys(values(0, 95), two, classes=2) == ["fine"]  # one retained class out of two, 95 % of it kept
 
 
 def test_costs_a_class():
-    one = figures(0, 85)
+    one = values(0, 85)
     assert keys(one, by_class={1: Pair(0, 0, 900), 2: Pair(459, 0, 900)}) == ["costs a class"]  # 51 points
     assert keys(one, by_class={2: Pair(90, 0, 900)}) == ["fine"]  # CLASS_DROP points are not more than that
     assert keys(one, by_class={2: Pair(91, 0, 900)}) == ["costs a class"]
@@ -171,7 +171,7 @@ def test_costs_a_class():
     assert keys(one, by_class={2: Pair(18, 0, 36)}) == ["costs a class"]
     assert keys(one, by_class={2: Pair(180, 0, 900)}, retrained_drop={2: 15.0}) == ["fine"]  # so does retraining
     assert keys(one, by_class={2: Pair(180, 0, 900)}, retrained_drop={2: -5.0}) == ["costs a class"]
-    assert keys(figures(0, 20), by_class={2: Pair(900, 0, 900)}) == ["collapsed"]  # that it costs classes is no news
+    assert keys(values(0, 20), by_class={2: Pair(900, 0, 900)}) == ["collapsed"]  # that it costs classes is no news
     whole = References(10, held_against(one, BEFORE, 1000, 9000), by_class={c: Pair(40 * c, 0, 90) for c in (1, 2)})
     (said,) = (said for said in verdict(one, whole) if said.key == "costs a class")
     assert said.sentence == (
@@ -181,58 +181,58 @@ def test_costs_a_class():
 
 def test_the_worst_of_many_classes_loses_by_chance():
     """8 of 36 images lost in one class of many: of a single class that is beyond noise, of a hundred it is not."""
-    one, lost = figures(0, 88), Pair(8, 0, 36)
+    one, lost = values(0, 88), Pair(8, 0, 36)
     assert keys(one, by_class={0: lost}) == ["costs a class"]
     assert keys(one, by_class={0: lost} | {c: Pair(0, 0, 36) for c in range(1, 2000)}) == ["fine"]
 
 
 def test_head_suppression_only():
-    assert keys(figures(0, 88, probe_gap=PROBE_GAP + 1)) == ["head suppression only"]
-    assert keys(figures(0, 88, probe_gap=PROBE_GAP)) == ["fine"]
-    assert keys(figures(FORGOTTEN, 88, probe_gap=50.0)) == ["half forgotten"]  # it is not suppressed to begin with
-    one = figures(0.2, 88, probe_gap=61.0)
+    assert keys(values(0, 88, probe_gap=PROBE_GAP + 1)) == ["head suppression only"]
+    assert keys(values(0, 88, probe_gap=PROBE_GAP)) == ["fine"]
+    assert keys(values(FORGOTTEN, 88, probe_gap=50.0)) == ["half forgotten"]  # it is not suppressed to begin with
+    one = values(0.2, 88, probe_gap=61.0)
     (said,) = verdict(one, References(10, held_against(one, BEFORE, 1000, 9000)))
     assert "answered 0.2 % of the time" in said.sentence
     assert "61 points more than after retraining" in said.sentence
 
 
 def test_worse_than_logit_drop_in_both_scores():
-    control = {"logit_drop": figures(0, 88, 0)}
-    assert keys(figures(4.5, 86), **control) == ["worse than logit drop"]
-    assert keys(figures(4.5, 88), **control) == ["fine"]  # retains as much
-    assert keys(figures(0.1, 86), **control) == ["fine"]  # forgets as much, within noise: one image
-    assert keys(figures(4.5, 87.9), swapped=30, **control) == ["fine"]  # retains as much, within noise
+    control = {"logit_drop": values(0, 88, 0)}
+    assert keys(values(4.5, 86), **control) == ["worse than logit drop"]
+    assert keys(values(4.5, 88), **control) == ["fine"]  # retains as much
+    assert keys(values(0.1, 86), **control) == ["fine"]  # forgets as much, within noise: one image
+    assert keys(values(4.5, 87.9), swapped=30, **control) == ["fine"]  # retains as much, within noise
 
 
 def test_no_better_than_random():
-    control = {"is_mask": True, "random": figures(4, 80)}
-    assert keys(figures(4, 80), **control) == ["no better than random"]
-    assert keys(figures(4.5, 79), **control) == ["no better than random"]
-    assert keys(figures(1, 80), **control) == ["fine"]  # forgets more
-    assert keys(figures(4, 82), **control) == ["fine"]  # retains more
-    assert keys(figures(4, 80), is_mask=False, random=figures(4, 80)) == ["fine"]
+    control = {"is_mask": True, "random": values(4, 80)}
+    assert keys(values(4, 80), **control) == ["no better than random"]
+    assert keys(values(4.5, 79), **control) == ["no better than random"]
+    assert keys(values(1, 80), **control) == ["fine"]  # forgets more
+    assert keys(values(4, 82), **control) == ["fine"]  # retains more
+    assert keys(values(4, 80), is_mask=False, random=values(4, 80)) == ["fine"]
 
 
 def test_too_random_but_not_too_certain():
-    retrained = {"retrained": figures(0, 89, entropy_forget=0.4)}
-    assert keys(figures(0, 88, entropy_gap=ENTROPY_GAP, entropy_forget=0.9)) == ["fine"]
-    assert keys(figures(0, 88, entropy_gap=ENTROPY_GAP + 0.01, entropy_forget=0.9)) == ["too random"]
-    assert keys(figures(0, 88, entropy_gap=0.6, entropy_forget=None)) == ["unchecked"]  # above or below, nobody knows
-    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.7), **retrained) == ["too random"]
-    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.1), **retrained) == ["fine"]
-    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.35), **retrained) == ["fine"]
-    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.71)) == ["too random"]  # 1.01 is no share of log C
-    assert keys(figures(0, 88, entropy_gap=0.3, entropy_forget=0.69)) == ["fine"]
+    retrained = {"retrained": values(0, 89, entropy_forget=0.4)}
+    assert keys(values(0, 88, entropy_gap=ENTROPY_GAP, entropy_forget=0.9)) == ["fine"]
+    assert keys(values(0, 88, entropy_gap=ENTROPY_GAP + 0.01, entropy_forget=0.9)) == ["too random"]
+    assert keys(values(0, 88, entropy_gap=0.6, entropy_forget=None)) == ["unchecked"]  # above or below, nobody knows
+    assert keys(values(0, 88, entropy_gap=0.3, entropy_forget=0.7), **retrained) == ["too random"]
+    assert keys(values(0, 88, entropy_gap=0.3, entropy_forget=0.1), **retrained) == ["fine"]
+    assert keys(values(0, 88, entropy_gap=0.3, entropy_forget=0.35), **retrained) == ["fine"]
+    assert keys(values(0, 88, entropy_gap=0.3, entropy_forget=0.71)) == ["too random"]  # 1.01 is no share of log C
+    assert keys(values(0, 88, entropy_gap=0.3, entropy_forget=0.69)) == ["fine"]
 
 
 def test_several_at_once_in_a_fixed_order():
-    control = {"logit_drop": figures(0, 88, 0), "is_mask": True, "random": figures(90, 60)}
-    assert keys(figures(90, 60), **control) == ["no-op", "collapsed", "worse than logit drop", "no better than random"]
+    control = {"logit_drop": values(0, 88, 0), "is_mask": True, "random": values(90, 60)}
+    assert keys(values(90, 60), **control) == ["no-op", "collapsed", "worse than logit drop", "no better than random"]
 
 
 @pytest.mark.parametrize("forget", [0.0, 33.3, 100.0])
 def test_a_model_beside_itself_is_within_noise(forget):
-    itself = figures(forget, 50, 0)
+    itself = values(forget, 50, 0)
     assert keys(itself, itself, is_mask=True, random=itself, logit_drop=itself) == ["no-op", "no better than random"]
 
 

@@ -147,7 +147,7 @@ def test_names_that_a_screen_would_obey_are_spelled_out():
 
 
 def without_figures(value: float | None, methods: Sequence[str], points: slice, seeds: int) -> list[dict]:
-    """Records of runs in which some methods have no figures at some points."""
+    """Records of runs in which some methods have no values at some points."""
     records = []
     for seed in range(seeds):
         run = [full(5, kappa, 12, seed=seed, run=f"run-{seed}") for kappa in (100, 200)]
@@ -173,7 +173,7 @@ def test_reports_hold_where_figures_are_missing(value, methods, points, seeds):
         assert all(math.isfinite(value) for panel in panels for one in panel.series for value in one.y)
     said = [point["sentence"] for point in page_data(page(records))[0]["points"]]
     if methods == ("mimu",) and points == slice(1):
-        assert said[0] == "At kappa 100 there are no figures: training diverged, or nothing was measured."
+        assert said[0] == "At kappa 100 there are no values: training diverged, or nothing was measured."
         assert "class 1 is recognised" in said[1]
 
 
@@ -182,7 +182,7 @@ def test_reports_hold_where_methods_are_missing(methods):
     one = full(5, 100, 12)
     for part in ("methods", "validation", "labels", "axes", "confusion", "class_probability"):
         one[part] = {name: one[part][name] for name in methods}
-    assert "The answer or the untouched classifier has no figures." in page([one])
+    assert "The answer or the untouched classifier has no values." in page([one])
     assert len(table([one])) == 1 + len(methods)
     one |= dict.fromkeys(("class_probability", "confusion"), dict.fromkeys(methods))
     assert page([one])
