@@ -120,7 +120,8 @@ class Reporter:
             return folder
         write_table(folder, "table", table(*runs), caption(*runs, apart=apart))
         write_table(folder, "table_all", table(*runs, every=True), caption(*runs, apart=apart))
-        drawn = figures_of(runs) | {name: _panels(name, curves) for name, curves in histories.items()}
+        curves = {name: _panels(name, history) for name, history in histories.items()}
+        drawn = figures_of(runs) | curves if self.config.formats else {}
         for figure, panels in drawn.items():
             save(panels, folder, figure, self.config)
         write_manifest(folder, {"key": key})

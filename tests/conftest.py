@@ -1,18 +1,52 @@
-"""Fixtures that several test files use."""
+"""How the tests are run: on one thread a process, and whole folders of them in several processes."""
+
+import os
+from pathlib import Path
 
 import pytest
 
 from main import set_library_defaults
 
-set_library_defaults()  # before any test file imports torch
+# Before any test file imports torch. Small matrices lose by threads, sums in another order are others, and what a test
+# starts inherits it.
+set_library_defaults()
+os.environ["OMP_NUM_THREADS"] = "1"
+
+HERE = Path(__file__).parent
+MOST_PROCESSES = 4  # each holds torch and a classifier or two: about 1.5 GB
+# Files that take longest, longest first: begun last, one of them would keep a process busy while the others idle.
+DEAREST = (
+    "training/test_distributed.py",
+    "test_all_datasets.py",
+    "test_faults.py",
+    "test_readme.py",
+    "test_cli.py",
+    "unlearn/test_unlearning.py",
+    "test_pipeline.py",
+    "test_reporter.py",
+    "core/test_records.py",
+    "graphs/test_whole_models.py",
+    "test_interrupt.py",
+    "commands/test_sweep.py",
+)
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Torch on one thread for the length of a test file."""
-    import torch
+@pytest.hookimpl(tryfirst=True)  # ahead of pytest-xdist, which reads these options in the same hook
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run folders in as many processes as there are cores, a file in one of them; `-n` says otherwise.
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    Named files and tests run in this process: there each process would first import torch.
+    """
+    option = config.option
+    told = option.collectonly or option.usepdb or getattr(option, "numprocesses", 0) is not None
+    if told or hasattr(config, "workerinput") or not all(map(os.path.isdir, config.args)):
+        return
+    option.numprocesses = min(MOST_PROCESSES, os.cpu_count() or 1)
+    option.dist, option.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the dearest files first."""
+    places = {HERE / name: place for place, name in enumerate(DEAREST)}
+    assert all(path.is_file() for path in places), "conftest.py names a file that is not there"
+    items.sort(key=lambda item: places.get(item.path, len(places)))

@@ -95,7 +95,6 @@ ALLOWED_TO_RUN = {
     ("tests.helpers.formats", "pickle"),  # writes CIFAR's files as their makers do
     ("tests.images.test_pixel_cache", "pickle"),  # what a worker process gets
     ("tests.test_utils_data", "pickle"),  # the oracle of the reader of those files, which needs no pickle
-    ("tests.test_all_datasets", "exec"),  # a block of docs/data.md
     ("commands.sweep", "__import__"),  # names of two engines, written beside it
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -10,12 +10,12 @@ import sys
 import time
 import urllib.request
 from dataclasses import is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
-import torch
 
 import main
 from core.artifacts import write_tensors
@@ -43,29 +43,33 @@ def process(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str
 
 
 @pytest.fixture(autouse=True)
-def apart(monkeypatch, tmp_path):
+def apart(monkeypatch, tmp_path) -> None:
     """What `main` sets in the environment ends with the test."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setenv("COLUMNS", "200")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(TINY)
+    path.write_text(TINY.replace("formats: []", "formats: [png], dpi: 40"))
     return path
 
 
 # --- threads ----------------------------------------------------------------------------------------------
 
 SPINS = re.compile(r"GOMP_SPINCOUNT = '(\d+)'")
+# Loads the library that torch comes with, and nothing else of torch: a second less.
+LIBRARY = """
+import ctypes, importlib.util, pathlib
+(folder,) = importlib.util.find_spec("torch").submodule_search_locations
+(library,) = pathlib.Path(folder, "lib").glob("libgomp*")
+ctypes.CDLL(str(library))
+"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first", ["import main; main.main(['nonsense'])", "import benchmarks", "import tests.conftest"]
 )
@@ -78,7 +82,8 @@ def test_waiting_threads_do_not_spin_for_long(first, given, expected, tmp_path):
     """What the OpenMP library itself says that it has read, when torch loads it."""
     own = environment(tmp_path) | {"OMP_DISPLAY_ENV": "verbose"}
     bare = {name: value for name, value in own.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    command = [sys.executable, "-c", f"{first}\nimport torch"]
+    loads = LIBRARY if given or "main" not in first else "import torch"
+    command = [sys.executable, "-c", f"{first}\n{loads}"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=bare | given, timeout=120)
     counts = SPINS.findall(told.stderr)
     assert counts, "this torch comes with another OpenMP library"
@@ -158,6 +163,7 @@ def one_file(folder: Path, pattern: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_run_prints_its_table(finished):
     folder, result = finished
     assert result.returncode == 0, result.stderr
@@ -174,6 +180,7 @@ def test_run_prints_its_table(finished):
     assert re.search(r"^Switching off \d+ weights \(.* class 0 \(zero\) is recognised", result.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_run_prints_where_things_lie(finished):
     folder, result = finished
     places = dict(re.findall(r"^(mask|JSON|plots|page|logs) +(\S+)", result.stdout, re.MULTILINE))
@@ -187,6 +194,7 @@ def test_run_prints_where_things_lie(finished):
     assert one_file(Path(places["plots"]), "trade_off.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_stdout_is_for_results(finished):
     out, err = finished[1].stdout, finished[1].stderr
     assert not [line for line in out.splitlines() if LOG_LINE.match(line)]
@@ -196,6 +204,7 @@ def test_stdout_is_for_results(finished):
     assert len([line for line in err.splitlines() if LOG_LINE.match(line)]) >= 5
 
 
+@pytest.mark.slow
 def test_quiet_json_is_all_that_is_said(finished, tiny):
     """The same run again, everything found: stdout is one JSON object with the figures of the records."""
     folder, _ = finished
@@ -215,6 +224,7 @@ def test_quiet_json_is_all_that_is_said(finished, tiny):
     assert said["headline"].startswith(f"Switching off {Mask.load(Path(said['mask'])).switched_off} weights")
 
 
+@pytest.mark.slow
 def test_dashboard_serves_this_projects_data(finished):
     """Started for real; its page and its runs are read over HTTP."""
     folder, _ = finished
@@ -247,11 +257,13 @@ def test_dashboard_serves_this_projects_data(finished):
             server.wait(timeout=30)
 
 
+@pytest.mark.slow
 def test_log_in_a_file_has_no_escapes(finished):
     """stderr is no terminal here: colours would be noise in a log."""
     assert "\x1b" not in finished[1].stderr
 
 
+@pytest.mark.slow
 def test_trackio_holds_the_history(finished):
     """Every number of every step, read back through trackio in a process of its own."""
     folder, _ = finished
@@ -281,6 +293,7 @@ def test_trackio_holds_the_history(finished):
         assert logged == numbers
 
 
+@pytest.mark.slow
 def test_report_needs_no_torch(finished):
     folder, _ = finished
     plots = folder / "out/eval/metrics_and_plots/plots"
@@ -576,28 +589,55 @@ def some_value(name: str, hint: object, default: object) -> str:
     return "17" if int in kinds else "0.375" if float in kinds else "some/path"
 
 
+def dashed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def negated(name: str) -> str:
+    section, dot, own = dashed(name).removeprefix("--").rpartition(".")
+    return f"--{section}{dot}no-{own}"
+
+
+SWITCHES = [name for name, (hint, _) in leaf_flags().items() if hint is bool]
+VALUES = {name: some_value(name, *about) for name, about in leaf_flags().items() if name not in SWITCHES}
+WRITTEN = {  # every way to write: the words for one field
+    "value": [
+        lambda name: [dashed(name), VALUES[name]],
+        lambda name: [f"{dashed(name)}={VALUES[name]}"],
+        lambda name: [f"--{name}={VALUES[name]}"],
+        lambda name: [f"--{name}", VALUES[name]],
+    ],
+    "on": [lambda name: [dashed(name)], lambda name: [f"{dashed(name)}=true"], lambda name: [f"--{name}=Yes"]],
+    "off": [lambda name: [negated(name)], lambda name: [f"{dashed(name)}=false"], lambda name: [f"--{name}=off"]],
+}
+
+
+@pytest.fixture(scope="module")
+def configured() -> dict[str, list[PipelineConfig]]:
+    """The configurations of command lines that give every field at once, in each way to write."""
+    names = {"value": list(VALUES), "on": SWITCHES, "off": SWITCHES}
+    lines = {
+        what: [[word for name in names[what] for word in way(name)] for way in ways] for what, ways in WRITTEN.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        return {what: [settings_of(words) for words in lines[what]] for what in lines}
+
+
 @pytest.mark.parametrize("name", leaf_flags())
-def test_equals_sign_and_underscores_mean_the_same(name, monkeypatch):
+def test_equals_sign_and_underscores_mean_the_same(name, configured):
     """--x y, --x=y, --x_y=z for every field; a switch takes =true and =false."""
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    hint, default = leaf_flags()[name]
-    flag = f"--{name.replace('_', '-')}"
 
-    def read(*words: str) -> object:
-        config = settings_of(list(words))
-        for part in name.split("."):
-            config = getattr(config, part)
-        return config
+    def read(what: str) -> list[object]:
+        return [reduce(getattr, name.split("."), config) for config in configured[what]]
 
-    if hint is bool:
-        section, dot, own = flag.removeprefix("--").rpartition(".")
-        assert read(flag) is read(f"{flag}=true") is read(f"--{name}=Yes") is True
-        assert read(f"--{section}{dot}no-{own}") is read(f"{flag}=false") is read(f"--{name}=off") is False
+    if name in SWITCHES:
+        assert read("on") == [True] * 3
+        assert read("off") == [False] * 3
         return
-    value = some_value(name, hint, default)
-    found = read(flag, value)
-    assert found != default
-    assert found == read(f"{flag}={value}") == read(f"--{name}={value}") == read(f"--{name}", value)
+    found, *others = read("value")
+    assert found != leaf_flags()[name][1]
+    assert others == [found] * 3
 
 
 SAME = [
@@ -647,6 +687,7 @@ def shell(folder: Path, line: str, **variables: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["run --help", "datasets", "--help"])
 def test_a_closed_pipe_ends_quietly(tmp_path, line):
     """The reader is gone before the first word; 141 is what the shell gives for such a death."""
@@ -654,6 +695,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path, line):
     assert (ended.returncode, ended.stderr) == (141, b"")
 
 
+@pytest.mark.slow
 def test_closed_streams_lead_nowhere(tmp_path):
     for closed, out in ((">&-", b""), ("2>&-", b"DIGITS"), ("<&-", b"DIGITS"), (">&- 2>&- <&-", b"")):
         ended = shell(tmp_path, f"mimu datasets {closed}")
@@ -661,12 +703,14 @@ def test_closed_streams_lead_nowhere(tmp_path):
         assert out in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_stdout_is_one_sentence(tmp_path):
     ended = shell(tmp_path, "mimu datasets > /dev/full")
     assert ended.returncode == 1
     assert ended.stderr.decode().splitlines() == ["error: no space for what the command prints: let it print elsewhere"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_stream_shows_what_it_can(tmp_path, encoding):
     """Arrows and Greek letters of the help and of errors, on streams that have none."""

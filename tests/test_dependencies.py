@@ -31,6 +31,7 @@ NOT_DECLARED = {
 RUN_NOT_IMPORTED = {
     "pre-commit": "a command: runs the hooks",
     "pytest-timeout": "a plugin: reads `timeout` of [tool.pytest.ini_options]",
+    "pytest-xdist": "a plugin: tests/conftest.py sets its options",
     "ruff": "a command: formats and lints",
     "ty": "a command: checks types",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.config import EvalConfig
+from core.config import EvalConfig, ReporterConfig
 from measure.metrics import METRICS, Evidence, metric
 from pipeline import Pipeline
 from tests.reporting.test_page import page_data
@@ -34,9 +34,11 @@ def unheard_of():
     del METHODS["stranger"], METRICS["oddity"]
 
 
+@pytest.mark.slow
 def test_they_are_in_json_tables_figures_and_page(unheard_of, tmp_path):
     config = EvalConfig(methods=("mimu", "stranger", "default"), metrics=("core", "oddity"), references=0)
-    records = Pipeline(tiny(tmp_path, eval=config, topK_list=(300,))).run()
+    drawn = ReporterConfig(dpi=40, formats=("png",))
+    records = Pipeline(tiny(tmp_path, eval=config, topK_list=(300,), reporter=drawn)).run()
     written = [json.loads(path.read_text()) for path in tmp_path.rglob("json/*/*.json")]
     assert [one["methods"]["stranger"]["oddity"] for one in written] == [18, 18]  # 36 test images of class 0
     (folder,) = (path for path in Path(tmp_path / "eval/metrics_and_plots/plots").iterdir() if path.name != "grid")

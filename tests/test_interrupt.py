@@ -79,9 +79,6 @@ print("together", *map(end, together))
 """
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # as in the children: sums in the same order
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("interrupt")
@@ -136,10 +133,10 @@ def written_records(folder: Path) -> list[Path]:
 KILLED = {"classifier": (0, 0), "graphs": (1, 0), "gcn": (2, 0), "evaluation": (3, 1), "record": (3, 0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "finished"), KILLED.items(), ids=KILLED)
-def test_killed_run_goes_on(name, finished, folder, config, reference, killed, monkeypatch):
+def test_killed_run_goes_on(name, finished, folder, config, reference, killed):
     """Finished stages are not made again, and the records are those of a run that nobody stopped."""
-    monkeypatch.setattr("pipeline.Reporter.plot", lambda *_: [])  # figures take seconds, and are not in question
     assert killed[name] == str(-signal.SIGKILL)
     out = folder / name
     before, records = made(out), {path: path.read_bytes() for path in written_records(out)}
@@ -155,6 +152,7 @@ def test_killed_run_goes_on(name, finished, folder, config, reference, killed, m
     assert leftovers(out) == []
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(folder, config, reference, killed):
     """In one folder, from nothing: both end well, and neither leaves or spoils anything."""
     assert killed["together"] == "0 0"
@@ -216,6 +214,7 @@ def wait_for(text: str, path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on(folder, config, reference, tmp_path):
     """Ctrl-C in a long GCN training whose output goes to a file, as with nohup."""
     out, log = tmp_path / "out", tmp_path / "log"

@@ -63,7 +63,7 @@ def tiny(output_dir: Path, **changes: Any) -> PipelineConfig:
         gcn=GCN,
         refine=RefineConfig(steps=2),
         sft=SFTConfig(steps=3),
-        reporter=ReporterConfig(dpi=40, formats=("png",)),
+        reporter=ReporterConfig(formats=()),
     )
     return replace(config, **changes)
 
@@ -97,9 +97,6 @@ def forbid(monkeypatch, *places: tuple[type, str]) -> None:
 
 
 MAKERS = ((VisionModelTrainer, "train"), (GraphGenerator, "generate"), (GCNTrainer, "train"))
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")  # small matrices lose by threads on shared cores
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +268,7 @@ def test_second_run_makes_nothing_again(whole, monkeypatch):
     assert {path: path.read_bytes() for path in config.output_dir.rglob("*") if path.is_file()} == files
 
 
+@pytest.mark.slow
 def test_changed_stage_leaves_earlier_ones(monkeypatch, tmp_path):
     """Another GCN setting, then another kappa, on the same folder."""
     config = tiny(tmp_path, topK_list=(300,), kappa_list=(100,))
@@ -382,6 +380,7 @@ def test_set_difference(whole, products, tmp_path):
     assert (load_file(tmp_path / record["mask_path"])["mask"] == 0).sum() == changed
 
 
+@pytest.mark.slow
 def test_every_gcn_setting_learns_something_else(whole, products, tmp_path):
     config = replace(whole[0], output_dir=tmp_path, **{**products, "gcn_path": None})
     choices = [
@@ -401,6 +400,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
+@pytest.mark.slow
 def test_resnet_from_end_to_end(tmp_path):
     """HookedResnet on files in FASHION_MNIST's format: 65,536 vertices, 41,811,968 edges."""
     generator = np.random.default_rng(0)

@@ -543,6 +543,7 @@ def test_figures_fit_one_column_and_name_every_line(records):
         assert named == {one.label for panel in panels for one in panel.series if len(panel.series) > 1}, name
 
 
+@pytest.mark.slow
 def test_labels_are_drawn_as_they_are(records):
     """`$` would begin a formula (`$a_$` none that can be set), a legend passes over what begins with `_`."""
     for one in records:
@@ -568,7 +569,8 @@ def test_levels_are_told_apart_in_grey(records):
 # --- what is written --------------------------------------------------------------------------------------
 
 
-def test_bytes_are_reproducible_and_nothing_is_drawn_twice(records, tmp_path):
+@pytest.mark.slow
+def test_bytes_are_reproducible_and_nothing_is_drawn_twice(records, tmp_path, monkeypatch):
     config = ReporterConfig(formats=("png", "svg", "pdf"), dpi=30)
     drawn = [Reporter(tmp_path / name, config).plot(records)[0] for name in ("a", "b")]
     first, second = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in drawn)
@@ -580,6 +582,7 @@ def test_bytes_are_reproducible_and_nothing_is_drawn_twice(records, tmp_path):
     times = {p.name: p.stat().st_mtime_ns for p in drawn[0].iterdir()}
     Reporter(tmp_path / "a", config).plot(records)
     assert {p.name: p.stat().st_mtime_ns for p in drawn[0].iterdir()} == times
+    monkeypatch.setattr("reporter.figures_of", lambda runs: {"trade_off": figures_of(runs)["trade_off"]})
     (drawn[0] / "trade_off.png").unlink()
     Reporter(tmp_path / "a", config).plot(records)
     assert (drawn[0] / "trade_off.png").read_bytes() == first["trade_off.png"]
@@ -588,6 +591,7 @@ def test_bytes_are_reproducible_and_nothing_is_drawn_twice(records, tmp_path):
     assert (drawn[0] / "trade_off.png").read_bytes() != first["trade_off.png"]
 
 
+@pytest.mark.slow
 def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, capsys):
     paths = [record_path(tmp_path, one) for one in records]
     for one, path in zip(records, paths, strict=True):
@@ -607,6 +611,7 @@ def test_broken_and_foreign_records_are_named_and_left_out(records, tmp_path, ca
     assert read_json(paths[2]) == records[2]
 
 
+@pytest.mark.slow
 def test_broken_training_curves_are_named_and_left_out(records, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "reporter.figures_of", lambda runs: {}

@@ -26,7 +26,6 @@ from pipeline import Pipeline
 from tests.core.test_records import whole
 from tests.helpers.common import TINY
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OVER = "over: {kappa_list: [[100], [9000], [400]]}"
 
 
@@ -54,7 +53,7 @@ def measured(record: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory, one_thread) -> list[dict]:
+def expected(tmp_path_factory) -> list[dict]:
     """What plain runs measure at the two points that exist."""
     folder = tmp_path_factory.mktemp("plain")
     _, base = load_sweep([written(folder, f"sweep: {{{OVER}}}")])
@@ -86,6 +85,7 @@ def check(executor: str, folder: Path, expected: list[dict], capsys, more: str =
     assert [json.loads(p.read_text())["status"] for p in changed] == ["failed"], "only what failed ran again"
 
 
+@pytest.mark.slow
 def test_local(tmp_path, expected, capsys):
     check("local", tmp_path, expected, capsys)
 
@@ -190,6 +190,7 @@ class Deadly(room.Job):
         return super().path
 
 
+@pytest.mark.slow
 def test_killed_job_does_not_take_the_others_along(tmp_path, expected):
     settings, base = load_sweep([written(tmp_path, "sweep: {over: {kappa_list: [[100], [400]]}}")])
     good, bad = expand(settings, base)

@@ -134,6 +134,7 @@ def test_a_mask_of_several_layers_acts_and_lifts(mask_layer, tmp_path):
     assert all(torch.equal(old, weight) for old, weight in zip(before, weights, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mask_layer", "nodes"), [(None, 64 * 128 + 128 * 64 + 640), ((-2, -1), 8_192 + 640)])
 def test_pipeline_over_several_layers(mask_layer, nodes, tmp_path):
     config = PipelineConfig(

@@ -22,7 +22,7 @@ gcn: {objective: elbo, steps: 3, batch_size: 4, hidden_dim: 8}
 refine: {steps: 2}
 sft: {steps: 3}
 eval: {methods: [mimu, mimu_refined, taylor_mask, random, sft, default], metrics: [core], references: 0}
-reporter: {dpi: 40, formats: [png]}
+reporter: {formats: []}
 """
 NO_MODEL = HookedMLPClassifier(3, 1, 2)
 NET_5432 = WeightGraph(((4, 5), (3, 4), (2, 3)), (True, True))

@@ -119,6 +119,7 @@ def test_the_log_says_what_a_number_was_taken_for(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(min_size=1, max_size=4), min_size=2, max_size=6, unique=True), st.data())
 def test_spelled_labels_mean_the_same_whatever_the_classes_are_called(classes, data):
     label = data.draw(st.integers(0, len(classes) - 1))

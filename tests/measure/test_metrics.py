@@ -297,6 +297,7 @@ def test_a_name_is_registered_once():
     assert METRICS["UA"] is first
 
 
+@pytest.mark.slow
 def test_every_module_that_registers_metrics_is_listed():
     """Importing any file of the room imports the listed ones, so that no metric is ever missing."""
     listed = set(measure.__all__)

@@ -72,7 +72,7 @@ def fitted(classes: tuple[int, ...] = (0, 1, 2), seed: int = 0) -> HookedModel:
 
 
 @pytest.fixture(scope="module")
-def judged(one_thread) -> Evidence:
+def judged() -> Evidence:
     """A model that knows all three classes, beside one that never saw class 0; they are their own originals."""
     model = fitted()
     original = evidence(model=model, images=images_of())
@@ -286,7 +286,7 @@ def bits(model: HookedModel) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", [HookedMLPClassifier, HookedResnet])
+@pytest.mark.parametrize("kind", [HookedMLPClassifier, pytest.param(HookedResnet, marks=pytest.mark.slow)])
 def test_the_judged_model_is_left_to_the_bit(judged, kind, monkeypatch):
     """BatchNorm's statistics, modes, flags and gradients too; nor does a copy's BatchNorm move."""
     monkeypatch.setattr(probes, "STEPS", 2)

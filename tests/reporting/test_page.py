@@ -261,6 +261,7 @@ def test_command_may_be_pasted_from_the_page(name):
     assert words[:4] == [b"uv", b"run", b"main.py", b"run"]
 
 
+@pytest.mark.slow
 def test_five_hundred_points_stay_small():
     """Ten runs of fifty points, ten classes, six methods, maps of full size and eight colour images."""
     cells = [[(i * j) % 4 for j in range(32)] for i in range(32)]
@@ -308,6 +309,7 @@ def use(browser: str, html: str, folder: Path, dark: bool, width: int) -> dict:
     return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dark", "width"), [(False, 1280), (True, 500)], ids=["light and wide", "dark and narrow"])
 def test_page_in_a_browser(browser, html, tmp_path, dark, width):
     seen = use(browser, html, tmp_path, dark, width)
@@ -348,6 +350,7 @@ def crowded(kappa: int, forgotten: int) -> dict:
     return one
 
 
+@pytest.mark.slow
 def test_crowded_page_in_a_browser(browser, tmp_path):
     """Nothing written in a figure lies over anything else or outside; tables fit on paper."""
     seen = use(browser, page([crowded(k, c) for c in (1, 2) for k in (100, 200)]), tmp_path, dark=False, width=1280)

@@ -266,7 +266,6 @@ def figures(record: dict) -> object:
     return untimed({split: record[split] for split in ("methods", "validation", "class_probability")})
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("name", "value"),
     [("train.lr", 0.5), ("train.epochs", 7), ("graph.num_samples", 99), ("train.save_seconds", 0.0), ("resume", True)],
@@ -281,7 +280,6 @@ def test_one_name_one_set_of_figures(name, value, given, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_references_of_another_recipe_are_measured_anew(given, tmp_path):
     """In one folder, a second run with more epochs gives what it gives in a folder of its own."""
     measured = EvalConfig(methods=("mimu", "retrain", "default"), metrics=("core", "retrain"))

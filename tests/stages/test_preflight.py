@@ -29,8 +29,6 @@ from stages.preflight import changed, understood, without_effect
 from tests.helpers.common import TINY
 from unlearn.requests import WARM_UP, Unlearner, UnlearningTrainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def loud():
@@ -49,7 +47,7 @@ def tiny(folder: Path, **over) -> PipelineConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, one_thread) -> tuple[Path, dict]:
+def finished(tmp_path_factory) -> tuple[Path, dict]:
     """One tiny run, all of whose products can be given to others."""
     folder = tmp_path_factory.mktemp("first")
     pipeline = Pipeline(tiny(folder, kappa_list=[100]))

@@ -35,7 +35,6 @@ from utils_data import Images, UnlearningDataset, get_unlearning_dataset
 ROOT = Path(main.__file__).parent
 CPU = torch.device("cpu")
 EPOCHS = 3
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def digits(batch_size: int, train: Callable[[Images], Images] = lambda images: images) -> UnlearningDataset:
@@ -78,7 +77,13 @@ def images_read(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("size", "workers"), [(41, 2), (647, 2), (41, 3), (41, 1)], ids=["uneven", "empty share", "three", "one"]
+    ("size", "workers"),
+    [
+        pytest.param(41, 2, id="uneven"),
+        pytest.param(647, 2, id="empty share", marks=pytest.mark.slow),
+        pytest.param(41, 3, id="three", marks=pytest.mark.slow),
+        pytest.param(41, 1, id="one", marks=pytest.mark.slow),
+    ],
 )
 def test_equal_to_one_process(size, workers, tmp_path):
     """1,295 images leave a last batch of 24 or (647) of 1, of which one process gets none."""
@@ -97,6 +102,7 @@ def test_equal_to_one_process(size, workers, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
 
 
+@pytest.mark.slow
 def test_batchnorm_in_several_processes(tmp_path):
     """Statistics are of a share, so that weights differ; averaged, they are all processes' own, and training learns."""
     data = digits(16, lambda images: images.only(torch.arange(33)))  # the last batch is one image
@@ -110,6 +116,7 @@ def test_batchnorm_in_several_processes(tmp_path):
     assert all(float(mean.abs().max()) > 0 for mean in means)
 
 
+@pytest.mark.slow
 def test_batchnorm_of_a_last_batch_of_one(tmp_path):
     """One image has no variance: it is taken as in evaluation, and moves no running statistic."""
     data = digits(16, lambda images: images.only(torch.arange(33)))
@@ -126,13 +133,13 @@ def test_batchnorm_of_a_last_batch_of_one(tmp_path):
 
 def enlarged(images: Images) -> Images:
     """A few images of 32 px."""
-    few = images.only(torch.arange(96))
+    few = images.only(torch.arange(24))
     return replace(few, pixels=few.pixels.repeat_interleave(4, 2).repeat_interleave(4, 3))
 
 
 def curves(folder: Path, **train: Any) -> tuple[list[float], VisionModelTrainer, list[torch.Tensor]]:
     """Losses of a short ResNet training, its trainer, and the inputs of the second convolution in one pass."""
-    made = trainer(digits(32, enlarged), kind=HookedResnet, epochs=1, **train)
+    made = trainer(digits(8, enlarged), kind=HookedResnet, epochs=1, **train)
     seen = []
     hook = made.model.backbone.layer1[0].conv1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     made.train(folder)
@@ -140,6 +147,7 @@ def curves(folder: Path, **train: Any) -> tuple[list[float], VisionModelTrainer,
     return [entry["loss"] for entry in made.tracker.history if "loss" in entry], made, seen
 
 
+@pytest.mark.slow
 def test_bfloat16_and_channels_last_train_the_same(tmp_path):
     """Near what float32 in the usual layout learns; weights stay float32, and the layout is the one asked for."""
     plain, one, dense = curves(tmp_path)
@@ -184,6 +192,7 @@ def test_slices_share_out_every_batch(world):
     assert exact == kept
 
 
+@pytest.mark.slow
 def test_pipeline_is_shared_out_not_repeated(tmp_path):
     """Each process makes its own images alone: together as many as one process, not twice as many."""
     read = tmp_path / "read"
@@ -256,6 +265,7 @@ def fatal(folder: Path, then: str, tickets: int) -> UnlearningDataset:
     return digits(41, lambda images: Fatal(**vars(images), folder=folder, then=then))
 
 
+@pytest.mark.slow
 def test_killed_worker_starts_again(tmp_path, capfd):
     """From the state after epoch 1, with the result of a training that nobody stops."""
     several = trainer(fatal(tmp_path, "kill", 1), use_ddp=True, num_workers=2)
@@ -272,6 +282,7 @@ def test_killed_worker_starts_again(tmp_path, capfd):
     assert sum(images_read(tmp_path)[2:]) == 2 * 1295, "epochs 2 and 3, not the first again"
 
 
+@pytest.mark.slow
 def test_killed_fork_server(tmp_path, capfd):
     """Its workers end with it, the cause is told, and all start again from the last state."""
     several = trainer(fatal(tmp_path, "kill the fork server", 1), use_ddp=True, num_workers=2)
@@ -288,6 +299,7 @@ def test_killed_fork_server(tmp_path, capfd):
         trainer(fatal(tmp_path, "kill the fork server", 1), use_ddp=True, num_workers=2, ddp_restarts=0).train(tmp_path)
 
 
+@pytest.mark.slow
 def test_worker_that_dies_again_and_again(tmp_path, capfd):
     """`ddp_restarts` is how often they start again."""
     with pytest.raises(RuntimeError, match=r"^worker \d failed: Signal 9 \(SIGKILL\) received by PID \d+$"):
@@ -295,6 +307,7 @@ def test_worker_that_dies_again_and_again(tmp_path, capfd):
     assert capfd.readouterr().err.count("all start again") == 1
 
 
+@pytest.mark.slow
 def test_exception_of_a_worker_is_one_line(tmp_path, capfd):
     """And is not tried again: it would come again."""
     with pytest.raises(RuntimeError, match=r"^worker \d failed: ValueError: this image is broken$"):
@@ -302,6 +315,7 @@ def test_exception_of_a_worker_is_one_line(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_user_error_of_a_worker_stays_one(tmp_path):
     with pytest.raises(UserError, match=r"^the classifier's loss is no longer finite: lower train\.lr$"):
         trainer(digits(41), use_ddp=True, num_workers=2, lr=1e30).train(tmp_path)
@@ -314,6 +328,7 @@ def one_bad_image(images: Images) -> Images:
     return replace(images, pixels=pixels)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path, capfd):
     """At once, with the reason: nobody waits for an exchange that never comes, and nothing starts again."""
     begun = time.monotonic()
@@ -334,6 +349,7 @@ def place(monkeypatch, rank: int, world: int, address: str, port: int) -> None:
     monkeypatch.setattr(distributed, "JOIN_SECONDS", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["interface", "busy port", "no master", "nobody comes"])
 def test_processes_that_do_not_meet(case, monkeypatch):
     """One clear sentence, within seconds."""
@@ -367,6 +383,7 @@ def stall(group: Group, device: torch.device) -> dict:
     return {}
 
 
+@pytest.mark.slow
 def test_stuck_worker_ends_in_an_error(monkeypatch):
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match=r"^worker 0 failed: .*[Tt]im"):
@@ -380,6 +397,7 @@ def test_images_must_fit_shared_memory(monkeypatch):
         check_shared_memory(digits(41).splits.values())
 
 
+@pytest.mark.slow
 def test_handlers_stay_as_they_were(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert launch(nothing, (), workers=1, device=CPU, seconds=30, restarts=0) == {"rank": 0, "threads": 1}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels
+from core.config import DataConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from model import HookedModel, vision_model_loader
 from unlearn import closed_form as edits
 from unlearn.closed_form import (
@@ -41,7 +41,8 @@ def context_of(architecture: SupportedVisionModels, **given) -> Context:
         if isinstance(module, nn.BatchNorm2d):  # statistics that training mode would not use, and would change
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    data = get_unlearning_dataset(SupportedDatasets.DIGITS, 32, 4)
+    few = DataConfig(max_train_samples=200 if architecture is SupportedVisionModels.HookedResnet else None)
+    data = get_unlearning_dataset(SupportedDatasets.DIGITS, 32, 4, data=few)
     return Context(model, data, PipelineConfig(forget_class=(4,), **given), CPU, lambda topK: torch.zeros(0))
 
 
@@ -76,7 +77,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 # --- Fisher information -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mlp", "resnet"])
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_fisher_is_the_mean_square_of_autograd(kind, batch_size, request):
     context = request.getfixturevalue(kind)
@@ -213,7 +214,7 @@ def test_residual_directions_by_hand():
     assert inside.shape == (4, 0)  # nothing of its own: nothing is removed
 
 
-@pytest.mark.parametrize("kind", ["mlp", "resnet"])
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_damp_on_a_classifier(kind, request):
     context = request.getfixturevalue(kind)
     train, layers = context.data.splits["train"], len(context.model.linears)
@@ -276,7 +277,7 @@ def test_fisher_ratio_where_nothing_is_known():
     assert ratio.tolist() == [3.0, 0.0, float("inf"), 0.0]
 
 
-@pytest.mark.parametrize("kind", ["mlp", "resnet"])
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", WHOLE_MODEL_EDITS)
 def test_edits_leave_the_classifier_and_keep_to_what_they_declare(kind, name, request, monkeypatch):
     monkeypatch.setattr(edits, "SINGLE_SAMPLES", 8)

@@ -54,7 +54,6 @@ from unlearn.requests import (
 )
 from utils_data import Images, UnlearningDataset
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # small matrices lose by threads on shared cores
 CPU = torch.device("cpu")
 SMALL = GCNConfig(steps=12, hidden_dim=8, num_message_passing_rounds=2, passes=2, requests_per_step=2)
 
@@ -260,7 +259,7 @@ def digits(output_dir: Path, **changes) -> PipelineConfig:
         graph=GraphConfig(num_samples=640),
         gcn=SMALL,
         eval=EvalConfig(methods=("mimu", "mimu_refined", "taylor_mask", "default")),
-        reporter=ReporterConfig(dpi=40),
+        reporter=ReporterConfig(formats=()),
     )
     return replace(config, **changes)
 
@@ -285,6 +284,7 @@ def objective(head: FrozenHead, theta: Tensor, request: Request, config: RefineC
     return float(forget + config.lambda_retain * retain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [(0,), (3,), (1, 8)])
 def test_refined_masks_are_better_than_their_start(head, classes):
     request, config = Request(classes, 150), RefineConfig()
@@ -294,6 +294,7 @@ def test_refined_masks_are_better_than_their_start(head, classes):
         assert torch.equal(refined, refine(head, start, request, config))
 
 
+@pytest.mark.slow
 def test_training_learns_and_repeats(head, tmp_path):
     config = replace(SMALL, steps=60)
 
@@ -320,6 +321,7 @@ def test_training_learns_and_repeats(head, tmp_path):
     assert sum(after) < sum(before)
 
 
+@pytest.mark.slow
 def test_drawn_requests_are_spread(head):
     trainer = UnlearningTrainer(Unlearner.fresh(SMALL), [head], SMALL, 0, CPU, Tracker(Trackers.none, "x", {}))
     drawn = [trainer.draw(head) for _ in range(400)]
@@ -332,6 +334,7 @@ def test_drawn_requests_are_spread(head):
     assert math.log(shares[200] / 0.004) / math.log(20) == pytest.approx(0.5, abs=0.13)
 
 
+@pytest.mark.slow
 def test_gcn_file_round_trip_and_others_are_refused(head, tmp_path):
     torch.manual_seed(1)
     unlearner = Unlearner.fresh(replace(SMALL, taylor_prior=False, features=FeatureSets.contrast))
@@ -393,6 +396,7 @@ def test_kappas_are_log_spaced():
     assert budget.kappas(8192, AutoConfig(tries=1)) == [16]
 
 
+@pytest.mark.slow
 def test_the_smallest_kappa_that_meets_the_target_is_taken(whole, tmp_path):
     """DIGITS has 14 validation images of a class: 24 % is the most that none of them recognised can show."""
     auto = AutoConfig(tau=25, epsilon=6, tries=8, method="mimu_refined")
@@ -410,12 +414,13 @@ def test_the_smallest_kappa_that_meets_the_target_is_taken(whole, tmp_path):
     assert record["answer"] == "mimu_refined"
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_said_to_be(whole, tmp_path, capsys):
     yaml = tmp_path / "c.yaml"
     yaml.write_text(
         "kappa: auto\nauto: {tau: 22.0, epsilon: 2.0, largest_share: 0.003, tries: 3}\ndevice: cpu\n"
         "train: {epochs: 12, batch_size: 64}\ngraph: {num_samples: 640}\n"
-        "gcn: {steps: 2, hidden_dim: 4, requests_per_step: 1}\n"
+        "gcn: {steps: 2, hidden_dim: 4, requests_per_step: 1}\nreporter: {formats: []}\n"
     )
     assert main.main(["--config", str(yaml), "--output-dir", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().out
@@ -434,6 +439,7 @@ def test_a_target_out_of_reach_is_said_to_be(whole, tmp_path, capsys):
 # --- the pipeline -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_numbers_of_a_run(whole):
     for record in whole[1]:
         assert record["objective"] == "unlearning"
@@ -442,6 +448,7 @@ def test_numbers_of_a_run(whole):
         assert {"checkpoint", "gcn", "classifier"} <= set(record["provenance"]["seconds"])
 
 
+@pytest.mark.slow
 def test_taylor_chooses_lambda_on_validation_images(whole):
     context = Pipeline(whole[0]).evaluation.eval.context
     found = mask_of("taylor_mask", context, Point(1, 100, 0))
@@ -467,6 +474,7 @@ def _retained(context):
     yield part.only(~context.data.is_forgotten(part.labels)).batch(slice(None))
 
 
+@pytest.mark.slow
 def test_one_file_serves_other_classifiers_classes_and_layers(whole, tmp_path, monkeypatch):
     gcn = Stages(whole[0]).run_gcn_training(1)
 
@@ -481,6 +489,7 @@ def test_one_file_serves_other_classifiers_classes_and_layers(whole, tmp_path, m
     assert record["methods"]["mimu_refined"]["forget_score"] < record["methods"]["default"]["forget_score"]
 
 
+@pytest.mark.slow
 def test_teachers_are_the_named_classifiers(whole, tmp_path):
     gcn = replace(SMALL, steps=2, train_seeds=(3, 4), train_batch_sizes=(64, 128))
     stages = Stages(digits(tmp_path, gcn=gcn, train=TrainConfig(epochs=1, batch_size=32)))
@@ -508,6 +517,7 @@ def test_train_gcn_writes_one_file(tmp_path, capsys):
     assert "needs one --out FILE, found 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", Starts)
 def test_refinement_starts_where_it_is_told(whole, start):
     config = replace(whole[0], refine=RefineConfig(start=start, steps=1, lr=1e-9))
