@@ -60,14 +60,15 @@ def load(name: str) -> dict:
 
 
 def rendered(table: dict) -> str:
-    """Return a table as Markdown, with n, command and commit below it."""
+    """Return a table as Markdown, with n, command and commit below it, and whether its values were copied by hand."""
     rows = (table["columns"], *table["rows"])
     head, *body = [[in_markdown(cell).replace(" ± ", UNBROKEN) for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
     command = f"`{table['command']}`" if table["command"].startswith("uv run") else table["command"]
     commit = f"commit {table['commit']}" if "commit" in table else f"first published in commit {table['published']}"
     cost = f", {table['cost']}" if "cost" in table else ""
-    return "\n".join([*lines, "", f"n: {table['n']}. Command: {command} ({commit}{cost}).", ""])
+    copied = "; transcribed" if table.get("transcribed") else ""
+    return "\n".join([*lines, "", f"n: {table['n']}. Command: {command} ({commit}{cost}{copied}).", ""])
 
 
 def refreshed(text: str) -> str:

@@ -10,7 +10,7 @@
 Classifiers are kept below the output folder. The graph network has seen none of those it is judged on: it learns on
 seeds 100 to 103, choices are made on validation images of seed 50, and the tables (all but the last three, which are
 choices) are of test images of seeds 0 to 4. Each cell: forget score, mean over the classes and its 95 % t-interval
-over the checkpoints (worst class) / retain score, percent.
+over the classifiers (worst class) / retain score, percent.
 """
 
 import statistics
@@ -71,10 +71,10 @@ def main_table(scope: Scope) -> list[Row]:
     unlearner, rows = Unlearner.load(SHIPPED)[0], []
     ways = {
         "random": Way("noise"),
-        "GCN": by_gcn(unlearner),
-        "GCN, refined": refined(unlearner),
-        "GCN, refined, margin": refined(unlearner, RefineConfig(forget_loss=ForgetLosses.margin)),
-        "GCN, refined, match": refined(unlearner, RefineConfig(forget_loss=ForgetLosses.match)),
+        "graph network": by_gcn(unlearner),
+        "graph network, refined": refined(unlearner),
+        "graph network, refined, margin": refined(unlearner, RefineConfig(forget_loss=ForgetLosses.margin)),
+        "graph network, refined, match": refined(unlearner, RefineConfig(forget_loss=ForgetLosses.match)),
     }
     ways = {name: replace(way, kl=scope.full) for name, way in ways.items()}
     without = {"untouched": UNTOUCHED, "retrained without the class": RETRAINED, "its logit at -inf": DROPPED}
@@ -85,14 +85,14 @@ def main_table(scope: Scope) -> list[Row]:
         found.append(row_of("signed Taylor", TAYLOR, judged, KAPPAS))
         found += rows_of(ways, judged, KAPPAS)
         scope.tables[f"unlearning_{size}"] = show(
-            f"Test images, batch {size}, {len(judged)} checkpoints x 10 classes", found, KAPPAS, more=True
+            f"Test images, batch {size}, {len(judged)} classifiers x 10 classes", found, KAPPAS, more=True
         )
         rows += [replace(row, name=f"batch {size}: {row.name}") for row in found]
     return rows
 
 
 def unseen_table(scope: Scope) -> list[Row]:
-    """Classes that the graph network was never asked to forget, on checkpoints it never saw."""
+    """Classes that the graph network was never asked to forget, of classifiers it never saw."""
     folds = ((0, 1, 2), (3, 4, 5), (6, 7, 8, 9))[: 3 if scope.full else 1]
     scores: dict[str, list[Score]] = {}
     steps = FULL_STEPS if scope.full else 40
@@ -105,8 +105,8 @@ def unseen_table(scope: Scope) -> list[Row]:
     rows = []
     for size in BATCHES:
         part = {name: group for name, group in scores.items() if name.startswith(f"batch {size},")}
-        rows.append(Row(f"batch {size}: GCN, classes never asked for", part))
-    scope.tables["unlearning_unseen"] = show("Unseen classes of unseen checkpoints, test images", rows, KAPPAS)
+        rows.append(Row(f"batch {size}: graph network, classes never asked for", part))
+    scope.tables["unlearning_unseen"] = show("Unseen classes of unseen classifiers, test images", rows, KAPPAS)
     return rows
 
 
@@ -116,7 +116,7 @@ def pairs_table(scope: Scope) -> list[Row]:
     pairs = PAIRS if scope.full else PAIRS[::9]
     for size in BATCHES:
         judged = [one for one in scope.judged if one.recipe.batch_size == size]
-        for name, way in (("GCN", by_gcn(unlearner)), ("GCN, refined", refined(unlearner))):
+        for name, way in (("graph network", by_gcn(unlearner)), ("graph network, refined", refined(unlearner))):
             rows.append(row_of(f"batch {size}: {name}", way, judged, kappas, requests=pairs))
         if scope.full:
             name = f"batch {size}: retrained without both, seed 0"
@@ -130,10 +130,10 @@ def transfer_table(scope: Scope) -> list[Row]:
     unlearner = Unlearner.load(SHIPPED)[0]
     recipes = [Recipe(32, seed, SupportedDatasets.DIGITS) for seed in range(5 if scope.full else 1)]
     judged, kappas = classifiers(recipes, scope.output_dir), (25, *KAPPAS)
-    ways = {"signed Taylor": TAYLOR, "GCN": by_gcn(unlearner), "GCN, refined": refined(unlearner)}
+    ways = {"signed Taylor": TAYLOR, "graph network": by_gcn(unlearner), "graph network, refined": refined(unlearner)}
     rows = rows_of(ways, judged, kappas)
     scope.tables["unlearning_transfer"] = show(
-        f"DIGITS, {len(judged)} checkpoints, the GCN of Fashion-MNIST, test images", rows, kappas
+        f"DIGITS, {len(judged)} classifiers, the graph network of Fashion-MNIST, test images", rows, kappas
     )
     return rows
 
@@ -148,17 +148,17 @@ def resnet_table(scope: Scope) -> list[Row]:
     own, foreign = (Unlearner.load(path)[0] for path in (SHIPPED_RESNET, SHIPPED))
     ways = {
         "signed Taylor": TAYLOR,
-        "GCN of MLPs": by_gcn(foreign),
-        "GCN of MLPs, refined": refined(foreign),
-        "GCN": by_gcn(own),
-        "GCN, refined": refined(own),
+        "graph network of MLPs": by_gcn(foreign),
+        "graph network of MLPs, refined": refined(foreign),
+        "graph network": by_gcn(own),
+        "graph network, refined": refined(own),
     }
     rows = [
         row_of("untouched", UNTOUCHED, judged, NO_MASK),
         row_of("retrained without the class, seed 0", RETRAINED, judged[:1], NO_MASK),
         *rows_of(ways, judged, RESNET_KAPPAS),
     ]
-    scope.tables["unlearning_resnet"] = show(f"ResNet-18, {len(judged)} checkpoints, test images", rows, RESNET_KAPPAS)
+    scope.tables["unlearning_resnet"] = show(f"ResNet-18, {len(judged)} classifiers, test images", rows, RESNET_KAPPAS)
     return rows
 
 
@@ -189,7 +189,7 @@ def auto_table(scope: Scope) -> list[Row]:
 
 
 def ablation_table(scope: Scope) -> list[Row]:
-    """One change at a time, GCN only, on validation images."""
+    """One change at a time, graph network only, on validation images."""
     base = GCNConfig(steps=FULL_STEPS if scope.full else 40)
     variants: dict[str, GCNConfig] = {
         "default": base,
@@ -223,9 +223,9 @@ def ablation_table(scope: Scope) -> list[Row]:
     rows.append(row_of("no message passing", by_gcn(blind), scope.chosen_on, KAPPAS, "val"))
     for count in (1, 2, 4) if scope.full else ():
         gcn = by_gcn(train(scope.teachers[:count], base, scope.output_dir / "trial"))
-        rows.append(row_of(f"{count} training checkpoints of 8", gcn, scope.chosen_on, KAPPAS, "val"))
+        rows.append(row_of(f"{count} training classifiers of 8", gcn, scope.chosen_on, KAPPAS, "val"))
     scope.tables["unlearning_ablations"] = show(
-        "Ablations of the GCN, validation images, seed 50, both recipes", rows, KAPPAS
+        "Ablations of the graph network, validation images, seed 50, both recipes", rows, KAPPAS
     )
     return rows
 
@@ -233,20 +233,22 @@ def ablation_table(scope: Scope) -> list[Row]:
 def refinement_table(scope: Scope) -> list[Row]:
     """What refinement starts from, and for how long, on validation images."""
     unlearner = Unlearner.load(SHIPPED)[0]
-    starts = {"GCN": Starts.gcn, "signed Taylor": Starts.taylor, "noise": Starts.noise}
-    ways = {"GCN, not refined": by_gcn(unlearner)}
+    starts = {"graph network": Starts.gcn, "signed Taylor": Starts.taylor, "noise": Starts.noise}
+    ways = {"graph network, not refined": by_gcn(unlearner)}
     for steps in (5, 10, 30, 100) if scope.full else (30,):
         for name, start in starts.items():
             ways[f"from {name}, {steps} steps"] = refined(unlearner, RefineConfig(start=start, steps=steps))
     for weight in (0.1, 1.0, 3.0) if scope.full else ():
-        ways[f"from GCN, 30 steps, lambda {weight}"] = refined(unlearner, RefineConfig(lambda_retain=weight))
+        ways[f"from the graph network, 30 steps, lambda {weight}"] = refined(
+            unlearner, RefineConfig(lambda_retain=weight)
+        )
     rows = rows_of(ways, scope.chosen_on, KAPPAS, "val")
     show("Refinement, validation images, seed 50, both recipes", rows, KAPPAS)
     return rows
 
 
 def elbo_table(scope: Scope) -> list[Row]:
-    """The ELBO over topK, with both samplers, learned on the very checkpoint that is judged; validation images."""
+    """The ELBO over topK, with both samplers, learned on the very classifier that is judged; validation images."""
     base = GCNConfig(activation=Activations.sigmoid, residual=False, steps=200 if scope.full else 40)
     kappas, rows, folder = (*KAPPAS, 800, 1600), [], scope.output_dir / "trial"
     for topK in (500, 2000, 4000, 8000) if scope.full else (500,):

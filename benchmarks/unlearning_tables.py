@@ -102,7 +102,7 @@ def show(title: str, rows: Sequence[Row], kappas: Sequence[int], more: bool = Fa
         lines.append([*line, f"{1e3 * statistics.median(score.seconds for score in flat):.0f}"])
     print(f"\n{title}\n\n{as_text(lines)}", flush=True)
     requests = {score.classes for group in groups for score in group}
-    return f"{title}; {len(requests)} requests x {len(groups)} checkpoints", lines
+    return f"{title}; {len(requests)} requests x {len(groups)} classifiers", lines
 
 
 def row_of(
