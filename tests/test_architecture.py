@@ -27,7 +27,7 @@ STAIRCASE = {
     "images": "specs decode archives names layouts pixel_cache index splits fetch",
     "graphs": "layout edge_list message_passing",
     "training": "processes fork_server distributed resume",
-    "models": "checkpoints",
+    "models": "checkpoints class_names preprocessing frameworks specs summary",
     "utils_data": "",
     "model": "",
     "data": "",
@@ -49,7 +49,7 @@ YOUNG = {"models"}  # rooms that may still have fewer, because what they are for
 
 # Room -> who may enter it, beside its own files. A room that is not named is open to every step below it.
 DOORS = {
-    "images": {"utils_data", "stages", "commands"},
+    "images": {"utils_data", "stages", "commands", "models"},
     "reporting": {"reporter", "commands"},
     "stages": {"pipeline"},
 }

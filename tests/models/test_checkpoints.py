@@ -190,7 +190,7 @@ def picture(model: nn.Module, path: Path) -> None:
 REFUSALS = [
     (
         whole_model,
-        r"pickled model, .*\(model\.HookedMLPClassifier\): .*torch\.save\(model\.state_dict\(\), 'state\.pt'\)",
+        r"pickled model, .*\(model\.HookedMLPClassifier, torch\..*\): .*torch\.save\(model\.state_dict\(\), 'sta",
     ),
     (script, r"TorchScript .*torch\.save\(model\.state_dict\(\)"),
     (plain_pickle, "no whole file of torch.save"),
