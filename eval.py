@@ -18,6 +18,7 @@ from measure.integrity import COSTS, changed_outside, extent, unchanged
 from measure.metrics import chosen_metrics
 from measure.snapshots import Snapshots
 from measure.verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
+from models.classifier import as_matrices
 from unlearn.masks import Mask, hard_topk, masked
 from unlearn.methods import METHODS, mask_of
 from unlearn.registry import Context, Edit, Point, Settings
@@ -177,7 +178,7 @@ class Eval(Snapshots):
 
     def weight_histogram(self, mask: Mask) -> dict[str, list]:
         """Counts of kept and of switched-off weights over common bins."""
-        weight = self.context.graph.join([weight.detach().cpu() for weight in self.context.weights])
+        weight = self.context.graph.join(as_matrices([weight.detach().cpu() for weight in self.context.weights]))
         edges = torch.linspace(float(weight.min()), float(weight.max()), HISTOGRAM_BINS + 1)
         count = {
             name: torch.histogram(weight[chosen].contiguous(), edges).hist.int().tolist()

@@ -19,6 +19,7 @@ from core.config import Activations, Aggregations, SupportedVisionModels, UserEr
 from graphs.layout import WeightGraph, layer_graph
 from graphs.message_passing import message_passing
 from models.checkpoints import FITTING, load_state, read_checkpoint
+from models.classifier import Classifier
 
 MaskLayer = int | Sequence[int] | None
 """One layer of the stack, several, or (None) all of them."""
@@ -33,7 +34,7 @@ def apply_linear(h: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(weight, h.unsqueeze(-1)).squeeze(-1)
 
 
-class HookedModel(nn.Module):
+class HookedModel(Classifier):
     """A classifier whose last layers are a stack of bias-free linear ones.
 
     Subclasses define `embed` and may set `between`, the non-linearity between two layers of the stack.
@@ -130,6 +131,12 @@ class HookedModel(nn.Module):
             if index + 1 < len(self.linears):
                 x = self.between(x)
         return x
+
+    def in_prefix(self, mask_layer: MaskLayer) -> Callable[[str], bool]:
+        """Tell, by name, which parameters and buffers lie ahead of the first target layer."""
+        first = self.layer_indices(mask_layer)[0]
+        after = tuple(f"linears.{place}." for place in range(first, len(self.linears)))
+        return lambda name: not name.startswith(after)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, classes]."""

@@ -17,14 +17,15 @@ from core.observe import log, progress
 from measure.integrity import state_hash
 from measure.metrics import MOST_VALUES, Again, Choose, Evidence, Outputs, OutputsOf, PerImage
 from measure.verdicts import reference_fault
-from model import HookedModel, MaskLayer, inspecting
+from model import MaskLayer, inspecting
+from models.classifier import Classifier
 from unlearn.registry import Context, Edit
 
 
 class _Head(nn.Module):
     """The part of a classifier from the first target layer's input h [B, n] on."""
 
-    def __init__(self, model: HookedModel, mask_layer: MaskLayer):
+    def __init__(self, model: Classifier, mask_layer: MaskLayer):
         super().__init__()
         self.model, self.mask_layer = model, mask_layer
 
@@ -45,10 +46,9 @@ class Snapshots:
         """The classifier as it was, out of reach of every method."""
         self.original = self.untouched.state_dict()
         self.original_hash = state_hash(self.untouched)
-        place = context.model.layer_indices(self.config.mask_layer)[0]
-        self.after_prefix = tuple(f"linears.{index}." for index in range(place, len(context.model.linears)))
+        self.in_prefix = context.model.in_prefix(self.config.mask_layer)
         self._references: dict[tuple, Evidence] = {}
-        self._models: dict[int, HookedModel] = {}
+        self._models: dict[int, Classifier] = {}
         self._seen: dict[tuple, Outputs] = {}
 
     # --- where logits come from ---
@@ -58,23 +58,23 @@ class Snapshots:
         tensors = TensorDataset(*self.context.activations(split, is_forget_set))
         return DataLoader(tensors, batch_size=None, sampler=_spans(tensors))
 
-    def prefix_unchanged(self, model: HookedModel) -> bool:
+    def prefix_unchanged(self, model: Classifier) -> bool:
         """Whether every parameter and buffer ahead of the target layer is bit-identical to the original."""
         return all(
             torch.equal(value, self.original[name])
             for name, value in model.state_dict().items()
-            if not name.startswith(self.after_prefix)
+            if self.in_prefix(name)
         )
 
     def _prefix_kept(self, edit: Edit) -> bool:
         """The same of an edit that kept to `allowed`: tensors need comparing only where it may change the prefix."""
         allowed = edit.allowed
-        kept = allowed is not None and all(name.startswith(self.after_prefix) for name in allowed)
+        kept = allowed is not None and not any(map(self.in_prefix, allowed))
         return kept or self.prefix_unchanged(edit.model)
 
     def _may_differ(self, name: str, prefix_unchanged: bool) -> bool:
         """Whether a tensor of the state dict may differ from the original's."""
-        return name.startswith(self.after_prefix) or not prefix_unchanged
+        return not self.in_prefix(name) or not prefix_unchanged
 
     def inference(self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str) -> Outputs:
         """Outputs of a model on a whole loader, eval mode; last batches may be short.
@@ -115,7 +115,7 @@ class Snapshots:
 
     def outputs(
         self,
-        model: HookedModel,
+        model: Classifier,
         split: str,
         is_forget_set: bool,
         description: str,
@@ -135,7 +135,7 @@ class Snapshots:
             return self.inference(head, own, is_forget_set, description)
         return self.inference(model, images, is_forget_set, description)
 
-    def _activations(self, model: HookedModel, images: DataLoader, description: str) -> tuple[Tensor, Tensor]:
+    def _activations(self, model: Classifier, images: DataLoader, description: str) -> tuple[Tensor, Tensor]:
         """A model's own h [S, n] and labels [S]: logits that are asked for again cost no pass over the images."""
         h, labels = [], []
         with inspecting(model), torch.inference_mode():
@@ -146,7 +146,7 @@ class Snapshots:
 
     # --- what models are compared with ---
 
-    def remembered(self, name: str, model: HookedModel, same: bool | None = None, keep: bool = True) -> OutputsOf:
+    def remembered(self, name: str, model: Classifier, same: bool | None = None, keep: bool = True) -> OutputsOf:
         """Outputs of a model by split and set, each computed when first asked for; `keep`: for the whole run."""
         seen = self._seen if keep else {}
 
@@ -158,7 +158,7 @@ class Snapshots:
 
         return of
 
-    def evidence(self, model: HookedModel, outputs: OutputsOf, split: str, **more: object) -> Evidence:
+    def evidence(self, model: Classifier, outputs: OutputsOf, split: str, **more: object) -> Evidence:
         """What the metrics are given of a model."""
         config, data = self.config, self.context.data
 

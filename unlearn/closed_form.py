@@ -15,6 +15,7 @@ from torch.nn import functional
 from core.config import derive_seed
 from core.observe import log
 from model import HookedModel, capture, inspecting
+from models.classifier import Classifier
 from unlearn.masks import Mask, top_mask
 from unlearn.registry import Context, Edit, Point, mask_method, method
 from utils_data import Images, make_loader
@@ -43,7 +44,7 @@ class DroppedLogits(nn.Linear):
 @method("logit_drop", "logit drop", source="control: the trivial answer")
 def logit_drop(context: Context, point: Point) -> Edit:
     """Never answer with a forgotten class: its logit is set to -inf, no weight is changed."""
-    model = copy.deepcopy(context.model)
+    model = copy.deepcopy(context.own)
     model.linears[-1] = DroppedLogits(model.target(-1), context.config.forget_labels)
     return Edit(model.eval(), allowed={})
 
@@ -51,7 +52,7 @@ def logit_drop(context: Context, point: Point) -> Edit:
 @method("head_row_zero", "head row := 0", source="control: the trivial edit")
 def head_row_zero(context: Context, point: Point) -> Edit:
     """Set the forgotten classes' rows of the last layer to 0: their logits are 0, which can still be the largest."""
-    model, name = copy.deepcopy(context.model), _linear_names(context.model)[-1]
+    model, name = copy.deepcopy(context.own), _linear_names(context.own)[-1]
     weight, rows = model.target(-1).weight, list(context.config.forget_labels)
     chosen = torch.zeros_like(weight, dtype=torch.bool)
     chosen[rows] = True
@@ -89,7 +90,7 @@ Fisher = dict[str, Tensor]
 """I >= 0 in nats squared per unit of weight squared, float64, by parameter name, of the parameter's shape."""
 
 
-def batch_fisher(model: HookedModel, images: Images, device: torch.device, batch_size: int = SSD_BATCH) -> Fisher:
+def batch_fisher(model: Classifier, images: Images, device: torch.device, batch_size: int = SSD_BATCH) -> Fisher:
     """Mean over batches of the squared gradient of a batch's mean loss; the last batch may be short.
 
     Args:
@@ -108,7 +109,7 @@ def batch_fisher(model: HookedModel, images: Images, device: torch.device, batch
     return {name: value / len(loader) for name, value in total.items()}
 
 
-def sample_fisher(model: HookedModel, images: Images, device: torch.device) -> Fisher:
+def sample_fisher(model: Classifier, images: Images, device: torch.device) -> Fisher:
     """Mean over samples of the squared gradient of a sample's own loss.
 
     The gradient of a linear layer is delta h^T, so the sum over samples is (delta^2)^T (h^2), delta [S, m], h [S, n];
@@ -120,9 +121,7 @@ def sample_fisher(model: HookedModel, images: Images, device: torch.device) -> F
     return {name: total / len(images) for name, total in _linear_squares(model, layers, images, device).items()}
 
 
-def _linear_squares(
-    model: HookedModel, layers: Mapping[str, nn.Linear], images: Images, device: torch.device
-) -> Fisher:
+def _linear_squares(model: Classifier, layers: Mapping[str, nn.Linear], images: Images, device: torch.device) -> Fisher:
     """Sum over samples of squared gradients, [m, n] for each linear layer."""
     total = {name: torch.zeros_like(layer.weight, dtype=torch.float64) for name, layer in layers.items()}
     with inspecting(model), torch.enable_grad(), ExitStack() as stack:
@@ -253,7 +252,7 @@ def layer_inputs(model: HookedModel, images: Images, device: torch.device, batch
 
 def _with_inputs_edited(context: Context, edit: Callable[[int], Tensor], places: range) -> Edit:
     """Set W := W E in some layers of a copy's stack, E [n, n] = edit(place)."""
-    model = copy.deepcopy(context.model)
+    model = copy.deepcopy(context.own)
     names = _linear_names(model)
     weights = {names[place]: model.target(place).weight for place in places}
     with torch.no_grad():
@@ -289,7 +288,7 @@ def svd_projection(context: Context, point: Point, alpha_forget: float, alpha_re
 
     def make() -> list[tuple[Spectrum, Spectrum]]:
         sides = (training_images(context, side, SVD_SAMPLES) for side in (True, False))
-        inputs = (layer_inputs(context.model, images, context.device) for images in sides)
+        inputs = (layer_inputs(context.own, images, context.device) for images in sides)
         return [(Spectrum.of(forget), Spectrum.of(retain)) for forget, retain in zip(*inputs, strict=True)]
 
     spectra = context.shared.once(("spectra", context.config.forget_labels), make).value
@@ -334,7 +333,7 @@ def damp(context: Context, point: Point, strength: float, layers: int) -> Edit:
         images = training_images(context, None, FISHER_SAMPLES)
         present = images.labels.unique()
         chosen = context.data.is_forgotten(present)
-        inputs = [h.double() for h in layer_inputs(context.model, images, context.device)]
+        inputs = [h.double() for h in layer_inputs(context.own, images, context.device)]
         means = (torch.stack([h[images.labels == label].mean(0) for label in present]) for h in inputs)
         return [residual_directions(prototypes, chosen.to(prototypes.device)) for prototypes in means]
 

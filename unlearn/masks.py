@@ -281,14 +281,16 @@ def masked(weights: nn.Parameter | Sequence[nn.Parameter], mask: Mask, any_weigh
     """Switch weights off for the length of the block; afterwards the parameters are bit-identical.
 
     Args:
-        weights: the parameters [m, n] that the mask is for, one or (inputs first) several. mask: of the same shapes.
+        weights: the parameters that the mask is for, one or (inputs first) several: [m, n], or [m, n, kh, kw], of which
+            the mask has the matrix [m, n * kh * kw].
+        mask: of the same shapes.
         any_weights: apply a mask from a file to other weights than it was made for, too.
 
     Raises:
         UserError: the shapes differ, or the mask's file says that it was made for other weights.
     """
     layers = [weights] if isinstance(weights, nn.Parameter) else list(weights)
-    needed = tuple(tuple(weight.shape) for weight in layers)
+    needed = tuple((len(weight), weight.numel() // len(weight)) for weight in layers)
     if mask.graph.shapes != needed:
         found, wanted = (", ".join(f"{m} x {n}" for m, n in shapes) for shapes in (mask.graph.shapes, needed))
         raise UserError(f"the mask is for {found}, the layers are {wanted}: use one made for this model and mask_layer")
@@ -298,7 +300,7 @@ def masked(weights: nn.Parameter | Sequence[nn.Parameter], mask: Mask, any_weigh
     try:
         with torch.no_grad():
             for weight, keep in zip(layers, mask.graph.split(mask.keep), strict=True):
-                weight.masked_fill_(~keep.to(weight.device), 0.0)
+                weight.masked_fill_(~keep.reshape(weight.shape).to(weight.device), 0.0)
         yield
     finally:
         with torch.no_grad():

@@ -76,7 +76,7 @@ def sft(context: Context, point: Point) -> Edit:
     """Fine-tune the target layers on random labels (or as `sft.mode` says)."""
     config = context.config
     allowed = context.within_targets([torch.ones_like(weight, dtype=torch.bool) for weight in context.weights])
-    trainer = SFTTrainer(context.model, context.data, config.mask_layer, config.sft, point.seed, context.device)
+    trainer = SFTTrainer(context.own, context.data, config.mask_layer, config.sft, point.seed, context.device)
     return Edit(trainer.train(), allowed)
 
 

@@ -17,6 +17,7 @@ from core.config import MaskStrategies, PipelineConfig
 from core.observe import progress
 from graphs.layout import WeightGraph
 from model import HookedModel, inspecting, predictions
+from models.classifier import Classifier
 from unlearn.masks import Mask, masked
 from unlearn.requests import FrozenHead, Request, Unlearner
 from utils_data import UnlearningDataset
@@ -24,6 +25,10 @@ from utils_data import UnlearningDataset
 OURS = "this project"
 BUDGET = 5  # settings, at most, that a method may try on validation images: the same for all
 Made = TypeVar("Made")
+
+
+class NotApplicable(Exception):
+    """A method cannot be used on this classifier; the text says why, as the end of a sentence about the method."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Edit:
         seconds_offline: spent once, ahead of all requests; None: unknown. `Method.enter` fills it in.
     """
 
-    model: HookedModel
+    model: Classifier
     allowed: Mapping[str, Tensor] | None = None
     seconds: float | None = None
     seconds_offline: float | None = 0.0
@@ -110,21 +115,32 @@ class Context:
         shared: what is computed once for all methods.
     """
 
-    model: HookedModel
+    model: Classifier
     data: UnlearningDataset
     config: PipelineConfig
     device: torch.device
     learn_importance: Callable[[int], Tensor]
     head: FrozenHead | None = None
     unlearner: Unlearner | None = None
-    retrain: Callable[[int], HookedModel] | None = None
-    untrained: Callable[[], HookedModel] | None = None
+    retrain: Callable[[int], Classifier] | None = None
+    untrained: Callable[[], Classifier] | None = None
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     shared: Shared = field(default_factory=Shared)
 
     @property
+    def own(self) -> HookedModel:
+        """The classifier, for a method that takes it apart as only this project's own can be.
+
+        Raises:
+            NotApplicable: it is somebody else's.
+        """
+        if not isinstance(self.model, HookedModel):
+            raise NotApplicable("takes apart the stack of linear layers that this project's own classifiers end in")
+        return self.model
+
+    @property
     def weights(self) -> list[torch.nn.Parameter]:
-        """W [m, n] of every target layer."""
+        """W of every target layer, [m, n] or [m, n, kh, kw]."""
         return self.model.weights(self.config.mask_layer)
 
     @property
@@ -144,7 +160,8 @@ class Context:
 
     def within_targets(self, chosen: Sequence[Tensor]) -> dict[str, Tensor]:
         """For `Edit.allowed`: bool [m, n] for each target layer, and nothing else."""
-        return dict(zip(self.graph.names, chosen, strict=True))
+        shaped = [part.reshape(weight.shape) for part, weight in zip(chosen, self.weights, strict=True)]
+        return dict(zip(self.graph.names, shaped, strict=True))
 
     def request(self, kappa: int) -> Request:
         """Forget the run's classes with kappa weights."""

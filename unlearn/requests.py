@@ -18,7 +18,8 @@ from core.artifacts import HISTORY, write_json
 from core.config import FeatureSets, ForgetLosses, GCNConfig, RefineConfig, UserError, derive_seed
 from core.observe import Tracker, log, progress
 from data import GraphDataset
-from model import HookedModel, MaskingGCN, MaskLayer, inspecting
+from model import MaskingGCN, MaskLayer, inspecting
+from models.classifier import Classifier
 from unlearn.features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log, standardised
 from unlearn.masks import SAMPLERS, check_budget, sinkhorn_topk
 
@@ -72,7 +73,7 @@ class FrozenHead:
     """
 
     def __init__(
-        self, model: HookedModel, mask_layer: MaskLayer, statistics: ClassStatistics, h: Tensor, labels: Tensor
+        self, model: Classifier, mask_layer: MaskLayer, statistics: ClassStatistics, h: Tensor, labels: Tensor
     ):
         self.model, self.mask_layer, self.statistics, self.h, self.labels = model, mask_layer, statistics, h, labels
         self.graph, self.num_classes, self.weight = statistics.graph, statistics.num_classes, statistics.weight
@@ -81,7 +82,7 @@ class FrozenHead:
 
     @classmethod
     def of_graphs(
-        cls, model: HookedModel, graphs: GraphDataset, mask_layer: MaskLayer, num_classes: int, device: torch.device
+        cls, model: Classifier, graphs: GraphDataset, mask_layer: MaskLayer, num_classes: int, device: torch.device
     ) -> "FrozenHead":
         """Take the images that the graphs of `mask_layer` were made of; `num_classes`: of the dataset."""
         statistics = ClassStatistics.of_graphs(graphs, num_classes, device)

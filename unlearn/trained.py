@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model import HookedModel, apply_linear, capture, inspecting
+from model import apply_linear, capture, inspecting
 from unlearn.finetuning import RETAINED, Finetuner, Optimizing
 from unlearn.masks import hard_topk
 from unlearn.registry import Context, Edit, Point, method
@@ -42,7 +42,7 @@ def adam(lr: float) -> Optimizing:
 def tuner(name: str, context: Context, point: Point, optimizing: Optimizing, **more: Any) -> Finetuner:
     """The engine on a context's classifier and images."""
     return Finetuner(
-        name, context.model, context.data, point.seed, context.device, optimizing, clip=GRADIENT_NORM, **more
+        name, context.own, context.data, point.seed, context.device, optimizing, clip=GRADIENT_NORM, **more
     )
 
 
@@ -202,7 +202,7 @@ def boundary_shrink(context: Context, point: Point, lr: float) -> Edit:
 # --- teachers ---------------------------------------------------------------------------------------------
 
 
-def answers(teacher: HookedModel, images: Tensor) -> Tensor:
+def answers(teacher: torch.nn.Module, images: Tensor) -> Tensor:
     """A teacher's logits [B, C], constant for the gradient."""
     with torch.no_grad():
         return teacher(images)
@@ -253,7 +253,7 @@ def bad_teacher(context: Context, point: Point, lr: float) -> Edit:
 def last_inputs(context: Context) -> tuple[Tensor, Tensor]:
     """Input [S, n] of the last layer on D_r, and labels [S], from the activations that all methods share."""
     h, labels = context.activations("train", False)
-    with inspecting(context.model), torch.inference_mode(), capture(context.model.linears[-1]) as record:
+    with inspecting(context.own), torch.inference_mode(), capture(context.own.linears[-1]) as record:
         context.model.head(h, context.config.mask_layer)
     features, _ = record.take()
     return features.clone(), labels
@@ -268,8 +268,8 @@ def last_inputs(context: Context) -> tuple[Tensor, Tensor]:
 )
 def head_retrain(context: Context, point: Point, lr: float) -> Edit:
     """The last layer trained from initial weights on D_r, by Adam, 8 times the batch, everything below it frozen."""
-    name = f"linears.{len(context.model.linears) - 1}.weight"
-    allowed = {name: torch.ones_like(context.model.target(-1).weight, dtype=torch.bool)}
+    name = f"linears.{len(context.own.linears) - 1}.weight"
+    allowed = {name: torch.ones_like(context.own.target(-1).weight, dtype=torch.bool)}
     engine = tuner("head_retrain", context, point, adam(lr), free=allowed)
     weight, (h, labels) = engine.model.target(-1).weight, last_inputs(context)
     bound = 1 / math.sqrt(weight.shape[1])

@@ -64,7 +64,9 @@ def edited(context: Context, name: str, seed: int = 0, **settings) -> Edit:
 
 
 def unlearned(context: Context, name: str, seed: int = 0, **settings) -> HookedModel:
-    return edited(context, name, seed, **settings).model
+    model = edited(context, name, seed, **settings).model
+    assert isinstance(model, HookedModel)
+    return model
 
 
 def part(context: Context, is_forget_set: bool) -> tuple[Tensor, Tensor]:
@@ -367,4 +369,5 @@ def test_last_layer_is_trained_on_its_own_inputs(context, mask_layer):
     assert edit.allowed is not None
     assert changed_outside(edit.model, context.model.state_dict(), edit.allowed) == 0
     assert set(edit.allowed) == {"linears.2.weight"}
-    assert (edit.model.linears[-1].weight != context.model.linears[-1].weight).all()
+    last = edit.model.get_parameter("linears.2.weight")
+    assert (last != context.model.get_parameter("linears.2.weight")).all()

@@ -1,0 +1,159 @@
+"""A classifier that somebody else made, with what the pipeline needs of a classifier.
+
+The pipeline knows a classifier by a few methods, whether it is one of its own (`model.HookedModel`) or any module:
+`weight_graph` lays out the target weights, `prefix(images)` is what no mask changes, `head(h, weights)` goes on from
+there with the weights replaced if asked, and `in_prefix` tells what the first of the two depends on. Which layers are
+meant is settled here when the classifier is made; so where the pipeline names the target layers, a foreign classifier
+is asked for all of its own (`mask_layer=None`).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from core.observe import log
+from graphs.layout import WeightGraph
+from models.classifier import Classifier
+from models.prefix import NotResumable, Prefix
+from models.targets import AUTO, Target, choose, find_targets
+
+INSIDE = "net."
+"""What stands before a parameter's own name, because the module is wrapped."""
+
+
+class ForeignClassifier(Classifier):
+    """Any image classifier, and the weights of it that a mask may switch off.
+
+    Args:
+        module: maps images [B, C, H, W] to logits, or to what `logits` takes them from; used in eval mode.
+        logits: the module's output -> logits [B, classes].
+        images: a few real ones, [B, C, H, W], preprocessed: the forward pass is looked at with them.
+        num_classes: number of logits.
+        layers: names of the target weights or of their modules, or `auto`, or `all` (`models.targets.choose`).
+
+    Raises:
+        UserError: there is no such weight.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        logits: Callable[[Any], Tensor],
+        images: Tensor,
+        num_classes: int,
+        layers: Sequence[str] = (AUTO,),
+    ):
+        super().__init__()
+        self.net, self.logits, self.num_classes = module.eval(), logits, num_classes
+        self.examples = images
+        self.targets: tuple[Target, ...] = choose(find_targets(module, images), layers, num_classes)
+
+    def weight_graph(self, mask_layer: None = None) -> WeightGraph:
+        """Layout of the graph over the target weights.
+
+        Whether the outputs of one layer are the inputs of another is not known of a foreign model: they are not joined.
+        """
+        shapes = tuple(target.matrix for target in self.targets)
+        names = tuple(INSIDE + target.name for target in self.targets)
+        return WeightGraph(shapes, tuple(False for _ in pairwise(shapes)), names)
+
+    def weights(self, mask_layer: None = None) -> list[nn.Parameter]:
+        """The target weights as the module has them, [m, n] or [m, n, kh, kw], in the order of the forward pass."""
+        return [self.net.get_parameter(target.name) for target in self.targets]
+
+    @cached_property
+    def plan(self) -> Prefix | None:
+        """How the forward pass is resumed at the targets; None: the whole of it runs each time, which is said."""
+        try:
+            return Prefix(self.net, [target.name for target in self.targets], self.examples, self.logits)
+        except NotResumable as reason:
+            log(f"the forward pass of this model cannot be resumed, the whole of it runs each time: {reason}")
+            return None
+
+    def prefix(self, images: Tensor, mask_layer: None = None) -> Tensor:
+        """What lies ahead of the first target, [B, numbers]: stored outputs, or the images where nothing can be."""
+        return self.plan.before(self.net, images) if self.plan else images.flatten(1)
+
+    def head(self, h: Tensor, mask_layer: None = None, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """Logits [B, classes] from `prefix`'s rows; `weights`, [m, n] for each target, stand in for theirs."""
+        given = zip(self.targets, weights, strict=True) if weights is not None else ()
+        instead = {target.name: value.view(target.shape) for target, value in given}
+        if self.plan:
+            return self.plan.after(self.net, h, instead)
+        images = h.view(len(h), *self.examples.shape[1:])
+        return self.logits(functional_call(self.net, instead, (images,)) if instead else self.net(images))
+
+    def in_prefix(self, mask_layer: None = None) -> Callable[[str], bool]:
+        """Tell, by name, which parameters and buffers `prefix` depends on."""
+        inside = self.plan.holds(self.net) if self.plan else None
+        return lambda name: inside is not None and inside(name.removeprefix(INSIDE))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, classes]."""
+        return self.logits(self.net(images))
+
+    def class_gradient(self, h: Tensor, labels: Tensor, batch: int = 128) -> Tensor:
+        """Mean gradient of the cross-entropy with respect to the target weights, [*graph.shape].
+
+        A weight that is used at several positions has no gradient of rank 1 for an image, so that no pair of vectors
+        stands for it, as in the pipeline's graphs: the mean is made at once, one backward pass for each batch.
+
+        Args:
+            h: rows of the images, [S, numbers].
+            labels: [S].
+            batch: images at once.
+        """
+        graph = self.weight_graph()
+        pairs = zip(self.weights(), self.targets, strict=True)
+        weights = [weight.detach().reshape(target.matrix).requires_grad_() for weight, target in pairs]
+        total = [torch.zeros_like(weight) for weight in weights]
+        with torch.enable_grad():
+            for rows, true in zip(h.split(batch), labels.split(batch), strict=True):
+                loss = nn.functional.cross_entropy(self.head(rows, None, weights).float(), true, reduction="sum")
+                for sum_, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
+                    sum_ += gradient
+        return graph.join([sum_ / max(1, len(labels)) for sum_ in total])
+
+    def class_activations(self, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean input and output of each target over images and positions, [n] and [m]; zeros where no hook fires.
+
+        A convolution's input channel stands at each of its taps, so that columns fit the matrix [m, n * kh * kw].
+        """
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def note(target: Target) -> Callable:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                seen[target.name] = _channel_means(inputs[0], target), _channel_means(output, target)
+
+            return hook
+
+        owners = {target.name: self.net.get_submodule(target.name.rpartition(".")[0]) for target in self.targets}
+        handles = [owners[target.name].register_forward_hook(note(target)) for target in self.targets]
+        try:
+            with torch.no_grad():
+                self.head(h)
+        finally:
+            for handle in handles:
+                handle.remove()
+        inputs, outputs = [], []
+        for target in self.targets:
+            rows, columns = target.matrix
+            h_, z = seen.get(target.name, (h.new_zeros(0), h.new_zeros(0)))
+            groups = columns // max(1, len(h_)) if len(h_) else 0
+            taps = columns // target.inputs
+            fits = len(h_) == target.inputs and groups
+            inputs.append(h_.repeat_interleave(taps) if fits else h.new_zeros(columns))
+            outputs.append(z if len(z) == rows else h.new_zeros(rows))
+        return inputs, outputs
+
+
+def _channel_means(value: Tensor, target: Target) -> Tensor:
+    """Mean over everything but channels: [B, C, H, W] of a convolution, [..., C] of a linear map -> [C]."""
+    channels_first = len(target.shape) == 4
+    dims = [dim for dim in range(value.dim()) if dim != (1 if channels_first else value.dim() - 1)]
+    return value.detach().float().mean(dims)
