@@ -48,7 +48,7 @@ class Eval(Snapshots):
     # --- what is measured ---
 
     def eval_unlearning(self, name: str, point: Point) -> dict[str, dict]:
-        """Every metric of one method at one point, {"test": {...}, "val": {...}}; measured once per method key."""
+        """Measure every metric of one method at one point, once per method key: {"test": {...}, "val": {...}}."""
         key = METHODS[name].key(self.context, point)
         if key not in self._measured:
             for is_forget_set in (True, False):  # shared by all methods, so no method's seconds hold it
@@ -70,11 +70,11 @@ class Eval(Snapshots):
         settings: Settings,
         judge: Callable[[str, tuple, Edit], Judged],
     ) -> Judged:
-        """Enter a method, judge its edit, leave it, and check that it kept to what it may change.
+        """Run a method, judge its edit, undo the edit, and check that the method changed only what it may.
 
         Raises:
-            Diverged: its training did, or its weights are no finite numbers.
-            RuntimeError: it changed what it must not, or left the classifier changed.
+            Diverged: the method's training diverged, or its weights are not finite.
+            RuntimeError: it changed a weight that it may not change, or did not restore the shared classifier.
         """
         context, key = self.context, METHODS[name].key(self.context, point)
         with METHODS[name].enter(context, point, **settings) as edit:
@@ -93,7 +93,7 @@ class Eval(Snapshots):
         return judged
 
     def tuned(self, name: str, point: Point) -> Settings:
-        """The settings of a method: of its grid, what comes closest to retraining on validation images (Avg Gap)."""
+        """Choose a method's settings from its grid: the smallest Avg Gap to retraining on validation images."""
         grid, key = METHODS[name].grid, METHODS[name].key(self.context, point)
         about = self.about.setdefault(key, {"settings": dict(grid[0]), "tuning": []})
         if len(grid) > 1 and not about["tuning"]:
@@ -107,7 +107,7 @@ class Eval(Snapshots):
         return about["settings"]
 
     def _tried(self, name: str, point: Point, settings: Settings) -> float:
-        """Avg Gap of one setting on validation images; infinite, and said so, where its training diverges."""
+        """Compute one setting's Avg Gap on validation images; infinite, with a line in the log, if it diverges."""
         try:
             return self._enter(name, point, settings, self._gap)
         except Diverged as error:
@@ -115,17 +115,17 @@ class Eval(Snapshots):
             return math.inf
 
     def validation_gap(self, name: str, point: Point) -> float:
-        """Avg Gap of a method at a point on validation images: what points and settings are chosen by."""
+        """Compute a method's Avg Gap at a point on validation images, by which points are chosen."""
         return self._enter(name, point, self.tuned(name, point), self._gap)
 
     def _gap(self, name: str, key: tuple, edit: Edit) -> float:
-        """Avg Gap on validation images; infinite where it is not a number."""
+        """Compute the Avg Gap on validation images; infinite where it is not a finite number."""
         outputs = self.remembered(name, edit.model, self._prefix_kept(edit), keep=False)
         value = self.evidence(edit.model, outputs, "val", retrained=self.others(name, "val")).value(avg_gap)
         return math.inf if value is None else value
 
     def _judge(self, name: str, key: tuple, edit: Edit) -> dict[str, dict]:
-        """Every metric, split by split, and what the edit costs; tables and intervals go to `about`."""
+        """Return every metric, split by split, and what the edit costs; tables and intervals go to `about`."""
         model, same = edit.model, self._prefix_kept(edit)
         weights, size = extent(model, self.original, [n for n in self.original if self._may_differ(n, same)])
         outputs = self.remembered(name, model, same, keep=False)
@@ -144,7 +144,7 @@ class Eval(Snapshots):
         return judged
 
     def eval_performance_degradation(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict]:
-        """Each method's metrics minus the untouched model's, from {method: {metric: value}}."""
+        """Subtract the untouched model's metrics from each method's, {method: {metric: value}}."""
         base = self.eval_unlearning("default", Point(0, 0, self.config.seed))["test"]
 
         def differences(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -154,7 +154,7 @@ class Eval(Snapshots):
         return {name: differences(values) for name, values in measured.items()}
 
     def eval_mask_efficacy(self, topK: int) -> dict[str, float]:
-        """How well the forget class's own top-K mask explains it: accuracies with only those weights kept.
+        """Measure how well the forget class's own top-K mask explains it: accuracies with only those weights kept.
 
         A good class mask keeps `forget_score` high; both are on validation images, percent. Measured once per topK.
         """
@@ -177,7 +177,7 @@ class Eval(Snapshots):
         return next((name for name in OURS if name in self.config.eval.methods), OURS[-1])
 
     def weight_histogram(self, mask: Mask) -> dict[str, list]:
-        """Counts of kept and of switched-off weights over common bins."""
+        """Count kept and switched-off weights in common bins."""
         weight = self.context.graph.join(as_matrices([weight.detach().cpu() for weight in self.context.weights]))
         edges = torch.linspace(float(weight.min()), float(weight.max()), HISTOGRAM_BINS + 1)
         count = {
@@ -192,12 +192,12 @@ class Eval(Snapshots):
         return thumbnails(self.context.data)
 
     def masks(self, point: Point) -> dict[str, Mask]:
-        """The masks of the measured mask methods at a point, and in any case that of the answer."""
+        """Return the masks of the measured mask methods at a point, and in any case that of the answer."""
         names = dict.fromkeys((self.answer, *self.config.eval.methods))
         return {name: mask_of(name, self.context, point) for name in names if METHODS[name].mask}
 
     def _against(self, name: str, other: str, point: Point, measured: Mapping[str, Mapping[str, dict]]) -> Other | None:
-        """What a method's test answers are, held against another method's at a point; None: that one has none."""
+        """Compare a method's test predictions with another's at a point; None if either has none."""
         keys = [METHODS[one].key(self.context, point) for one in (name, other)]
         if other not in measured or any(key not in self._right for key in keys):
             return None
@@ -206,12 +206,12 @@ class Eval(Snapshots):
         return Other(measured[other]["test"], *pairs)
 
     def _by_class(self, right: Tensor, before: Tensor) -> dict[int, Pair]:
-        """Answers to the retained test images, class by class. Both bool [S]."""
+        """Compare predictions on retained test images before and after, class by class. Both bool [S]."""
         labels = self.reference("test").retain.labels
         return {c: _pair(right[labels == c], before[labels == c]) for c in labels.unique().tolist()}
 
     def verdicts(self, measured: Mapping[str, Mapping[str, dict]], point: Point) -> dict[str, list[dict[str, str]]]:
-        """What is to be said against each measured method, in words, from its test answers at a point."""
+        """Return what is to be said against each measured method, in words, from its test answers at a point."""
         measured = {**measured, "default": self.eval_unlearning("default", Point(0, 0, point.seed))}
         sane, said = bool(self.references) and self.references[0]["sane"], {}
         before = self._right[METHODS["default"].key(self.context, point)]["retain_score"]
@@ -238,7 +238,7 @@ class Eval(Snapshots):
         return said
 
     def eval(self, topK: int, kappa: int) -> tuple[dict, dict[str, Mask]]:
-        """Everything that a record says about one (topK, kappa) point, and the masks of its methods."""
+        """Measure all that a record holds of one (topK, kappa) point; also return the masks of its methods."""
         point, context = Point(topK, kappa, self.config.seed), self.context
         measured = {name: self.eval_unlearning(name, point) for name in self.config.eval.methods}
         masks = self.masks(point)
@@ -264,5 +264,5 @@ class Eval(Snapshots):
 
 
 def _pair(right: Tensor, before: Tensor) -> Pair:
-    """What of the same images one model recognises and another does not. Both bool [S]."""
+    """Return what of the same images one model recognises and another does not. Both bool [S]."""
     return Pair(int((before & ~right).sum()), int((right & ~before).sum()), len(right))

@@ -32,7 +32,7 @@ PAGE = Path("reports/index.html")
 
 
 def is_drawn(folder: Path, key: str) -> bool:
-    """Whether a folder holds, whole, what `key` says; damage is said in the log."""
+    """Return whether a folder holds, whole, what `key` says; damage is said in the log."""
     try:
         manifest = read_manifest(folder) or {}
     except DamagedError as error:
@@ -42,7 +42,7 @@ def is_drawn(folder: Path, key: str) -> bool:
 
 
 def _curves(path: Path) -> list[dict] | None:
-    """The training curves in a file; None, and a line in the log, if it holds none."""
+    """Return the training curves in a file; None, and a line in the log, if it holds none."""
     try:
         history = read_json(path).get("history")
         sound = isinstance(history, list) and all(isinstance(entry, dict) and "step" in entry for entry in history)
@@ -78,7 +78,7 @@ class Reporter:
         self.page = output_dir / PAGE
 
     def plot(self, records: list[dict] | None = None) -> list[Path]:
-        """Tables and figures, a folder for each run and for each family of several runs; then the grid and the page.
+        """Write tables and figures, a folder for each run and each family of several runs; then the grid and the page.
 
         Args:
             records: of the runs to draw (None: all that are there). Families, grid and page are of all in any case.
@@ -111,7 +111,7 @@ class Reporter:
         return drawn
 
     def _plot(self, runs: list[Run], name: str, histories: dict[str, list[dict]], apart: str = "") -> Path:
-        """Tables and figures of one run with its training curves, or of a family; `apart`: from other families."""
+        """Write tables and figures of one run, with its training curves, or of a family; `apart`: from others."""
         folder = self.plots / name
         inputs = {"runs": runs, "apart": apart, "config": plain(self.config), "code": code_key("reporter")}
         key = key_of(inputs | {"histories": histories})
@@ -158,13 +158,13 @@ class Reporter:
 
     @staticmethod
     def run_name(record: dict) -> str:
-        """Name of a run's folder."""
+        """Name a run's folder."""
         classes = "-".join(map(str, record["forget_class"]))
         return f"{record['model']}_{record['dataset']}_class-{classes}_seed-{record['seed']}_{record['run']}"
 
     @staticmethod
     def family_name(runs: list[Run]) -> str:
-        """Name of a family's folder."""
+        """Name a family's folder."""
         first = runs[0][0]
         return f"{first['model']}_{first['dataset']}_over-runs_{family_key(runs[0])}"
 

@@ -35,7 +35,7 @@ __all__ = ["SPLITS", "SupportedDatasets", "UnlearningDataset", "download", "get_
 
 
 def _cap(arrays: Arrays, most: int | None, seed: int) -> Arrays:
-    """A stratified subset of about `most` images (None: all)."""
+    """Return a stratified subset of about `most` images (None: all)."""
     images, labels = arrays
     if most is None or most >= len(labels):
         return arrays
@@ -59,7 +59,7 @@ class Images(Dataset):
         return len(self.labels)
 
     def batch(self, indices: Tensor | list[int] | slice) -> tuple[Tensor, Tensor]:
-        """Normalised images [B, C, H, W] and labels [B]."""
+        """Return normalised images [B, C, H, W] and labels [B]."""
         return self.pixels[indices].float().sub_(self.mean).div_(self.std), self.labels[indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -70,16 +70,16 @@ class Images(Dataset):
         return self.batch(indices)
 
     def only(self, keep: Tensor) -> "Images":
-        """The subset where `keep` [S] (bool, or indices) holds."""
+        """Return the subset where `keep` [S] (bool, or indices) holds."""
         lazy = isinstance(self.pixels, LazyPixels)
         return replace(self, pixels=self.pixels.take(keep) if lazy else self.pixels[keep], labels=self.labels[keep])
 
     def key(self) -> np.ndarray:
-        """An array that differs as soon as an image does."""
+        """Return an array that differs as soon as an image does."""
         return self.pixels.key() if isinstance(self.pixels, LazyPixels) else self.pixels.numpy()
 
     def digests(self) -> np.ndarray:
-        """A hash of each image, or of its file, uint8 [S, 16]."""
+        """Return a hash of each image, or of its file, uint8 [S, 16]."""
         if isinstance(self.pixels, LazyPixels):
             return self.pixels.key()
         whole = self.pixels.numpy().reshape(len(self), -1)
@@ -87,7 +87,7 @@ class Images(Dataset):
         return np.frombuffer(hashes, np.uint8).reshape(-1, DIGEST)
 
     def name(self, place: int) -> str:
-        """What an image is called: its path below the tree, or else its number."""
+        """Return what an image is called: its path below the tree, or else its number."""
         return (
             self.pixels.tree.name(int(self.pixels.rows[place])) if isinstance(self.pixels, LazyPixels) else str(place)
         )
@@ -106,7 +106,7 @@ class _Ahead(DataLoader):
 
 
 def make_loader(dataset: Dataset, batch_size: int, shuffle_seed: int | None = None) -> DataLoader:
-    """A loader of whole batches (one indexing call each, last one may be short); shuffled if seeded."""
+    """Return a loader of whole batches (one indexing call each, last one may be short); shuffled if seeded."""
     generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
     decodes = isinstance(dataset, Images) and isinstance(dataset.pixels, LazyPixels) and dataset.pixels.cache is None
     return (_Ahead if decodes else DataLoader)(
@@ -119,7 +119,7 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle_seed: int | None = No
 
 
 def _to_forget(given: Classes, classes: Sequence[str], dataset: SupportedDatasets) -> tuple[int, ...]:
-    """Labels of the classes to forget, ascending.
+    """Return labels of the classes to forget, ascending.
 
     Raises:
         UserError: there is no such class, or none would be left.
@@ -169,7 +169,7 @@ class UnlearningDataset:
         return f"{label} ({self.classes[label]})"
 
     def is_forgotten(self, labels: Tensor) -> Tensor:
-        """Whether each label [S] is of a class to forget, bool [S]."""
+        """Return whether each label [S] is of a class to forget, bool [S]."""
         return torch.isin(labels, torch.tensor(self.forget_class, device=labels.device))
 
     @property
@@ -211,13 +211,13 @@ class UnlearningDataset:
         }
 
     def retained(self, seed: int) -> "UnlearningDataset":
-        """The same without the images of the classes to forget: what a model is retrained on, in another order."""
+        """Return the images that a model is retrained on: all but the forgotten classes', in an order of their own."""
         kept = {name: part.only(~self.is_forgotten(part.labels)) for name, part in self.splits.items()}
         return _Retained(self.name, kept, self.batch_size, self.forget_class, seed)
 
     @cached_property
     def duplicates(self) -> dict[str, dict]:
-        """Images that occur more than once, by kind (`duplicates.find_duplicates`)."""
+        """Images that occur more than once, by kind (`images.splits.find_duplicates`)."""
         digests = {name: self.splits[name].digests() for name in SPLITS}
         labels = {name: self.splits[name].labels.numpy() for name in SPLITS}
 
@@ -261,21 +261,21 @@ class UnlearningDataset:
         return make_loader(self.splits["val"], self.batch_size)
 
     def get_test_loader(self) -> DataLoader:
-        """The official test images, for reporting."""
+        """Return the official test images, for reporting."""
         return make_loader(self.splits["test"], self.batch_size)
 
     def get_single_class(self, label: int, split: str = "train") -> DataLoader:
-        """Images of one class."""
+        """Return images of one class."""
         images = self.splits[split]
         return make_loader(images.only(images.labels == label), self.batch_size)
 
     def get_forget_set(self, split: str = "train") -> DataLoader:
-        """Images of the classes to forget."""
+        """Return images of the classes to forget."""
         images = self.splits[split]
         return make_loader(images.only(self.is_forgotten(images.labels)), self.batch_size)
 
     def get_retain_set(self, split: str = "train") -> DataLoader:
-        """Images of all other classes."""
+        """Return images of all other classes."""
         images = self.splits[split]
         return make_loader(images.only(~self.is_forgotten(images.labels)), self.batch_size)
 
@@ -288,7 +288,7 @@ class _Retained(UnlearningDataset):
 
 
 def _statistics(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, [C, 1, 1] each, of uint8 images [S, C, H, W]."""
+    """Compute mean and standard deviation per channel, [C, 1, 1] each, of uint8 images [S, C, H, W]."""
     levels = np.arange(256)
     counts = np.stack([np.bincount(pixels[:, c].reshape(-1), minlength=256) for c in range(pixels.shape[1])])
     mean = counts @ levels / counts.sum(1)
@@ -316,7 +316,7 @@ class DatasetFacts:
     notes: tuple[str, ...] = ()
 
     def labels(self, given: Classes, field: str) -> tuple[int, ...]:
-        """Labels of classes that a field names.
+        """Return labels of classes that a field names.
 
         Raises:
             UserError: there is no such class.
@@ -344,7 +344,7 @@ def dataset_facts(
 
 
 def _tree_splits(dataset: SupportedDatasets, path: Path | None, store: Path, data: DataConfig) -> dict[str, Images]:
-    """The three splits of a folder tree."""
+    """Return the three splits of a folder tree."""
     spec = SPECS[dataset]
     how = How(data.image_size or spec.size, data.max_pixels, data.sample_bits)
     threads = 2 * len(os.sched_getaffinity(0)) if data.num_workers is None else data.num_workers
@@ -390,7 +390,7 @@ def get_unlearning_dataset(
 
 
 def _array_splits(dataset: SupportedDatasets, root: Path, data: DataConfig) -> dict[str, Images]:
-    """The three splits of a dataset that fits into memory."""
+    """Return the three splits of a dataset that fits into memory."""
     split_seed = derive_seed(data.split_seed, dataset.value, "val")
     pixels, labels = _cap(read_arrays(dataset, root, train=True), data.max_train_samples, split_seed)
     test = _cap(read_arrays(dataset, root, train=False), data.max_test_samples, split_seed)

@@ -1,4 +1,4 @@
-"""One image file -> pixels as a viewer shows them; what gives none is said by its reason. No torch here."""
+"""Decode one image file to the pixels that a viewer shows, or give the reason why it has none. No torch here."""
 
 import ctypes
 import errno
@@ -25,7 +25,7 @@ FOREIGN, CUT, FLOATS = "not an image", "damaged image", "floating-point pixels"
 UNREAD = "format not read"
 TOO_LARGE, NO_WHITE = "too many pixels", "32-bit levels, of which none is known to be white"
 MAX_PIXELS = 178_956_970  # an image of 512 MiB; the limit of PIL, which stands aside for ours
-MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's trouble, whatever the file holds
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine lacks something: no file is to blame
 DIGEST = 16
 CHUNK = 64
 READ = {
@@ -73,7 +73,7 @@ class BadImageError(Exception):
 
 @dataclass(frozen=True)
 class How:
-    """What pixels depend on beside the bytes of a file.
+    """The settings that decide, beside the bytes of a file, which pixels it gives.
 
     Args:
         size: side of the square that comes out. max_pixels: an image of more is not decoded.
@@ -150,7 +150,7 @@ def raise_if_machine(error: OSError, path: str) -> None:
 
 
 def decode(path: str, how: How, stamp: tuple[int, int] | None = None) -> np.ndarray:
-    """The pixels alone, uint8 [3, size, size]. Raises as `examine` does."""
+    """Return the pixels alone, uint8 [3, size, size]. Raises as `examine` does."""
     return examine(path, how, stamp, hashed=False).pixels
 
 
@@ -190,7 +190,7 @@ def _told(error: Exception) -> str:
 
 
 def _why_not(file: IO[bytes], error: Exception) -> str:
-    """Why PIL cannot open a file, from how it begins."""
+    """Say why PIL cannot open a file, judged by its first bytes."""
     file.seek(0)
     head = file.read(4096)
     if head[4:8] == b"ftyp" and head[8:12] in _BOXES:
@@ -214,7 +214,7 @@ def _why_not(file: IO[bytes], error: Exception) -> str:
 
 
 def _square(image: Image.Image, file: IO[bytes], how: How) -> tuple[np.ndarray, int]:
-    """The centre square at its final size, uint8 [size, size, 3], transparent parts on white; and `Seen.bits`."""
+    """Cut the centre square and scale it: uint8 [size, size, 3], transparent parts on white; and `Seen.bits`."""
     bits = 0
     if image.mode == "F":
         raise BadImageError(FLOATS)
@@ -238,7 +238,7 @@ def _square(image: Image.Image, file: IO[bytes], how: How) -> tuple[np.ndarray, 
 
 
 def _eight_bit(image: Image.Image, file: IO[bytes], given: int | None) -> tuple[Image.Image, int]:
-    """Grey levels of more than 8 bits as 8; PIL's own conversion would clip at 255. Also `Seen.bits`."""
+    """Scale grey levels of more than 8 bits to 8, where PIL would clip at 255; also return `Seen.bits`."""
     levels = np.asarray(image)
     if levels.dtype != np.uint16:
         levels = levels.clip(0, 65535).astype(np.uint16)
@@ -253,14 +253,14 @@ def _eight_bit(image: Image.Image, file: IO[bytes], given: int | None) -> tuple[
 
 
 def _tag(image: Image.Image, number: int) -> int | None:
-    """The first value of a TIFF tag, if it is there and a whole number."""
+    """Return the first value of a TIFF tag, if it is there and a whole number."""
     value = image.tag_v2.get(number)  # ty: ignore[missing-attribute]
     value = value[0] if isinstance(value, tuple) and value else value
     return value if isinstance(value, int) else None
 
 
 def _white(image: Image.Image, file: IO[bytes], levels: np.ndarray) -> int | None:
-    """The level that is white as the file says; None: it says nothing, and a viewer takes 65,535.
+    """Return the level that is white as the file says; None: it says nothing, and a viewer takes 65,535.
 
     Raises:
         BadImageError: levels of 32 bits.
@@ -281,7 +281,7 @@ def _white(image: Image.Image, file: IO[bytes], levels: np.ndarray) -> int | Non
 
 
 def _significant_bits(file: IO[bytes]) -> int | None:
-    """What the sBIT chunk of a PNG says of its first channel."""
+    """Return what the sBIT chunk of a PNG says of its first channel."""
     file.seek(8)
     while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
         length = int.from_bytes(head[:4], "big")
@@ -292,7 +292,7 @@ def _significant_bits(file: IO[bytes]) -> int | None:
 
 
 def _turned(square: np.ndarray, image: Image.Image) -> np.ndarray:
-    """A centre square as the orientation in the (loaded) image's EXIF data wants it shown."""
+    """Return a centre square as the orientation in the (loaded) image's EXIF data wants it shown."""
     try:
         orientation = image.getexif().get(0x0112)
     except Exception as error:  # damaged EXIF data, of which viewers make nothing either

@@ -45,13 +45,13 @@ RACE_NS = 20_000_000  # a folder changed this shortly before it was read may cha
 class Tree:
     """Every image file of a tree, in the order of its path.
 
-    Arrays: paths (one blob and the end of each), sizes in bytes, marks (`image_files.mark_of`), labels, splits
+    Arrays: paths (one blob and the end of each), sizes in bytes, marks (`decode.mark_of`), labels, splits
     (UNSPLIT, TRAIN, ...) and hashes of file names (what splits are drawn by, so that neither order nor machine moves
     them), [S] each.
     `problems`: (path, reason) of what can be no image whatever its content; `passed`: kinds of litter with their
     counts; `notes`: what was decided about the layout, a sentence each.
     Filled by `check`, where rows were checked: `bad`, reason by row; `digests` of the files' bytes [S, 16];
-    `bits` (`image_files.Seen`) [S].
+    `bits` (`decode.Seen`) [S].
     """
 
     root: str
@@ -77,11 +77,11 @@ class Tree:
         return len(self.labels)
 
     def name(self, row: int) -> str:
-        """Path of an image below the root."""
+        """Return the path of an image below the root."""
         return os.fsdecode(self.blob[self.ends[row - 1] if row else 0 : self.ends[row]].tobytes())
 
     def path(self, row: int) -> str:
-        """Path of an image."""
+        """Return the path of an image."""
         return f"{self.root}/{self.name(row)}"
 
     def stamp(self, row: int) -> tuple[int, int]:
@@ -99,11 +99,11 @@ class Tree:
         return sorted((visible(path), reason) for path, reason in found)
 
     def is_fresh(self) -> bool:
-        """Whether every folder still has its time, and had it for long enough when it was read."""
+        """Return whether every folder still has its time, and had it for long enough when it was read."""
         return self.stands() and max(self.folders.values(), default=0) < self.made - RACE_NS
 
     def stands(self) -> bool:
-        """Whether every folder still has its time."""
+        """Return whether every folder still has its time."""
         try:
             times = {name: os.stat(f"{self.root}/{name}").st_mtime_ns for name in self.folders}  # noqa: PTH116
         except OSError:
@@ -112,7 +112,7 @@ class Tree:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """The splitmix64 finaliser: uint64 -> uint64, one to one, well mixed (Steele et al. 2014)."""
+    """Return the splitmix64 finaliser: uint64 -> uint64, one to one, well mixed (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -144,7 +144,7 @@ def scan_tree(root: Path, layout: str, file: Path, notes: Sequence[str] = ()) ->
 
 
 def open_tree(root: Path, layout: str, store: Path) -> Tree:
-    """The index of a tree, from `store` if it is there and fresh, else made anew and kept there.
+    """Return the index of a tree, from `store` if it is there and fresh, else made anew and kept there.
 
     Raises:
         NoTreeError: as `scan_tree`. UserError: the store cannot be written.
@@ -210,7 +210,7 @@ class _Known:
         self.reasons = {int(key): reason for key, reason in facts.items()}
 
     def places(self, keys: np.ndarray) -> np.ndarray:
-        """Where each key is, -1 if it is not there."""
+        """Return where each key is, -1 if it is not there."""
         if not len(self.keys):
             return np.full(len(keys), -1)
         order = np.argsort(self.keys)
@@ -277,7 +277,7 @@ def forget(tree: Tree, rows: list[int], how: How) -> None:
 
 
 def _restamped(tree: Tree, rows: np.ndarray) -> tuple[Tree, dict[int, str]]:
-    """The tree with the present size and mark of these files, and reason by row of those that are none any more."""
+    """Return the tree with these files' present sizes and marks, and why a row is no file any more, by row."""
     sizes, marks, bad = tree.sizes.copy(), tree.marks.copy(), {}
     for row in rows.tolist():
         try:
@@ -302,7 +302,7 @@ def _restamped(tree: Tree, rows: np.ndarray) -> tuple[Tree, dict[int, str]]:
 
 
 def _left(tree: Tree, rows: np.ndarray, known: _Known, cache: PixelCache | None) -> np.ndarray:
-    """Those of these rows of which something is not known."""
+    """Return those of these rows of which something is not known."""
     keys = tree.keys(rows)
     places = known.places(keys)
     missing = places < 0
@@ -312,7 +312,7 @@ def _left(tree: Tree, rows: np.ndarray, known: _Known, cache: PixelCache | None)
 
 
 def _with_room(tree: Tree, rows: np.ndarray, known: _Known, cache: PixelCache | None) -> PixelCache | None:
-    """The cache as it is now, if what is left to be read fits in."""
+    """Return the cache as it is now, if what is left to be read fits in."""
     if cache is None:
         return None
     cache.reload()
@@ -372,7 +372,7 @@ def _examine_all(
 
 
 def _kept(seen: list[Seen], cache: PixelCache | None) -> PixelCache | None:
-    """The cache with these images; None, said in the log, if the disk has no room for them after all."""
+    """Return the cache with these images; None, said in the log, if the disk has no room for them after all."""
     if cache is None or not seen:
         return cache
     try:
@@ -383,7 +383,7 @@ def _kept(seen: list[Seen], cache: PixelCache | None) -> PixelCache | None:
 
 
 def _saved(cache: PixelCache | None) -> PixelCache | None:
-    """The cache, what it holds made to count; None, as above."""
+    """Return the cache, what it holds made to count; None, as above."""
     try:
         if cache is not None:
             cache.save()

@@ -1,8 +1,9 @@
-"""The layouts of folder trees: which folders are classes and which are splits, and every file in them.
+"""Tell which folders of a tree are classes and which are splits, and gather every file in them.
 
-Two layouts. `folders`: DIR/<class>/..., or DIR/{train,val,test}/<class>/... . `wnids` (ImageNet): DIR/<any shard>/...,
-where an image's class is the nearest folder named like a WordNet id, or else the last `_` token of its file name.
-A folder that only wraps the others is looked through. What can be read in two ways is refused. No torch here.
+There are two layouts. `folders`: DIR/<class>/..., or DIR/{train,val,test}/<class>/... . `wnids` (ImageNet):
+DIR/<any shard>/..., where an image's class is the nearest folder named like a WordNet id, or else the last `_` token
+of its file name. A folder that only wraps the others is looked through. A tree that can be read in two ways is refused.
+No torch here.
 """
 
 import os
@@ -64,7 +65,7 @@ class Scan:
 
     # `os` rather than Path here: a Path for each of a million files is slow
     def walk(self, relative: str, above: tuple = ()) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
-        """(folder, [(file name, bytes, mark)]) of a folder and all below it, by name; links are followed."""
+        """Yield (folder, [(file name, bytes, mark)]) of a folder and of all below it, by name; links are followed."""
         path = f"{self.root}/{relative}"
         try:
             facts = os.stat(path)  # noqa: PTH116
@@ -172,12 +173,12 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
-    """The first names, for a sentence."""
+    """Return the first names, for a sentence."""
     return ", ".join(map(visible, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def innermost(root: Path, layout: str) -> tuple[Path, list[str]]:
-    """The folder that holds the classes or splits: one that only wraps another is looked through.
+    """Return the folder that holds the classes or splits: one that only wraps another is looked through.
 
     Returns:
         (that folder, a sentence for each one that was looked through).
@@ -199,7 +200,7 @@ def innermost(root: Path, layout: str) -> tuple[Path, list[str]]:
 
 
 def _is_part(name: str, layout: str) -> bool:
-    """Whether a folder that stands alone has a meaning of its own."""
+    """Return whether a folder that stands alone has a meaning of its own."""
     if layout == "wnids":
         return WNID.fullmatch(name) is not None or name.lower().startswith(("train", "val", "test"))
     return TRAIN in splits_by_name([name]).values()
@@ -209,7 +210,7 @@ def _is_part(name: str, layout: str) -> bool:
 
 
 def has_splits(root: Path) -> bool:
-    """Whether folders of splits lie in a folder; whatever lies beside those is left out."""
+    """Return whether folders of splits lie in a folder; whatever lies beside those is left out."""
     return bool(_splits_of(root, _look(root))[0])
 
 
@@ -373,7 +374,7 @@ LAYOUTS = {"folders": _scan_folders, "wnids": _scan_wnids}
 
 
 def nothing_there(root: Path) -> str:
-    """What is to be said of a folder in which no class folder holds a file."""
+    """Return what is to be said of a folder in which no class folder holds a file."""
     look = _look(root)
     packed = [name for name in look.others if name.lower().endswith((*SUFFIXES, ".parquet"))]
     if look.images:

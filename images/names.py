@@ -38,12 +38,12 @@ APPLE_DOUBLE, APPLE_SINGLE = b"\x00\x05\x16\x07", b"\x00\x05\x16\x00"
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name ends as those of images do."""
+    """Return whether a file's name ends as those of images do."""
     return name[name.rfind(".") :].lower() in IMAGES if "." in name else False
 
 
 def litter_file(folder: str, name: str) -> str | None:
-    """What kind of litter a file is; None if it is to be read as an image.
+    """Return what kind of litter a file is; None if it is to be read as an image.
 
     A hidden file that is named as an image is read, but for the twin (`._x.jpg`) in which macOS keeps what other file
     systems cannot hold: that begins with its own mark, or is empty.
@@ -73,7 +73,7 @@ def _is_apple_double(path: Path) -> bool:
 
 
 def litter_folder(name: str) -> str | None:
-    """What kind of litter a folder is; None if images are to be looked for in it."""
+    """Return what kind of litter a folder is; None if images are to be looked for in it."""
     if name.startswith("."):
         return "hidden folders"
     return name if name.lower() in FOLDERS else None
@@ -96,13 +96,13 @@ AFFIXES = (
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name, small: `trainSet_2` -> train, set."""
+    """Return the words of a name, small: `trainSet_2` -> train, set."""
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return [word.casefold() for word in re.findall(r"[^\W\d_]+", apart)]
 
 
 def _meant(word: str) -> int | None:
-    """The split that a word names, with or without an affix (`trainset`)."""
+    """Return the split that a word names, with or without an affix (`trainset`)."""
     if word in WORDS:
         return WORDS[word]
     return next((WORDS[rest] for end in AFFIXES if (rest := word.removesuffix(end)) != word and rest in WORDS), None)
@@ -119,7 +119,7 @@ def _read(name: str) -> tuple[int | None, tuple[str, ...]]:
 
 
 def splits_by_name(names: Sequence[str]) -> dict[str, int]:
-    """Those names, of folders beside each other, that are known names of splits -> the split.
+    """Return those names, of folders beside each other, that are known names of splits -> the split.
 
     `train`, `Training`, `train_images`, `trainset` are; so are `x_train` and `x_test` where both are there.
     """
@@ -137,7 +137,7 @@ def splits_by_name(names: Sequence[str]) -> dict[str, int]:
 
 
 def same_but_for_numbers(names: Sequence[str]) -> bool:
-    """Whether names differ by a number alone, as those of the parts of one split do."""
+    """Return whether names differ by a number alone, as those of the parts of one split do."""
     return len({re.sub(r"\d+", "0", name) for name in names}) == 1
 
 
@@ -149,12 +149,12 @@ Classes = Sequence[int | str]
 
 
 def same_form(name: str) -> str:
-    """A name in one Unicode form and without case: two that look the same to a reader are equal then."""
+    """Return a name in one Unicode form and without case: two that look the same to a reader are equal then."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", visible(name)).casefold())
 
 
 def _plainly(name: str) -> str:
-    """A name by which a person may call a class: form, case, spaces, `_` and `-` do not matter, but a sign does."""
+    """Return a class name as it is compared: form, case, spaces, `_` and `-` do not matter; a number's sign does."""
     form = same_form(name).strip()
     if re.fullmatch(r"[-+]?[0-9]+", form):
         return form
@@ -176,18 +176,18 @@ class _Names:
         self.numbered = any(NUMBER.fullmatch(name) for name in classes)
 
     def said(self, label: int) -> str:
-        """A label with the name of its class."""
+        """Return a label with the name of its class."""
         return f"{label} ({self.classes[label]!r})"
 
     def label(self, number: int, typed: object) -> int:
-        """A label, if there is such a one."""
+        """Return a label, if there is such a one."""
         last = len(self.classes) - 1
         if not 0 <= number <= last:
             raise UserError(f"{self.field} is {typed}, but {self.where} has classes 0 to {last}: choose from them")
         return number
 
     def named(self, name: str) -> int | None:
-        """The class of a name, if there is one."""
+        """Return the class of a name, if there is one."""
         found = self.exact.get(same_form(name)) or self.plain.get(_plainly(name), [])
         if len(found) > 1:
             which = ", ".join(f"{label} ({self.ids[label]})" if self.ids else str(label) for label in found)
@@ -198,7 +198,7 @@ class _Names:
         return found[0] if found else None
 
     def typed(self, text: str) -> int:
-        """The label of what a person typed.
+        """Return the label of what a person typed.
 
         Raises:
             UserError: there is no such class (with the closest names), or a name fits several.
@@ -239,7 +239,7 @@ def resolve_classes(
     where: str = "the dataset",
     field: str = "forget_class",
 ) -> tuple[int, ...]:
-    """Labels, ascending, of classes that are given by number, name or id: the same request in any order is one.
+    """Return labels, ascending, of classes that are given by number, name or id: the same request in any order is one.
 
     An int is a label. A text is a name (or id) where a class has that name, else a label; `label:3` and `name:3` say
     which. The Unicode form of a name, case, spaces, `_` and `-` do not matter where no other class is named exactly so.

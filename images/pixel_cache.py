@@ -29,7 +29,7 @@ EVERY_EPOCH = "images are decoded anew in every epoch"
 
 
 def reading_key(how: How) -> str:
-    """What pixels depend on beside the bytes of a file: settings, this project's decoding, PIL."""
+    """Return what pixels depend on beside the bytes of a file: settings, this project's decoding, PIL."""
     settings = {"size": how.size, "sample_bits": how.sample_bits}
     return key_of(settings | {"pil": PIL.__version__, "code": code_key("images.pixel_cache")})[:12]
 
@@ -118,9 +118,10 @@ class PixelCache:
     # --- filling ---
 
     def make_room(self, wanted: int, fresh: int) -> bool:
-        """Whether `fresh` more rows fit, of a set of `wanted`; caches used longest ago go for them, said in the log.
+        """Make room on the disk for `fresh` more rows, of a set of `wanted`; return whether they fit.
 
-        May drop the rows of this cache itself, where old contents crowd it.
+        The caches that were used longest ago are removed first, and the log says so. Old rows of this cache itself are
+        dropped where they take the room.
         """
         gigabytes = wanted * self.row_bytes / 1e9
         if wanted * self.row_bytes > self.limit:

@@ -79,7 +79,7 @@ def read_idx(path: Path, item: tuple[int, ...] | None = None) -> np.ndarray:
 
 
 def _idx_shape(magic: bytes, read: Callable[[int], bytes], name: str) -> tuple[int, ...]:
-    """The shape that the header of an IDX file says; `read` goes on behind its magic number."""
+    """Return the shape that the header of an IDX file says; `read` goes on behind its magic number."""
     if len(magic) < 4 or magic[:3] != b"\0\0\x08" or magic[3] == 0:
         raise ValueError(f"{name} is empty" if not magic else f"{name} does not begin like an IDX file of bytes")
     sizes = read(4 * magic[3])
@@ -263,7 +263,7 @@ SPECS: dict[SupportedDatasets, DatasetSpec] = {
 
 
 def dataset_root(dataset: SupportedDatasets, dataset_path: Path | None, datasets_dir: Path) -> Path:
-    """Where a dataset lies: the given folder, or its usual place."""
+    """Return where a dataset lies: the given folder, or its usual place."""
     folder = SPECS[dataset].folder
     if dataset_path is not None:
         return at_home(dataset_path)
@@ -273,7 +273,7 @@ def dataset_root(dataset: SupportedDatasets, dataset_path: Path | None, datasets
 
 
 def how_to_get(dataset: SupportedDatasets) -> str:
-    """The command that gets a dataset, or where it is."""
+    """Return the command that gets a dataset, or where it is."""
     spec = SPECS[dataset]
     if dataset is SupportedDatasets.FOLDER:
         return "name it with --dataset-path"
@@ -284,7 +284,7 @@ def how_to_get(dataset: SupportedDatasets) -> str:
 
 
 def _places(spec: DatasetSpec, root: Path) -> list[Path]:
-    """Where the files of a dataset may lie below a folder: torchvision's ROOT, ROOT/<Name>, or the files' own folder.
+    """List where a dataset's files may lie below a folder: torchvision's ROOT, ROOT/<Name>, or the files' own folder.
 
     A folder <Name> may be written in any case, and with dashes.
     """
@@ -299,7 +299,7 @@ def _places(spec: DatasetSpec, root: Path) -> list[Path]:
 
 
 def _place(dataset: SupportedDatasets, root: Path) -> Path:
-    """The folder that holds a dataset's files.
+    """Return the folder that holds a dataset's files.
 
     Raises:
         UserError: it is none of those where they are looked for.

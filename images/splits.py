@@ -1,4 +1,4 @@
-"""Which images of a folder tree are for training, validation and test, which give no image, and reading the others.
+"""Split a folder tree into images for training, validation and test, leave out what is no image, and read the rest.
 
 Splits are drawn by hashes of file names, class by class: neither the order of the files nor the machine moves them.
 """
@@ -32,7 +32,7 @@ ACROSS = "across classes"
 def find_duplicates(
     digests: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], name_of: Callable[[str, int], str]
 ) -> dict[str, dict]:
-    """Copies within and across splits and classes.
+    """Find images that occur more than once, within and across splits and classes.
 
     Args:
         digests: of each split's images, uint8 [S, 16], equal where images are. labels: int [S], as many.
@@ -78,7 +78,7 @@ def find_duplicates(
 
 
 def say_duplicates(found: Mapping[str, dict]) -> str:
-    """One line for people."""
+    """Return one line for people."""
     parts = [f"{one['images']} {kind}" for kind, one in found.items()]
     first = next(iter(found.values()))["example"]
     return f"the same image more than once: {', '.join(parts)}; e.g. {first[0]} is {first[1]}"
@@ -94,8 +94,12 @@ class LazyPixels:
     """Images of a folder tree, read when they are indexed: stands in for a uint8 tensor [S, 3, size, size].
 
     Args:
-        tree: the index, checked. rows: places in it, int64 [S]. how: they are decoded. threads: that decode at a time.
-        cache: what was kept of them, where there is one. places: of the rows in it, int64 [S].
+        tree: the index, after `check`.
+        rows: places of the images in the index, int64 [S].
+        how: the settings of decoding.
+        threads: how many decode at a time.
+        cache: the decoded pixels that were kept; None: there are none.
+        places: of the images in the cache, int64 [S].
     """
 
     tree: Tree
@@ -107,7 +111,7 @@ class LazyPixels:
 
     @classmethod
     def kept(cls, tree: Tree, rows: np.ndarray, how: How, threads: int, cache: PixelCache | None) -> "LazyPixels":
-        """The pixels of these rows, found in the cache."""
+        """Return the pixels of these rows, found in the cache."""
         return cls(
             tree,
             rows,
@@ -126,7 +130,7 @@ class LazyPixels:
         return self.rows.nbytes + self.places.nbytes
 
     def take(self, keep: "Tensor | list[int] | slice") -> "LazyPixels":
-        """The subset at indices, or where a mask holds; nothing is read."""
+        """Return the subset at indices, or where a mask holds; nothing is read."""
         which = keep if isinstance(keep, slice | list) else np.asarray(keep)
         return replace(
             self, rows=self.rows[which], places=self.places[which] if self.cache is not None else self.places
@@ -186,7 +190,7 @@ MOST_NAMED = 1000
 
 
 def open_tree_of(dataset: SupportedDatasets, path: Path | None, datasets_dir: Path) -> Tree:
-    """The index of a dataset's folder tree.
+    """Return the index of a dataset's folder tree.
 
     Raises:
         UserError: it is not there, or no such tree.
@@ -254,7 +258,7 @@ def split_rows(dataset: SupportedDatasets, tree: Tree, data: DataConfig) -> dict
 def usable_splits(
     dataset: SupportedDatasets, path: Path | None, datasets_dir: Path, data: DataConfig, how: How, threads: int
 ) -> tuple[Tree, dict[str, np.ndarray], PixelCache | None]:
-    """A tree whose images were read once, the rows of its splits, of which all give an image, and their kept pixels.
+    """Read every image of a tree once; return the tree, the rows of each split that give an image, and their pixels.
 
     Raises:
         UserError: files give no image (unless they are to be skipped), or a class has too few images.

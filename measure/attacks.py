@@ -1,8 +1,8 @@
 """Membership inference: small classifiers and tests that guess, from a model's outputs, what it was trained on.
 
-None draws at random and none sees an order: values are rounded to a grid and enter with their counts as sample
-weights, which to an SVC or a logistic regression is the same as entering one by one. Both sides weigh the same, so
-that no attack wins by guessing the larger one.
+No attack draws at random, and none depends on the order of the images. Values are rounded to a grid, and each distinct
+value enters once with its count as sample weight: an SVC or a logistic regression fits the same function as if every
+image entered by itself. Members and non-members weigh the same, so that no attack wins by guessing the larger set.
 """
 
 import math
@@ -19,7 +19,7 @@ Attack = Callable[[np.ndarray, np.ndarray, np.ndarray], Callable[[np.ndarray], n
 
 
 def _counted(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values [U], rounded to the grid and ascending, and how often each occurs [U]."""
+    """Return distinct values [U], rounded to the grid and ascending, and how often each occurs [U]."""
     steps, counts = np.unique(np.rint(values.cpu().double().numpy() * GRID), return_counts=True)
     return steps / GRID, counts
 
@@ -69,9 +69,9 @@ def logistic_calls(members: Tensor, others: Tensor, asked: Tensor) -> float:
 
 
 def roc(members: Tensor, others: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The ROC curve of "the higher the value, the likelier a member": false and true positive rates, from 0 to 1.
+    """Return the ROC curve of "the higher the value, the likelier a member": false and true positive rates.
 
-    Equal values share one corner, so the straight line across it is what guessing among them gives.
+    Equal values make one corner, so that the straight line to it is what guessing among them gives.
     """
     from sklearn.metrics import roc_curve
 
@@ -82,7 +82,7 @@ def roc(members: Tensor, others: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def separation(members: Tensor, others: Tensor) -> float:
-    """Area under the ROC curve, P(member > other) + P(equal) / 2: 0.5 if they cannot be told apart, else up to 1.
+    """Compute the area under the ROC curve, P(member > other) + P(equal) / 2; 0.5: they cannot be told apart.
 
     Args:
         members, others: one value per image, [M] and [N].

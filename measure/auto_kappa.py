@@ -32,7 +32,7 @@ class Attempt:
     retain_drop_most: float
 
     def meets(self, auto: AutoConfig) -> bool:
-        """Whether both intervals lie within the target."""
+        """Return whether both intervals lie within the target."""
         return self.forget_score_most <= auto.tau and self.retain_drop_most <= auto.epsilon
 
 
@@ -51,7 +51,7 @@ class Search:
 
 
 def fewest(meets: Callable[[int], bool]) -> int | None:
-    """The smallest number of images from which on `meets` holds; None: no number would do."""
+    """Return the smallest number of images from which on `meets` holds; None: no number would do."""
     most = 1
     while not meets(most):
         most *= 2
@@ -89,14 +89,14 @@ def check_provable(auto: AutoConfig, forget_images: int, retain_images: int) -> 
 
 
 def kappas(size: int, auto: AutoConfig) -> list[int]:
-    """What is tried, ascending: `auto.tries` shares of `size` weights, evenly spaced on a log scale."""
+    """Return what is tried, ascending: `auto.tries` shares of `size` weights, evenly spaced on a log scale."""
     low, high, last = auto.smallest_share, auto.largest_share, max(1, auto.tries - 1)
     shares = [low * (high / low) ** (step / last) for step in range(auto.tries)]
     return sorted({max(1, round(share * size)) for share in shares})
 
 
 def _right(context: Context, is_forget_set: bool) -> Tensor:
-    """Which validation images the classifier, as it is now, gets right. bool [S]."""
+    """Return which validation images the classifier, as it is now, gets right. bool [S]."""
     h, labels = context.activations("val", is_forget_set)
     with torch.inference_mode():
         return predictions(context.model.head(h, context.config.mask_layer)) == labels

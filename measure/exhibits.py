@@ -1,7 +1,6 @@
-"""What a record shows beside single numbers: some forgotten images with what each model says of them, where images go,
-where a mask lies, and how sure scores are.
+"""The parts of a record that are more than one number: sample images, confusion tables, mask maps and intervals.
 
-Small by intent, whatever the dataset: a record stays a few dozen kilobytes.
+Each is bounded in size, so that a record stays a few dozen kilobytes whatever the dataset.
 """
 
 import base64
@@ -23,8 +22,8 @@ from utils_data import UnlearningDataset
 SAMPLES = 8
 WIDEST = 48  # pixels of a thumbnail's longer side
 TABLES = ("class_probability", "confusion", "class_score", "taken_for", "said_of_samples")
-MAP_SIDE = 32  # cells, at most, of a mask's map in each direction
-MOST_CLASSES = 100  # of a class x class table in a record
+MAP_SIDE = 32  # most rows and columns of a mask's map
+MOST_CLASSES = 100  # with more, a record has no class x class table
 SHARES: dict[str, Callable[[Evidence], Tensor]] = {
     "forget_score": lambda e: e.forget.right,
     "retain_score": lambda e: e.retain.right,
@@ -35,7 +34,7 @@ SHARES: dict[str, Callable[[Evidence], Tensor]] = {
 
 
 def sampled(labels: Tensor) -> list[int]:
-    """Up to SAMPLES places in `labels` [S], ascending: as many of each class, spread evenly over its images."""
+    """Return up to SAMPLES places in `labels` [S], ascending: as many of each class, spread evenly over its images."""
     groups = [(labels == label).nonzero().flatten().tolist() for label in labels.unique().tolist()]
     chosen = []
     for turn, places in enumerate(groups[:SAMPLES]):
@@ -45,7 +44,7 @@ def sampled(labels: Tensor) -> list[int]:
 
 
 def thumbnails(data: UnlearningDataset) -> dict[str, list]:
-    """Some test images of the forgotten classes: base64 PNG of at most WIDEST pixels a side, and their labels."""
+    """Encode some test images of the forgotten classes: base64 PNG, at most WIDEST pixels a side; and their labels."""
     from PIL import Image
 
     part = data.splits["test"]
@@ -62,7 +61,7 @@ def thumbnails(data: UnlearningDataset) -> dict[str, list]:
 
 
 def said_of_samples(forget: Outputs) -> list[list[float]] | None:
-    """What a model says of the images of `thumbnails`: predicted class and its probability, for each.
+    """Return what a model says of the images of `thumbnails`: predicted class and its probability, for each.
 
     None if it has no answer for one of them.
     """
@@ -74,9 +73,12 @@ def said_of_samples(forget: Outputs) -> list[list[float]] | None:
 
 
 def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
-    """Where images go: mean probabilities on the forget set [C]; class x class counts, up to MOST_CLASSES classes.
+    """Count which classes images are taken for.
 
-    Each is left out where logits are not finite: no table would then account for every image.
+    Returns:
+        class_probability: mean probability of each class on the forget set, [C]. confusion: images by true class and
+        predicted class, [C, C], for at most MOST_CLASSES classes. Either is left out where a logit is not finite,
+        because the table would not account for every image.
     """
     count, mean = forget.num_classes, forget.mean_p
     tables = {"class_probability": mean.tolist()} if mean.isfinite().all() else {}
@@ -88,8 +90,11 @@ def class_tables(forget: Outputs, retain: Outputs) -> dict[str, list]:
 
 
 def many_classes(forget: Outputs, retain: Outputs) -> dict[str, list]:
-    """Where there is no table of all pairs: accuracy of each class in percent [C] (None: no image of it), and how many
-    forgotten images are taken for each class [C]; the latter only if all of them have an answer.
+    """Summarise by class what a confusion table would show, for datasets with too many classes for one.
+
+    Returns:
+        class_score: accuracy of each class in percent, [C]; None: no image of it. taken_for: how many forgotten images
+        are predicted as each class, [C]; left out if one of them has no prediction.
     """
     count = forget.num_classes
     labels, right = torch.cat([forget.labels, retain.labels]), torch.cat([forget.right, retain.right])
@@ -101,13 +106,13 @@ def many_classes(forget: Outputs, retain: Outputs) -> dict[str, list]:
 
 
 def tables_of(forget: Outputs, retain: Outputs) -> dict[str, list | None]:
-    """Where images go: those of TABLES that a record has; without a table of all pairs, `many_classes`."""
+    """Return where images go: those of TABLES that a record has; without a table of all pairs, `many_classes`."""
     tables = class_tables(forget, retain) | {"said_of_samples": said_of_samples(forget)}
     return tables if "confusion" in tables else tables | many_classes(forget, retain)
 
 
 def _binned(counts: Tensor) -> Tensor:
-    """Sums [m, n] -> at most [MAP_SIDE, MAP_SIDE] of equal blocks of rows and columns; the last may be smaller."""
+    """Sum [m, n] over equal blocks to at most [MAP_SIDE, MAP_SIDE]; the last blocks may be smaller."""
     for dim in (0, 1):
         place = torch.arange(counts.shape[dim]) // math.ceil(counts.shape[dim] / MAP_SIDE)
         shape = [int(place[-1]) + 1 if axis == dim else size for axis, size in enumerate(counts.shape)]
@@ -116,7 +121,7 @@ def _binned(counts: Tensor) -> Tensor:
 
 
 def mask_map(mask: Mask) -> list[dict]:
-    """How many weights are switched off in each part of each masked layer: its shape [m, n] and counts by cell."""
+    """Count the weights switched off in each block of each masked layer; with the layer's shape [m, n]."""
     layers = zip(mask.graph.names, mask.graph.split(~mask.keep), strict=True)
     return [
         {"layer": name, "shape": list(off.shape), "cells": _binned(off.cpu().int()).tolist()} for name, off in layers

@@ -1,4 +1,4 @@
-"""Whether a method kept to what it may change, left the classifier as it found it, and how much its edit is."""
+"""Check that a method changed only what it may and restored the classifier, and measure the size of its edit."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 POSITION_BYTES = 4
 COSTS = {
-    "seconds": "s per request: from the request to the edited model, with what of it others in the run had already "
-    "computed; a retrained model's whole training",
+    "seconds": "s from the request to the edited model, including the time of every result that the method took from "
+    "an earlier one in the run; of a retrained model, its whole training",
     "seconds_offline": "s spent once, ahead of all requests: the graph network's training (none: unknown, as its file "
     "was given)",
     "weights_changed": "parameters and buffer entries that differ from the untouched classifier's",
@@ -29,21 +29,22 @@ def state_hash(model: nn.Module) -> str:
 
 
 def identical(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits."""
+    """Return whether two tensors hold the same bits."""
     return torch.equal(_bits(a), _bits(b))
 
 
 def unchanged(model: nn.Module, original: Mapping[str, Tensor]) -> bool:
-    """Whether every parameter and buffer holds the bits of a state dict: as `state_hash`, in a fraction of its time."""
+    """Return whether a model has the bits of a state dict; as comparing `state_hash`, in a fraction of its time."""
     state = model.state_dict()
     return state.keys() == original.keys() and all(identical(value, original[name]) for name, value in state.items())
 
 
 def changed_outside(model: nn.Module, original: Mapping[str, Tensor], allowed: Mapping[str, Tensor]) -> int:
-    """How many entries differ from the original, bit by bit, outside the allowed ones.
+    """Return how many entries differ from the original, bit by bit, outside the allowed ones.
 
     Args:
-        original: a state dict. allowed: bool tensors by name; names left out may not change at all.
+        original: the state dict before.
+        allowed: bool tensors by name, True where an entry may differ; a name that is left out may not differ at all.
     """
     count = 0
     for name, value in model.state_dict().items():
@@ -73,5 +74,5 @@ _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bits(value: Tensor) -> Tensor:
-    """A tensor's bits as integers, so that -0 differs from 0 and NaN equals itself."""
+    """Return a tensor's bits as integers, so that -0 differs from 0 and NaN equals itself."""
     return value.contiguous().view(_AS_INTEGERS[value.element_size()])

@@ -1,4 +1,4 @@
-"""What a model is judged by: one decorated function per metric, each with its unit, direction, target and definition.
+"""The metrics that models are judged by: one decorated function each, with unit, direction, target and definition.
 
 A metric reads an `Evidence`: what one model says about every image set, beside the untouched classifier and the ones
 retrained without the forgotten classes. Sets: D_f and D_r are the training images of the classes to forget and of all
@@ -55,10 +55,13 @@ def blocks(parts: Iterable[Tensor]) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class PerImage:
-    """What most metrics read of a model's logits: one number for each image. All [S], the latter three float64.
+    """One number of each kind for each image, made from its logits. All [S]; the latter three float64.
 
-    predicted: the class that an image is taken for, or NO_ANSWER. true: log-probability of its label. entropy: H(p) =
-    -sum_c p_c log p_c, nats; classes with p_c = 0 add nothing. largest: max_c p_c.
+    Args:
+        predicted: the class with the largest logit, or NO_ANSWER.
+        true: log-probability of the label, nats.
+        entropy: H(p) = -sum_c p_c log p_c, nats; classes with p_c = 0 add nothing.
+        largest: max_c p_c.
     """
 
     predicted: Tensor
@@ -68,7 +71,7 @@ class PerImage:
 
     @classmethod
     def of(cls, logits: Tensor, log_p: Tensor, labels: Tensor) -> "PerImage":
-        """From logits [S, C], their log-softmax and labels [S]."""
+        """Read the numbers from logits [S, C], their log-softmax [S, C] and labels [S]."""
         p = log_p.exp()
         entropy = -torch.where(p == 0, 0, p * log_p).sum(1)
         true = log_p.gather(1, labels[:, None]).squeeze(1)
@@ -76,14 +79,14 @@ class PerImage:
 
     @classmethod
     def joined(cls, parts: Sequence["PerImage"]) -> "PerImage":
-        """Of the images of all parts, in order."""
+        """Join the numbers of several parts, in order."""
         names = [one.name for one in fields(cls)]
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)
 class Again:
-    """Logits that are not held: what makes them, batch by batch [b, C] in the order of the set."""
+    """Logits that are not kept: a function that makes them again, in batches [b, C] in the order of the set."""
 
     make: Callable[[], Iterable[Tensor]]
     num_classes: int
@@ -91,11 +94,11 @@ class Again:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model said about one set: logits [S, C] and true labels [S].
+    """A model's outputs on one image set: logits [S, C] and true labels [S].
 
-    Logits of more than MOST_VALUES values are not held: images x classes of them, for every method and set, would take
-    memory that grows with the square of the number of classes. `logits` then says how to make them again, and `made`
-    is what has been read of them.
+    Logits of more than MOST_VALUES values are not kept, because images x classes of them for every method and set would
+    take memory that grows with the square of the number of classes. `logits` then says how to make them again, and
+    `made` holds one number of each kind per image.
     """
 
     logits: Tensor | Again
@@ -160,7 +163,7 @@ class Outputs:
         return float(functional.nll_loss(self.per_image.true[:, None], torch.zeros_like(self.labels)))
 
     def score(self) -> float:
-        """Accuracy, percent."""
+        """Return accuracy, percent."""
         return 100 * float(self.right.double().mean())
 
     @cached_property
@@ -178,7 +181,7 @@ class Outputs:
         return float(self.confidence.mean())
 
     def class_scores(self) -> Tensor:
-        """Accuracy per class, percent; NaN for a class without images. [C]."""
+        """Return accuracy per class, percent; NaN for a class without images. [C]."""
         count = self.num_classes
         images, right = (torch.bincount(labels, minlength=count) for labels in (self.labels, self.labels[self.right]))
         return 100 * right.double() / images
@@ -186,13 +189,14 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that metrics may look at; outputs are computed when first asked for, once.
+    """Everything that metrics may read of one model; outputs are computed once, when first asked for.
 
     Args:
         model: the judged model, eval mode; metrics leave it as it is.
         outputs: (split, is_forget_set) -> `Outputs` of the model on a set of "train", "val" or "test".
         split: the split T, "test" or "val".
-        mask_layer, forget_class, seed: as in the run. device: where the model is.
+        mask_layer, forget_class, seed: as in the run.
+        device: where the model is.
         images: (split, is_forget_set, choose=None) -> images [S, C, H, W], normalised, and labels [S]: of the whole
             set, or of the positions that `choose` says, so that a few images cost no pass over all.
         original: the untouched classifier's evidence; None for itself.
@@ -215,7 +219,7 @@ class Evidence:
     _values: dict[Callable, Any] = field(default_factory=dict)
 
     def value(self, of: Callable[["Evidence"], Value]) -> Value:
-        """A metric of this model, or what several of them share, computed once.
+        """Return a metric of this model, or what several of them share, computed once.
 
         None where it is a number but not a finite one (logits that diverged).
         """
@@ -268,7 +272,7 @@ class Metric:
         return " ".join((self.compute.__doc__ or "").split())
 
     def about(self) -> dict[str, object]:
-        """What travels into records."""
+        """Return the facts of the metric that records hold."""
         return {
             "unit": self.unit,
             "better": self.better,
@@ -314,7 +318,7 @@ def metric(
 
 
 def chosen_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """The metrics named, singly, by group, or by "all".
+    """Return the metrics named, singly, by group, or by "all".
 
     Raises:
         UserError: there is no such metric or group.

@@ -33,13 +33,13 @@ CHUNK = 256
 
 
 def drawn(labels: Tensor, most: int, seed: int) -> Tensor:
-    """Positions of at most `most` images of every class among labels [S]; with a larger `most`, the same and more."""
+    """Draw at most `most` positions of every class in labels [S]; a larger `most` gives the same and more."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[labels[order] == label][:most] for label in labels.unique()])
 
 
 def drawn_of_some(labels: Tensor, most: int, seed: int) -> Tensor:
-    """The same of at most MOST_PROBED_CLASSES classes, drawn at random where there are more."""
+    """Draw as `drawn` does, but of at most MOST_PROBED_CLASSES classes, which are drawn where there are more."""
     classes = labels.unique()
     if len(classes) <= MOST_PROBED_CLASSES:
         return drawn(labels, most, seed)
@@ -50,12 +50,12 @@ def drawn_of_some(labels: Tensor, most: int, seed: int) -> Tensor:
 
 
 def drawn_of_all(labels: Tensor, most: int, seed: int) -> Tensor:
-    """Positions of at most `most` images, whatever their class."""
+    """Draw at most `most` positions, whatever the class."""
     return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:most]
 
 
 def training_images(e: Evidence, purpose: str, most: int, draw: Callable = drawn) -> tuple[Tensor, Tensor]:
-    """Images of D_f and then of D_r, and labels [S]: at most `most` of each class (`drawn_of_all`: of each set)."""
+    """Draw images of D_f, then of D_r, and labels [S]: at most `most` of a class (`drawn_of_all`: of a set)."""
     sides = [
         e.images("train", forgotten, partial(draw, most=most, seed=derive_seed(e.seed, purpose, forgotten)))
         for forgotten in (True, False)
@@ -65,7 +65,7 @@ def training_images(e: Evidence, purpose: str, most: int, draw: Callable = drawn
 
 
 def accuracy(model: HookedModel, images: Tensor, labels: Tensor) -> float:
-    """Percent recognised."""
+    """Compute the accuracy, percent."""
     with torch.inference_mode():
         said = torch.cat([predictions(model(part)) for part in images.split(CHUNK)])
     return 100 * float((said == labels).double().mean())
@@ -97,7 +97,7 @@ def relearning(model: HookedModel, images: Tensor, labels: Tensor, seed: int) ->
 
 
 def relearn(e: Evidence, shots: int) -> float | None:
-    """Accuracy on T's forgotten images after fine-tuning on `shots` images of every class, percent.
+    """Return accuracy on T's forgotten images after fine-tuning on `shots` images of every class, percent.
 
     None where a forgotten class has fewer training images than that.
     """
@@ -137,12 +137,12 @@ def relearn_50(e: Evidence) -> float | None:
 
 
 def steps_until(goal: float, scores: Iterable[float], most: int) -> int:
-    """How many steps until a score reaches the goal: scores are read before the first and after every step."""
+    """Return how many steps until a score reaches the goal: scores are read before the first and after every step."""
     return next((step for step, score in enumerate(islice(scores, most)) if score >= goal), most)
 
 
 def _judged_by(e: Evidence) -> tuple[Tensor, Tensor]:
-    """The images of D_f that AIN is read from, and their labels."""
+    """Return the images of D_f that AIN is read from, and their labels."""
     some = partial(drawn_of_all, most=MOST_JUDGED, seed=derive_seed(e.seed, "AIN", "judged"))
     images, labels = e.images("train", True, some)
     return images.to(e.device), labels.to(e.device)
@@ -185,7 +185,7 @@ class Features:
 
 
 def features_of(e: Evidence, images: Tensor, labels: Tensor) -> Features:
-    """What the target layer reads and says, float64, on the CPU; nothing is trained or changed."""
+    """Compute the target layer's input and output, float64, on the CPU; nothing is trained or changed."""
     places = e.model.layer_indices(e.mask_layer)
 
     def through(part: Tensor) -> tuple[Tensor, Tensor]:

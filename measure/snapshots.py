@@ -1,7 +1,8 @@
-"""What models say about the image sets: the judged ones, the untouched classifier, and those retrained without a class.
+"""Logits of the judged, the untouched and the retrained classifiers on every image set.
 
-Only the target layers change under a mask, so the first one's input h is computed once per image set and kept; a
-masked model is then judged by `head(h, W)` alone. A model whose earlier layers differ takes the full forward pass.
+A mask changes the target layers alone. The input h of the first of them is therefore computed once for each image set
+and kept, and a masked model is judged by `head(h, W)` alone. A model whose earlier layers differ takes the full forward
+pass.
 """
 
 import copy
@@ -34,7 +35,7 @@ class _Head(nn.Module):
 
 
 class Snapshots:
-    """What models say, computed when first asked for.
+    """Outputs of models on image sets, each computed when first asked for.
 
     Args:
         context: classifier, data and configuration.
@@ -43,7 +44,7 @@ class Snapshots:
     def __init__(self, context: Context):
         self.context, self.config = context, context.config
         self.untouched = copy.deepcopy(context.model)
-        """The classifier as it was, out of reach of every method."""
+        """A copy of the classifier that no method can change."""
         self.original = self.untouched.state_dict()
         self.original_hash = state_hash(self.untouched)
         self.in_prefix = context.model.in_prefix(self.config.mask_layer)
@@ -54,12 +55,12 @@ class Snapshots:
     # --- where logits come from ---
 
     def prefix_activations(self, split: str, is_forget_set: bool) -> DataLoader:
-        """The forget or the retain set of a split as cached (h [B, n], label [B]) batches."""
+        """Return the forget or the retain set of a split as cached (h [B, n], label [B]) batches."""
         tensors = TensorDataset(*self.context.activations(split, is_forget_set))
         return DataLoader(tensors, batch_size=None, sampler=_spans(tensors))
 
     def prefix_unchanged(self, model: Classifier) -> bool:
-        """Whether every parameter and buffer ahead of the target layer is bit-identical to the original."""
+        """Return whether every parameter and buffer ahead of the target layer is bit-identical to the original."""
         return all(
             torch.equal(value, self.original[name])
             for name, value in model.state_dict().items()
@@ -67,13 +68,13 @@ class Snapshots:
         )
 
     def _prefix_kept(self, edit: Edit) -> bool:
-        """The same of an edit that kept to `allowed`: tensors need comparing only where it may change the prefix."""
+        """Tell the same of a method's edit; tensors are compared only if `allowed` lets the edit change the prefix."""
         allowed = edit.allowed
         kept = allowed is not None and not any(map(self.in_prefix, allowed))
         return kept or self.prefix_unchanged(edit.model)
 
     def _may_differ(self, name: str, prefix_unchanged: bool) -> bool:
-        """Whether a tensor of the state dict may differ from the original's."""
+        """Return whether a tensor of the state dict may differ from the original's."""
         return not self.in_prefix(name) or not prefix_unchanged
 
     def inference(self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str) -> Outputs:
@@ -97,7 +98,7 @@ class Snapshots:
                 logits.append(model(inputs.to(device)).float())
                 labels.append(true.to(device))
                 values, classes = values + logits[-1].numel(), logits[-1].shape[1]
-                if values > MOST_VALUES:  # no more are held: what is read of them is
+                if values > MOST_VALUES:  # keep one number of each kind per image, and drop the logits
                     begin = len(labels) - len(logits)
                     made += [read(*pair) for pair in zip(logits, labels[begin:], strict=True)]
                     logits.clear()
@@ -136,7 +137,7 @@ class Snapshots:
         return self.inference(model, images, is_forget_set, description)
 
     def _activations(self, model: Classifier, images: DataLoader, description: str) -> tuple[Tensor, Tensor]:
-        """A model's own h [S, n] and labels [S]: logits that are asked for again cost no pass over the images."""
+        """Compute a model's own h [S, n] and labels [S], so that its logits can be made again without the images."""
         h, labels = [], []
         with inspecting(model), torch.inference_mode():
             for batch, true in progress(images, description):
@@ -159,7 +160,7 @@ class Snapshots:
         return of
 
     def evidence(self, model: Classifier, outputs: OutputsOf, split: str, **more: object) -> Evidence:
-        """What the metrics are given of a model."""
+        """Return what the metrics are given of a model."""
         config, data = self.config, self.context.data
 
         def images(split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ class Snapshots:
         return Evidence(model, outputs, split, *shared, images, **more)  # ty: ignore[invalid-argument-type]
 
     def reference(self, split: str) -> Evidence:
-        """The untouched classifier."""
+        """Return the untouched classifier."""
         if ("default", split) not in self._references:
             outputs = self.remembered("untouched", self.untouched, True)
             self._references["default", split] = self.evidence(self.untouched, outputs, split)
@@ -183,8 +184,9 @@ class Snapshots:
     def references(self) -> list[dict]:
         """What is known of each retrained classifier: index, whether it is sane, why not, and the scores behind that.
 
-        A model that never saw the classes and answers them all the same (with a single class left nothing ever trains
-        the others' logits), or one that learned nothing, would make whatever does nothing look best.
+        Two kinds of retrained classifiers would make a method that does nothing look best: one that answers with the
+        classes although it never saw them (with a single class left, nothing trains the other logits), and one that
+        learned nothing.
         """
         count = self.config.eval.references if self.context.retrain is not None else 0
         checked = [self._checked(index) for index in range(count)]
@@ -216,15 +218,20 @@ class Snapshots:
         return self._references["retrain", index, split]
 
     def retrained(self, split: str, but: int | None = None) -> tuple[Evidence, ...]:
-        """The sane ones of the classifiers retrained without the classes, one per training seed, all but one of them.
+        """Return the classifiers retrained without the classes that passed their check, one for each training seed.
 
-        None if none was asked for, or none is sane.
+        Args:
+            split: "test" or "val".
+            but: index of a retrained classifier to leave out.
+
+        Returns:
+            Their evidence; empty if none was asked for, or none passed.
         """
         chosen = [one["index"] for one in self.references if one["sane"] and one["index"] != but]
         return tuple(self._retrained(index, split) for index in chosen)
 
     def others(self, name: str, split: str) -> tuple[Evidence, ...]:
-        """The retrained models that a method is compared with: `retrain` with all but itself, the noise floor.
+        """Return the retrained models that a method is compared with: `retrain` with all but itself, the noise floor.
 
         With a single one there are none: its gap to itself, 0, would pass for a floor.
         """

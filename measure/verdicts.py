@@ -36,11 +36,11 @@ class Pair:
     n: int
 
     def lower(self, level: float = 0.95) -> bool:
-        """Whether the method recognises fewer, beyond the interval of the difference."""
+        """Return whether the method recognises fewer, beyond the interval of the difference."""
         return self.n > 0 and paired_difference(self.lost, self.gained, self.n, level).low > 0
 
     def higher(self) -> bool:
-        """Whether the method recognises more, beyond the interval."""
+        """Return whether the method recognises more, beyond the interval."""
         return self.n > 0 and paired_difference(self.lost, self.gained, self.n).high < 0
 
     @property
@@ -84,7 +84,7 @@ class References:
 
 
 def _score(values: Values, name: str) -> float:
-    """A score that is always measured."""
+    """Return a score that is always measured."""
     value = values[name]
     assert value is not None, name
     return value
@@ -233,7 +233,7 @@ DIVERGED, UNCHECKED, FINE = "diverged", "unchecked", "fine"
 
 
 def meanings() -> dict[str, str]:
-    """Every verdict in general terms, thresholds by value."""
+    """Return every verdict in general terms, thresholds by value."""
     thresholds = {
         "FORGOTTEN": FORGOTTEN,
         "CLASS_DROP": CLASS_DROP,
@@ -253,7 +253,7 @@ def meanings() -> dict[str, str]:
 
 
 def _unmeasured(values: Values, r: References) -> list[str]:
-    """What could not be checked, for want of which value."""
+    """Return what could not be checked, for want of which value."""
     needed = () if r.is_retrained else ("probe_gap", "entropy_gap", "entropy_forget")
     lacking = [name for name in needed if values.get(name) is None]
     lacking += ["per-class answers"] * (not r.by_class)

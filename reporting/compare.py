@@ -50,7 +50,7 @@ def side(name: str, runs: Sequence[Run]) -> Side:
 
 
 def find_side(name: str, output_dir: Path) -> Side:
-    """A side by the name of an output folder, or by (the beginning of) a run's id below `output_dir` or FOLDER/.
+    """Return a side by the name of an output folder, or by (the beginning of) a run's id below `output_dir` or FOLDER/.
 
     Raises:
         UserError: there is neither, or the id is of several runs.
@@ -75,17 +75,17 @@ def find_side(name: str, output_dir: Path) -> Side:
 
 
 def _classifier(run: Run) -> str | None:
-    """The content of a classifier that was given; None where the run trained its own."""
+    """Return the content of a classifier that was given; None where the run trained its own."""
     return run[0]["given"]["classifier"]
 
 
 def _fits(one: Run, other: Run) -> bool:
-    """Whether two runs of a setting are of classifiers that may be paired: trained by their runs, or the same one."""
+    """Return whether two runs may be paired: both trained their classifier, or both were given the same one."""
     return _classifier(one) == _classifier(other) or one[0]["classifier_sha256"] == other[0]["classifier_sha256"]
 
 
 def _pairs(a: Side, b: Side) -> list[tuple[Run, Run]]:
-    """Runs of the same setting whose classifiers fit.
+    """Pair runs of the same setting whose classifiers may be paired.
 
     Raises:
         UserError: nothing is paired, or one run could be with several.
@@ -128,7 +128,7 @@ def _images(run: Run) -> str:
 
 
 def _why(a: Side, b: Side) -> str:
-    """What keeps two sides apart: the first thing that no run of one has in common with a run of the other."""
+    """Return what keeps two sides apart: the first thing that no run of one has in common with a run of the other."""
     told = {
         "models": lambda run: run[0]["model"],
         "images": _images,
@@ -147,7 +147,7 @@ def _why(a: Side, b: Side) -> str:
 
 
 def _left_out(one: Side, other: Side, paired: Sequence[Run]) -> str:
-    """The runs of a side that have no counterpart."""
+    """Return the runs of a side that have no counterpart."""
     ids = {run[0]["run"] for run in paired}
     rest = [run[0] for runs in one.runs.values() for run in runs if run[0]["run"] not in ids]
     named = [f"{first['run']} (classes {labels_of(first)}, seed {first['seed']})" for first in rest[:MOST_NAMED]]
@@ -163,7 +163,7 @@ def _points(run: Run) -> Points:
 
 
 def _loss(points: Points, method: str, metric: str, better: str) -> float | None:
-    """How far from the best possible a method is: smaller is better. None if that is not known."""
+    """Return how far from the best possible a method is: smaller is better. None if that is not known."""
     value = points[method].values.get(metric)
     target = points["retrain"].values.get(metric) if "retrain" in points else None
     if better == "retrain":
@@ -183,7 +183,7 @@ def _one_pair(a: Best, b: Best, metric: str) -> Estimate:
 
 
 def _verdict(gain: Estimate, a: str, b: str) -> str:
-    """Who is better, from b's gain over a (positive: b is better)."""
+    """Say who is better, from b's gain over a (positive: b is better)."""
     if gain.low is None or gain.high is None:
         first = "equal" if same(gain.value, 0) else f"{b if gain.value > 0 else a} ahead"
         return f"{first}; one pair, no interval"
@@ -191,7 +191,7 @@ def _verdict(gain: Estimate, a: str, b: str) -> str:
 
 
 def _row(pairs: Sequence[Pair], sides: tuple[Side, Side], method: str, metric: str) -> list[str] | None:
-    """One method on one metric; None unless both sides have values of it in some pair."""
+    """Return one method on one metric; None unless both sides have values of it in some pair."""
     a, b = sides
     better = a.metrics[metric]["better"]
     both = [pair for pair in pairs if all(method in points for points in pair)]
@@ -219,7 +219,7 @@ def _negative(value: float | None) -> float | None:
 
 
 def compared(a: Side, b: Side) -> Comparison:
-    """Every method and metric that both sides have: means, b - a with its 95 % interval, and who is better.
+    """Return every method and metric that both sides have: means, b - a with its 95 % interval, and who is better.
 
     Raises:
         UserError: they have nothing to pair, or one has several runs of the same model, images, classes and seed.
@@ -243,7 +243,7 @@ def compared(a: Side, b: Side) -> Comparison:
 
 
 def in_words(rows: list[list[str]], a: str, b: str) -> str:
-    """How often each side is better, and on what."""
+    """Return how often each side is better, and on what."""
     said = []
     for winner in (a, b):
         won = [f"{row[0]} on {row[1].split(' [')[0]}" for row in rows[1:] if row[-1] == f"{winner} better"]

@@ -30,7 +30,7 @@ SETTINGS: dict[Any, Any] = {"svg.hashsalt": "mimu", "font.size": SMALL, "axes.li
 
 
 def draw(panels: Sequence[Panel]) -> "Figure":
-    """One figure of some panels, with one legend."""
+    """Return one figure of some panels, with one legend."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -137,7 +137,7 @@ def _draw_cells(ax: "Axes", panel: Panel) -> None:
 
 
 def _whole(most: int) -> Any:
-    """Ticks at whole numbers, for counts, about `most` of them."""
+    """Return ticks at whole numbers, for counts, about `most` of them."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(most, integer=True)

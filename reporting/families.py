@@ -1,4 +1,4 @@
-"""Which runs belong together: what defines a run, which runs are pooled, and what tells families of one name apart.
+"""Tell which runs are pooled into a family, and by which settings two families of one name differ.
 
 A *run* is a list of records that differ in topK and kappa alone; a *family* is a list of runs that differ in the seed
 and in the classes to forget alone. Files and folders count by their contents, never by where they lie.
@@ -28,7 +28,7 @@ SHORT = 6  # digits of a hash, where people read it
 
 
 def runs_of(records: Iterable[dict]) -> list[Run]:
-    """Records by run, each in order of topK and kappa."""
+    """Group records by run, each run in order of topK and kappa."""
     runs: dict[str, Run] = {}
     for record in records:
         runs.setdefault(record["run"], []).append(record)
@@ -36,18 +36,18 @@ def runs_of(records: Iterable[dict]) -> list[Run]:
 
 
 def labels_of(record: Mapping) -> list[int]:
-    """The classes to forget, in order."""
+    """Return the classes to forget, in order."""
     return sorted(record["forget_class"])
 
 
 def dataset_of(record: Mapping) -> str:
-    """A dataset as people call it: its name, and of a folder of images the folder's."""
+    """Return a dataset as people call it: its name, and of a folder of images the folder's."""
     path = (record.get("config") or {}).get("dataset_path")
     return f"{record['dataset']} {PurePath(path).name}" if record["dataset"] == "FOLDER" and path else record["dataset"]
 
 
 def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
-    """Nested settings by dotted name, without those that are apart."""
+    """Flatten nested settings to dotted names, without those in APART."""
     flat: dict[str, object] = {}
     for name, value in values.items():
         dotted = prefix + name
@@ -76,7 +76,7 @@ def identity(run: Run) -> dict[str, object]:
 
 
 def family_key(run: Run) -> str:
-    """What the runs of a family share, hashed."""
+    """Return what the runs of a family share, hashed."""
     return key_of(identity(run))[:8]
 
 
@@ -99,7 +99,7 @@ def families(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def _short(name: str, value: object) -> str:
-    """A setting's value for people: hashes by their first digits, lists without brackets."""
+    """Return a setting's value for people: hashes by their first digits, lists without brackets."""
     if name in ("images", "code") or name.startswith("given "):
         return str(value)[:SHORT] if value else "none"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -119,7 +119,7 @@ def differing(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
 
 
 def _told(found: Mapping[str, list[str]], count: int) -> list[str]:
-    """The values of some settings in words, for each group."""
+    """Return the values of some settings in words, for each group."""
     return [", ".join(f"{name} {values[place] or 'none'}" for name, values in found.items()) for place in range(count)]
 
 

@@ -47,7 +47,7 @@ ALL_FIGURES = 12  # runs, at most, whose every figure is on the page; of more, t
 
 
 def rounded(value: object) -> object:
-    """The same with numbers cut to DIGITS significant digits; what is no finite number becomes None."""
+    """Return the same with numbers cut to DIGITS significant digits; what is no finite number becomes None."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -80,7 +80,7 @@ def _flags(values: Mapping, defaults: Mapping, prefix: str = "") -> list[str]:
 
 
 def _typed(name: str, value: object) -> str:
-    """A value as it may be typed after its flag."""
+    """Return a value as it may be typed after its flag."""
     text = str(value)
     if name in PATHS and value is not None and (text[:1] in ("-", "~") or text == "None"):
         return f"./{text}"  # else it would be a flag, the home folder or no path at all
@@ -88,7 +88,7 @@ def _typed(name: str, value: object) -> str:
 
 
 def command(run: Run) -> str:
-    """The command that makes a run again, from the commit that its provenance names: text for a POSIX shell."""
+    """Return the command that makes a run again, from the commit that its provenance names: text for a POSIX shell."""
     config = dict(run[0]["config"])
     config["topK_list"] = sorted({record["top_k"] for record in run})
     if run[0]["auto"] is None:
@@ -99,7 +99,7 @@ def command(run: Run) -> str:
 
 
 def _quoted(word: str) -> str:
-    """A word for a shell; bytes that are no UTF-8 are spelled out as bash, zsh and ksh read them."""
+    """Return a word for a shell; bytes that are no UTF-8 are spelled out as bash, zsh and ksh read them."""
     if word.isprintable() or not any("\ud800" <= sign <= "\udfff" for sign in word):
         return shlex.quote(word)
     codes = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
@@ -115,7 +115,7 @@ def _pasted(text: str) -> Markup:
 
 
 def sentence(record: dict) -> str:
-    """One point of the sweep in words: the answer's mask there."""
+    """Return one point of the sweep in words: the answer's mask there."""
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     if not all(known(values.get(score)) for values in (after, before) for score in SCORES):
         return f"At kappa {record['kappa']:,} there are no values: training diverged, or nothing was measured."
@@ -134,7 +134,7 @@ def _map_row(row: Sequence[int], most: int) -> str:
 
 
 def _point(record: dict, metrics: Sequence[str]) -> dict:
-    """One point of the sweep, for the slider."""
+    """Return one point of the sweep, for the slider."""
     answer, layers = record["answer"], record["mask_map"]
     said = record.get("said_of_samples") or {}
     bars = forgotten_taken_for([[record]])
@@ -175,7 +175,7 @@ def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) ->
 
 
 def _slim(panel: Panel) -> dict:
-    """A panel without what it does not use."""
+    """Return a panel without what it does not use."""
     values = asdict(panel)
     values["series"] = [{k: v for k, v in one.items() if v is not None} for one in values["series"]]
     return {name: value for name, value in values.items() if value not in (None, False, [])}
@@ -187,7 +187,7 @@ def _bold(rows: list[list[str]]) -> list[list[tuple[str, bool]]]:
 
 
 def _run_text(run: Run, apart: str) -> dict:
-    """What the page says of a run in itself; `apart`: what tells its family from others of the same name."""
+    """Return what the page says of a run in itself; `apart`: what tells its family from others of the same name."""
     first = run[0]
     about = first["provenance"]
     facts = {
@@ -216,12 +216,12 @@ def _run_text(run: Run, apart: str) -> dict:
 
 
 def _visible(value: object) -> object:
-    """What the template shows of a value; its own markup and what it counts with pass as they are."""
+    """Return what the template shows of a value; its own markup and what it counts with pass as they are."""
     return visible(value) if type(value) is str else value
 
 
 def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Sequence[Panel]]]) -> str:
-    """The page, as text.
+    """Return the page, as text.
 
     Args:
         groups: families of runs. training: run -> name -> panels of training curves.

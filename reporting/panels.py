@@ -64,7 +64,7 @@ class Panel:
 
 
 def style_of(record: dict, method: str) -> int:
-    """A method's colour and marker are its place among the record's methods, the same in every figure."""
+    """Return a method's colour and marker are its place among the record's methods, the same in every figure."""
     return list(record["labels"]).index(method)
 
 
@@ -76,7 +76,7 @@ def _name(about: dict, metric: str) -> str:
 
 
 def _at(runs: Sequence[Run], method: str, metric: str, **place: int) -> Estimate | None:
-    """A method's value over the runs at one place of the sweep, e.g. kappa=400; None unless some run has it."""
+    """Return a method's value over the runs at one place of the sweep, e.g. kappa=400; None unless some run has it."""
     found = [next((r for r in run if all(r[key] == value for key, value in place.items())), None) for run in runs]
     records = [record for record in found if record and known(record["methods"].get(method, {}).get(metric))]
     if not records:
@@ -88,7 +88,7 @@ def _at(runs: Sequence[Run], method: str, metric: str, **place: int) -> Estimate
 
 
 def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, style: int) -> Series:
-    """A series with a band where every point has limits."""
+    """Return a series with a band where every point has limits."""
     found = [estimate for _, estimate in points]
     limits = [[one.low for one in found], [one.high for one in found]]
     low, high = limits if all(value is not None for side in limits for value in side) else (None, None)
@@ -97,7 +97,7 @@ def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, st
 
 
 def _lines(runs: Sequence[Run], method: str, metric: str, axis: str) -> list[Series]:
-    """A method over kappa (one line per topK it depends on) or over topK (at its chosen kappa)."""
+    """Return a method over kappa (one line per topK it depends on) or over topK (at its chosen kappa)."""
     first, key = runs[0][0], {"kappa": "kappa", "topK": "top_k"}[axis]
     style, label = style_of(first, method), first["labels"][method]
     places = sorted({record[key] for run in runs for record in run})
@@ -117,7 +117,7 @@ def _lines(runs: Sequence[Run], method: str, metric: str, axis: str) -> list[Ser
 
 
 def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
-    """A metric over kappa or topK, every method: those without that axis are levels, at their chosen point."""
+    """Return a metric over kappa or topK, every method: those without that axis are levels, at their chosen point."""
     first, about, found = runs[0][0], metrics_of(runs)[metric], chosen_in(runs)
     series = []
     for method, points in found.items():
@@ -134,7 +134,7 @@ def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
 
 
 def _within(series: Series, least: float, most: float) -> Series:
-    """The same with its band cut at the ends of what its unit allows."""
+    """Return the same with its band cut at the ends of what its unit allows."""
     if series.low is None or series.high is None:
         return series
     low, high = ([min(max(value, least), most) for value in side] for side in (series.low, series.high))
@@ -142,7 +142,7 @@ def _within(series: Series, least: float, most: float) -> Series:
 
 
 def extent(series: Sequence[Series]) -> str:
-    """What a drawing shows, for those who do not see it."""
+    """Return what a drawing shows, for those who do not see it."""
     return "; ".join(f"{s.label}: {min(s.y):.4g} to {max(s.y):.4g}" for s in series if s.y and s.kind != "front")
 
 
@@ -156,7 +156,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def trade_off(runs: Sequence[Run]) -> list[Panel]:
-    """Forget against retain score, with the Pareto front of the methods and the retrained model as the star."""
+    """Plot forget against retain score, with the methods' Pareto front and the retrained model as a star."""
     first, about, series, every = runs[0][0], metrics_of(runs), [], []
     for method in chosen_in(runs):
         pairs = []
@@ -184,7 +184,7 @@ def _both(ours: Sequence[Series], theirs: Sequence[Series]) -> Iterator[tuple[Se
 
 
 def _only(series: Series, places: set[float]) -> Series:
-    """A series at some places."""
+    """Return a series at some places."""
     kept = [place for place, x in enumerate(series.x) if x in places]
     sides = {name: getattr(series, name) for name in ("x", "y", "low", "high")}
     return replace(series, **{name: side and [side[place] for place in kept] for name, side in sides.items()})
@@ -199,7 +199,7 @@ def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
 
 
 def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
-    """Seconds (log axis) against Avg Gap, or retain minus forget score where nothing was retrained."""
+    """Return seconds (log axis) against Avg Gap, or retain minus forget score where nothing was retrained."""
     first, gap = runs[0][0], by_gap(record for run in runs for record in run)
     series = []
     for method, points in chosen_in(runs).items():
@@ -225,7 +225,7 @@ def _quality(values: dict[str, float], gap: bool) -> float | None:
 
 
 def class_scores(record: dict, method: str) -> list[float | None] | None:
-    """Accuracy of every class in percent, None for a class without images; None if the record has no such table."""
+    """Return every class's accuracy in percent (None: no images of it); None if the record has no such table."""
     table = record["confusion"][method]
     if table:
         return [100 * row[place] / sum(row) if sum(row) else None for place, row in enumerate(table)]
@@ -273,7 +273,7 @@ def _bars(
 
 
 def per_class(runs: Sequence[Run]) -> list[Panel]:
-    """Accuracy of every class before and after; of many classes those that change most."""
+    """Return accuracy of every class before and after; of many classes those that change most."""
     record = choose(runs[0], runs[0][0]["answer"])
     of = {name: scores for name in _compared(record) if (scores := class_scores(record, name))}
     if not {"default", record["answer"]} <= set(of):
@@ -287,7 +287,7 @@ def per_class(runs: Sequence[Run]) -> list[Panel]:
 
 
 def class_probability(runs: Sequence[Run]) -> list[Panel]:
-    """Mean probability that forgotten images are given for each class."""
+    """Plot the mean probability of each class on forgotten images."""
     record = choose(runs[0], runs[0][0]["answer"])
     of = {name: values for name in _compared(record) if (values := record["class_probability"].get(name))}
     title = f"probability for images of {classes_of(record)}"
@@ -297,7 +297,7 @@ def class_probability(runs: Sequence[Run]) -> list[Panel]:
 
 
 def forgotten_taken_for(runs: Sequence[Run]) -> list[Panel]:
-    """What forgotten images are taken for."""
+    """Return what forgotten images are taken for."""
     record = choose(runs[0], runs[0][0]["answer"])
     of = {name: shares for name in _compared(record) if (shares := taken_for(record, name))}
     title = f"what images of {classes_of(record)} are taken for"
@@ -307,7 +307,7 @@ def forgotten_taken_for(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _blocks(table: list[list[float]], size: int) -> list[list[float]]:
-    """Sums over blocks of `size` neighbouring rows and columns."""
+    """Return sums over blocks of `size` neighbouring rows and columns."""
     places = range(0, len(table), size)
     return [
         [math.fsum(value for row in table[r : r + size] for value in row[c : c + size]) for c in places] for r in places
@@ -315,7 +315,7 @@ def _blocks(table: list[list[float]], size: int) -> list[list[float]]:
 
 
 def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
-    """Confusion matrix after minus before, each row in percent of its images."""
+    """Plot the confusion matrix after minus before, each row in percent of its images."""
     record = choose(runs[0], runs[0][0]["answer"])
     tables = record["confusion"]
     before, after = tables.get("default"), tables.get(record["answer"])
@@ -338,7 +338,7 @@ def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
 
 
 def mask_map_panels(runs: Sequence[Run]) -> list[Panel]:
-    """Where the answer's mask switches weights off, with the sums of rows and columns; one panel per layer."""
+    """Return where the answer's mask switches weights off, with the sums of rows and columns; one panel per layer."""
     record = choose(runs[0], runs[0][0]["answer"])
     found = []
     for layer in record["mask_map"]:
@@ -353,7 +353,7 @@ def mask_map_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def weight_histogram(runs: Sequence[Run]) -> list[Panel]:
-    """Values of the weights that the answer's mask keeps and switches off."""
+    """Plot histograms of the weights that the answer's mask keeps and switches off."""
     record = choose(runs[0], runs[0][0]["answer"])
     data = record["weight_histogram"]
     series = [
@@ -381,7 +381,7 @@ FIGURES: tuple[tuple[str, Callable[[Sequence[Run]], list[Panel]], bool], ...] = 
 
 
 def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
-    """Every figure of a run, or of a family's runs: name -> panels.
+    """Return every figure of a run, or of a family's runs: name -> panels.
 
     Metrics that are shown first have a figure of their own over each axis that is swept; the others share one.
     """
@@ -396,6 +396,6 @@ def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
 
 
 def _varies(runs: Sequence[Run], axis: str, key: str) -> bool:
-    """Whether a method depends on an axis and that has several values (kappa: in any case)."""
+    """Return whether a method depends on an axis and that has several values (kappa: in any case)."""
     several = len({record[key] for run in runs for record in run}) > 1 or axis == "kappa"
     return several and any(axis in axes for axes in runs[0][0]["axes"].values())

@@ -1,8 +1,8 @@
-"""What records say, as tables and words: chosen points, intervals, which methods lead, one grid over everything.
+"""Make tables and sentences of records: chosen points, intervals, which methods lead, one grid over all runs.
 
 A *run* is a list of records that differ in topK and kappa alone; a *family* is a list of runs that differ in the
-seed and in the classes to forget alone. Cells of type `Lead` are the best and those that cannot be told from the best.
-No torch, no dataset: everything is read from the records, so a new method or metric shows up by itself.
+seed and in the classes to forget alone. A cell of type `Lead` holds the best value, or one that cannot be told from it.
+Everything is read from the records, so that a new method or metric appears without a change here.
 """
 
 import math
@@ -38,7 +38,7 @@ class Best:
         return self.record["verdicts"][self.method]
 
     def interval(self, metric: str) -> dict | None:
-        """The metric's own interval {value, low, high, n}, where the record has one."""
+        """Return the metric's own interval {value, low, high, n}, where the record has one."""
         return (self.record["intervals"][self.method] or {}).get(metric)
 
 
@@ -56,17 +56,17 @@ class Estimate:
 
 
 def known(value: object) -> TypeGuard[float]:
-    """Whether a value can be compared: a finite number."""
+    """Return whether a value can be compared: a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def by_gap(records: Iterable[dict]) -> bool:
-    """Whether points are chosen by Avg Gap: some method has one somewhere in the run."""
+    """Return whether points are chosen by Avg Gap: some method has one somewhere in the run."""
     return any(known(values.get("avg_gap")) for record in records for values in record["validation"].values())
 
 
 def choose(records: Iterable[dict], method: str) -> dict:
-    """The record where a method does best on *validation* images.
+    """Return the record where a method does best on *validation* images.
 
     One criterion for the whole run: the smallest Avg Gap to retraining if any method has one anywhere in it, else
     (nothing was retrained) the largest retain minus forget score. A point without the value, e.g. because training
@@ -89,7 +89,7 @@ def choose(records: Iterable[dict], method: str) -> dict:
 
 
 def best_points(records: Run) -> list[Best]:
-    """Each method's chosen point, in the order of the records."""
+    """Choose each method's point; methods in the order of the records."""
     names = dict.fromkeys(name for record in records for name in record["labels"])
     found = []
     for name in names:
@@ -110,7 +110,7 @@ def chosen_in(runs: Sequence[Run]) -> dict[str, list[Best]]:
 
 
 def over_runs(values: Sequence[float]) -> Estimate:
-    """Mean over runs with Student's t interval (none for a single value)."""
+    """Average over runs, with Student's t interval (none for a single value)."""
     n = len(values)
     if n < 2:
         return Estimate(values[0], None, None, n)
@@ -119,7 +119,7 @@ def over_runs(values: Sequence[float]) -> Estimate:
 
 
 def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
-    """A metric over the chosen points of several runs; of one run with the record's own interval, if it has one."""
+    """Average a metric over runs' chosen points; a single run keeps the interval of its record, if it has one."""
     numbers = _all(points, metric)
     if not numbers:
         return None
@@ -129,7 +129,7 @@ def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
 
 
 def _all(points: Sequence[Best], metric: str) -> list[float]:
-    """A metric at every point; nothing if it is not known at one of them."""
+    """Return a metric at every point; nothing if it is not known at one of them."""
     values = [point.values.get(metric) for point in points]
     finite = [value for value in values if known(value)]
     return finite if len(finite) == len(values) else []
@@ -153,7 +153,7 @@ def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str,
 
 
 def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
-    """The best method, and those that cannot be told from it.
+    """Return the best method, and those that cannot be told from it.
 
     Over several runs: the 95 % t interval of the paired differences reaches 0. In one run: the intervals overlap, if
     the record has some (which is cautious), else the values are equal.
@@ -193,7 +193,7 @@ def shown(found: Estimate | None) -> str:
 
 
 def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, dict]:
-    """What the records say of their metrics: all of them, or those that are shown first."""
+    """Return what the records say of their metrics: all of them, or those that are shown first."""
     found = {name: about for run in runs for name, about in run[0]["metrics"].items()}
     return {name: about for name, about in found.items() if every or about["first"]}
 
@@ -206,7 +206,7 @@ def _budget(values: Sequence[int | None]) -> str:
 
 
 def table(*runs: Run, every: bool = False) -> list[list[str]]:
-    """Header and one row per method: its chosen point and its test values, over one run or a family's runs.
+    """Return header and one row per method: its chosen point and its test values, over one run or a family's runs.
 
     Args:
         every: all metrics instead of those that are shown first.
@@ -229,7 +229,7 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
 
 
 def caption(*runs: Run, apart: str = "") -> str:
-    """What the values of a table are of, in words; `apart`: what tells them from others of the same name."""
+    """Return what the values of a table are of, in words; `apart`: what tells them from others of the same name."""
     first = runs[0][0]
     about = f"{first['model']} on {dataset_of(first)}" + (f" ({apart})" if apart else "")
     if len(runs) == 1:
@@ -242,7 +242,7 @@ def caption(*runs: Run, apart: str = "") -> str:
 
 
 def grid(groups: Sequence[list[Run]], metric: str) -> list[list[str]]:
-    """One metric over every model and dataset: a row for each family, a column for each method."""
+    """Return one metric over every model and dataset: a row for each family, a column for each method."""
     labels = {name: label for runs in groups for run in runs for name, label in run[0]["labels"].items()}
     apart = told_apart(groups)
     rows = [["model", "dataset", *["apart by"] * any(apart), "runs", *labels.values()]]
@@ -259,14 +259,14 @@ def grid(groups: Sequence[list[Run]], metric: str) -> list[list[str]]:
 
 
 def without_records(groups: Sequence[list[Run]]) -> list[str]:
-    """The combinations of model and dataset that no record is of."""
+    """Return the combinations of model and dataset that no record is of."""
     seen = {(runs[0][0]["model"], runs[0][0]["dataset"]) for runs in groups}
     every = ((model.value, data.value) for model in SupportedVisionModels for data in SupportedDatasets)
     return [f"{model} on {data}" for model, data in every if (model, data) not in seen]
 
 
 def as_json(records: Run) -> list[dict]:
-    """The run's table as objects: names as in the records, numbers as numbers."""
+    """Return the run's table as objects: names as in the records, numbers as numbers."""
     return [
         {"method": best.method, "label": best.label, "topK": best.top_k, "kappa": best.kappa, **best.values}
         | {"intervals": best.record["intervals"][best.method], "verdicts": best.verdicts}
@@ -283,7 +283,7 @@ def classes_of(record: dict) -> str:
 
 
 def named_classes(record: dict) -> str:
-    """The same with their names: "class 0 (zero)"."""
+    """Return the same with their names: "class 0 (zero)"."""
     pairs = zip(map(str, labels_of(record)), map(visible, record["forget_names"]), strict=True)
     return _listed([label if name == label else f"{label} ({name})" for label, name in pairs])
 
@@ -311,7 +311,7 @@ def remarks(records: Run) -> list[str]:
 
 
 def is_answered(records: Run) -> bool:
-    """Whether the run's answer can be put into words: its method and the untouched classifier have values."""
+    """Return whether the run's answer can be put into words: its method and the untouched classifier have values."""
     answer = records[0]["answer"]
     if not {answer, "default"} <= set(records[0]["labels"]):
         return False
@@ -321,7 +321,7 @@ def is_answered(records: Run) -> bool:
 
 
 def answer_of(records: Run) -> dict | None:
-    """The record whose mask is the run's answer: the chosen point of its method; None if several were not measured."""
+    """Return the record at the chosen point of the answer's method; None if several were not measured."""
     answer = records[0]["answer"]
     if any(answer in record["validation"] for record in records):
         return choose(records, answer)
@@ -329,13 +329,13 @@ def answer_of(records: Run) -> dict | None:
 
 
 def share_changed(record: dict) -> str:
-    """How much of what is masked the answer's mask switches off: "20.0 % of the layer"."""
+    """Return how much of what is masked the answer's mask switches off: "20.0 % of the layer"."""
     share = 100 * record["methods"][record["answer"]]["weights_changed"] / record["num_graph_vertices"]
     return f"{share:.1f} % of the {'masked layers' if len(record['mask_layer']) > 1 else 'layer'}"
 
 
 def headline(records: Run) -> str:
-    """The run's answer in words, from the chosen point of the method that gives it."""
+    """Return the run's answer in words, from the chosen point of the method that gives it."""
     record = choose(records, records[0]["answer"])
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     is_or_are, them = ("are", "them") if len(record["forget_class"]) > 1 else ("is", "it")

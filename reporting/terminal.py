@@ -18,7 +18,7 @@ DROPPED_FIRST = ("seconds", "weights", "Avg Gap", "kappa")  # in this order, whe
 
 
 def _figures(point: Best) -> dict[str, str]:
-    """A method's cells by column, at its chosen point."""
+    """Return a method's cells by column, at its chosen point."""
 
     def number(name: str, digits: str) -> str:
         value = point.values.get(name)
@@ -35,7 +35,7 @@ def _figures(point: Best) -> dict[str, str]:
 
 
 def _kept(widths: dict[str, int], width: int) -> list[str]:
-    """The columns that fit beside the method, which takes up to a third of the width."""
+    """Return the columns that fit beside the method, which takes up to a third of the width."""
     kept = list(widths)
     for name in DROPPED_FIRST:
         if width // 3 + sum(len(GAP) + widths[one] for one in kept) > width and name in kept:
@@ -44,7 +44,7 @@ def _kept(widths: dict[str, int], width: int) -> list[str]:
 
 
 def terminal_table(records: Run, width: int) -> str:
-    """A run's methods, one row each, for a terminal.
+    """Return a run's methods, one row each, for a terminal.
 
     Args:
         records: of one run.
@@ -85,5 +85,5 @@ def terminal_table(records: Run, width: int) -> str:
 
 
 def _said(point: Best) -> str:
-    """A method's verdicts, in words."""
+    """Return a method's verdicts, in words."""
     return ", ".join(one["key"] for one in point.verdicts)

@@ -53,7 +53,7 @@ class Markdown(str):
 
 
 def in_markdown(cell: str) -> str:
-    """A cell of a Markdown table: one line, and nothing in it is taken for a mark."""
+    """Return a cell of a Markdown table: one line, and nothing in it is taken for a mark."""
     if isinstance(cell, Markdown):
         return cell
     text = MARKDOWN.sub(lambda found: "\\" + found[0], visible(cell))
@@ -61,13 +61,13 @@ def in_markdown(cell: str) -> str:
 
 
 def in_csv(cell: str) -> str:
-    """A cell of a CSV file: what a spreadsheet would run gets an apostrophe in front; numbers stay numbers."""
+    """Return a cell of a CSV file: what a spreadsheet would run gets an apostrophe in front; numbers stay numbers."""
     text = visible(cell, keep="\n\t")
     return f"'{text}" if RUN_BY_SPREADSHEETS.match(text) and not SHOWN_VALUE.fullmatch(text) else text
 
 
 def in_latex(cell: str) -> str:
-    """A cell of a LaTeX table, or its caption: every sign stands for itself."""
+    """Return a cell of a LaTeX table, or its caption: every sign stands for itself."""
     number = SHOWN_VALUE.fullmatch(cell)
     special = {sign: text for sign, text in TEX.items() if not (number and sign == "-")}
     text = "".join(special.get(sign, sign) for sign in visible(cell))
@@ -75,7 +75,7 @@ def in_latex(cell: str) -> str:
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads well on a terminal too."""
+    """Return a Markdown table, padded so that it reads well on a terminal too."""
     cells = [[in_markdown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
@@ -83,14 +83,14 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_csv(rows: Sequence[Sequence[str]]) -> str:
-    """The same rows as CSV, without marks."""
+    """Return the same rows as CSV, without marks."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([[in_csv(cell) for cell in row] for row in rows])
     return text.getvalue()
 
 
 def as_latex(rows: Sequence[Sequence[str]], about: str) -> str:
-    """The same rows as a LaTeX table (needs the packages booktabs and graphicx)."""
+    """Return the same rows as a LaTeX table (needs the packages booktabs and graphicx)."""
     lines = [" & ".join(map(in_latex, row)) + r" \\" for row in rows]
     # After the end of a row `[` would begin an option of it, and `*` be one.
     head, *body = [f"{{}}{line}" if line[0] in "[*" else line for line in lines]

@@ -89,7 +89,7 @@ class ClassifierStage:
         self._trainer(job, Tracker(Trackers.none, "", {})).fit(group, Path())
 
     def _train(self, name: str, label: str, seed: int, without: dict) -> Path:
-        """A stage that trains a classifier; `without` says which classes it never sees, if any."""
+        """Return a stage that trains a classifier; `without` says which classes it never sees, if any."""
         setup = self.setup
         train, meeting = self.crew.train_config, self.crew.meeting
         inputs = setup.common | {"train": recipe(train), "code": code_key("stages.classifier")} | without
@@ -119,7 +119,7 @@ class ClassifierStage:
         return made / CLASSIFIER_FILE
 
     def _trainer(self, job: dict, tracker: Tracker) -> VisionModelTrainer:
-        """A fresh classifier and what it is to be trained on; `job` is plain, and the same for every process."""
+        """Return a fresh classifier and what it is to be trained on; `job` is plain, and the same for every process."""
         check_same_code(job["code"])
         train, seed, (path, key, resume) = TrainConfig(**job["train"]), job["seed"], job["state"]
         data = self.setup.data

@@ -24,7 +24,7 @@ class Crew:
 
     @property
     def train_config(self) -> TrainConfig:
-        """How the classifier is trained; torchrun's number of processes counts, where it started this one."""
+        """The classifier's training settings; the number of processes is torchrun's where it started this one."""
         meeting = self.meeting
         return replace(self._train, num_workers=meeting.group.world) if meeting else self._train
 

@@ -83,7 +83,7 @@ class Group:
         return self.rank == 0
 
     def shard(self, loader: DataLoader, keep_empty: bool = True) -> DataLoader:
-        """A loader of this process's slices of the same global batches, in the same order."""
+        """Return a loader of this process's slices of the same global batches, in the same order."""
         if self.world == 1:
             return loader
         slices = Slices(loader.batch_sampler, self.rank, self.world, keep_empty)
@@ -96,11 +96,11 @@ class Group:
         )
 
     def share(self, size: int) -> int:
-        """How many images of a global batch of `size` are this process's."""
+        """Return how many images of a global batch of `size` are this process's."""
         return len(range(self.rank, size, self.world))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over all processes; they start from rank 0's weights."""
+        """Return the model with its gradients averaged over all processes; they start from rank 0's weights."""
         if self.world == 1:
             return model
         with warnings.catch_warnings():  # the newer name of this argument is unknown to older versions
@@ -108,7 +108,7 @@ class Group:
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Return the sum over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
@@ -132,12 +132,12 @@ ALONE = Group()
 
 
 def by_torchrun() -> bool:
-    """Whether torchrun started this process, so that none must be started from here."""
+    """Return whether torchrun started this process, so that none must be started from here."""
     return dist.is_torchelastic_launched()
 
 
 def _attempt() -> int:
-    """How often torchrun has started its processes again: its store still holds the addresses of those before."""
+    """Return how often torchrun has restarted its processes; its store still holds the earlier addresses."""
     return int(get_env_variable_or_raise("TORCHELASTIC_RESTART_COUNT")) if by_torchrun() else 0
 
 
@@ -155,7 +155,7 @@ class Meeting:
         self.jobs += 1
 
     def next_job(self) -> dict | None:
-        """All others: wait, as long as it takes, for what rank 0 announces."""
+        """Return all others: wait, as long as it takes, for what rank 0 announces."""
         while True:
             try:
                 self.store.wait([f"job-{self.jobs}"], timedelta(seconds=JOIN_SECONDS))
@@ -202,13 +202,13 @@ def torchrun_meeting(device: torch.device, seconds: float) -> Meeting:
 
 
 def leave_group() -> None:
-    """Leave the group, if there is one."""
+    """Leave the group of processes, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a configuration names.
+    """Return the device that a configuration names.
 
     Raises:
         UserError: it is not here.
@@ -235,7 +235,7 @@ def make_repeatable(device: torch.device) -> None:
 
 
 def repeatability(device: torch.device) -> str:
-    """What a second run on this device can be expected to give, for records."""
+    """Return what a second run on this device can be expected to give, for records."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return f"{name}, deterministic algorithms where PyTorch has them: not tested, last digits may differ"
@@ -274,7 +274,7 @@ def _worker(
     seconds: float,
     *given: Any,
 ) -> dict:
-    """What each started process runs: see that it has the launcher's code, join, work, leave."""
+    """Return what each started process runs: see that it has the launcher's code, join, work, leave."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole terminal: go without a traceback
     torch.set_num_threads(threads)
@@ -397,7 +397,7 @@ def _short(error: Exception) -> str:
 
 
 def _one_line(rank: int, failure: ProcessFailure) -> Exception:
-    """A worker's failure as an exception of this process."""
+    """Return a worker's failure as an exception of this process."""
     told: Any = failure.message  # text, or a mapping that holds it
     text = " ".join(str(told["message"] if isinstance(told, dict) else told).split())
     kind, _, rest = text.partition(": ")

@@ -1,4 +1,4 @@
-"""What an interrupted training goes on from: one atomic file of tensors and plain facts, no pickle."""
+"""Save and load the state from which an interrupted training goes on: one file of tensors and JSON, no pickle."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ RNG, ORDER, HISTORY = "rng", "order", "history"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come: whole epochs, optimiser steps, the curves so far, the last epoch's values."""
+    """How far a training has come: whole epochs, optimiser steps, curves so far, last epoch's loss and score."""
 
     epoch: int
     step: int
@@ -38,7 +38,7 @@ class StateFile:
         return self.path.with_suffix(".diverged.json")
 
     def clear(self) -> None:
-        """Remove it: it is used up, or not wanted."""
+        """Remove the file, once its training has ended or is begun anew."""
         remove(self.path)
         remove(self._end)
 
@@ -102,7 +102,7 @@ class Training:
 
 
 def recipe(train: TrainConfig) -> dict:
-    """What of a training's configuration its result depends on.
+    """Return what of a training's configuration its result depends on.
 
     Several processes sum in another order than one, so that their number counts; how often states are saved does not.
     """
