@@ -55,18 +55,21 @@ def set_library_defaults() -> None:
 
 
 def _trackio_folder(output_dir: Path) -> Path:
-    """Tell trackio where its runs lie, in this process and those that it starts: in TRACKIO_DIR, if the user set it."""
+    """Return the folder of trackio's runs: TRACKIO_DIR if it is set, else a folder below the output folder.
+
+    TRACKIO_DIR then names it, for this process and those that it starts; trackio reads it when it is imported.
+    """
     return Path(os.environ.setdefault("TRACKIO_DIR", str((output_dir / "observability").resolve())))
 
 
 def _environment() -> Environment:
-    """Read what commands need of the environment."""
+    """Read from the environment what commands need to know."""
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     return Environment(_trackio_folder, torchrun, restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
 
 
 def _usable_streams() -> None:
-    """Let a stream that is closed lead nowhere, and one that cannot show a character show its number."""
+    """Open /dev/null for each closed stream, and let a stream write the number of a character that it cannot show."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             _lead_nowhere(number)
@@ -76,7 +79,7 @@ def _usable_streams() -> None:
 
 
 def _lead_nowhere(number: int) -> None:
-    """Let a file descriptor write to, and read from, nowhere."""
+    """Let a file descriptor read from and write to /dev/null."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere != number:
         os.dup2(nowhere, number)
@@ -84,7 +87,7 @@ def _lead_nowhere(number: int) -> None:
 
 
 def _nobody_reads() -> bool:
-    """Whether a pipe that this process writes its words to was closed at the other end; then nothing more is said."""
+    """Tell whether the reader of stdout or stderr has closed its end of a pipe; both then lead to /dev/null."""
     for number in (1, 2):
         watch = select.poll()
         watch.register(number, 0)
@@ -132,7 +135,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _of_the_machine(error: OSError) -> Exception | None:
-    """An error of the disk or of a limit of the system, as one sentence, wherever it came up; None for any other."""
+    """Turn an error of the disk, or of a limit of the system, into one sentence; return None for any other error."""
     from core.artifacts import ADVICE, trouble
 
     known = isinstance(error.filename, str) and error.errno in ADVICE

@@ -55,7 +55,7 @@ class Pipeline:
         return self.run_gcn_training(self.config.topK_list[0])
 
     def preflight(self, measures: bool = True) -> None:
-        """Say in the log what the run understood: data, classes, what is given, made, and without effect.
+        """Log what the run understood: data, classes, what is given, what will be made, settings without effect.
 
         Args:
             measures: whether methods will be measured.
@@ -63,7 +63,7 @@ class Pipeline:
         say(self.stages, measures)
 
     def with_others(self, work: Callable[[], T]) -> T | None:
-        """Do the work in the first process of torchrun's while all others help it to train; returns None in those."""
+        """Do the work, in the first of torchrun's processes; the others help it to train, and get None."""
         if self.stages.take_part():
             return None
         done = work()

@@ -1,12 +1,12 @@
 """How the words of a command line become the parameters of a command; tyro reads them.
 
-A command is a function with typed parameters. Each is a flag, and its help stands in the docstring. Four parameters are
-special; a command has those that it needs:
+A command is a function with typed parameters. Each is a flag, and its help stands in the docstring. Some are special; a
+command has those that it needs:
 
-    here: Environment    what main.py has read from the environment; the first parameter, and no flag
-    settings: Settings   the configuration of a run; every field is a flag, and --config FILE comes with them
-    config: Files        configuration files as they were named, for a command without `settings`
-    rest: Rest           words that no flag takes, for a command with a sentence of its own about them; no flag
+    settings: Settings      the configuration of a run: every field is a flag, and --config FILE comes with them
+    files: Files            paths, one for each time that the flag is given
+    here: Environment       what main.py has read from the environment; by this name, and no flag
+    rest: tuple[str, ...]   words that no flag takes, for a command that refuses them itself; by this name, and no flag
 """
 
 import ast
@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,7 +24,6 @@ import tyro
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
-    PrimitiveTypeInfo,
     StructConstructorSpec,
     StructFieldSpec,
     StructTypeInfo,
@@ -58,15 +57,14 @@ class Environment:
 
 
 Settings = Annotated[PipelineConfig, tyro.conf.arg(name="")]  # without a prefix: --seed, --train.lr
-Files = Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(metavar="FILE")]
-Rest = Annotated[tuple[str, ...], tyro.conf.Suppress]
+Files = Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(metavar="FILE")]  # a flag for each
 
 
 @dataclass(frozen=True)
 class _Named:
     """The files that `--config` names."""
 
-    config: Files = ()
+    config: tyro.conf.UseAppendAction[tuple] = ()
 
 
 def show(text: object, file: TextIO | None = None) -> None:
@@ -89,19 +87,42 @@ def call(command: Callable[..., int | None], words: Sequence[str], name: str, he
     """
     known = inspect.signature(command).parameters
     words = list(_without_values(words, set(_switches(command))))
+    defaults = {"settings": load_config(_files(words))} if "settings" in known else {}
+    tolerant = "rest" in known
+    found: Any = tyro.cli(
+        _reader(command, defaults),
+        args=words,
+        prog=f"main.py {name}",
+        registry=_registry(),
+        return_unknown_args=tolerant,
+    )
+    values, rest = found if tolerant else (found, ())
+    offered = {"here": here, "rest": tuple(rest)}
+    return command(**values, **{one: value for one, value in offered.items() if one in known}) or 0
 
-    @wraps(command)
-    def asked(*given: Any, **values: Any) -> Callable[[], int | None]:
-        return partial(command, *given, **values)
 
-    reader: Callable[..., Any] = partial(asked, here) if "here" in known else asked
-    if "settings" in known:
-        reader = partial(reader, settings=load_config(_files(words)))
-    how: dict[str, Any] = {"args": words, "prog": f"main.py {name}", "registry": _registry()}
-    if "rest" not in known:
-        return tyro.cli(reader, **how)() or 0
-    ready, rest = tyro.cli(reader, return_unknown_args=True, **how)
-    return partial(ready, rest=tuple(rest))() or 0
+def _reader(command: Callable[..., Any], defaults: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
+    """Make the function that tyro calls in a command's place: it returns the parameters, and carries nothing out.
+
+    Args:
+        command: the function whose parameters and docstring tyro is to see, as `_flag` shows them.
+        defaults: of parameters that have none of their own.
+    """
+    types = get_type_hints(command, include_extras=True)
+    seen = [one for one in inspect.signature(command).parameters.values() if one.name not in ("here", "rest")]
+    seen = [
+        one.replace(annotation=_flag(types[one.name], one.name), default=defaults.get(one.name, one.default))
+        for one in seen
+    ]
+
+    def reader(**values: Any) -> dict[str, Any]:
+        files = {name for name in values if tyro.conf.UseAppendAction in get_args(types[name])}
+        return {name: tuple(map(Path, value)) if name in files else value for name, value in values.items()}
+
+    reader.__doc__ = command.__doc__
+    reader.__signature__ = inspect.Signature(seen)  # ty: ignore[missing-attribute]
+    reader.__annotations__ = {one.name: one.annotation for one in seen}
+    return reader
 
 
 def _files(words: Sequence[str]) -> Sequence[Path]:
@@ -114,7 +135,7 @@ def _files(words: Sequence[str]) -> Sequence[Path]:
         found, _ = tyro.cli(_Named, args=words, add_help=False, console_outputs=False, return_unknown_args=True)
     except SystemExit:  # all that can be wrong where words that are not known do not count
         raise UserError("--config names no file: give one, e.g. --config configs/default.yaml") from None
-    return found.config or [DEFAULT_CONFIG]
+    return [Path(file) for file in found.config] or [DEFAULT_CONFIG]
 
 
 # --- switches ---------------------------------------------------------------------------------------------
@@ -158,18 +179,10 @@ def _without_values(words: Sequence[str], switches: set[str]) -> Iterator[str]:
 
 
 def _registry() -> ConstructorRegistry:
-    """Tell tyro of this project's types: closed choices, and the sections of a configuration."""
+    """Tell tyro of the sections of a configuration."""
     registry = ConstructorRegistry()
-    registry.primitive_rule(_choice)
     registry.struct_rule(_section)
     return registry
-
-
-def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Take a closed choice by its name, in any case, and what may be absent as None."""
-    kind: Any = info.type
-    optional = get_origin(kind) in (Union, UnionType) and set(get_args(kind)) <= {NoneType, *METAVARS}
-    return _value(kind, "it") if optional or (isinstance(kind, type) and issubclass(kind, Choice)) else None
 
 
 def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
@@ -178,31 +191,39 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
     if not (isinstance(kind, type) and issubclass(kind, Section)):
         return None
     default = info.default if isinstance(info.default, kind) else kind()
+    prefix = f"{kind.SECTION}." if kind.SECTION else ""
     fields = [
-        StructFieldSpec(name, _flag(kind, name, hint), getattr(default, name), partial(_described, kind, name))
+        StructFieldSpec(name, _flag(hint, prefix + name), getattr(default, name), partial(_described, kind, name))
         for name, hint in hints(kind).items()
     ]
     if kind is not PipelineConfig:
         return StructConstructorSpec(kind, tuple(fields))
-    files: Any = Files
-    about = (
-        f"YAML file of settings; later files win over earlier ones, flags over files. Without: {DEFAULT_CONFIG.name}."
-    )
-    return StructConstructorSpec(_configuration, (StructFieldSpec("config", files, (), about), *fields))
+    about = f"YAML file of settings; later files win over earlier ones, flags over all. Without: {DEFAULT_CONFIG.name}."
+    files = StructFieldSpec("config", _flag(Files, "config"), (), about)
+    return StructConstructorSpec(_configuration, (files, *fields))
 
 
-def _configuration(config: tuple[Path, ...], **values: Any) -> PipelineConfig:
+def _configuration(config: tuple[str, ...], **values: Any) -> PipelineConfig:
     """Make the configuration; what its files say has come in as the defaults of the values."""
     return PipelineConfig(**values)
 
 
-def _flag(kind: type[Section], name: str, hint: Any) -> Any:
-    """The type that tyro sees of a field: switches and sections as they are, all others by the rules of the schema."""
-    if is_dataclass(bare(hint)):
+def _flag(hint: Any, name: str) -> Any:
+    """The type that tyro sees of a parameter or field.
+
+    Sections and switches stay as they are, and a flag that repeats is a `tuple`. All other values are objects to tyro,
+    which `fit` makes of words: so flags take what files take, and tyro need not load typeguard (0.1 s).
+    """
+    kind, extras = bare(hint), get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    if is_dataclass(kind):
         return hint
-    whole = f"{kind.SECTION}.{name}" if kind.SECTION else name
-    names = tyro.conf.arg(aliases=(SHORT[whole],) if whole in SHORT else None)
-    return Annotated[bool, names] if bare(hint) is bool else Annotated[object, _value(hint, whole), names]
+    if name in SHORT:
+        extras = (*extras, tyro.conf.arg(aliases=(SHORT[name],)))
+    if kind is bool:
+        return Annotated[bool, *extras] if extras else bool
+    if tyro.conf.UseAppendAction in extras:
+        return Annotated[tuple, *extras]
+    return Annotated[object, _value(hint, name), *extras]
 
 
 def _value(hint: Any, name: str) -> PrimitiveConstructorSpec:
@@ -214,12 +235,13 @@ def _value(hint: Any, name: str) -> PrimitiveConstructorSpec:
     """
     parts = get_args(bare(hint)) if get_origin(bare(hint)) in (Union, UnionType) else (hint,)
     several = any(get_origin(bare(part)) is tuple for part in parts)
+    path = any(bare(part) is Path for part in parts)
     given = Union[tuple(part for part in parts if part is not NoneType)]  # noqa: UP007
 
     def made(words: list[str]) -> Any:
         if NoneType in parts and words == ["None"]:
             return None
-        plain = [Path(word) if Path in parts else Plain(word) for word in words]
+        plain = [Path(word) if path else Plain(word) for word in words]
         return fit(plain if several else plain[0], given, name)
 
     def written(value: Any) -> list[str]:

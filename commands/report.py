@@ -9,10 +9,12 @@ from commands.command_line import Environment, show
 from core.choices import at_home
 from core.config import PROJECT_ROOT, ReporterConfig, UserError
 
+Sides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="A B ...", help_behavior_hint="")]
+
 
 def report(
     output_dir: Path = Path(),
-    compare: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A B ...", help_behavior_hint="")] = (),
+    compare: Sides = (),
     reporter: ReporterConfig = ReporterConfig(),  # noqa: B008
 ) -> None:
     """Make every table, plot and the HTML page again from the JSON records; or compare runs.

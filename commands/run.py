@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from commands.command_line import Environment, Files, Rest, Settings, show
+from commands.command_line import Environment, Files, Settings, show
 from core.choices import at_home
 from core.config import PipelineConfig, Trackers, UserError
 from core.observe import be_quiet
@@ -38,7 +38,7 @@ def train_gcn(
     out: Annotated[Files, tyro.conf.arg(help_behavior_hint="(required)")] = (),
     quiet: bool = False,
 ) -> int:
-    """Train the graph network of a configuration, or find it, and copy it to a file for --gcn-path.
+    """Train (or find) the graph network of a configuration and copy it to a file for --gcn-path.
 
     Args:
         out: The .safetensors file to write.
@@ -62,7 +62,7 @@ def train_gcn(
     return 0
 
 
-def sweep(here: Environment, config: Files = (), quiet: bool = False, rest: Rest = ()) -> int:
+def sweep(here: Environment, config: Files = (), quiet: bool = False, rest: tuple[str, ...] = ()) -> int:
     """Carry out many runs, over lists of values for any field: local processes, Slurm or Ray.
 
     The section `sweep` of a configuration file says which; configs/sweep_example.yaml shows how.
