@@ -125,7 +125,7 @@ class Eval(Snapshots):
         return math.inf if value is None else value
 
     def _judge(self, name: str, key: tuple, edit: Edit) -> dict[str, dict]:
-        """Return every metric, split by split, and what the edit costs; tables and intervals go to `about`."""
+        """Compute every metric on each split, and the edit's costs; tables and intervals go to `about`."""
         model, same = edit.model, self._prefix_kept(edit)
         weights, size = extent(model, self.original, [n for n in self.original if self._may_differ(n, same)])
         outputs = self.remembered(name, model, same, keep=False)
@@ -211,7 +211,7 @@ class Eval(Snapshots):
         return {c: _pair(right[labels == c], before[labels == c]) for c in labels.unique().tolist()}
 
     def verdicts(self, measured: Mapping[str, Mapping[str, dict]], point: Point) -> dict[str, list[dict[str, str]]]:
-        """Return what is to be said against each measured method, in words, from its test answers at a point."""
+        """Say what speaks against each measured method, in words, from its test predictions at a point."""
         measured = {**measured, "default": self.eval_unlearning("default", Point(0, 0, point.seed))}
         sane, said = bool(self.references) and self.references[0]["sane"], {}
         before = self._right[METHODS["default"].key(self.context, point)]["retain_score"]
@@ -264,5 +264,5 @@ class Eval(Snapshots):
 
 
 def _pair(right: Tensor, before: Tensor) -> Pair:
-    """Return what of the same images one model recognises and another does not. Both bool [S]."""
+    """Count the images that one model recognises and another does not, both ways. Both bool [S]."""
     return Pair(int((before & ~right).sum()), int((right & ~before).sum()), len(right))

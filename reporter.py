@@ -32,7 +32,7 @@ PAGE = Path("reports/index.html")
 
 
 def is_drawn(folder: Path, key: str) -> bool:
-    """Return whether a folder holds, whole, what `key` says; damage is said in the log."""
+    """Return whether a folder holds, undamaged, what was made for `key`; damage gets a line in the log."""
     try:
         manifest = read_manifest(folder) or {}
     except DamagedError as error:
@@ -42,7 +42,7 @@ def is_drawn(folder: Path, key: str) -> bool:
 
 
 def _curves(path: Path) -> list[dict] | None:
-    """Return the training curves in a file; None, and a line in the log, if it holds none."""
+    """Read the training curves of a file; None, with a line in the log, if it holds none."""
     try:
         history = read_json(path).get("history")
         sound = isinstance(history, list) and all(isinstance(entry, dict) and "step" in entry for entry in history)

@@ -184,7 +184,7 @@ class UnlearningDataset:
 
     @property
     def understood(self) -> dict:
-        """What was understood of the dataset, as plain data.
+        """How the dataset was read, as plain data.
 
         `splits`: images of each; `forget`: labels with their names; `left_out`: reasons with their counts; `passed`:
         kinds of litter with theirs; `notes`: how folders were read, a sentence each.
@@ -203,7 +203,7 @@ class UnlearningDataset:
 
     @property
     def image_facts(self) -> dict:
-        """What a record says of the images: left out, twice there, not decided."""
+        """Facts for records: images that were left out, copies, and what could not be decided about them."""
         return {
             "skipped_images": self.skipped_images,
             "duplicates": self.duplicates,
@@ -229,7 +229,7 @@ class UnlearningDataset:
 
     @property
     def image_notes(self) -> list[str]:
-        """What could not be decided about how the images of a tree are to be shown, a sentence each."""
+        """Doubts about how the images of a tree are to be shown, a sentence each."""
         rows = [part.pixels.rows for part in self.splits.values() if isinstance(part.pixels, LazyPixels)]
         bits = self.tree.bits[np.concatenate(rows)] if self.tree else np.zeros(0, np.uint8)
         most, count = int(bits.max(initial=0)), int((bits > 0).sum())
@@ -241,7 +241,7 @@ class UnlearningDataset:
         ]
 
     def fingerprint(self) -> str:
-        """SHA-256 of what every image of every split holds, in order, with its label; of a tree with its class names.
+        """Hash every image of every split, in order, with its label; of a tree also the class names.
 
         Neither the paths nor the times of files have a part in it.
         """
@@ -253,11 +253,11 @@ class UnlearningDataset:
         return sha256_arrays(arrays)
 
     def get_train_loader(self) -> DataLoader:
-        """Training images, shuffled by the run's seed."""
+        """Return a loader of the training images, shuffled by the run's seed."""
         return make_loader(self.splits["train"], self.batch_size, derive_seed(self.seed, "shuffle"))
 
     def get_val_loader(self) -> DataLoader:
-        """Held-out training images, for choosing."""
+        """Return a loader of the validation images, on which settings are chosen."""
         return make_loader(self.splits["val"], self.batch_size)
 
     def get_test_loader(self) -> DataLoader:

@@ -260,7 +260,7 @@ def _tag(image: Image.Image, number: int) -> int | None:
 
 
 def _white(image: Image.Image, file: IO[bytes], levels: np.ndarray) -> int | None:
-    """Return the level that is white as the file says; None: it says nothing, and a viewer takes 65,535.
+    """Read from the file which level is white; None: the file does not say, and a viewer takes 65,535.
 
     Raises:
         BadImageError: levels of 32 bits.
@@ -281,7 +281,7 @@ def _white(image: Image.Image, file: IO[bytes], levels: np.ndarray) -> int | Non
 
 
 def _significant_bits(file: IO[bytes]) -> int | None:
-    """Return what the sBIT chunk of a PNG says of its first channel."""
+    """Read how many significant bits a PNG's sBIT chunk gives for the first channel."""
     file.seek(8)
     while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
         length = int.from_bytes(head[:4], "big")
@@ -292,7 +292,7 @@ def _significant_bits(file: IO[bytes]) -> int | None:
 
 
 def _turned(square: np.ndarray, image: Image.Image) -> np.ndarray:
-    """Return a centre square as the orientation in the (loaded) image's EXIF data wants it shown."""
+    """Turn a centre square as the EXIF orientation of the (loaded) image says."""
     try:
         orientation = image.getexif().get(0x0112)
     except Exception as error:  # damaged EXIF data, of which viewers make nothing either

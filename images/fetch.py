@@ -147,7 +147,7 @@ def presence(dataset: SupportedDatasets, datasets_dir: Path, dataset_path: Path 
 
 
 def listing(datasets_dir: Path) -> str:
-    """Return a table of all datasets: classes, images that are here, where, and how to get the missing ones."""
+    """Make a table of all datasets: classes, images that are here, where, and how to get the missing ones."""
     rows = [presence(dataset, datasets_dir) for dataset in SupportedDatasets]
     lines = [f"{'dataset':24} {'images':14} {'classes':>7} {'here':>9}  where"]
     for row in rows:

@@ -99,11 +99,11 @@ class Tree:
         return sorted((visible(path), reason) for path, reason in found)
 
     def is_fresh(self) -> bool:
-        """Return whether every folder still has its time, and had it for long enough when it was read."""
+        """Return whether no folder has a new modification time, and none changed just before it was read."""
         return self.stands() and max(self.folders.values(), default=0) < self.made - RACE_NS
 
     def stands(self) -> bool:
-        """Return whether every folder still has its time."""
+        """Return whether every folder has the modification time that the index holds."""
         try:
             times = {name: os.stat(f"{self.root}/{name}").st_mtime_ns for name in self.folders}  # noqa: PTH116
         except OSError:
@@ -112,7 +112,7 @@ class Tree:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Return the splitmix64 finaliser: uint64 -> uint64, one to one, well mixed (Steele et al. 2014)."""
+    """Mix bits by the finaliser of splitmix64, a bijection of uint64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -144,7 +144,7 @@ def scan_tree(root: Path, layout: str, file: Path, notes: Sequence[str] = ()) ->
 
 
 def open_tree(root: Path, layout: str, store: Path) -> Tree:
-    """Return the index of a tree, from `store` if it is there and fresh, else made anew and kept there.
+    """Load the index of a tree from `store`; if it is not there or not fresh, make it anew and keep it there.
 
     Raises:
         NoTreeError: as `scan_tree`. UserError: the store cannot be written.
@@ -210,7 +210,7 @@ class _Known:
         self.reasons = {int(key): reason for key, reason in facts.items()}
 
     def places(self, keys: np.ndarray) -> np.ndarray:
-        """Return where each key is, -1 if it is not there."""
+        """Find the place of each key; -1: it is not there."""
         if not len(self.keys):
             return np.full(len(keys), -1)
         order = np.argsort(self.keys)
@@ -302,7 +302,7 @@ def _restamped(tree: Tree, rows: np.ndarray) -> tuple[Tree, dict[int, str]]:
 
 
 def _left(tree: Tree, rows: np.ndarray, known: _Known, cache: PixelCache | None) -> np.ndarray:
-    """Return those of these rows of which something is not known."""
+    """Return the rows that were not checked yet."""
     keys = tree.keys(rows)
     places = known.places(keys)
     missing = places < 0
@@ -312,7 +312,7 @@ def _left(tree: Tree, rows: np.ndarray, known: _Known, cache: PixelCache | None)
 
 
 def _with_room(tree: Tree, rows: np.ndarray, known: _Known, cache: PixelCache | None) -> PixelCache | None:
-    """Return the cache as it is now, if what is left to be read fits in."""
+    """Return the cache, if the images that are still to be read fit in."""
     if cache is None:
         return None
     cache.reload()
@@ -372,7 +372,7 @@ def _examine_all(
 
 
 def _kept(seen: list[Seen], cache: PixelCache | None) -> PixelCache | None:
-    """Return the cache with these images; None, said in the log, if the disk has no room for them after all."""
+    """Put these images into the cache; None, with a line in the log, if the disk has no room for them."""
     if cache is None or not seen:
         return cache
     try:

@@ -173,12 +173,12 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, for a sentence."""
+    """Join the first names for a sentence."""
     return ", ".join(map(visible, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def innermost(root: Path, layout: str) -> tuple[Path, list[str]]:
-    """Return the folder that holds the classes or splits: one that only wraps another is looked through.
+    """Find the folder that holds the classes or splits, through folders that only wrap another.
 
     Returns:
         (that folder, a sentence for each one that was looked through).
@@ -200,7 +200,7 @@ def innermost(root: Path, layout: str) -> tuple[Path, list[str]]:
 
 
 def _is_part(name: str, layout: str) -> bool:
-    """Return whether a folder that stands alone has a meaning of its own."""
+    """Return whether a folder without siblings is a class or split rather than a wrapper."""
     if layout == "wnids":
         return WNID.fullmatch(name) is not None or name.lower().startswith(("train", "val", "test"))
     return TRAIN in splits_by_name([name]).values()
@@ -374,7 +374,7 @@ LAYOUTS = {"folders": _scan_folders, "wnids": _scan_wnids}
 
 
 def nothing_there(root: Path) -> str:
-    """Return what is to be said of a folder in which no class folder holds a file."""
+    """Say that no class folder in a folder holds a file."""
     look = _look(root)
     packed = [name for name in look.others if name.lower().endswith((*SUFFIXES, ".parquet"))]
     if look.images:

@@ -38,7 +38,7 @@ APPLE_DOUBLE, APPLE_SINGLE = b"\x00\x05\x16\x07", b"\x00\x05\x16\x00"
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a file's name ends as those of images do."""
+    """Return whether a file's name ends like an image's."""
     return name[name.rfind(".") :].lower() in IMAGES if "." in name else False
 
 
@@ -96,7 +96,7 @@ AFFIXES = (
 
 
 def _words(name: str) -> list[str]:
-    """Return the words of a name, small: `trainSet_2` -> train, set."""
+    """Split a name into its words in lower case: `trainSet_2` -> train, set."""
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return [word.casefold() for word in re.findall(r"[^\W\d_]+", apart)]
 
@@ -119,7 +119,7 @@ def _read(name: str) -> tuple[int | None, tuple[str, ...]]:
 
 
 def splits_by_name(names: Sequence[str]) -> dict[str, int]:
-    """Return those names, of folders beside each other, that are known names of splits -> the split.
+    """Map names of sibling folders that are names of splits to their split.
 
     `train`, `Training`, `train_images`, `trainset` are; so are `x_train` and `x_test` where both are there.
     """
@@ -149,7 +149,7 @@ Classes = Sequence[int | str]
 
 
 def same_form(name: str) -> str:
-    """Return a name in one Unicode form and without case: two that look the same to a reader are equal then."""
+    """Bring a name into one Unicode form without case, so that two that look the same are equal."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", visible(name)).casefold())
 
 
@@ -239,7 +239,7 @@ def resolve_classes(
     where: str = "the dataset",
     field: str = "forget_class",
 ) -> tuple[int, ...]:
-    """Return labels, ascending, of classes that are given by number, name or id: the same request in any order is one.
+    """Return the labels of classes given by number, name or id; ascending, so that their order does not matter.
 
     An int is a label. A text is a name (or id) where a class has that name, else a label; `label:3` and `name:3` say
     which. The Unicode form of a name, case, spaces, `_` and `-` do not matter where no other class is named exactly so.

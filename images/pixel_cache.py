@@ -29,7 +29,7 @@ EVERY_EPOCH = "images are decoded anew in every epoch"
 
 
 def reading_key(how: How) -> str:
-    """Return what pixels depend on beside the bytes of a file: settings, this project's decoding, PIL."""
+    """Hash what pixels depend on beside the bytes of a file: settings, this project's decoding code, PIL."""
     settings = {"size": how.size, "sample_bits": how.sample_bits}
     return key_of(settings | {"pil": PIL.__version__, "code": code_key("images.pixel_cache")})[:12]
 
@@ -51,7 +51,7 @@ class PixelCache:
 
     def reload(self) -> None:
         """Read the index anew: other processes may have added rows."""
-        self._forget_views()
+        self._drop_derived()
         self._trusted = np.zeros(0, bool)
         self.digests, self.sums = np.zeros((0, DIGEST), np.uint8), np.zeros(0, np.uint32)
         if not self.index.exists():
@@ -68,13 +68,13 @@ class PixelCache:
         self.digests, self.sums = digests, sums
 
     def __getstate__(self) -> dict:
-        """Without what is mapped: a copy in another process maps the file itself."""
-        return {name: value for name, value in vars(self).items() if name not in self._views}
+        """Leave the memory map out: a copy in another process maps the file itself."""
+        return {name: value for name, value in vars(self).items() if name not in self._derived}
 
-    _views = ("_map", "_sorted")
+    _derived = ("_map", "_sorted")
 
-    def _forget_views(self) -> None:
-        for name in self._views:
+    def _drop_derived(self) -> None:
+        for name in self._derived:
             vars(self).pop(name, None)
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class PixelCache:
         return heads[order], order
 
     def places(self, digests: np.ndarray) -> np.ndarray:
-        """Row of each digest [R, 16], -1 where there is none."""
+        """Find the row of each digest [R, 16]; -1: there is none."""
         if not len(self):
             return np.full(len(digests), -1)
         heads, order = self._sorted
@@ -104,7 +104,7 @@ class PixelCache:
         return map_rows(self.data, (len(self), *self.how.shape))
 
     def read(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels uint8 [B, 3, size, size] of rows, and which of them [B] are no longer what was written."""
+        """Read pixels uint8 [B, 3, size, size] of rows; also which rows [B] fail their checksum."""
         try:
             pixels = self._map[places]
         except (OSError, ValueError):
@@ -162,7 +162,7 @@ class PixelCache:
                 append(pixels[one].data)
         sums = np.array([zlib.crc32(pixels[one].data) for one in new], np.uint32)
         self.digests, self.sums = np.concatenate([self.digests, block[new]]), np.concatenate([self.sums, sums])
-        self._forget_views()
+        self._drop_derived()
 
     def save(self) -> None:
         """Make what was added count."""
@@ -172,7 +172,7 @@ class PixelCache:
         """Remove its files and rows."""
         _remove(self.data)
         self.digests, self.sums = self.digests[:0], self.sums[:0]
-        self._forget_views()
+        self._drop_derived()
 
     def distrust(self) -> None:
         """See that the next run fills it anew; this one goes on with the rows that are whole."""

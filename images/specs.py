@@ -79,7 +79,7 @@ def read_idx(path: Path, item: tuple[int, ...] | None = None) -> np.ndarray:
 
 
 def _idx_shape(magic: bytes, read: Callable[[int], bytes], name: str) -> tuple[int, ...]:
-    """Return the shape that the header of an IDX file says; `read` goes on behind its magic number."""
+    """Read the shape from an IDX file's header; `read` continues behind the magic number."""
     if len(magic) < 4 or magic[:3] != b"\0\0\x08" or magic[3] == 0:
         raise ValueError(f"{name} is empty" if not magic else f"{name} does not begin like an IDX file of bytes")
     sizes = read(4 * magic[3])

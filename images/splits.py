@@ -78,7 +78,7 @@ def find_duplicates(
 
 
 def say_duplicates(found: Mapping[str, dict]) -> str:
-    """Return one line for people."""
+    """Describe the copies in one line."""
     parts = [f"{one['images']} {kind}" for kind, one in found.items()]
     first = next(iter(found.values()))["example"]
     return f"the same image more than once: {', '.join(parts)}; e.g. {first[0]} is {first[1]}"
@@ -167,7 +167,7 @@ class LazyPixels:
         return pixels
 
     def _as_it_was(self, row: int) -> np.ndarray:
-        """Pixels of a file that was touched: used if it holds what it held when the run began."""
+        """Decode a file that was touched, if its bytes are those it had when the run began."""
         path = self.tree.path(row)
         try:
             seen = examine(path, self.how)
@@ -181,7 +181,7 @@ class LazyPixels:
         return seen.pixels
 
     def key(self) -> np.ndarray:
-        """Hashes of the files' bytes, uint8 [S, 16]."""
+        """Return the hashes of the files' bytes, uint8 [S, 16]."""
         return self.tree.digests[self.rows]
 
 
@@ -227,7 +227,7 @@ def by_hash(labels: np.ndarray, hashes: np.ndarray, share: float, seed: int) -> 
 
 
 def split_rows(dataset: SupportedDatasets, tree: Tree, data: DataConfig) -> dict[str, np.ndarray]:
-    """Rows of train, val and test, those that are known as bad left out: no other image moves but the next in line.
+    """Split the rows into train, val and test without those that give no image; the next in line takes its place.
 
     Official splits are kept (a lone `val` is the test set), what is missing is drawn from the training images; a
     `pooled` dataset's are all drawn anew.

@@ -32,7 +32,7 @@ class Attempt:
     retain_drop_most: float
 
     def meets(self, auto: AutoConfig) -> bool:
-        """Return whether both intervals lie within the target."""
+        """Return whether the upper ends of both intervals are within the target."""
         return self.forget_score_most <= auto.tau and self.retain_drop_most <= auto.epsilon
 
 
@@ -45,7 +45,7 @@ class Search:
     attempts: tuple[Attempt, ...]
 
     def facts(self, auto: AutoConfig) -> dict:
-        """For records and mask files."""
+        """Return the search's target and attempts, for records and mask files."""
         target = {"method": auto.method, "tau": auto.tau, "epsilon": auto.epsilon, "confidence": 0.95}
         return target | {"achieved": self.achieved, "attempts": [asdict(attempt) for attempt in self.attempts]}
 
@@ -89,14 +89,14 @@ def check_provable(auto: AutoConfig, forget_images: int, retain_images: int) -> 
 
 
 def kappas(size: int, auto: AutoConfig) -> list[int]:
-    """Return what is tried, ascending: `auto.tries` shares of `size` weights, evenly spaced on a log scale."""
+    """List the kappas to try, ascending: `auto.tries` shares of `size` weights, evenly spaced on a log scale."""
     low, high, last = auto.smallest_share, auto.largest_share, max(1, auto.tries - 1)
     shares = [low * (high / low) ** (step / last) for step in range(auto.tries)]
     return sorted({max(1, round(share * size)) for share in shares})
 
 
 def _right(context: Context, is_forget_set: bool) -> Tensor:
-    """Return which validation images the classifier, as it is now, gets right. bool [S]."""
+    """Return which validation images the classifier, with its present mask, recognises. bool [S]."""
     h, labels = context.activations("val", is_forget_set)
     with torch.inference_mode():
         return predictions(context.model.head(h, context.config.mask_layer)) == labels

@@ -34,7 +34,7 @@ SHARES: dict[str, Callable[[Evidence], Tensor]] = {
 
 
 def sampled(labels: Tensor) -> list[int]:
-    """Return up to SAMPLES places in `labels` [S], ascending: as many of each class, spread evenly over its images."""
+    """Choose up to SAMPLES places in `labels` [S], ascending: as many of each class, spread evenly over its images."""
     groups = [(labels == label).nonzero().flatten().tolist() for label in labels.unique().tolist()]
     chosen = []
     for turn, places in enumerate(groups[:SAMPLES]):
@@ -61,7 +61,7 @@ def thumbnails(data: UnlearningDataset) -> dict[str, list]:
 
 
 def said_of_samples(forget: Outputs) -> list[list[float]] | None:
-    """Return what a model says of the images of `thumbnails`: predicted class and its probability, for each.
+    """Return a model's predictions on the images of `thumbnails`: class and probability, for each.
 
     None if it has no answer for one of them.
     """
@@ -106,7 +106,7 @@ def many_classes(forget: Outputs, retain: Outputs) -> dict[str, list]:
 
 
 def tables_of(forget: Outputs, retain: Outputs) -> dict[str, list | None]:
-    """Return where images go: those of TABLES that a record has; without a table of all pairs, `many_classes`."""
+    """Make the tables of TABLES for a record: with a confusion table, or else with those of `many_classes`."""
     tables = class_tables(forget, retain) | {"said_of_samples": said_of_samples(forget)}
     return tables if "confusion" in tables else tables | many_classes(forget, retain)
 

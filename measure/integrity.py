@@ -40,7 +40,7 @@ def unchanged(model: nn.Module, original: Mapping[str, Tensor]) -> bool:
 
 
 def changed_outside(model: nn.Module, original: Mapping[str, Tensor], allowed: Mapping[str, Tensor]) -> int:
-    """Return how many entries differ from the original, bit by bit, outside the allowed ones.
+    """Count the entries that differ from the original, bit by bit, outside the allowed ones.
 
     Args:
         original: the state dict before.
@@ -74,5 +74,5 @@ _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bits(value: Tensor) -> Tensor:
-    """Return a tensor's bits as integers, so that -0 differs from 0 and NaN equals itself."""
+    """View a tensor's bits as integers, so that -0 differs from 0 and NaN equals itself."""
     return value.contiguous().view(_AS_INTEGERS[value.element_size()])

@@ -219,7 +219,7 @@ class Evidence:
     _values: dict[Callable, Any] = field(default_factory=dict)
 
     def value(self, of: Callable[["Evidence"], Value]) -> Value:
-        """Return a metric of this model, or what several of them share, computed once.
+        """Compute a metric of this model, or a value that several metrics share, once.
 
         None where it is a number but not a finite one (logits that diverged).
         """

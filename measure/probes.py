@@ -137,7 +137,7 @@ def relearn_50(e: Evidence) -> float | None:
 
 
 def steps_until(goal: float, scores: Iterable[float], most: int) -> int:
-    """Return how many steps until a score reaches the goal: scores are read before the first and after every step."""
+    """Count the steps until a score reaches the goal; scores are read before the first and after every step."""
     return next((step for step, score in enumerate(islice(scores, most)) if score >= goal), most)
 
 

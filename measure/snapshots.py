@@ -78,11 +78,11 @@ class Snapshots:
         return not self.in_prefix(name) or not prefix_unchanged
 
     def inference(self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str) -> Outputs:
-        """Outputs of a model on a whole loader, eval mode; last batches may be short.
+        """Compute a model's outputs on a whole loader, eval mode; the last batch may be short.
 
         Args:
-            model: maps the loader's inputs to logits [B, C]; with many images and classes it is asked again, so it and
-                the loader stay as they are for as long as the outputs are read.
+            model: maps the loader's inputs to logits [B, C]. With many images and classes, logits are made again when
+                they are read, so model and loader must not change until then.
             is_forget_set: which set it is, for subclasses that treat them apart.
             description: shown while it runs.
         """
@@ -122,7 +122,7 @@ class Snapshots:
         description: str,
         prefix_unchanged: bool | None = None,
     ) -> Outputs:
-        """Outputs on a set, through the prefix cache where the model's prefix allows it (None: compare and see)."""
+        """Compute outputs on a set, from the cached h if the model's prefix is unchanged (None: compare it)."""
         head = _Head(model, self.config.mask_layer)
         if self.prefix_unchanged(model) if prefix_unchanged is None else prefix_unchanged:
             return self.inference(head, self.prefix_activations(split, is_forget_set), is_forget_set, description)
@@ -148,7 +148,7 @@ class Snapshots:
     # --- what models are compared with ---
 
     def remembered(self, name: str, model: Classifier, same: bool | None = None, keep: bool = True) -> OutputsOf:
-        """Outputs of a model by split and set, each computed when first asked for; `keep`: for the whole run."""
+        """Return a function to a model's outputs by split and set, computed once; `keep`: for the whole run."""
         seen = self._seen if keep else {}
 
         def of(split: str, is_forget_set: bool) -> Outputs:
@@ -160,7 +160,7 @@ class Snapshots:
         return of
 
     def evidence(self, model: Classifier, outputs: OutputsOf, split: str, **more: object) -> Evidence:
-        """Return what the metrics are given of a model."""
+        """Gather what metrics may read of a model."""
         config, data = self.config, self.context.data
 
         def images(split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[Tensor, Tensor]:

@@ -233,7 +233,7 @@ DIVERGED, UNCHECKED, FINE = "diverged", "unchecked", "fine"
 
 
 def meanings() -> dict[str, str]:
-    """Return every verdict in general terms, thresholds by value."""
+    """Describe every verdict in general terms, with the thresholds' values."""
     thresholds = {
         "FORGOTTEN": FORGOTTEN,
         "CLASS_DROP": CLASS_DROP,
@@ -253,7 +253,7 @@ def meanings() -> dict[str, str]:
 
 
 def _unmeasured(values: Values, r: References) -> list[str]:
-    """Return what could not be checked, for want of which value."""
+    """Name the missing values without which some verdicts could not be checked."""
     needed = () if r.is_retrained else ("probe_gap", "entropy_gap", "entropy_forget")
     lacking = [name for name in needed if values.get(name) is None]
     lacking += ["per-class answers"] * (not r.by_class)

@@ -50,7 +50,7 @@ def side(name: str, runs: Sequence[Run]) -> Side:
 
 
 def find_side(name: str, output_dir: Path) -> Side:
-    """Return a side by the name of an output folder, or by (the beginning of) a run's id below `output_dir` or FOLDER/.
+    """Find a side by an output folder's name, or by (the beginning of) a run's id below `output_dir` or FOLDER/.
 
     Raises:
         UserError: there is neither, or the id is of several runs.
@@ -128,7 +128,7 @@ def _images(run: Run) -> str:
 
 
 def _why(a: Side, b: Side) -> str:
-    """Return what keeps two sides apart: the first thing that no run of one has in common with a run of the other."""
+    """Name what keeps two sides apart: the first property that no run of one shares with a run of the other."""
     told = {
         "models": lambda run: run[0]["model"],
         "images": _images,
@@ -163,7 +163,7 @@ def _points(run: Run) -> Points:
 
 
 def _loss(points: Points, method: str, metric: str, better: str) -> float | None:
-    """Return how far from the best possible a method is: smaller is better. None if that is not known."""
+    """Measure how far a method is from the best possible value: smaller is better. None: not known."""
     value = points[method].values.get(metric)
     target = points["retrain"].values.get(metric) if "retrain" in points else None
     if better == "retrain":
@@ -174,7 +174,7 @@ def _loss(points: Points, method: str, metric: str, better: str) -> float | None
 
 
 def _one_pair(a: Best, b: Best, metric: str) -> Estimate:
-    """b - a of a single pair, from the intervals of both, if they have some (Newcombe's way)."""
+    """Compute b - a of a single pair, with Newcombe's interval if both have one."""
     mine, theirs = a.interval(metric), b.interval(metric)
     if not mine or not theirs:
         return over_runs([minus(b.values[metric], a.values[metric])])
@@ -191,7 +191,7 @@ def _verdict(gain: Estimate, a: str, b: str) -> str:
 
 
 def _row(pairs: Sequence[Pair], sides: tuple[Side, Side], method: str, metric: str) -> list[str] | None:
-    """Return one method on one metric; None unless both sides have values of it in some pair."""
+    """Compare one method on one metric, as a row; None unless both sides have a value in some pair."""
     a, b = sides
     better = a.metrics[metric]["better"]
     both = [pair for pair in pairs if all(method in points for points in pair)]
@@ -219,7 +219,7 @@ def _negative(value: float | None) -> float | None:
 
 
 def compared(a: Side, b: Side) -> Comparison:
-    """Return every method and metric that both sides have: means, b - a with its 95 % interval, and who is better.
+    """Compare all methods and metrics that both sides have: means, b - a with its 95 % interval, who is better.
 
     Raises:
         UserError: they have nothing to pair, or one has several runs of the same model, images, classes and seed.
@@ -243,7 +243,7 @@ def compared(a: Side, b: Side) -> Comparison:
 
 
 def in_words(rows: list[list[str]], a: str, b: str) -> str:
-    """Return how often each side is better, and on what."""
+    """Say how often each side is better, and on which metrics."""
     said = []
     for winner in (a, b):
         won = [f"{row[0]} on {row[1].split(' [')[0]}" for row in rows[1:] if row[-1] == f"{winner} better"]

@@ -23,7 +23,7 @@ TERMS = {
 
 
 def training(history: Sequence[dict], kind: str, name: str) -> list[Panel]:
-    """Return the terms of a training history that it has, at most MOST_POINTS of each."""
+    """Pick a training history's known terms, at most MOST_POINTS values of each."""
     found = []
     for term in TERMS[kind]:
         points = [(entry["step"], entry[term]) for entry in history if entry.get(term) is not None]

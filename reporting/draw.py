@@ -30,7 +30,7 @@ SETTINGS: dict[Any, Any] = {"svg.hashsalt": "mimu", "font.size": SMALL, "axes.li
 
 
 def draw(panels: Sequence[Panel]) -> "Figure":
-    """Return one figure of some panels, with one legend."""
+    """Draw some panels as one figure with one legend."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -137,7 +137,7 @@ def _draw_cells(ax: "Axes", panel: Panel) -> None:
 
 
 def _whole(most: int) -> Any:
-    """Return ticks at whole numbers, for counts, about `most` of them."""
+    """Choose about `most` ticks at whole numbers, for counts."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(most, integer=True)

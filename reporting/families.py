@@ -41,7 +41,7 @@ def labels_of(record: Mapping) -> list[int]:
 
 
 def dataset_of(record: Mapping) -> str:
-    """Return a dataset as people call it: its name, and of a folder of images the folder's."""
+    """Name a dataset as people do: by its name, a folder of images also by the folder's."""
     path = (record.get("config") or {}).get("dataset_path")
     return f"{record['dataset']} {PurePath(path).name}" if record["dataset"] == "FOLDER" and path else record["dataset"]
 
@@ -76,7 +76,7 @@ def identity(run: Run) -> dict[str, object]:
 
 
 def family_key(run: Run) -> str:
-    """Return what the runs of a family share, hashed."""
+    """Hash what the runs of a family share."""
     return key_of(identity(run))[:8]
 
 

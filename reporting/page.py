@@ -47,7 +47,7 @@ ALL_FIGURES = 12  # runs, at most, whose every figure is on the page; of more, t
 
 
 def rounded(value: object) -> object:
-    """Return the same with numbers cut to DIGITS significant digits; what is no finite number becomes None."""
+    """Round numbers to DIGITS significant digits; a number that is not finite becomes None."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -115,7 +115,7 @@ def _pasted(text: str) -> Markup:
 
 
 def sentence(record: dict) -> str:
-    """Return one point of the sweep in words: the answer's mask there."""
+    """Describe the answer's mask at one point in words."""
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     if not all(known(values.get(score)) for values in (after, before) for score in SCORES):
         return f"At kappa {record['kappa']:,} there are no values: training diverged, or nothing was measured."

@@ -64,7 +64,7 @@ class Panel:
 
 
 def style_of(record: dict, method: str) -> int:
-    """Return a method's colour and marker are its place among the record's methods, the same in every figure."""
+    """Choose a method's colour and marker by its place in the record, so that they are the same in every figure."""
     return list(record["labels"]).index(method)
 
 
@@ -88,7 +88,7 @@ def _at(runs: Sequence[Run], method: str, metric: str, **place: int) -> Estimate
 
 
 def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, style: int) -> Series:
-    """Return a series with a band where every point has limits."""
+    """Make a series, with a band where every point has limits."""
     found = [estimate for _, estimate in points]
     limits = [[one.low for one in found], [one.high for one in found]]
     low, high = limits if all(value is not None for side in limits for value in side) else (None, None)
@@ -97,7 +97,7 @@ def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, st
 
 
 def _lines(runs: Sequence[Run], method: str, metric: str, axis: str) -> list[Series]:
-    """Return a method over kappa (one line per topK it depends on) or over topK (at its chosen kappa)."""
+    """Plot a method over kappa (one line per topK it depends on) or over topK (at its chosen kappa)."""
     first, key = runs[0][0], {"kappa": "kappa", "topK": "top_k"}[axis]
     style, label = style_of(first, method), first["labels"][method]
     places = sorted({record[key] for run in runs for record in run})
@@ -117,7 +117,7 @@ def _lines(runs: Sequence[Run], method: str, metric: str, axis: str) -> list[Ser
 
 
 def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
-    """Return a metric over kappa or topK, every method: those without that axis are levels, at their chosen point."""
+    """Plot a metric over kappa or topK; a method without that axis is a level, at its chosen point."""
     first, about, found = runs[0][0], metrics_of(runs)[metric], chosen_in(runs)
     series = []
     for method, points in found.items():
@@ -134,7 +134,7 @@ def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
 
 
 def _within(series: Series, least: float, most: float) -> Series:
-    """Return the same with its band cut at the ends of what its unit allows."""
+    """Cut a series' band at the ends of what its unit allows."""
     if series.low is None or series.high is None:
         return series
     low, high = ([min(max(value, least), most) for value in side] for side in (series.low, series.high))
@@ -142,7 +142,7 @@ def _within(series: Series, least: float, most: float) -> Series:
 
 
 def extent(series: Sequence[Series]) -> str:
-    """Return what a drawing shows, for those who do not see it."""
+    """Describe what a drawing shows, for those who do not see it."""
     return "; ".join(f"{s.label}: {min(s.y):.4g} to {max(s.y):.4g}" for s in series if s.y and s.kind != "front")
 
 
@@ -199,7 +199,7 @@ def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
 
 
 def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
-    """Return seconds (log axis) against Avg Gap, or retain minus forget score where nothing was retrained."""
+    """Plot seconds (log axis) against Avg Gap, or retain minus forget score where nothing was retrained."""
     first, gap = runs[0][0], by_gap(record for run in runs for record in run)
     series = []
     for method, points in chosen_in(runs).items():
@@ -273,7 +273,7 @@ def _bars(
 
 
 def per_class(runs: Sequence[Run]) -> list[Panel]:
-    """Return accuracy of every class before and after; of many classes those that change most."""
+    """Plot every class's accuracy before and after; of many classes those that change most."""
     record = choose(runs[0], runs[0][0]["answer"])
     of = {name: scores for name in _compared(record) if (scores := class_scores(record, name))}
     if not {"default", record["answer"]} <= set(of):
@@ -297,7 +297,7 @@ def class_probability(runs: Sequence[Run]) -> list[Panel]:
 
 
 def forgotten_taken_for(runs: Sequence[Run]) -> list[Panel]:
-    """Return what forgotten images are taken for."""
+    """Plot the classes that forgotten images are taken for."""
     record = choose(runs[0], runs[0][0]["answer"])
     of = {name: shares for name in _compared(record) if (shares := taken_for(record, name))}
     title = f"what images of {classes_of(record)} are taken for"
@@ -307,7 +307,7 @@ def forgotten_taken_for(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _blocks(table: list[list[float]], size: int) -> list[list[float]]:
-    """Return sums over blocks of `size` neighbouring rows and columns."""
+    """Sum over blocks of `size` neighbouring rows and columns."""
     places = range(0, len(table), size)
     return [
         [math.fsum(value for row in table[r : r + size] for value in row[c : c + size]) for c in places] for r in places
@@ -338,7 +338,7 @@ def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
 
 
 def mask_map_panels(runs: Sequence[Run]) -> list[Panel]:
-    """Return where the answer's mask switches weights off, with the sums of rows and columns; one panel per layer."""
+    """Plot where the answer's mask switches weights off, with sums of rows and columns; one panel per layer."""
     record = choose(runs[0], runs[0][0]["answer"])
     found = []
     for layer in record["mask_map"]:
@@ -381,7 +381,7 @@ FIGURES: tuple[tuple[str, Callable[[Sequence[Run]], list[Panel]], bool], ...] = 
 
 
 def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
-    """Return every figure of a run, or of a family's runs: name -> panels.
+    """Make every figure of a run, or of a family's runs: name -> panels.
 
     Metrics that are shown first have a figure of their own over each axis that is swept; the others share one.
     """

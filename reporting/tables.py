@@ -66,7 +66,7 @@ def by_gap(records: Iterable[dict]) -> bool:
 
 
 def choose(records: Iterable[dict], method: str) -> dict:
-    """Return the record where a method does best on *validation* images.
+    """Choose the record where a method does best on *validation* images.
 
     One criterion for the whole run: the smallest Avg Gap to retraining if any method has one anywhere in it, else
     (nothing was retrained) the largest retain minus forget score. A point without the value, e.g. because training
@@ -153,7 +153,7 @@ def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str,
 
 
 def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
-    """Return the best method, and those that cannot be told from it.
+    """Find the best method, and those that cannot be told from it.
 
     Over several runs: the 95 % t interval of the paired differences reaches 0. In one run: the intervals overlap, if
     the record has some (which is cautious), else the values are equal.
@@ -206,7 +206,7 @@ def _budget(values: Sequence[int | None]) -> str:
 
 
 def table(*runs: Run, every: bool = False) -> list[list[str]]:
-    """Return header and one row per method: its chosen point and its test values, over one run or a family's runs.
+    """Make a table's header and a row per method: chosen point and test values, of one run or a family's runs.
 
     Args:
         every: all metrics instead of those that are shown first.
@@ -229,7 +229,7 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
 
 
 def caption(*runs: Run, apart: str = "") -> str:
-    """Return what the values of a table are of, in words; `apart`: what tells them from others of the same name."""
+    """Caption a table: which runs its values are of; `apart`: what tells them from others of the same name."""
     first = runs[0][0]
     about = f"{first['model']} on {dataset_of(first)}" + (f" ({apart})" if apart else "")
     if len(runs) == 1:
@@ -242,7 +242,7 @@ def caption(*runs: Run, apart: str = "") -> str:
 
 
 def grid(groups: Sequence[list[Run]], metric: str) -> list[list[str]]:
-    """Return one metric over every model and dataset: a row for each family, a column for each method."""
+    """Make a table of one metric: a row for each family, a column for each method."""
     labels = {name: label for runs in groups for run in runs for name, label in run[0]["labels"].items()}
     apart = told_apart(groups)
     rows = [["model", "dataset", *["apart by"] * any(apart), "runs", *labels.values()]]
@@ -293,7 +293,7 @@ def _listed(classes: list[str]) -> str:
 
 
 def remarks(records: Run) -> list[str]:
-    """References that failed their check, then the verdicts in whole sentences, each with the methods that it is on."""
+    """Name the references that failed their check, then each verdict as a sentence with its methods."""
     said: dict[str, list[str]] = {}
     for best in best_points(records):
         for one in best.verdicts:
@@ -329,13 +329,13 @@ def answer_of(records: Run) -> dict | None:
 
 
 def share_changed(record: dict) -> str:
-    """Return how much of what is masked the answer's mask switches off: "20.0 % of the layer"."""
+    """Say which share of the masked layers the answer's mask switches off: "20.0 % of the layer"."""
     share = 100 * record["methods"][record["answer"]]["weights_changed"] / record["num_graph_vertices"]
     return f"{share:.1f} % of the {'masked layers' if len(record['mask_layer']) > 1 else 'layer'}"
 
 
 def headline(records: Run) -> str:
-    """Return the run's answer in words, from the chosen point of the method that gives it."""
+    """Put the run's answer into words, from the chosen point of the method that gives it."""
     record = choose(records, records[0]["answer"])
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     is_or_are, them = ("are", "them") if len(record["forget_class"]) > 1 else ("is", "it")

@@ -53,7 +53,7 @@ class Markdown(str):
 
 
 def in_markdown(cell: str) -> str:
-    """Return a cell of a Markdown table: one line, and nothing in it is taken for a mark."""
+    """Escape a cell of a Markdown table: one line, without markup."""
     if isinstance(cell, Markdown):
         return cell
     text = MARKDOWN.sub(lambda found: "\\" + found[0], visible(cell))
@@ -61,13 +61,13 @@ def in_markdown(cell: str) -> str:
 
 
 def in_csv(cell: str) -> str:
-    """Return a cell of a CSV file: what a spreadsheet would run gets an apostrophe in front; numbers stay numbers."""
+    """Escape a cell of a CSV file: a formula gets an apostrophe in front; numbers stay numbers."""
     text = visible(cell, keep="\n\t")
     return f"'{text}" if RUN_BY_SPREADSHEETS.match(text) and not SHOWN_VALUE.fullmatch(text) else text
 
 
 def in_latex(cell: str) -> str:
-    """Return a cell of a LaTeX table, or its caption: every sign stands for itself."""
+    """Escape a cell or caption of a LaTeX table: every character stands for itself."""
     number = SHOWN_VALUE.fullmatch(cell)
     special = {sign: text for sign, text in TEX.items() if not (number and sign == "-")}
     text = "".join(special.get(sign, sign) for sign in visible(cell))

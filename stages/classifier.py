@@ -89,7 +89,7 @@ class ClassifierStage:
         self._trainer(job, Tracker(Trackers.none, "", {})).fit(group, Path())
 
     def _train(self, name: str, label: str, seed: int, without: dict) -> Path:
-        """Return a stage that trains a classifier; `without` says which classes it never sees, if any."""
+        """Make the stage that trains a classifier; `without` says which classes it never sees, if any."""
         setup = self.setup
         train, meeting = self.crew.train_config, self.crew.meeting
         inputs = setup.common | {"train": recipe(train), "code": code_key("stages.classifier")} | without

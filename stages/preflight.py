@@ -69,7 +69,7 @@ def _unused(config: PipelineConfig, objective: Objectives) -> Iterator[tuple[str
 
 
 def without_effect(config: PipelineConfig, objective: Objectives, measures: bool = True) -> list[str]:
-    """Return a sentence for each reason why settings that were made do nothing.
+    """Say, in a sentence each, which given settings have no effect, and why.
 
     Args:
         objective: of the graph network that is used. measures: whether methods are measured (`train-gcn` does not).
@@ -92,7 +92,7 @@ def without_effect(config: PipelineConfig, objective: Objectives, measures: bool
 
 
 def understood(stages: Stages, measures: bool = True) -> list[str]:
-    """Return the block, one line for each thing; images are read for it, nothing is computed."""
+    """List what the run will use, a line each; images are read for it, nothing is trained."""
     config, data = stages.config, stages.data
     names = list(data.classes)
     shown = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")

@@ -108,7 +108,7 @@ class Group:
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over all processes, in place."""
+        """Sum over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
@@ -155,7 +155,7 @@ class Meeting:
         self.jobs += 1
 
     def next_job(self) -> dict | None:
-        """Return all others: wait, as long as it takes, for what rank 0 announces."""
+        """All other ranks: wait, as long as it takes, for the job that rank 0 announces."""
         while True:
             try:
                 self.store.wait([f"job-{self.jobs}"], timedelta(seconds=JOIN_SECONDS))
@@ -197,7 +197,7 @@ def meet(device: torch.device, seconds: float) -> Meeting:
 
 @lru_cache
 def torchrun_meeting(device: torch.device, seconds: float) -> Meeting:
-    """`meet`, once for the life of a process that torchrun started."""
+    """Call `meet` once in the life of a process that torchrun started."""
     return meet(device, seconds)
 
 
@@ -243,7 +243,7 @@ def repeatability(device: torch.device) -> str:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's own device: the GPU of its place on the machine.
+    """Return this process's device: the GPU of its local rank.
 
     Raises:
         UserError: there are fewer GPUs than processes.
@@ -274,7 +274,7 @@ def _worker(
     seconds: float,
     *given: Any,
 ) -> dict:
-    """Return what each started process runs: see that it has the launcher's code, join, work, leave."""
+    """Run in each started process: check that the code is the launcher's, join the group, work, leave."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole terminal: go without a traceback
     torch.set_num_threads(threads)
@@ -293,7 +293,7 @@ def _worker(
 
 @contextmanager
 def _handlers_kept() -> Generator[None]:
-    """Elastic's signal handlers end with the block."""
+    """Restore, after the block, the signal handlers that torch elastic replaces."""
     try:
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         yield
@@ -305,7 +305,7 @@ def _handlers_kept() -> Generator[None]:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Without elastic's own lines: a failure is told once, in one line."""
+    """Silence torch elastic's own log, so that a failure is reported once, in one line."""
     loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
     levels = [logger.level for logger in loggers]
     try:

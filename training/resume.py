@@ -102,7 +102,7 @@ class Training:
 
 
 def recipe(train: TrainConfig) -> dict:
-    """Return what of a training's configuration its result depends on.
+    """Return the settings of a training that its result depends on.
 
     Several processes sum in another order than one, so that their number counts; how often states are saved does not.
     """
