@@ -10,8 +10,8 @@ import pytest
 from core.config import EvalConfig, ReporterConfig
 from measure.metrics import METRICS, Evidence, metric
 from pipeline import Pipeline
-from tests.reporting.test_page import page_data
-from tests.test_pipeline import tiny
+from tests.helpers.common import tiny
+from tests.helpers.records import page_data
 from unlearn.methods import METHODS
 from unlearn.registry import Context, Edit, Point, method
 

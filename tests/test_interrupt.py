@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +19,7 @@ from core.config import PipelineConfig
 from core.yaml_files import load_config
 from pipeline import Pipeline
 from tests.helpers.common import LOG_LINE, TINY
+from tests.helpers.records import untimed
 
 ROOT = Path(main.__file__).parent
 STAGES = ("checkpoints/classifier", "datasets/Graphs", "checkpoints/gcn")
@@ -105,13 +105,6 @@ def killed(folder) -> dict[str, str]:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=200)
     assert result.returncode == 0, result.stderr
     return dict(line.split(" ", 1) for line in result.stdout.splitlines())
-
-
-def untimed(value: Any) -> Any:
-    """A record without what a clock says."""
-    if isinstance(value, dict):
-        return {key: untimed(item) for key, item in value.items() if not key.startswith(("started", "seconds"))}
-    return value
 
 
 def leftovers(folder: Path) -> list[str]:

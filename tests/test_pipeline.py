@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +20,7 @@ from core.config import (
     GCNPriorDistribution,
     GraphConfig,
     MaskStrategies,
-    Objectives,
     PipelineConfig,
-    RefineConfig,
-    ReporterConfig,
-    SFTConfig,
     SupportedDatasets,
     SupportedVisionModels,
     TopKSamplers,
@@ -37,12 +32,13 @@ from data import GraphGenerator
 from eval import Eval
 from model import save_classifier, vision_model_loader
 from pipeline import Pipeline
+from tests.helpers.common import GCN, tiny
+from tests.helpers.records import untimed
 from trainer import GCNTrainer, VisionModelTrainer
 from utils_data import stratified
 
 MLP, RESNET = SupportedVisionModels.HookedMLPClassifier, SupportedVisionModels.HookedResnet
 POINTS = [(300, 100), (300, 400), (2000, 100), (2000, 400)]
-GCN = GCNConfig(objective=Objectives.elbo, steps=3, batch_size=4, hidden_dim=8)
 METHODS = {"mimu", "mimu_refined", "taylor_mask", "random", "sft", "logit_drop", "retrain", "default"}
 KEYS = {
     *("schema", "id", "model", "dataset", "forget_class", "mask_layer", "num_graph_vertices", "num_graph_edges"),
@@ -52,32 +48,9 @@ KEYS = {
 FIVE = {"forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score"}
 
 
-def tiny(output_dir: Path, **changes: Any) -> PipelineConfig:
-    config = PipelineConfig(
-        output_dir=output_dir,
-        device="cpu",
-        topK_list=(300, 2000),
-        kappa_list=(100, 400),
-        train=TrainConfig(epochs=2, batch_size=64),
-        graph=GraphConfig(num_samples=640),
-        gcn=GCN,
-        refine=RefineConfig(steps=2),
-        sft=SFTConfig(steps=3),
-        reporter=ReporterConfig(formats=()),
-    )
-    return replace(config, **changes)
-
-
 def json_path(output_dir: Path, record: dict) -> Path:
     point = f"{record['model']}_{record['dataset']}_top-{record['top_k']}_kappa_{record['kappa']}"
     return output_dir / "eval/metrics_and_plots/json" / point / f"{record['id']}.json"
-
-
-def untimed(value: Any) -> Any:
-    """A record without what a clock says."""
-    if isinstance(value, dict):
-        return {key: untimed(item) for key, item in value.items() if not key.startswith(("started", "seconds"))}
-    return value
 
 
 def untimed_bytes(path: Path) -> str:

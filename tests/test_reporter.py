@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from core.artifacts import SCHEMA, read_json, write_json
+from core.artifacts import read_json, write_json
 from core.config import ReporterConfig, UserError
 from core.records import read_records, record_path
 from reporter import Reporter
@@ -47,79 +47,7 @@ from reporting.tables import (
     without_records,
 )
 from reporting.write import Lead, as_csv, as_latex, as_text
-
-METRICS = {
-    "forget_loss": ("nats", "higher"),
-    "retain_loss": ("nats", "lower"),
-    "forget_probability": ("probability", "lower"),
-    "forget_score": ("%", "lower"),
-    "retain_score": ("%", "higher"),
-    "unheard_of": ("furlongs", "lower"),
-}
-
-
-def values(forget: float, retain: float, changed: int) -> dict:
-    scores = {"forget_score": forget, "retain_score": retain, "unheard_of": forget / 8}
-    rest = {"forget_loss": 1.0, "retain_loss": 2.0, "forget_probability": forget / 100}
-    return rest | scores | {"seconds": 0.5, "weights_changed": changed}
-
-
-def confusion(forget: int, classes: int) -> list[list[int]]:
-    """Ten images of each class, all recognised but those of class 1, of which `forget` are: the rest become class 2."""
-    rows = [[10 * (i == j) for j in range(classes)] for i in range(classes)]
-    rows[1] = [0, forget, 10 - forget] + [0] * (classes - 3)
-    return rows
-
-
-def record(
-    top_k: int, kappa: int, validation: tuple, test: tuple, classes: int = 3, seed: int = 0, run: str = "abc"
-) -> dict[str, Any]:
-    others = {"default": values(90, 80, 0), "novel": values(40, 60, 9)}
-    return {
-        "schema": SCHEMA,
-        "id": f"{top_k}-{kappa}" + (f"-{seed}" if seed else ""),
-        "run": run,
-        "model": "M",
-        "dataset": "D",
-        "forget_class": [1],
-        "forget_names": ["1"],
-        "seed": seed,
-        "config": {"seed": seed, "kappa_list": [kappa], "train": {"epochs": 2}},
-        "provenance": {
-            "commit": None,
-            "dirty": False,
-            "versions": {},
-            "device": "cpu",
-            "started": f"2026-01-0{seed + 1}",
-            "seconds": {"evaluation": 1.5},
-        },
-        "top_k": top_k,
-        "kappa": kappa,
-        "mask_layer": [-2],
-        "num_graph_vertices": 1000,
-        "classifier_path": "checkpoints/none/c.safetensors",
-        "gcn_path": "checkpoints/none/g.safetensors",
-        "metrics": {name: {"unit": unit, "better": better, "first": True} for name, (unit, better) in METRICS.items()},
-        "images": "1f2e3d4c5b",
-        "num_classes": classes,
-        "split_sizes": {"train": 30, "val": 10, "test": 10},
-        "classifier_sha256": f"trained-{seed}",
-        "given": {"classifier": None, "graphs": None, "gcn": None},
-        "code": "c0de",
-        "objective": "elbo",
-        "answer": "mimu",
-        "auto": None,
-        "labels": {"mimu": "MIMU", "default": "untouched", "novel": "a novel method"},
-        "axes": {"mimu": ["topK", "kappa"], "default": [], "novel": ["kappa"]},
-        "methods": {"mimu": values(*test, kappa), **others},
-        "validation": {"mimu": values(*validation, kappa), **others},
-        "weight_histogram": {"edges": [-1, 0, 1], "kept": [5, 4], "switched_off": [1, 0]},
-        "verdicts": {name: [] for name in ("mimu", "default", "novel")},
-        "intervals": {name: {} for name in ("mimu", "default", "novel")},
-        "mask_map": [{"layer": "w", "shape": [4, 2], "cells": [[1, 0], [2, 5]]}],
-        "confusion": {"mimu": confusion(2, classes), "default": confusion(9, classes), "novel": confusion(5, classes)},
-        "class_probability": {name: [1 / classes] * classes for name in ("mimu", "default", "novel")},
-    }
+from tests.helpers.records import record, values
 
 
 def marked(rows: list[list[str]]) -> list[list[str]]:

@@ -23,8 +23,8 @@ from core.records import read_records, record_path
 from core.store import locked
 from core.yaml_files import load_config
 from pipeline import Pipeline
-from tests.core.test_records import whole
 from tests.helpers.common import TINY
+from tests.helpers.records import whole
 
 OVER = "over: {kappa_list: [[100], [9000], [400]]}"
 
@@ -370,7 +370,7 @@ def test_a_path_that_cannot_be_read_fails_its_own_job(tmp_path):
 @pytest.mark.slow
 def test_launcher_of_a_sweep_killed(tmp_path):
     """Its workers end with it, whatever they are at."""
-    from tests.training.test_distributed import gone, relatives, start
+    from tests.helpers.processes import gone, relatives, start
 
     path = written(tmp_path, "sweep: {over: {seed: [0, 1], train.epochs: [1000000]}, workers: 2}")
     process = start(tmp_path, "main.py", "sweep", "--config", path)

@@ -20,38 +20,10 @@ from reporting.families import families, runs_of
 from reporting.page import as_page
 from reporting.panels import figures_of
 from reporting.tables import best_points, caption, headline, remarks, table
-from tests.test_reporter import record
+from tests.helpers.records import whole
 
 NUMBERS = (True, -1, 0, 3, 2**70, 0.5, math.nan, math.inf, 1e300)
 MUTANTS = (None, *NUMBERS, "", "x", "../../x", "/etc/x", [], [1], {}, {"x": 1})
-
-
-def whole(kappa: int = 100) -> dict[str, Any]:
-    """A record with every field that there is."""
-    one = record(5, kappa, (10, 70), (12, 69))
-    methods = list(one["labels"])
-    point = f"eval/metrics_and_plots/masks/p/{one['id']}_mimu.safetensors"
-    return one | {
-        "num_graph_edges": 9000,
-        "mask_path": point,
-        "mask_paths": {"mimu": point},
-        "mask_sha256": {"mimu": "0" * 64},
-        "costs": {"seconds": "s per request"},
-        "references": [{"index": 0, "sane": False, "why": "it says so"}],
-        "degradation": {name: {"forget_score": -2.0} for name in methods},
-        "mask_efficacy": {"forget_score": 90.0},
-        "samples": {"images": ["iVBO"], "labels": [1]},
-        "said_of_samples": {name: [[2, 0.5]] for name in methods},
-        "settings": {"novel": {"lr": 0.1}},
-        "tuning": {"novel": [{"lr": 0.1, "avg_gap": None}]},
-        "integrity": {"mimu": {"restored": True}},
-        "class_score": dict.fromkeys(methods),
-        "taken_for": dict.fromkeys(methods),
-        "skipped_images": [{"path": "a/b.png", "reason": "empty"}],
-        "duplicates": {"train": {"images": 2, "example": ["a", "b"]}},
-        "image_notes": ["dark"],
-        "footing": {"accuracy": 90.0, "low": 80.0, "high": 95.0, "chance": 33.3, "near_chance": None},
-    }
 
 
 def places(value: object, path: tuple = ()) -> Iterator[tuple]:

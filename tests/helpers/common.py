@@ -1,12 +1,23 @@
 """What several test files use: a tiny run, the shape of a log line, small graphs over several layers."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from commands.command_line import Environment, Settings, call
-from core.config import PipelineConfig
+from core.config import (
+    GCNConfig,
+    GraphConfig,
+    Objectives,
+    PipelineConfig,
+    RefineConfig,
+    ReporterConfig,
+    SFTConfig,
+    TrainConfig,
+)
 from graphs.layout import WeightGraph
 from measure.metrics import Choose, Evidence, Outputs
 from model import HookedMLPClassifier, HookedModel
@@ -24,6 +35,7 @@ sft: {steps: 3}
 eval: {methods: [mimu, mimu_refined, taylor_mask, random, sft, default], metrics: [core], references: 0}
 reporter: {formats: []}
 """
+GCN = GCNConfig(objective=Objectives.elbo, steps=3, batch_size=4, hidden_dim=8)
 NO_MODEL = HookedMLPClassifier(3, 1, 2)
 NET_5432 = WeightGraph(((4, 5), (3, 4), (2, 3)), (True, True))
 APART = WeightGraph(((4, 5), (2, 3)), (False,))
@@ -62,3 +74,20 @@ def evidence(split: str = "test", model: HookedModel | None = None, **given: Any
 
     facts: dict[str, Any] = {"mask_layer": -2, "forget_class": (0,), "seed": 0, "device": torch.device("cpu")}
     return Evidence(model or NO_MODEL, outputs, split, **({"images": images} | facts | given))
+
+
+def tiny(output_dir: Path, **changes: Any) -> PipelineConfig:
+    """Four points on DIGITS in seconds, without figures."""
+    config = PipelineConfig(
+        output_dir=output_dir,
+        device="cpu",
+        topK_list=(300, 2000),
+        kappa_list=(100, 400),
+        train=TrainConfig(epochs=2, batch_size=64),
+        graph=GraphConfig(num_samples=640),
+        gcn=GCN,
+        refine=RefineConfig(steps=2),
+        sft=SFTConfig(steps=3),
+        reporter=ReporterConfig(formats=()),
+    )
+    return replace(config, **changes)

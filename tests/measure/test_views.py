@@ -28,7 +28,7 @@ from measure.metrics import Outputs
 from model import NO_ANSWER, HookedMLPClassifier, predictions
 from reporting import panels
 from tests.helpers.common import APART, held
-from tests.test_reporter import record
+from tests.helpers.records import record
 from unlearn.masks import Mask
 from utils_data import Images, UnlearningDataset
 

@@ -30,35 +30,11 @@ from reporting.panels import figures_of
 from reporting.tables import table
 from reporting.write import as_text
 from tests.helpers.common import settings_of
-from tests.test_reporter import record
-
-PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
-
-
-def page_data(html: str) -> list[dict]:
-    """The data that a page carries."""
-    found = DATA.search(html)
-    assert found, "the page carries no data"
-    return json.loads(found[1])
-
-
-def full(top_k: int, kappa: int, forget: float, **more) -> dict:
-    """A record with images to show."""
-    one = record(top_k, kappa, (forget, 79), (forget, 78), **more)
-    one["samples"] = {"images": [PIXEL, PIXEL], "labels": [1, 1]}
-    one["said_of_samples"] = {"mimu": [[2, 0.9], [0, 0.5]], "default": [[1, 0.99], [1, 0.8]]}
-    return one
+from tests.helpers.records import DATA, full, page_data
 
 
 def page(records: list[dict]) -> str:
     return as_page(families(runs_of(records)), {})
-
-
-def data_of(html: str) -> list[dict]:
-    """What the page's script is given."""
-    (text,) = DATA.findall(html)
-    return json.loads(text)
 
 
 @pytest.fixture(scope="module")

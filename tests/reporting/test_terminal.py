@@ -6,7 +6,7 @@ import pytest
 
 from reporting.tables import table
 from reporting.terminal import COLUMNS, DROPPED_FIRST, terminal_table
-from tests.reporting.test_page import full
+from tests.helpers.records import full
 
 NUMBER = re.compile(r"(?<![\w.,])[\d,]+\.?\d*(?![\w.,])")
 

@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +23,8 @@ from core.observe import Tracker
 from core.yaml_files import load_config
 from model import HookedMLPClassifier, HookedResnet
 from stages.chain import Stages
-from tests.helpers.common import LOG_LINE, TINY
+from tests.helpers.common import LOG_LINE
+from tests.helpers.processes import gone, relatives, start, wait_for
 from trainer import VisionModelTrainer
 from training import distributed
 from training.distributed import ALONE, Group, Slices, check_shared_memory, launch, meet
@@ -409,49 +408,6 @@ def nothing(group: Group, device: torch.device) -> dict:
 
 
 # --- whole programs ---------------------------------------------------------------------------------------
-
-
-def relatives(mark: str) -> list[int]:
-    """Processes with `mark` in their environment."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
-def start(folder: Path, *words: object, **environment: str) -> subprocess.Popen:
-    """A command of this project in a process group of its own; its output goes to `folder`/log."""
-    (folder / "tiny.yaml").write_text(TINY)
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MIMU_MARK": str(folder), **environment}
-    with (folder / "log").open("a") as file:
-        return subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=ROOT,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | own,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-
-def wait_for(text: str, folder: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while text not in (folder / "log").read_text():
-        assert process.poll() is None, (folder / "log").read_text()
-        assert time.monotonic() < end, (folder / "log").read_text()
-        time.sleep(0.1)
-
-
-def gone(mark: str, seconds: float = 15) -> bool:
-    end = time.monotonic() + seconds
-    while relatives(mark) and time.monotonic() < end:
-        time.sleep(0.1)
-    return relatives(mark) == []
 
 
 STOPS = {"Ctrl-C": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143), "kill -9": (signal.SIGKILL, -9)}
