@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -37,7 +38,8 @@ RUN_NOT_IMPORTED = {
 }
 
 
-def imported(source: str) -> set[str]:
+@cache  # three tests read the whole tree
+def imported(source: str) -> frozenset[str]:
     """First words of all absolute imports of a source text, at any depth; `_import` of commands/sweep.py is one."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -47,7 +49,7 @@ def imported(source: str) -> set[str]:
             found |= {str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant)}
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
             found.add(node.module.split(".")[0])
-    return found
+    return frozenset(found)
 
 
 def sources() -> list[Path]:
