@@ -1,4 +1,5 @@
-"""Measure methods x sweep points: every chosen metric, on validation images (for choosing) and on test images."""
+"""Measure every chosen metric of every method at a point (topK, kappa): on validation images, by which settings and
+points are chosen, and on test images."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -171,7 +172,7 @@ class Eval(Snapshots):
 
     @property
     def answer(self) -> str:
-        """The method whose mask is what the run offers: the best of ours that is measured."""
+        """The method whose mask the run recommends: `mimu_refined` if it is measured, else `mimu`."""
         if self.config.kappa is KappaModes.auto:
             return self.config.auto.method
         return next((name for name in OURS if name in self.config.eval.methods), OURS[-1])
@@ -188,7 +189,7 @@ class Eval(Snapshots):
 
     @cached_property
     def samples(self) -> dict[str, list]:
-        """Some images of the forgotten classes, for people to look at."""
+        """Thumbnails of some test images of the forgotten classes."""
         return thumbnails(self.context.data)
 
     def masks(self, point: Point) -> dict[str, Mask]:

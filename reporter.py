@@ -66,7 +66,7 @@ def write_table(folder: Path, name: str, rows: list[list[str]], about: str) -> N
 
 
 class Reporter:
-    """Draws and writes what the records below an output folder say.
+    """Writes tables, figures and the page from the records below an output folder.
 
     Args:
         output_dir: the folder whose `eval/metrics_and_plots/json` holds the records.

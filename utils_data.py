@@ -281,7 +281,7 @@ class UnlearningDataset:
 
 
 class _Retained(UnlearningDataset):
-    """A dataset from which the classes to forget are gone."""
+    """A dataset without the images of the classes to forget."""
 
     def _check_classes(self) -> None:
         pass
@@ -300,7 +300,7 @@ def _statistics(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What can be said of a dataset without reading its images: class names in label order, and their shape.
+    """Facts of a dataset that need no image: class names in label order, and the images' shape.
 
     Of a folder tree also: `images`, how many files may be images; `passed`, kinds of litter with their counts; `notes`,
     how the folders were understood, a sentence each.

@@ -1,4 +1,4 @@
-"""Unpacking a downloaded dataset safely: tar, zip and the hub's parquet files -> folders of image files. No torch here.
+"""Unpack a downloaded dataset safely: tar, zip and the hub's parquet files -> folders of image files. No torch here.
 
 An archive X.tar.gz becomes the folder X beside it by one rename, so a folder that exists is complete and an interrupted
 run goes on with the next archive. Paths out of the folder, links and devices are refused, and nothing is left behind.

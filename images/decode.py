@@ -91,7 +91,7 @@ class How:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a file was found to hold: pixels uint8 [3, size, size], and the hash of its bytes, `DIGEST` bytes long.
+    """The pixels of a file, uint8 [3, size, size], and the hash of its bytes, `DIGEST` bytes long.
 
     bits: how many bits its largest level takes, if it has levels of 16 and does not say which of them is white; else 0.
     """

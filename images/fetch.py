@@ -1,4 +1,4 @@
-"""Getting datasets: downloading, unpacking, and saying which are here. Nothing else ever downloads."""
+"""Download and unpack datasets, and tell which are on this machine. Nothing else ever downloads a dataset."""
 
 import os
 import tempfile

@@ -189,7 +189,7 @@ TRIES = 3  # for a file that is being written
 
 
 class _Known:
-    """What earlier checks with the same limits found, by the key of a file (its name, size and mark)."""
+    """The results of earlier checks with the same limits, by the key of a file (its name, size and mark)."""
 
     def __init__(self, tree: Tree, how: How):
         limits = {"max_pixels": how.max_pixels, "sample_bits": how.sample_bits, "pil": PIL.__version__}

@@ -49,7 +49,7 @@ class NoTreeError(UserError):
 
 @dataclass
 class Scan:
-    """What a walk gathers, folder by folder, so that no Python object per file stays alive.
+    """The files of a tree, gathered as arrays folder by folder, because a Python object per file would fill the memory.
 
     `problems`: (path, reason) of what gives no image; `passed`: kinds of litter with their counts; `notes`: what was
     decided about the layout, a sentence each.

@@ -1,4 +1,4 @@
-"""What names mean: of files that are no images, of folders that are splits, and of classes that a person types.
+"""Interpret names: of files that are no images, of folders that are splits, and of classes that a person types.
 
 Litter is what operating systems and tools leave in folders of images, known by its name: passed over and counted.
 Damage is not litter: an empty, cut or foreign file stays what it is, and so does everything whose name is not known.

@@ -1,4 +1,4 @@
-"""Pixels of image files that were decoded once: rows of one memory-mapped file, found by what the files hold.
+"""Cache decoded images as rows of one memory-mapped file, found by the hash of the image files' bytes.
 
 A row is known by the hash of the bytes it was decoded from, so that neither a file's path nor its time matters, and it
 carries a checksum that is compared when a process first reads it. The file only grows, under a lock; rows count from

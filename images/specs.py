@@ -1,4 +1,4 @@
-"""What is known of each dataset (one spec each), and how the files of those that fit into memory are read."""
+"""Specify each dataset in one place, and read the files of those that fit into memory."""
 
 import gzip
 import math
@@ -176,7 +176,7 @@ class DatasetSpec:
 
     @property
     def num_classes(self) -> int:
-        """Classes; 0 if only the tree knows."""
+        """Number of classes; 0: a folder tree decides."""
         return len(self.classes)
 
 

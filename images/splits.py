@@ -91,7 +91,7 @@ def _say_once(text: str) -> None:
 
 @dataclass(frozen=True)
 class LazyPixels:
-    """Images of a folder tree, read when they are indexed: stands in for a uint8 tensor [S, 3, size, size].
+    """Images of a folder tree, decoded when they are indexed; used like a uint8 tensor [S, 3, size, size].
 
     Args:
         tree: the index, after `check`.
@@ -126,7 +126,7 @@ class LazyPixels:
 
     @property
     def nbytes(self) -> int:
-        """What is held in memory."""
+        """Bytes that are kept in memory; pixels are not."""
         return self.rows.nbytes + self.places.nbytes
 
     def take(self, keep: "Tensor | list[int] | slice") -> "LazyPixels":

@@ -1,4 +1,4 @@
-"""kappa per request: the smallest whose mask meets a stated target, as far as validation images can show it.
+"""Search the smallest kappa whose mask meets a stated target, as far as validation images can show it.
 
 The target: forget score <= tau and loss of retain score <= epsilon, each held by the upper end of its 95 % interval.
 Every interval is valid for its own kappa; that the first of several is taken is not corrected for.
@@ -23,7 +23,7 @@ MOST_IMAGES = 2**40  # where the search for a sufficient number of images ends
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one kappa does on validation images, percent and points; `*_most`: upper ends of 95 % intervals."""
+    """Scores at one kappa on validation images, percent and points; `*_most`: upper ends of 95 % intervals."""
 
     kappa: int
     forget_score: float

@@ -1,4 +1,4 @@
-"""Metrics of the model itself: what a few images bring back, what its features still tell, how far they have moved.
+"""Metrics of the model itself: relearning from a few images, linear probes of features, distances of features.
 
 Outputs alone do not show whether a class is gone or only left unsaid: a mask or a dropped logit in a late layer gives
 perfect scores over features that still hold the class. All of these work on copies, are drawn by seeds derived from

@@ -182,7 +182,7 @@ class Snapshots:
 
     @cached_property
     def references(self) -> list[dict]:
-        """What is known of each retrained classifier: index, whether it is sane, why not, and the scores behind that.
+        """Each retrained classifier's index, whether it passed its check, why not, and the scores that decide this.
 
         Two kinds of retrained classifiers would make a method that does nothing look best: one that answers with the
         classes although it never saw them (with a single class left, nothing trains the other logits), and one that

@@ -1,4 +1,4 @@
-"""Whether a method did what its scores suggest, in words: no-op, collapsed, suppressed at the head alone, and so on.
+"""Say in words what a method's scores do not show: no-op, collapsed, suppressed at the head alone, and so on.
 
 All scores are of test images, in percent. Two models are judged on the same images, so a difference of their scores
 counts only beyond the 95 % interval of the paired one (`intervals.paired_difference`).
@@ -29,7 +29,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Pair:
-    """Answers of a method and of another model to the same n images: how many it loses and gains against the other."""
+    """Two models' predictions on the same n images: how many the method loses and gains against the other model."""
 
     lost: int
     gained: int
@@ -45,13 +45,13 @@ class Pair:
 
     @property
     def points(self) -> float:
-        """By how much its score is lower."""
+        """How much lower the method's score is, in percentage points."""
         return 100 * (self.lost - self.gained) / self.n if self.n else 0.0
 
 
 @dataclass(frozen=True)
 class Other:
-    """What a method is held against: another model's values, and both models' answers to the same images."""
+    """Another model to compare a method with: its values, and both models' predictions on the same images."""
 
     values: Values
     forget: Pair
@@ -60,7 +60,7 @@ class Other:
 
 @dataclass(frozen=True)
 class References:
-    """What a method is held against; None: not measured.
+    """All models that a method is compared with; None: not measured.
 
     Args:
         classes: C, how many the classifier tells apart.

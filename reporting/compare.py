@@ -1,4 +1,4 @@
-"""Runs held against each other: which is better on what, by paired differences with intervals.
+"""Compare runs: which is better on which metric, by paired differences with intervals.
 
 A *side* is some runs under one name: an output folder, or one run by its id. Two sides are paired run by run over the
 same model, images, classes and seed, each method at its chosen point; what is not paired is named. A classifier that
@@ -32,7 +32,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sides paired: the table, and in words what it says and what it leaves out."""
+    """The comparison of two sides: the table, its conclusion in words, and the runs that it leaves out."""
 
     rows: list[list[str]]
     about: str

@@ -1,4 +1,4 @@
-"""The one place that draws for print: panels -> a matplotlib figure, one column (3.4 inches) wide, and its files.
+"""Draw panels for print: a matplotlib figure, one column (3.4 inches) wide, and its files. No other file draws.
 
 Colours are Okabe and Ito's, distinct for colour-blind readers; markers and dashes tell methods apart in grey.
 """

@@ -34,7 +34,7 @@ class Best:
 
     @property
     def verdicts(self) -> list[dict[str, str]]:
-        """What the record says against the method."""
+        """The record's verdicts on the method."""
         return self.record["verdicts"][self.method]
 
     def interval(self, metric: str) -> dict | None:

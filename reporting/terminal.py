@@ -1,4 +1,4 @@
-"""The table that a run prints: the values that answer a person's question, as wide as the terminal and no wider.
+"""Make the table that a run prints: the most important columns, as many as the terminal is wide.
 
 All other columns, and every interval, are in the table's files and on the page.
 """

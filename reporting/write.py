@@ -1,4 +1,4 @@
-"""How tables are written: Markdown, CSV and LaTeX. Each format has one function that makes a cell safe in it.
+"""Write tables as Markdown, CSV and LaTeX. Each format has one function that escapes a cell.
 
 Names of classes, folders and methods come from users: what they hold must neither end a cell, nor be run by a
 spreadsheet or by LaTeX, nor move a terminal's cursor.

@@ -20,7 +20,7 @@ from utils_data import UnlearningDataset
 
 
 class Stages:
-    """What a run is made from: classifier, graphs, GCN; each made when first asked for.
+    """The products of a run: classifier, graphs, GCN; each is made when it is first asked for.
 
     Args:
         config: what to do. Products passed in by path (`trained_vision_model_path`, `graph_dir`, `gcn_path`)
@@ -61,7 +61,7 @@ class Stages:
 
     @property
     def config(self) -> PipelineConfig:
-        """The configuration as it is run: classes are labels."""
+        """The configuration with classes resolved to labels."""
         return self.setup.config
 
     @property
@@ -109,7 +109,7 @@ class Stages:
 
     @property
     def head(self) -> FrozenHead:
-        """The classifier with all that answering a request needs."""
+        """The classifier from its first masked layer on, with the images by which requests are answered."""
         return self.gcn_stage.head
 
     def learn_importance(self, topK: int) -> torch.Tensor:

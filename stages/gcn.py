@@ -130,7 +130,7 @@ class GCNStage:
 
     @cached_property
     def head(self) -> FrozenHead:
-        """The classifier with all that answering a request needs."""
+        """The classifier from its first masked layer on, with the images by which requests are answered."""
         setup, graphs, begun = self.setup, self.graphs.dataset, time.perf_counter()
         layers, num_classes = setup.config.mask_layer, setup.data.num_classes
         made = FrozenHead.of_graphs(self.classifier.model, graphs, layers, num_classes, setup.device)

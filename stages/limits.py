@@ -1,4 +1,4 @@
-"""How much memory there is, and refusals of what cannot fit, before it is asked for."""
+"""Estimate memory, and refuse a run that cannot fit before anything is allocated."""
 
 import os
 from pathlib import Path

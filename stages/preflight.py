@@ -1,4 +1,4 @@
-"""What a run understood, said before anything is computed: data, classes, what is given, made, and without effect."""
+"""Print, before anything is computed, how a run was understood: data, classes, given files, settings without effect."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass

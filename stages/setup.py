@@ -1,4 +1,4 @@
-"""What every stage starts from: the checked configuration, the device, shapes and images; and how a stage is kept.
+"""Check the configuration and hold what every stage needs: device, shapes, images; and keep finished stages.
 
 The only file that seeds torch's global generator.
 """

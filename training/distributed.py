@@ -1,4 +1,4 @@
-"""Training in several processes: starting them, joining torchrun's, and what they do together.
+"""Train in several processes: start them or join torchrun's, share batches, sum and average.
 
 Existing engines only: torch elastic starts and watches the processes, gloo (CPU) or nccl (GPU) joins them.
 The plain and the parallel training are one loop: a `Group` of one process does nothing in every operation.

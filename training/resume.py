@@ -27,7 +27,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StateFile:
-    """Where a training's state lies, the hash of all its inputs, and whether to go on from what is there."""
+    """The file of a training's state, the hash of all the training's inputs, and whether to resume from the file."""
 
     path: Path
     key: str
@@ -54,7 +54,7 @@ class StateFile:
 
 @dataclass(frozen=True)
 class Training:
-    """All that changes while a model trains. `order` draws the epochs' orders of images."""
+    """Everything that changes while a model trains. `order` draws the order of images in each epoch."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
