@@ -13,7 +13,7 @@ set_library_defaults()
 os.environ["OMP_NUM_THREADS"] = "1"
 
 HERE = Path(__file__).parent
-MOST_PROCESSES = 4  # each holds torch and a classifier or two: about 1.5 GB
+MOST_PROCESSES = 4  # each holds torch, and compares small models: more of them cost memory
 # Files that take longest, longest first: begun last, one of them would keep a process busy while the others idle.
 DEAREST = (
     "training/test_distributed.py",
