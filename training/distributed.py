@@ -167,19 +167,20 @@ class Meeting:
             return json.loads(self.store.get(f"job-{self.jobs - 1}"))
 
 
-def meet(device: torch.device, seconds: float) -> Meeting:
+def meet(device: torch.device, seconds: float, join_seconds: float = JOIN_SECONDS) -> Meeting:
     """Meet the other processes at the address in the environment.
 
     Args:
         seconds: how long one exchange between them may take before it counts as failed.
+        join_seconds: how long to wait for all of them.
 
     Raises:
         UserError: they are not found in time, or the network interface is not there.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-        store.set_timeout(timedelta(seconds=JOIN_SECONDS))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=join_seconds)))
+        store.set_timeout(timedelta(seconds=join_seconds))
         limit = timedelta(seconds=seconds)
         store = dist.PrefixStore(f"attempt-{_attempt()}", store)
         own = dist.PrefixStore("group", store)

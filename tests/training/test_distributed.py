@@ -345,7 +345,6 @@ def free_port() -> int:
 def place(monkeypatch, rank: int, world: int, address: str, port: int) -> None:
     for name, value in {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": address, "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(distributed, "JOIN_SECONDS", 2)
 
 
 @pytest.mark.slow
@@ -359,7 +358,7 @@ def test_processes_that_do_not_meet(case, monkeypatch):
         place(monkeypatch, *{"no master": (1, 2), "nobody comes": (0, 2)}.get(case, (0, 1)), "localhost", port)
         begun = time.monotonic()
         with pytest.raises(UserError, match=r"do not find each other \(.+\): check the master's address and port"):
-            meet(CPU, 2)
+            meet(CPU, 2, join_seconds=2)
     distributed.leave_group()
     assert time.monotonic() - begun < 20
 
@@ -368,7 +367,7 @@ def test_meeting_alone(monkeypatch):
     """The same place, with nothing in the way, is a group of one."""
     place(monkeypatch, 0, 1, "localhost", free_port())
     try:
-        assert meet(CPU, 2).group == ALONE
+        assert meet(CPU, 2, join_seconds=2).group == ALONE
     finally:
         distributed.leave_group()
 

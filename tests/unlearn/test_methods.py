@@ -334,7 +334,8 @@ def test_the_hash_of_weights_covers_types_shapes_and_order():
     hashes = {weights_sha256(of) for of in ([a], [b], [a, b], [b, a], [a.half()], [-a])}
     assert len(hashes) == 6
     assert weights_sha256([a.T.contiguous().T]) == weights_sha256([a])  # how they lie in memory does not matter
-    assert weights_sha256([a.bfloat16()]) == weights_sha256([a.bfloat16()])
+    narrow = {weights_sha256([of.bfloat16()]) for of in (a, a + 1, b)}  # numpy has no such type
+    assert len(narrow - hashes) == 3
 
 
 @pytest.mark.parametrize("mode", list(SFTModes))
