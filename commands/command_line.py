@@ -68,12 +68,12 @@ class _Named:
 
 
 def show(text: object, file: TextIO | None = None) -> None:
-    """Print for people: nothing in a name is obeyed by the terminal."""
+    """Print a text for people; control characters in it are spelled out, so that no terminal obeys them."""
     print(visible(str(text), keep="\n"), file=file)
 
 
 def call(command: Callable[..., int | None], words: Sequence[str], name: str, here: Environment) -> int:
-    """Carry out a command with the parameters that the words give; returns its exit code.
+    """Read the words, call the command with the parameters that they give, and return its exit code.
 
     Args:
         command: a function as described above; it returns an exit code, or None for 0.
@@ -106,7 +106,7 @@ def _reader(command: Callable[..., Any], defaults: Mapping[str, Any]) -> Callabl
 
     Args:
         command: the function whose parameters and docstring tyro is to see, as `_flag` shows them.
-        defaults: of parameters that have none of their own.
+        defaults: parameter -> default, where the function states none.
     """
     types = get_type_hints(command, include_extras=True)
     seen = [one for one in inspect.signature(command).parameters.values() if one.name not in ("here", "rest")]
@@ -126,14 +126,14 @@ def _reader(command: Callable[..., Any], defaults: Mapping[str, Any]) -> Callabl
 
 
 def _files(words: Sequence[str]) -> Sequence[Path]:
-    """Read the configuration files that are named ahead of everything else: they set the defaults of all other flags.
+    """Find the files that --config names, before the other flags are read: the files set those flags' defaults.
 
     Raises:
-        UserError: a flag names none.
+        UserError: --config stands without a file.
     """
     try:
         found, _ = tyro.cli(_Named, args=words, add_help=False, console_outputs=False, return_unknown_args=True)
-    except SystemExit:  # all that can be wrong where words that are not known do not count
+    except SystemExit:  # unknown words are let through here, so a missing value is the only mistake left
         raise UserError("--config names no file: give one, e.g. --config configs/default.yaml") from None
     return [Path(file) for file in found.config] or [DEFAULT_CONFIG]
 
@@ -142,7 +142,7 @@ def _files(words: Sequence[str]) -> Sequence[Path]:
 
 
 def _switches(command: Callable[..., Any]) -> Iterator[str]:
-    """Name the flags of a command that are on or off."""
+    """Yield the flags of a command whose type is bool."""
 
     def within(parameters: Mapping[str, Any], prefix: str) -> Iterator[str]:
         for name, hint in parameters.items():
@@ -186,7 +186,7 @@ def _registry() -> ConstructorRegistry:
 
 
 def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Take a section of the configuration field by field; the whole of it comes with `--config`."""
+    """Tell tyro the fields of a section of the configuration; the whole configuration has the flag --config, too."""
     kind: Any = info.type
     if not (isinstance(kind, type) and issubclass(kind, Section)):
         return None
@@ -204,12 +204,12 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 
 def _configuration(config: tuple[str, ...], **values: Any) -> PipelineConfig:
-    """Make the configuration; what its files say has come in as the defaults of the values."""
+    """Make the configuration from the values of its fields, which have the files' values as their defaults."""
     return PipelineConfig(**values)
 
 
 def _flag(hint: Any, name: str) -> Any:
-    """The type that tyro sees of a parameter or field.
+    """Return the type by which tyro reads a parameter or field.
 
     Sections and switches stay as they are, and a flag that repeats is a `tuple`. All other values are objects to tyro,
     which `fit` makes of words: so flags take what files take, and tyro need not load typeguard (0.1 s).
@@ -227,11 +227,11 @@ def _flag(hint: Any, name: str) -> Any:
 
 
 def _value(hint: Any, name: str) -> PrimitiveConstructorSpec:
-    """How words become a value of the schema: by `fit`, as those of a file do.
+    """Tell tyro how many words a value takes, and to let `fit` convert them, as it converts words of a file.
 
     Args:
-        hint: the field's type, with its range.
-        name: of the field, dotted, for errors.
+        hint: type of the field or parameter, with its range.
+        name: its dotted name, for errors.
     """
     parts = get_args(bare(hint)) if get_origin(bare(hint)) in (Union, UnionType) else (hint,)
     several = any(get_origin(bare(part)) is tuple for part in parts)
@@ -257,7 +257,7 @@ def _value(hint: Any, name: str) -> PrimitiveConstructorSpec:
 
 
 def _metavar(hint: Any) -> str:
-    """What a flag takes, for its help: INT, PATH|None, {list,auto}, INT [INT ...]."""
+    """Describe for the help page what a flag takes: INT, PATH|None, {list,auto}, INT [INT ...]."""
     kind, origin = bare(hint), get_origin(bare(hint))
     if origin in (Union, UnionType):
         return "|".join(_metavar(part) for part in get_args(kind))
@@ -271,7 +271,7 @@ def _metavar(hint: Any) -> str:
 
 @lru_cache
 def _descriptions(file: str) -> dict[tuple[str, str], str]:
-    """Read the texts below the fields of the classes in a source file: (class, field) -> text, in one line."""
+    """Parse a source file; return (class, field) -> the text below the field, on one line."""
     found = {}
     classes = [node for node in ast.parse(Path(file).read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
     for kind in classes:
@@ -283,5 +283,5 @@ def _descriptions(file: str) -> dict[tuple[str, str], str]:
 
 
 def _described(kind: type, name: str) -> str | None:
-    """The text below a field; read when a help page shows it, from one parse of the file for all fields."""
+    """Return the text below a field in the source. Only help pages ask; the file is parsed once for all fields."""
     return _descriptions(str(sys.modules[kind.__module__].__file__)).get((kind.__name__, name))

@@ -31,12 +31,12 @@ Example = Mapping[str, dict]
 
 
 def _of_shape(value: object, holds: Callable[[object], bool]) -> bool:
-    """Whether it is a JSON object whose values all hold."""
+    """Tell whether a value is a JSON object and all of its values pass the check."""
     return isinstance(value, dict) and all(holds(item) for item in value.values())
 
 
 def _sound(record: dict) -> bool:
-    """Whether all that the pages read of a record is there, of the right types."""
+    """Tell whether a record has every key that the pages read, with values of the right types."""
 
     def numbers(of: object) -> bool:
         return _of_shape(of, lambda value: value is None or isinstance(value, (int, float)))
@@ -49,7 +49,10 @@ def _sound(record: dict) -> bool:
 
 
 def extract(path: Path) -> dict:
-    """What the pages use of a record.
+    """Return the part of a record that the pages use.
+
+    Args:
+        path: the record's JSON file.
 
     Raises:
         UserError: the file is missing, no JSON object, or not a record of this project.
@@ -71,12 +74,12 @@ def shown(value: object) -> str:
 
 
 def source(text: str) -> str:
-    """arXiv ids with their address."""
+    """Turn arXiv ids in a text into links."""
     return re.sub(r"\b(?:arXiv:)?(\d{4}\.\d{4,5})\b", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 
 def setup(example: Example) -> str:
-    """The run that example values are of, in one sentence."""
+    """Describe the run of the example values in one sentence."""
     classes = ", ".join(map(str, example["forget_class"]))
     return (
         f"Example values: test images of {example['dataset']}, {example['model']}, forgotten class {classes}, kappa "
@@ -85,12 +88,12 @@ def setup(example: Example) -> str:
 
 
 def settings(values: Mapping[str, object]) -> str:
-    """Hyper-parameters, `a = 1, b = 2`."""
+    """Write hyper-parameters as `a = 1, b = 2`."""
     return ", ".join(f"{name} = {value}" for name, value in values.items()) or "none"
 
 
 def method_section(entry: Method, example: Example) -> str:
-    """One method's part of the page."""
+    """Write the section of one method."""
     lines = [f"## `{entry.name}`: {entry.label}", "", entry.definition, "", f"- source: {source(entry.source)}"]
     lines.append(f"- depends on: {', '.join(entry.axes) or 'no sweep axis'}")
     tuned = "; ".join(settings(one) for one in entry.grid)
@@ -105,7 +108,7 @@ def method_section(entry: Method, example: Example) -> str:
 
 
 def methods_page(methods: Mapping[str, Method], example: Example) -> str:
-    """docs/methods.md."""
+    """Write the text of docs/methods.md."""
     rows = [["method", "label", "source", "settings"]]
     rows += [
         [Markdown(f"`{one.name}`"), one.label, Markdown(source(in_markdown(one.source or "-"))), str(len(one.grid))]
@@ -120,7 +123,7 @@ def methods_page(methods: Mapping[str, Method], example: Example) -> str:
 
 
 def metric_section(entry: Metric, example: Example) -> str:
-    """One metric's part of the page."""
+    """Write the section of one metric."""
     measured = example["methods"]
     present = [name for name in BESIDE if name in measured]
     values = ", ".join(f"{METHODS[name].label} {shown(measured[name].get(entry.name))}" for name in present)
@@ -132,7 +135,7 @@ def metric_section(entry: Metric, example: Example) -> str:
 
 
 def metrics_page(metrics: Mapping[str, Metric], example: Example) -> str:
-    """docs/metrics.md."""
+    """Write the text of docs/metrics.md."""
     rows = [["metric", "unit", "better", "target", "group"]]
     rows += [
         [Markdown(f"`{one.name}`"), one.unit or "-", ARROWS[one.better], one.target or "-", one.group]
@@ -157,12 +160,16 @@ def metrics_page(metrics: Mapping[str, Metric], example: Example) -> str:
 
 
 def pages(example: Example) -> dict[str, str]:
-    """Every generated page by file name."""
+    """Write every generated page; file name -> text."""
     return {"methods.md": methods_page(METHODS, example), "metrics.md": metrics_page(METRICS, example)}
 
 
 def write_docs(record: Path | None = None, folder: Path = DOCS) -> list[Path]:
-    """Write the pages; `record`: take example values from it from now on.
+    """Write the pages into a folder; return their paths.
+
+    Args:
+        record: a record whose values become the examples from now on; None keeps those in the folder's example.json.
+        folder: where the pages and example.json lie.
 
     Raises:
         UserError: no example can be read.

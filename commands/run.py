@@ -85,10 +85,10 @@ def sweep(here: Environment, config: Files = (), quiet: bool = False, rest: tupl
 
 
 def _launched(config: PipelineConfig, here: Environment) -> PipelineConfig:
-    """The configuration as torchrun's processes carry it out: after a failure they go on from the last saved state.
+    """Return the configuration with `resume` on, if torchrun has started this process again after a failure.
 
     Raises:
-        UserError: torchrun started several processes, each of which would do the whole run.
+        UserError: torchrun started this process, but train.use_ddp is off, so that each process would do a whole run.
     """
     if here.torchrun and not config.train.use_ddp:
         raise UserError("torchrun started this, but train.use_ddp is off: add --train.use-ddp, or use no torchrun")
@@ -99,7 +99,7 @@ def _launched(config: PipelineConfig, here: Environment) -> PipelineConfig:
 
 
 def _print(config: PipelineConfig, records: list[dict], as_json: bool, curves: Path) -> int:
-    """Print a run's table, answer and places; returns the exit code, 1 if `kappa: auto` met its target nowhere."""
+    """Print a run's table, answer and paths; return the exit code, which is 1 if `kappa: auto` found no kappa."""
     code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
     places = _places(config, records)
     if as_json:
@@ -127,7 +127,7 @@ def _print(config: PipelineConfig, records: list[dict], as_json: bool, curves: P
 
 
 def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
-    """Where a run's files lie; the mask is that of its answer."""
+    """Name the folders and files of a run: output, plots, page, and the mask of the chosen point if there is one."""
     from reporter import Reporter
     from reporting.tables import answer_of
 
@@ -139,7 +139,7 @@ def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
 
 
 def _for_programs(records: list[dict], code: int, places: dict[str, str]) -> str:
-    """A run's results as JSON: the table as objects, the answer, remarks, every record's id and place."""
+    """Write a run's results as JSON: exit code, answer, remarks, one object for each method, paths of all records."""
     import json
 
     from core.records import record_path

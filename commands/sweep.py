@@ -1,9 +1,9 @@
-"""Many runs from one file: lists over any field become jobs, which an existing engine carries out.
+"""Many runs from one file: lists of values for any field become jobs, carried out by processes here, Slurm or Ray.
 
     uv run main.py sweep --config configs/sweep_example.yaml
 
-A job is a whole `PipelineConfig`. Stages that jobs share are made once, under a lock, by whoever comes first. Each
-finished job leaves one JSON file; a second call does only what is missing or failed.
+A job is a whole `PipelineConfig`. A stage that several jobs share is made once: the first job takes a lock, the others
+wait for its product. Each finished job leaves one JSON file; a second call runs only jobs that are missing or failed.
 """
 
 import multiprocessing
@@ -60,22 +60,30 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: what is special about it, its configuration, and the file that says how it ended."""
+    """One run of a sweep.
+
+    Args:
+        settings: the fields that the sweep varies (dotted), with this job's values.
+        config: the whole configuration of the run.
+        key: hash of the configuration, the files that it names, the source code and the versions of packages.
+        code: hash of the source code, which a worker process compares with its own.
+        speaks: whether the job logs what the run understood; one job of a sweep does, as all start from one file.
+    """
 
     settings: dict[str, Any]
     config: PipelineConfig
     key: str
     code: str
     speaks: bool = False
-    """Whether it says what it understood: one of a sweep does, as all start from one file."""
 
     @property
     def path(self) -> Path:
+        """The JSON file that says how the job ended."""
         return self.config.output_dir / SWEEPS / f"{self.key[:16]}.json"
 
     @property
     def label(self) -> str:
-        """Its settings, for people."""
+        """The job's settings in one line of text."""
         return ", ".join(f"{name} {value}" for name, value in self.settings.items())
 
 
@@ -83,7 +91,7 @@ class Job:
 
 
 def _typed(config: PipelineConfig, settings: dict[str, Any]) -> PipelineConfig:
-    """The configuration with some fields replaced; values are checked as those of a file are."""
+    """Return the configuration with some fields (dotted names) replaced; values are checked like those of a file."""
     for name, value in settings.items():
         nested: Any = value
         for part in reversed(name.split(".")):
@@ -95,7 +103,7 @@ def _typed(config: PipelineConfig, settings: dict[str, Any]) -> PipelineConfig:
 
 
 def _changed(config: Any, values: dict[str, Any]) -> Any:
-    """A frozen configuration with some fields replaced, those of its sections too."""
+    """Return a frozen configuration with some fields replaced; a mapping replaces fields of a section."""
     inner = {
         name: _changed(getattr(config, name), value) if isinstance(value, dict) else value
         for name, value in values.items()
@@ -104,10 +112,13 @@ def _changed(config: Any, values: dict[str, Any]) -> Any:
 
 
 def load_sweep(paths: Sequence[Path]) -> tuple[SweepConfig, PipelineConfig]:
-    """The section `sweep` (the last file's that has one) and the configuration that all jobs start from.
+    """Read configuration files; return their section `sweep`, and the configuration that all jobs start from.
+
+    Args:
+        paths: YAML files; later files win. If several have a section `sweep`, that of the last counts.
 
     Raises:
-        UserError: as `load_config`, or there is no such section, or it does not fit.
+        UserError: as `load_config`, or no file has a section `sweep`, or a field of the section is wrong.
     """
     base = load_config(paths, aside=(SECTION,))
     said = [words for words in map(read_words, paths) if SECTION in words.values]
@@ -123,9 +134,12 @@ def load_sweep(paths: Sequence[Path]) -> tuple[SweepConfig, PipelineConfig]:
 
 
 def contents(config: PipelineConfig) -> dict:
-    """What lies behind the paths of a configuration, by hash: a job is the same only if nothing there has changed.
+    """Hash the images and files that a configuration names, so that a job counts as done only for the same contents.
 
-    What cannot be read is told by the error; the job that meets it says it as its own.
+    Where a file cannot be read, the error's text stands in place of the hash; the job then fails with that error.
+
+    Returns:
+        "images" and each field of `GIVEN` -> a hash, a text of an error, or None where no file is named.
     """
     found: dict[str, object] = {"images": _images(config)}
     for name in GIVEN:
@@ -150,15 +164,15 @@ def _images(config: PipelineConfig) -> str:
 
 
 def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
-    """All combinations, in the order written, each once.
+    """Make a job of each combination of the listed values, in the order written, each once.
 
     Raises:
-        UserError: a field or a value does not exist.
+        UserError: a field does not exist, or a value does not fit its field.
     """
-    # Every source file counts: a job is skipped only if nothing that could move its numbers has changed.
+    # Every source file counts: a job is skipped only if no file that could change its values has changed.
     code = whole_code()
     jobs: dict[str, Job] = {}
-    known: dict[str, dict] = {}  # jobs of a sweep share their images and files, mostly
+    known: dict[str, dict] = {}  # hashes by what is named: most jobs of a sweep name the same images and files
     for values in product(*sweep.over.values()):
         settings = dict(zip(sweep.over, values, strict=True))
         config = _typed(base, settings)
@@ -171,7 +185,7 @@ def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
 
 
 def finished(job: Job) -> dict | None:
-    """What a job left, if it was done and its records are still there."""
+    """Return the outcome that a job left, if it ended well and its records are still whole; else None."""
     if not job.path.exists():
         return None
     try:
@@ -188,7 +202,11 @@ def finished(job: Job) -> dict | None:
 
 
 def run_job(job: Job, threads: int | None = None) -> dict:
-    """Carry a job out, in whatever process; returns, and leaves, its outcome. No exception leaves it."""
+    """Carry out a job in this process; write its outcome to the job's file and return it. Exceptions become outcomes.
+
+    Args:
+        threads: of torch; None leaves torch's own number.
+    """
     import torch
 
     from core.records import record_path
@@ -214,17 +232,18 @@ def run_job(job: Job, threads: int | None = None) -> dict:
 
 
 def plain_settings(job: Job) -> dict[str, Any]:
-    """A job's settings as JSON types."""
+    """Return a job's settings as JSON types."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in job.settings.items()}
 
 
 def _leave(job: Job, outcome: dict) -> dict:
+    """Write an outcome to the job's file; return it."""
     write_json(job.path, outcome)
     return outcome
 
 
 def _lost(job: Job, error: str) -> dict:
-    """The outcome of a job whose process could not tell."""
+    """Write and return the outcome of a job whose process died before it could."""
     outcome = {"key": job.key, "settings": plain_settings(job), "status": "failed", "records": [], "error": error}
     return _leave(job, outcome | {"seconds": 0.0})
 
@@ -239,7 +258,7 @@ def _threads(workers: int) -> int:
 
 
 def _pool(jobs: list[Job], workers: int, threads: int) -> Outcomes:
-    """Jobs in a pool of processes; those whose pool broke are left out."""
+    """Carry out jobs in a pool of processes; jobs that had not ended when a process died are left out."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.fork_server", "torch"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
@@ -253,7 +272,11 @@ def _pool(jobs: list[Job], workers: int, threads: int) -> Outcomes:
 
 
 def local(jobs: list[Job], sweep: SweepConfig) -> Outcomes:
-    """A pool of processes. One that is killed breaks its pool: what it had left runs again, one job a pool."""
+    """Carry out jobs in a pool of processes on this machine.
+
+    A process that is killed breaks the whole pool. The jobs that were left run again, each in a pool of its own, so
+    that only the job that kills its process fails.
+    """
     workers = min(sweep.workers, len(jobs))
     done = set()
     for job, outcome in _pool(jobs, workers, _threads(workers)):
@@ -273,7 +296,7 @@ def _import(name: str, extra: str) -> Any:
 
 
 def slurm(jobs: list[Job], sweep: SweepConfig) -> Outcomes:
-    """A Slurm array by submitit, at most `workers` jobs at once."""
+    """Carry out jobs as a Slurm array, by submitit, at most `workers` at once."""
     submitit = _import("submitit", "slurm")
     if Path.cwd() != PROJECT_ROOT:
         raise UserError(f"jobs of Slurm start where they were sent from: call this in {PROJECT_ROOT}")
@@ -296,7 +319,7 @@ def slurm(jobs: list[Job], sweep: SweepConfig) -> Outcomes:
 
 
 def ray(jobs: list[Job], sweep: SweepConfig) -> Outcomes:
-    """Tasks of Ray: of the cluster it is told of, or of one that it starts on this machine."""
+    """Carry out jobs as tasks of Ray, on the cluster that Ray is connected to, or else on this machine."""
     engine = _import("ray", "ray")
     workers = min(sweep.workers, len(jobs))
     engine.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
@@ -322,13 +345,13 @@ EXECUTORS = {"local": local, "slurm": slurm, "ray": ray}
 
 
 def _carried_out(jobs: list[Job], sweep: SweepConfig, output_dir: Path) -> Outcomes:
-    """Jobs as they end; the output folder is marked as one in which a run works."""
+    """Yield jobs as they end, with the output folder marked as one in which a run works (clean.sh then keeps off)."""
     with running(output_dir):
         yield from EXECUTORS[sweep.executor](jobs, sweep)
 
 
 def progress_line(done: int, failed: int, left: int, workers: int, seconds: float) -> str:
-    """Where a sweep stands; the estimate takes the rest to go as fast as what has ended."""
+    """Say how far a sweep is; the estimate assumes that the jobs left take as long as those that have ended."""
     running = min(workers, left)
     ended = done + failed
     rest = f", about {seconds / ended * left:.0f} s to go" if ended and left else ""
@@ -336,10 +359,10 @@ def progress_line(done: int, failed: int, left: int, workers: int, seconds: floa
 
 
 def run_sweep(sweep: SweepConfig, base: PipelineConfig) -> list[tuple[Job, dict]]:
-    """Carry out what is missing; returns every job with its outcome, in order.
+    """Carry out the jobs that are missing or failed; return every job with its outcome, in order.
 
     Raises:
-        UserError: the sweep cannot be run as it is written.
+        UserError: a field or a value does not fit, or the engine is not installed or refuses the jobs.
     """
     jobs = expand(sweep, base)
     outcomes = {job.key: outcome for job in jobs if (outcome := finished(job))}
@@ -360,7 +383,7 @@ def run_sweep(sweep: SweepConfig, base: PipelineConfig) -> list[tuple[Job, dict]
 
 
 def table(ended: list[tuple[Job, dict]]) -> str:
-    """One row a job, Markdown."""
+    """Return a Markdown table with one row for each job."""
     rows = [[*ended[0][0].settings, "status", "seconds", "records or error"]]
     for job, outcome in ended:
         last = outcome.get("error") or str(len(outcome["records"]))
