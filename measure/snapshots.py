@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from core.choices import Diverged
 from core.observe import log, progress
-from measure.integrity import state_hash
 from measure.metrics import MOST_VALUES, Again, Choose, Evidence, Outputs, OutputsOf, PerImage
 from measure.verdicts import reference_fault
+from mimu import state_sha256
 from model import MaskLayer, inspecting
 from models.classifier import Classifier
 from unlearn.registry import Context, Edit
@@ -46,7 +46,7 @@ class Snapshots:
         self.untouched = copy.deepcopy(context.model)
         """A copy of the classifier that no method can change."""
         self.original = self.untouched.state_dict()
-        self.original_hash = state_hash(self.untouched)
+        self.original_hash = state_sha256(self.untouched)
         self.in_prefix = context.model.in_prefix(self.config.mask_layer)
         self._references: dict[tuple, Evidence] = {}
         self._models: dict[int, Classifier] = {}

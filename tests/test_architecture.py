@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # it here.
 STAIRCASE = {
     "imagenet_classes": "",
+    "mimu": "errors files config parent applying mask composing containers sealing",
     "core": "choices config observe hashes artifacts store records intervals yaml_files",
     "images": "specs decode archives names layouts pixel_cache index splits fetch",
     "graphs": "layout edge_list message_passing",
@@ -53,6 +54,9 @@ DOORS = {
     "reporting": {"reporter", "commands"},
     "stages": {"pipeline"},
 }
+# A package that others install: it imports nothing of this project, and of libraries these alone. Its `__init__.py`
+# names its public classes and functions, because `from mimu import Mask` is what its users write.
+PACKAGE, PACKAGE_NEEDS = "mimu", {"torch", "safetensors"}
 CORE_ALONE = ("core", "reporting")  # import from this project core alone, and no torch
 WITHOUT_TORCH = (*CORE_ALONE, "reporter")
 
@@ -74,6 +78,7 @@ ONLY = {
     ("matplotlib",): "reporting.draw",
 }
 WRITER = "core.artifacts"
+WRITERS_OF_FILES = {WRITER, "mimu.files"}  # the second because an installed package cannot import the first
 # Calls that write a file; `open` and the methods of a path are told apart in `calls_that_write`.
 WRITERS = {
     *("json.dump", "pickle.dump", "yaml.dump", "torch.save", "omegaconf.OmegaConf.save"),
@@ -90,6 +95,7 @@ RUNS_WHAT_IT_READS = (
 )
 RUN_BUILTINS = ("eval", "exec", "compile", "__import__")
 ALLOWED_TO_RUN = {
+    ("mimu.containers", "pickle"),  # the same name
     ("models.checkpoints", "pickle"),  # the name of the error that torch.load raises
     ("tests.models.test_checkpoints", "pickle"),  # makes a file that is refused
     ("tests.helpers.formats", "pickle"),  # writes CIFAR's files as their makers do
@@ -249,7 +255,7 @@ def calls_that_write(room: Room) -> Iterator[tuple[int, str]]:
 
 
 def leaves_writing_to_artifacts(room: Room) -> list[str]:
-    if room.name == WRITER:
+    if room.name in WRITERS_OF_FILES:
         return []
     return [f"line {line}: {name} writes, which {WRITER} is for" for line, name in calls_that_write(room)]
 
@@ -268,6 +274,17 @@ def needs_core_alone(room: Room) -> list[str]:
         f"line {line}: {name} in a room that needs core alone"
         for line, name in room.imports()
         if mine in CORE_ALONE and file_of(name) and step_of(name) not in ("core", mine)
+    ]
+
+
+def package_stands_alone(room: Room) -> list[str]:
+    if step_of(room.name) != PACKAGE:
+        return []
+    allowed = {PACKAGE, *PACKAGE_NEEDS, *sys.stdlib_module_names}
+    return [
+        f"line {line}: {name} in a package that stands alone"
+        for line, name in room.imports()
+        if step_of(name) not in allowed
     ]
 
 
@@ -369,10 +386,14 @@ def badly_filled(rooms: dict[str, int]) -> list[str]:
 
 
 def only_introduces(room: str, text: str) -> bool:
-    """Whether a room's `__init__.py` is a docstring, and imports at most the room's own files that register."""
+    """Whether a room's `__init__.py` is a docstring, and imports at most the room's own files that register.
+
+    The installable package imports what its users call.
+    """
     tree = ast.parse(text)
     rest = [node for node in tree.body[1:] if not isinstance(node, (ast.Assign, *FUNCTIONS))]
-    own = [node for node in rest if isinstance(node, ast.ImportFrom) and node.module == room]
+    froms = [node for node in rest if isinstance(node, ast.ImportFrom)]
+    own = [node for node in froms if node.module == room or (room == PACKAGE and within(str(node.module), PACKAGE))]
     return bool(ast.get_docstring(tree)) and rest == own
 
 
@@ -389,6 +410,7 @@ ROOM_RULES: list[Callable[[Room], list[str]]] = [
     leaves_writing_to_artifacts,
     enters_by_the_door,
     needs_core_alone,
+    package_stands_alone,
     needs_no_torch,
     has_docstrings,
 ]
@@ -469,6 +491,13 @@ def test_importing_leaves_torch_out(step: str) -> None:
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
+def test_importing_the_package_loads_nothing_of_the_project() -> None:
+    steps = sorted({step_of(name) for name in ROWS})
+    code = f"import sys, {PACKAGE}; print(sorted(set({steps!r}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"['{PACKAGE}']\n", "")
+
+
 # --- every rule can fail ----------------------------------------------------------------------------------
 
 LONG = "def f():\n    '''Long.'''\n" + "    x = 1\n" * MAX_FUNCTION_LINES
@@ -504,6 +533,8 @@ BAD = [
     (enters_by_the_door, "reporter", "import stages.chain as c"),
     (needs_core_alone, "reporting.page", "from eval import Eval"),
     (needs_core_alone, "core.records", "def f():\n    import model"),
+    (package_stands_alone, "mimu.parent", "from core.config import UserError"),
+    (package_stands_alone, "mimu.parent", "def f():\n    import numpy as np"),
     (needs_no_torch, "core.artifacts", "def f():\n    from torch.nn import Module"),
     (needs_no_torch, "reporter", "import torchvision.transforms as t"),
     (has_docstrings, "model", "x = 1"),
@@ -538,6 +569,8 @@ GOOD = [
     (enters_by_the_door, "eval", "from measure.metrics import METRICS"),
     (needs_core_alone, "reporting.page", "from core.config import plain\nfrom reporting.write import as_text"),
     (needs_core_alone, "eval", "import model"),
+    (package_stands_alone, "mimu.mask", "import json\nimport torch\nfrom mimu.errors import MaskError"),
+    (package_stands_alone, "model", "import numpy"),
     (imports_run_downwards, "core.artifacts", "import json\nfrom core.config import PROJECT_ROOT"),
     (imports_run_downwards, "pipeline", "def f():\n    from eval import Eval"),
     (file_is_short, "imagenet_classes", "x = 1\n" * (MAX_FILE_LINES + 1)),
@@ -586,4 +619,6 @@ def test_house_rules_can_fail() -> None:
     assert only_introduces("measure", "'Text.'\nREGISTER = ('a', 'b')")
     assert not only_introduces("measure", "'Text.'\nfrom core.config import plain")
     assert not only_introduces("measure", "REGISTER = ('a', 'b')")
+    assert not only_introduces("measure", "'Text.'\nfrom measure.metrics import metric")
+    assert only_introduces(PACKAGE, "'Text.'\nfrom mimu.mask import Mask\n__all__ = ['Mask']")
     assert median_length([Room("model", LONG)]) > MAX_MEDIAN_LINES

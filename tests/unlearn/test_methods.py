@@ -26,7 +26,8 @@ from core.config import (
 )
 from data import GraphDataset, GraphGenerator
 from graphs.layout import layer_graph
-from measure.integrity import changed_outside, extent, state_hash, unchanged
+from measure.integrity import changed_outside, extent, unchanged
+from mimu import state_sha256
 from model import vision_model_loader
 from unlearn.finetuning import SFTTrainer
 from unlearn.masks import (
@@ -211,13 +212,13 @@ def test_extent_of_an_edit_by_hand():
 def test_unchanged_sees_every_bit():
     model = nn.BatchNorm1d(3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    digest = state_hash(model)
+    digest = state_sha256(model)
     assert unchanged(model, before)
     assert not unchanged(model, {name: before[name] for name in list(before)[1:]})
     for name, change in (("bias", -0.0), ("running_var", 1.0000001), ("num_batches_tracked", 1)):
         model.state_dict()[name].fill_(change)
         assert not unchanged(model, before), name
-        assert state_hash(model) != digest
+        assert state_sha256(model) != digest
         model.load_state_dict(before)
     model.weight.data[1] = float("nan")
     assert unchanged(model, {name: value.clone() for name, value in model.state_dict().items()})

@@ -1,0 +1,364 @@
+"""The mask file: small, whole, readable by anything, and refused when it says what cannot be."""
+
+import json
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mimu import Config, Mask, MaskError, describe_parent
+from tests.helpers.foreign import CAT, mask_on, mlp, resnet, some_places
+
+ROOT = Path(__file__).resolve().parents[2]
+FACTS = {
+    "preprocessing": {"source": "torchvision weights.transforms()", "size": 224},
+    "scores": {
+        "clean": 91.5,
+        "forget": 0.4,
+        "retain": 91.25,
+        "n": {"clean": 5000, "forget": 500},
+        "intervals": {"forget": [0.1, 1.4]},
+    },
+    "method": "mimu refined",
+    "kappa": 40,
+    "data_sha256": "ab" * 32,
+    "tool": "mimu 0.1.0",
+}
+
+
+@pytest.fixture
+def mask():
+    model = mlp()
+    parent = describe_parent(model, ["0.weight", "2.weight"], "torchvision:x@mine.pt", {"2.weight": "fc.weight"})
+    flat = {"0.weight": some_places(48, 30), "2.weight": some_places(32, 10, 1)}
+    return Mask(flat, {"forgotten": CAT, "parent": parent} | FACTS)
+
+
+def test_a_mask_comes_back_as_it_was_from_its_folder_and_from_its_file_alone(mask, tmp_path):
+    mask.save(tmp_path / "cat")
+    assert sorted(path.name for path in (tmp_path / "cat").iterdir()) == [
+        "README.md",
+        "mask.safetensors",
+        "mask_config.json",
+    ]
+    for place in (tmp_path / "cat", tmp_path / "cat" / "mask.safetensors"):
+        again = Mask.load(place)
+        assert again.config == mask.config
+        assert again.digest == mask.digest
+        assert again.positions.keys() == mask.positions.keys()
+        assert all(torch.equal(again.positions[name], flat) for name, flat in mask.positions.items())
+    written = json.loads((tmp_path / "cat" / "mask_config.json").read_text())
+    assert {key: written[key] for key in FACTS} == FACTS
+    assert written["parent"]["targets"]["2.weight"]["name_on_disk"] == "fc.weight"
+
+
+def test_equal_masks_are_equal_bytes(mask, tmp_path):
+    mask.save(tmp_path / "a")
+    Mask.load(tmp_path / "a").save(tmp_path / "b")
+    for name in ("mask.safetensors", "mask_config.json", "README.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_mask_of_2000_weights_is_small(tmp_path):
+    mask = mask_on(resnet(), "layer4.0.conv2.weight", 2000)
+    mask.save(tmp_path / "m")
+    assert mask.positions["layer4.0.conv2.weight"].dtype == torch.int32
+    assert (tmp_path / "m" / "mask.safetensors").stat().st_size <= 16_000
+    assert sum(path.stat().st_size for path in (tmp_path / "m").iterdir()) <= 16_000
+
+
+def test_the_page_reads_a_mask_with_numpy_alone(mask, tmp_path):
+    """The block of docs/mask-format.md runs without torch and without mimu, and finds what was put in."""
+    mask.save(tmp_path / "cat")
+    page = (ROOT / "docs" / "mask-format.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(import json.*?)```", page, re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    block = block.replace("masks/cat/mask.safetensors", str(tmp_path / "cat" / "mask.safetensors"))
+    after = "\nimport sys\nassert not {'torch', 'mimu', 'safetensors'} & set(sys.modules)\n"
+    after += "print(json.dumps({name: flat.tolist() for name, flat in positions.items()}))\nprint(json.dumps(config))"
+    done = subprocess.run([sys.executable, "-c", block + after], capture_output=True, text=True, check=True)
+    positions, config = map(json.loads, done.stdout.splitlines())
+    assert positions == {name: flat.tolist() for name, flat in mask.positions.items()}
+    assert config.pop("digest") == mask.digest
+    assert config == mask.config.plain()
+
+
+def test_the_card_says_what_was_measured_and_what_a_mask_does_not_do(mask, tmp_path):
+    mask.save(tmp_path / "cat")
+    card = (tmp_path / "cat" / "README.md").read_text()
+    assert "cat (class 3)" in card
+    assert "| forget | 0.4 | 0.1 to 1.4 | 500 |" in card
+    assert "| retain | 91.25 | not measured | not recorded |" in card
+    assert mask.config.parent.state_sha256 in card
+    assert "| 0.weight | 8 x 6 | float32 | 30 |" in card
+    assert "torchvision weights.transforms()" in card
+    assert "neither smaller nor faster" in card
+    assert "can lift it" in card
+
+
+def test_saving_again_replaces_a_mask_but_no_other_files(mask, tmp_path):
+    mask.save(tmp_path / "cat")
+    other = mask_on(mlp(), "0.weight")
+    other.save(tmp_path / "cat")
+    assert Mask.load(tmp_path / "cat").digest == other.digest
+    (tmp_path / "cat" / "notes.txt").write_text("mine")
+    with pytest.raises(MaskError, match=r"notes\.txt"):
+        mask.save(tmp_path / "cat")
+    assert Mask.load(tmp_path / "cat").digest == other.digest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat"]
+
+
+def test_a_failed_save_leaves_nothing(mask, tmp_path, monkeypatch):
+    monkeypatch.setattr("mimu.mask.card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mask.save(tmp_path / "cat")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- files that are refused -------------------------------------------------------------------------------
+
+
+def rewritten(path: Path, change) -> None:
+    """Change (positions, config) of a mask file without making its digest anew."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    config = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"]["config"])
+    positions = load_file(path)
+    positions, config = change(positions, config) or (positions, config)
+    save_file(positions, path, metadata={"config": json.dumps(config)})
+
+
+def other_position(positions, config):
+    positions["0.weight"][-1] = 47 - (positions["0.weight"][-1] == 47).int()
+
+
+def other_score(positions, config):
+    config["scores"]["forget"] = 0.0
+
+
+def unsorted(positions, config):
+    positions["0.weight"] = positions["0.weight"].flip(0)
+
+
+def twice(positions, config):
+    positions["0.weight"][1] = positions["0.weight"][0]
+
+
+def outside(positions, config):
+    positions["0.weight"][-1] = 48
+
+
+def negative(positions, config):
+    positions["0.weight"][0] = -1
+
+
+def wide(positions, config):
+    positions["0.weight"] = positions["0.weight"].long()
+
+
+def floating(positions, config):
+    positions["0.weight"] = positions["0.weight"].float()
+
+
+def square(positions, config):
+    positions["0.weight"] = positions["0.weight"].view(2, -1)
+
+
+def stranger(positions, config):
+    positions["4.weight"] = torch.tensor([1], dtype=torch.int32)
+
+
+def lacking(positions, config):
+    del positions["2.weight"]
+
+
+def empty(positions, config):
+    return {name: flat[:0] for name, flat in positions.items()}, config
+
+
+def other_format(positions, config):
+    config["format"] = "adapter"
+
+
+def newer(positions, config):
+    config["version"] = 2
+
+
+def unknown_field(positions, config):
+    config["run_me"] = "x"
+
+
+def no_parent(positions, config):
+    del config["parent"]
+
+
+def no_class(positions, config):
+    config["forgotten"] = []
+
+
+def bad_class(positions, config):
+    config["forgotten"] = [{"index": "three", "name": "cat"}]
+
+
+def bad_hash(positions, config):
+    config["parent"]["state_sha256"] = "../../etc"
+
+
+def bad_shape(positions, config):
+    config["parent"]["targets"]["0.weight"]["shape"] = [-8, -6]
+
+
+def huge_shape(positions, config):
+    config["parent"]["targets"]["0.weight"]["shape"] = [2**40, 2**40]
+
+
+def no_digest(positions, config):
+    del config["digest"]
+
+
+def a_list(positions, config):
+    return positions, [1]
+
+
+BAD = {
+    other_position: "its digest says",
+    other_score: "its digest says",
+    no_digest: "its digest says",
+    unsorted: "not sorted",
+    twice: "some are there twice",
+    outside: "outside of its 48 weights",
+    negative: "outside of its 48 weights",
+    wide: "give torch.int32",
+    floating: "give int32 or int64",
+    square: "give int32 or int64",
+    stranger: "4.weight, which its config does not describe",
+    lacking: "describes 2.weight, in which the mask has no positions",
+    empty: "no weight off",
+    other_format: '"adapter" as format',
+    newer: "2 as version",
+    unknown_field: "unknown field 'run_me'",
+    no_parent: "lacks fields in the config .*parent",
+    no_class: "as forgotten",
+    bad_class: '"three" as index',
+    bad_hash: "64 hexadecimal digits",
+    bad_shape: "as shape",
+    huge_shape: "as shape",
+    a_list: "no mask config",
+}
+
+
+@pytest.mark.parametrize(("change", "says"), BAD.items(), ids=lambda one: getattr(one, "__name__", ""))
+def test_a_changed_file_is_refused(mask, tmp_path, change, says):
+    mask.save(tmp_path / "cat")
+    rewritten(tmp_path / "cat" / "mask.safetensors", change)
+    with pytest.raises(MaskError, match=says) as told:
+        Mask.load(tmp_path / "cat" / "mask.safetensors")
+    assert len(str(told.value)) < 400
+
+
+def test_an_edited_config_beside_the_file_is_refused(mask, tmp_path):
+    mask.save(tmp_path / "cat")
+    config = tmp_path / "cat" / "mask_config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"forget": 0.4', '"forget": 0.0'))
+    with pytest.raises(MaskError, match=r"does not say what mask\.safetensors says"):
+        Mask.load(tmp_path / "cat")
+    config.write_text(whole[:-9])
+    with pytest.raises(MaskError, match=r"mask_config\.json is damaged"):
+        Mask.load(tmp_path / "cat")
+    config.write_text("[" * 100_000)
+    with pytest.raises(MaskError, match=r"mask_config\.json is damaged"):
+        Mask.load(tmp_path / "cat")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 9, 500, -1])
+def test_a_cut_file_is_refused(mask, tmp_path, kept):
+    mask.save(tmp_path / "cat")
+    file = tmp_path / "cat" / "mask.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(MaskError, match=r"mask\.safetensors"):
+        Mask.load(tmp_path / "cat")
+
+
+def test_a_flipped_bit_is_never_read_as_another_mask(mask, tmp_path):
+    """Every 37th bit of the file in turn: it is refused, or the mask is the very same (padding)."""
+    mask.save(tmp_path / "cat")
+    file = tmp_path / "cat" / "mask.safetensors"
+    whole = file.read_bytes()
+    for at in range(0, 8 * len(whole), 37):
+        changed = bytearray(whole)
+        changed[at // 8] ^= 1 << at % 8
+        file.write_bytes(changed)
+        try:
+            again = Mask.load(file)
+        except MaskError:
+            continue
+        assert again.config == mask.config
+        assert all(torch.equal(again.positions[name], flat) for name, flat in mask.positions.items())
+
+
+def test_what_is_not_there_or_no_mask_is_said(tmp_path):
+    with pytest.raises(MaskError, match=r"there is no file .*mask"):
+        Mask.load(tmp_path / "mask")
+    with pytest.raises(MaskError, match=r"there is no file .*mask\.safetensors"):
+        Mask.load(tmp_path)
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(MaskError, match="holds no mask config"):
+        Mask.load(tmp_path / "model.safetensors")
+    torch.save({"w": torch.zeros(2)}, tmp_path / "model.pt")
+    with pytest.raises(MaskError, match="damaged or of another kind"):
+        Mask.load(tmp_path / "model.pt")
+
+
+# --- in memory --------------------------------------------------------------------------------------------
+
+
+def test_positions_of_large_parameters_have_64_bits():
+    parent = describe_parent(mlp(), ["0.weight"]).targets["0.weight"]
+    config = {"forgotten": CAT, "parent": {"state_sha256": "0" * 64, "framework": "torch"}}
+    for shape, dtype in (((2**31,), torch.int32), ((2**31 + 1,), torch.int64)):
+        config["parent"]["targets"] = {"w": {"shape": shape, "dtype": "float32", "sha256": parent.sha256}}
+        mask = Mask({"w": torch.tensor([0, shape[0] - 1])}, config)
+        assert mask.positions["w"].dtype == dtype
+        assert mask.positions["w"].tolist() == [0, shape[0] - 1]
+
+
+def test_full_masks_and_positions_say_the_same():
+    model = mlp()
+    mask = mask_on(model, ["0.weight", "2.weight"], 7)
+    keep = mask.keep()
+    for name, flat in mask.positions.items():
+        assert np.flatnonzero(~keep[name].numpy().ravel()).tolist() == flat.tolist()
+    for kind in (torch.bool, torch.uint8, torch.float32):
+        again = Mask.from_keep({name: one.to(kind) for name, one in keep.items()}, mask.config)
+        assert again.digest == mask.digest
+    with pytest.raises(MaskError, match=r"shape \[6, 8\]: give \[8, 6\]"):
+        Mask.from_keep({"0.weight": keep["0.weight"].mT, "2.weight": keep["2.weight"]}, mask.config)
+
+
+def test_a_config_that_is_no_json_is_refused():
+    parent = describe_parent(mlp(), ["0.weight"])
+    for scores in ({"forget": float("nan")}, {"forget": object()}):
+        with pytest.raises(MaskError, match="cannot be written as JSON"):
+            Config.read({"forgotten": CAT, "parent": parent, "scores": scores})
+
+
+def test_reading_a_mask_runs_nothing(tmp_path):
+    """A pickle in the mask's place is refused before anything in it is called."""
+
+    class Runs(nn.Module):
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "cat").mkdir()
+    torch.save(Runs(), tmp_path / "cat" / "mask.safetensors")
+    with pytest.raises(MaskError):
+        Mask.load(tmp_path / "cat")
+    assert not (tmp_path / "ran").exists()
