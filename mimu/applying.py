@@ -288,6 +288,8 @@ def _places(found: Found, values: Mapping[str, Tensor], positions: Mapping[str, 
     places: dict[str, Tensor] = {}
     for target, flat in positions.items():
         name, flat = found.homes[target], flat.to(torch.int64)
+        if not len(flat):
+            continue
         value = values[name]
         repeated = any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True))
         if repeated or type(value.data) is not Tensor:

@@ -395,7 +395,8 @@ def _removed(
         for key, edit in some.items():
             number = str(len(rows))
             value = container.load(key)
-            tensors[f"{number}.places"], tensors[f"{number}.bits"] = edit.places, read_bits(value, edit.places)
+            tensors[f"{number}.places"] = edit.places.clone()  # safetensors refuses tensors that share memory
+            tensors[f"{number}.bits"] = read_bits(value, edit.places)
             rows.append({"file": name, "key": list(key), "sha256": sha256_of(value)})
     touched = [name for name, some in edits.items() if some]
     sealed = {name: _sha256_of_file(place / name if name else place) for name in touched}

@@ -72,8 +72,9 @@ def declared() -> tuple[set[str], set[str]]:
     """(what the project and its extras need, what the dev group adds), by distribution."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = [line for lines in project["project"]["optional-dependencies"].values() for line in lines]
-    needed = map(Requirement, [*project["project"]["dependencies"], *extras])
-    dev = map(Requirement, project["dependency-groups"]["dev"])
+    groups = project["dependency-groups"]
+    needed = map(Requirement, [*project["project"]["dependencies"], *groups["pipeline"], *extras])
+    dev = map(Requirement, groups["dev"])
     return {canonicalize_name(r.name) for r in needed}, {canonicalize_name(r.name) for r in dev}
 
 
@@ -92,6 +93,15 @@ def test_every_import_of_the_tests_is_declared() -> None:
     assert distributions(sources()) - needed - dev == set(NOT_DECLARED)
 
 
+def test_the_package_needs_what_it_imports() -> None:
+    """`pip install .` brings the folder mimu alone, so that its imports are the project's dependencies."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    needed = {canonicalize_name(Requirement(line).name) for line in project["project"]["dependencies"]}
+    assert distributions([path for path in sources() if path.parent == ROOT / "mimu"]) == needed
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"] == ["mimu"]
+    assert project["tool"]["uv"]["default-groups"] == ["dev", "pipeline"]
+
+
 def test_everything_declared_is_used() -> None:
     needed, dev = declared()
     assert needed - distributions(without_tests()) == set()
@@ -101,5 +111,6 @@ def test_everything_declared_is_used() -> None:
 def test_every_dependency_has_a_lower_bound() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)
-    lines = project["project"]["dependencies"] + project["dependency-groups"]["dev"]
+    groups = project["dependency-groups"].values()
+    lines = [*project["project"]["dependencies"], *(line for group in groups for line in group)]
     assert [line for line in lines if not re.search(r">=\d", line)] == []

@@ -1,6 +1,8 @@
 """Small random networks of the kinds that users bring, and masks on them."""
 
+import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +47,8 @@ class NarrowResNet(ResNet):
         super().__init__(BasicBlock, [1, 1, 1, 1])
         self.fc = nn.Linear(64, 5)
 
-    def _make_layer(self, block: type[BasicBlock], planes: int, *rest: int, **named: int) -> nn.Sequential:
-        return super()._make_layer(block, planes // 8, *rest, **named)  # ty: ignore[invalid-argument-type]
+    def _make_layer(self, block: type, planes: int, *rest: Any, **named: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes // 8, *rest, **named)
 
 
 class Tied(nn.Module):
@@ -61,13 +63,13 @@ class Tied(nn.Module):
         return self.head(self.second(self.first(x).relu()).relu())
 
 
-def mlp(seed: int = 0) -> nn.Sequential:
+def mlp(seed: int = 0) -> Any:
     """Two linear layers with biases: [B, 6] -> [B, 4]; parameters 0.weight [8, 6] and 2.weight [4, 8]."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
 
 
-def resnet(seed: int = 0) -> nn.Module:
+def resnet(seed: int = 0) -> Any:
     """A narrow ResNet; layer4.0.conv2.weight is [64, 64, 3, 3]."""
     torch.manual_seed(seed)
     return NarrowResNet().eval()
@@ -83,6 +85,13 @@ def vit(seed: int = 0) -> nn.Module:
     """A vision transformer of one block."""
     torch.manual_seed(seed)
     return TinyViT().eval()
+
+
+def quantised() -> Any:
+    """`mlp` with its linear layers in int8, packed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear})  # ty: ignore[deprecated]
 
 
 def some_places(size: int, count: int, seed: int = 0) -> Tensor:

@@ -19,9 +19,9 @@ def test_a_composed_mask_switches_off_what_any_of_its_parts_does():
     both = compose(cat, dog)
     sets = [{name: set(flat.tolist()) for name, flat in mask.positions.items()} for mask in (cat, dog, both)]
     assert sets[2] == {"0.weight": sets[1]["0.weight"], "2.weight": sets[0]["2.weight"] | sets[1]["2.weight"]}
-    assert both.config.composition["shared"] == len(sets[0]["2.weight"] & sets[1]["2.weight"]) > 0
+    assert both.config.plain()["composition"]["shared"] == len(sets[0]["2.weight"] & sets[1]["2.weight"]) > 0
     assert both.forgotten == ("cat", "dog")
-    assert [part["digest"] for part in both.config.composition["parts"]] == [cat.digest, dog.digest]
+    assert [part["digest"] for part in both.config.plain()["composition"]["parts"]] == [cat.digest, dog.digest]
     with both.applied(model) as fit:
         together = bits(model)
         assert fit.grade == "parent"
@@ -40,7 +40,7 @@ def test_scores_of_parts_are_not_said_of_the_whole(tmp_path):
     both.save(tmp_path / "both")
     assert Mask.load(tmp_path / "both").config == both.config
     assert both.config.scores is None
-    assert [part["scores"] for part in both.config.composition["parts"]] == [{"forget": 0.5}] * 2
+    assert [part["scores"] for part in both.config.plain()["composition"]["parts"]] == [{"forget": 0.5}] * 2
     assert "Nothing was measured" in (tmp_path / "both" / "README.md").read_text()
 
 
@@ -65,7 +65,7 @@ def test_a_mask_becomes_pairs_of_torchs_pruning_and_comes_back():
     mask = mask_on(model, ["layer4.0.conv2.weight", "fc.weight"], 40)
     twin = nn.DataParallel(copy.deepcopy(model))
     mask.to_prune(twin)
-    inside = twin.module.layer4[0].conv2
+    inside = twin.get_submodule("module.layer4.0.conv2")
     assert torch.equal(inside.weight_mask.bool(), mask.keep()["layer4.0.conv2.weight"])
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), mask.applied(model):

@@ -322,9 +322,10 @@ def test_what_is_not_there_or_no_mask_is_said(tmp_path):
 
 def test_positions_of_large_parameters_have_64_bits():
     parent = describe_parent(mlp(), ["0.weight"]).targets["0.weight"]
-    config = {"forgotten": CAT, "parent": {"state_sha256": "0" * 64, "framework": "torch"}}
+    known = {"state_sha256": "0" * 64, "framework": "torch"}
     for shape, dtype in (((2**31,), torch.int32), ((2**31 + 1,), torch.int64)):
-        config["parent"]["targets"] = {"w": {"shape": shape, "dtype": "float32", "sha256": parent.sha256}}
+        targets = {"w": {"shape": shape, "dtype": "float32", "sha256": parent.sha256}}
+        config = {"forgotten": CAT, "parent": known | {"targets": targets}}
         mask = Mask({"w": torch.tensor([0, shape[0] - 1])}, config)
         assert mask.positions["w"].dtype == dtype
         assert mask.positions["w"].tolist() == [0, shape[0] - 1]

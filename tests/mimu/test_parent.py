@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import mimu.parent
 from mimu import Mask, MaskError, ParentWarning, describe_parent, state_sha256
-from tests.helpers.foreign import CAT, Tied, bits, mask_on, mlp, mobilenet, resnet, vit
+from tests.helpers.foreign import CAT, Tied, bits, mask_on, mlp, mobilenet, quantised, resnet, vit
 
 NETS = {"mlp": (mlp, "2.weight"), "resnet": (resnet, "layer4.0.conv2.weight"), "vit": (vit, "mlp.0.weight")}
 
@@ -175,7 +175,7 @@ def test_a_parent_is_described_from_its_state_dict_or_in_a_wrapper():
 # --- what would undo a mask -------------------------------------------------------------------------------
 
 
-def old_weight_norm(model: nn.Module) -> None:
+def old_weight_norm(model: nn.Sequential) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         nn.utils.weight_norm(model[2])
@@ -227,11 +227,8 @@ def test_another_layers_norm_is_no_matter():
 
 def test_a_quantised_parent_is_refused():
     mask = mask_on(mlp(), "2.weight")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quantised = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear})
     with pytest.raises(MaskError, match="mask the float parent"):
-        mask.apply(quantised)
+        mask.apply(quantised())
 
 
 def test_integers_in_the_place_of_weights_are_called_quantised():
