@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from core.artifacts import write_tensors
+from core.choices import Registry
 from core.config import Activations, Aggregations, SupportedVisionModels, UserError
 from graphs.layout import WeightGraph, layer_graph
 from graphs.message_passing import message_passing
@@ -143,6 +145,22 @@ class HookedModel(Classifier):
         return self.head(self.embed(images), 0)
 
 
+VISION_MODELS: Registry[Callable[..., HookedModel]] = Registry("vision model", SupportedVisionModels)
+"""By the name of the class."""
+Kind = TypeVar("Kind", bound=type[HookedModel])
+
+
+def vision_model(kind: Kind) -> Kind:
+    """Register a classifier under the name of its class, which is made as (num_classes, channels, size).
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    VISION_MODELS.add(kind.__name__, kind, kind.__module__)
+    return kind
+
+
+@vision_model
 class HookedMLPClassifier(HookedModel):
     """flatten -> 128 -> 64 -> classes, ReLU, no biases."""
 
@@ -154,6 +172,7 @@ class HookedMLPClassifier(HookedModel):
         return images.flatten(1)
 
 
+@vision_model
 class HookedResnet(HookedModel):
     """ResNet-18 (He et al. 2016, arXiv:1512.03385; 7x7 stem) -> 512 -> 128 -> classes, both without bias."""
 
@@ -172,12 +191,6 @@ class HookedResnet(HookedModel):
     def embed(self, images: Tensor) -> Tensor:
         """Pooled features [B, 512]."""
         return self.backbone(images)
-
-
-VISION_MODELS: dict[SupportedVisionModels, type] = {
-    SupportedVisionModels.HookedMLPClassifier: HookedMLPClassifier,
-    SupportedVisionModels.HookedResnet: HookedResnet,
-}
 
 
 def vision_model_loader(

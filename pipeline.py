@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from core.config import KappaModes, PipelineConfig, Trackers
+from core.hashes import load_plugins
 from core.observe import progress
 from measure.auto_kappa import Search, check_provable, search
 from measure.metrics import chosen_metrics
@@ -35,6 +36,7 @@ class Pipeline:
     """
 
     def __init__(self, config: PipelineConfig):
+        load_plugins(config.plugins)
         names = chosen_methods(config.eval.methods)
         chosen_metrics(config.eval.metrics)
         self.stages = Stages(replace(config, eval=replace(config.eval, methods=names)))

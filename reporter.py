@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.artifacts import HISTORY, DamagedError, read_json, write_text
 from core.config import ReporterConfig, UserError, plain
-from core.hashes import code_key, key_of
+from core.hashes import code_key, key_of, load_plugins, loaded_plugins
 from core.observe import log, progress, visible
 from core.records import read_records
 from core.store import read_manifest, write_manifest
@@ -114,7 +114,8 @@ class Reporter:
         """Write tables and figures of one run, with its training curves, or of a family; `apart`: from others."""
         folder = self.plots / name
         inputs = {"runs": runs, "apart": apart, "config": plain(self.config), "code": code_key("reporter")}
-        key = key_of(inputs | {"histories": histories})
+        plugins = list(load_plugins(loaded_plugins()).values())
+        key = key_of(inputs | {"histories": histories, "plugins": plugins})
         if is_drawn(folder, key):
             log(f"report: unchanged, {folder}")
             return folder

@@ -5,6 +5,7 @@ command has those that it needs:
 
     settings: Settings      the configuration of a run: every field is a flag, and --config FILE comes with them
     files: Files            paths, one for each time that the flag is given
+    plugin: Files           plugins, by this name; they are imported before any other flag is read
     here: Environment       what main.py has read from the environment; by this name, and no flag
     rest: tuple[str, ...]   words that no flag takes, for a command that refuses them itself; by this name, and no flag
 """
@@ -29,14 +30,16 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from core.choices import Choice, Plain, Section, bare, fit, hints
+from core.choices import Choice, OpenChoice, Plain, Section, bare, fit, hints
 from core.config import PROJECT_ROOT, PipelineConfig, UserError
+from core.hashes import load_plugins
 from core.observe import visible
 from core.yaml_files import load_config
 
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
 SHORT = {"eval.methods": "--methods", "eval.metrics": "--metrics", "data.skip_bad_images": "--skip-bad-images"}
 """Second names of fields that are typed often."""
+EXAMPLES = {"config": "configs/default.yaml", "plugin": "my_method.py"}
 METAVARS = {str: "TEXT", int: "INT", float: "NUMBER", Path: "PATH", NoneType: "None"}
 
 
@@ -65,6 +68,7 @@ class _Named:
     """The files that `--config` names."""
 
     config: tyro.conf.UseAppendAction[tuple] = ()
+    plugin: tyro.conf.UseAppendAction[tuple] = ()
 
 
 def show(text: object, file: TextIO | None = None) -> None:
@@ -87,7 +91,10 @@ def call(command: Callable[..., int | None], words: Sequence[str], name: str, he
     """
     known = inspect.signature(command).parameters
     words = list(_without_values(words, set(_switches(command))))
-    defaults = {"settings": load_config(_files(words))} if "settings" in known else {}
+    if {"settings", "plugin"} & {*known}:
+        load_plugins(_files(words, "plugin"))  # other flags may be names that a plugin registers
+    settings = "settings" in known and load_config(_files(words, "config") or [DEFAULT_CONFIG])
+    defaults = {"settings": settings} if settings else {}
     tolerant = "rest" in known
     found: Any = tyro.cli(
         _reader(command, defaults),
@@ -125,17 +132,27 @@ def _reader(command: Callable[..., Any], defaults: Mapping[str, Any]) -> Callabl
     return reader
 
 
-def _files(words: Sequence[str]) -> Sequence[Path]:
-    """Find the files that --config names, before the other flags are read: the files set those flags' defaults.
+def _files(words: Sequence[str], flag: str) -> Sequence[Path]:
+    """Read the files that are named ahead of everything else: other flags take defaults and names from them.
+
+    Args:
+        flag: "config" or "plugin".
 
     Raises:
-        UserError: --config stands without a file.
+        UserError: a flag names no file.
     """
     try:
         found, _ = tyro.cli(_Named, args=words, add_help=False, console_outputs=False, return_unknown_args=True)
     except SystemExit:  # unknown words are let through here, so a missing value is the only mistake left
-        raise UserError("--config names no file: give one, e.g. --config configs/default.yaml") from None
-    return [Path(file) for file in found.config] or [DEFAULT_CONFIG]
+        wrong = next((name for name in EXAMPLES if _names_none(words, name)), flag)
+        raise UserError(f"--{wrong} names no file: give one, e.g. --{wrong} {EXAMPLES[wrong]}") from None
+    return [Path(file) for file in getattr(found, flag)]
+
+
+def _names_none(words: Sequence[str], flag: str) -> bool:
+    """Whether a flag that takes a file stands without one."""
+    after = zip(words, [*words[1:], "--"], strict=True)
+    return any(word == f"--{flag}" and following.startswith("--") for word, following in after)
 
 
 # --- switches ---------------------------------------------------------------------------------------------
@@ -264,7 +281,7 @@ def _metavar(hint: Any) -> str:
     if origin is tuple:
         one = _metavar(get_args(kind)[0])
         return f"{one} [{one} ...]"
-    if isinstance(kind, type) and issubclass(kind, Choice):
+    if isinstance(kind, type) and issubclass(kind, (Choice, OpenChoice)):
         return f"{{{','.join(one.value for one in kind)}}}"
     return METAVARS[kind]
 

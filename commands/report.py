@@ -5,9 +5,10 @@ from typing import Annotated
 
 import tyro
 
-from commands.command_line import Environment, show
+from commands.command_line import Environment, Files, show
 from core.choices import at_home
 from core.config import PROJECT_ROOT, ReporterConfig, UserError
+from core.hashes import load_plugins
 
 Sides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="A B ...", help_behavior_hint="")]
 
@@ -15,6 +16,7 @@ Sides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="A B ...", help_behavio
 def report(
     output_dir: Path = Path(),
     compare: Sides = (),
+    plugin: Files = (),
     reporter: ReporterConfig = ReporterConfig(),  # noqa: B008
 ) -> None:
     """Make every table, plot and the HTML page again from the JSON records; or compare runs.
@@ -22,9 +24,11 @@ def report(
     Args:
         output_dir: Folder that runs wrote to.
         compare: Instead compare runs with the first one named: output folders, ids below output_dir, or FOLDER/ID.
+        plugin: Python file of your own that registers a plot (docs/extending.md).
     """
     from reporter import Reporter
 
+    load_plugins(plugin)
     made = Reporter(at_home(output_dir), reporter)
     if compare:
         show(made.compare(compare))
@@ -34,15 +38,17 @@ def report(
     show(made.page)
 
 
-def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs") -> None:
+def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs", plugin: Files = ()) -> None:
     """Write docs/methods.md and docs/metrics.md anew from what is registered.
 
     Args:
         example: JSON record of a run, for the pages' example values. None: the committed values stay.
         folder: Where the pages are written.
+        plugin: Python file of your own that registers methods or metrics (docs/extending.md).
     """
     from commands.docs import write_docs
 
+    load_plugins(plugin)
     for path in write_docs(example and at_home(example), at_home(folder)):
         show(path)
 

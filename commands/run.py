@@ -62,13 +62,16 @@ def train_gcn(
     return 0
 
 
-def sweep(here: Environment, config: Files = (), quiet: bool = False, rest: tuple[str, ...] = ()) -> int:
+def sweep(
+    here: Environment, config: Files = (), plugin: Files = (), quiet: bool = False, rest: tuple[str, ...] = ()
+) -> int:
     """Carry out many runs, over lists of values for any field: local processes, Slurm or Ray.
 
     The section `sweep` of a configuration file says which; configs/sweep_example.yaml shows how.
 
     Args:
         config: YAML file of settings; later files win over earlier ones.
+        plugin: Python file of your own that registers a method or another part (docs/extending.md).
         quiet: Print nothing about progress on stderr.
     """
     be_quiet(quiet)
@@ -78,6 +81,7 @@ def sweep(here: Environment, config: Files = (), quiet: bool = False, rest: tupl
     from commands.sweep import load_sweep, run_sweep, table
 
     jobs, base = load_sweep(config)
+    base = replace(base, plugins=(*base.plugins, *plugin))
     here.curves(base.output_dir)
     ended = run_sweep(jobs, base)
     show(table(ended))

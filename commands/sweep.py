@@ -52,6 +52,8 @@ class SweepConfig:
         bad = [name for name, values in self.over.items() if not isinstance(values, list) or not values]
         if bad:
             raise UserError(f"sweep.over.{bad[0]} is no list of values: write it as [value, value]")
+        if "plugins" in self.over:
+            raise UserError("sweep.over.plugins: name plugins once, for all jobs, as `plugins: [FILE]` at the margin")
         if self.executor not in EXECUTORS:
             raise UserError(f"sweep.executor is {self.executor}: choose from {', '.join(EXECUTORS)}")
         if not isinstance(self.workers, int) or self.workers < 1:
@@ -170,7 +172,7 @@ def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
         UserError: a field does not exist, or a value does not fit its field.
     """
     # Every source file counts: a job is skipped only if no file that could change its values has changed.
-    code = whole_code()
+    code = whole_code(base.plugins)
     jobs: dict[str, Job] = {}
     known: dict[str, dict] = {}  # hashes by what is named: most jobs of a sweep name the same images and files
     for values in product(*sweep.over.values()):
@@ -217,7 +219,7 @@ def run_job(job: Job, threads: int | None = None) -> dict:
     begun = time.time()
     outcome: dict[str, Any] = {"key": job.key, "settings": plain_settings(job), "status": "failed", "records": []}
     try:
-        check_same_code(job.code)
+        check_same_code(job.code, job.config.plugins)
         with running(job.config.output_dir):
             pipeline = Pipeline(job.config)
             if job.speaks:

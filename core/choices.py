@@ -1,17 +1,22 @@
-"""The closed choices of a run, and the errors that are said in one sentence. No torch here."""
+"""The choices of a run, closed ones and open ones, and the errors that are said in one sentence. No torch here.
 
+A closed choice is an enum. An open choice is a name under which something is registered: a dataset, a classifier, a set
+of node features; a plugin (`core.hashes.load_plugins`) registers more.
+"""
+
+import importlib
 import json
 import math
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum, StrEnum
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -47,28 +52,6 @@ def at_home(path: Path) -> Path:
 
 class Choice(StrEnum):
     """A closed choice whose NAME equals its VALUE, so that YAML, flags, file names and README agree."""
-
-
-class SupportedVisionModels(Choice):
-    """Classifier architectures; each has one entry in `model.py`."""
-
-    HookedMLPClassifier = "HookedMLPClassifier"
-    HookedResnet = "HookedResnet"
-
-
-class SupportedDatasets(Choice):
-    """Image datasets; each has one spec in `images/specs.py`. FOLDER is any tree of class folders with images."""
-
-    DIGITS = "DIGITS"
-    FASHION_MNIST = "FASHION_MNIST"
-    MNIST = "MNIST"
-    CIFAR10 = "CIFAR10"
-    CIFAR100 = "CIFAR100"
-    SVHN = "SVHN"
-    IMAGENET_SMALL = "IMAGENET_SMALL"
-    PLANT_CLASSIFICATION = "PLANT_CLASSIFICATION"
-    POKEMON_CLASSIFICATION = "POKEMON_CLASSIFICATION"
-    FOLDER = "FOLDER"
 
 
 class SFTModes(Choice):
@@ -126,17 +109,6 @@ class ForgetLosses(Choice):
     both = "both"
 
 
-class FeatureSets(Choice):
-    """Node features of the unlearning objective, each set with the ones before it; columns: `unlearn/features.py`.
-
-    basic: h, z, W, g. contrast: the forgotten classes against the retained. taylor: signed first-order importances.
-    """
-
-    basic = "basic"
-    contrast = "contrast"
-    taylor = "taylor"
-
-
 class KappaModes(Choice):
     """Which kappas are run: those of `kappa_list`, or the smallest that meets the target of `auto`."""
 
@@ -178,6 +150,190 @@ class Trackers(Choice):
 
     trackio = "trackio"
     none = "none"
+
+
+# --- open choices: names under which something is registered ----------------------------------------------------------
+
+
+class Names(type):
+    """The class of an open choice: its names are looked up, counted and listed as those of an enum are."""
+
+    _known: dict[str, Any]
+
+    def __getitem__(cls, name: str) -> Any:
+        """The choice of this name. Raises KeyError: there is none."""
+        return cls._known[name]
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(list(cls._known.values()))
+
+    def __len__(cls) -> int:
+        return len(cls._known)
+
+
+class OpenChoice(str, metaclass=Names):
+    """A name under which something is registered. NAME equals VALUE, and there is one object for each name.
+
+    The names that a subclass declares are built in: they are known before anything is registered, so that settings are
+    checked, and `--help` answers, without importing torch. `Registry.add` makes others known.
+
+    Raises:
+        ValueError: nothing is registered under the name.
+    """
+
+    __slots__ = ()
+    built_in: ClassVar[tuple[str, ...]]
+    """The declared names, in order."""
+    registered_in: ClassVar[str]
+    """The module whose import registers what belongs to the project."""
+    _known: ClassVar[dict[str, Any]]
+    _made: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls, registered_in: str) -> None:
+        cls.registered_in, cls._known, cls._made = registered_in, {}, {}
+        cls.built_in = tuple(cls.__annotations__)
+        for name in cls.built_in:
+            setattr(cls, name, cls.known(name))
+
+    def __new__(cls, name: str) -> Self:
+        if name not in cls._known:
+            raise ValueError(f"{name!r} is not a valid {cls.__name__}")
+        return cls._known[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process reads a configuration before it loads the plugin that registers the name.
+        return _unpickled, (type(self), str(self))
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+    @classmethod
+    def one(cls, name: str) -> Self:
+        """The object of a name, whether or not anything is registered under it."""
+        return cls._made.setdefault(name, str.__new__(cls, name))
+
+    @classmethod
+    def known(cls, name: str) -> Self:
+        """The object of a name that is known from now on."""
+        return cls._known.setdefault(name, cls.one(name))
+
+    @classmethod
+    def forget(cls, name: str) -> None:
+        """Know a name no longer."""
+        cls._known.pop(name, None)
+
+    @classmethod
+    def found(cls, name: str) -> Self | None:
+        """The known choice of a name in any case, None if there is none."""
+        matching = [one for known, one in cls._known.items() if known.lower() == name.lower()]
+        return matching[0] if matching else None
+
+    @property
+    def value(self) -> str:
+        """The name as a plain text."""
+        return str(self)
+
+    name = value
+
+
+def _unpickled(kind: type[OpenChoice], name: str) -> OpenChoice:
+    return kind.one(name)
+
+
+class SupportedVisionModels(OpenChoice, registered_in="model"):
+    """Classifier architectures; `model.vision_model` registers one."""
+
+    HookedMLPClassifier: ClassVar["SupportedVisionModels"]
+    HookedResnet: ClassVar["SupportedVisionModels"]
+
+
+class SupportedDatasets(OpenChoice, registered_in="images.specs"):
+    """Image datasets; `images.specs.dataset` registers one. FOLDER is any tree of class folders with images."""
+
+    DIGITS: ClassVar["SupportedDatasets"]
+    FASHION_MNIST: ClassVar["SupportedDatasets"]
+    MNIST: ClassVar["SupportedDatasets"]
+    CIFAR10: ClassVar["SupportedDatasets"]
+    CIFAR100: ClassVar["SupportedDatasets"]
+    SVHN: ClassVar["SupportedDatasets"]
+    IMAGENET_SMALL: ClassVar["SupportedDatasets"]
+    PLANT_CLASSIFICATION: ClassVar["SupportedDatasets"]
+    POKEMON_CLASSIFICATION: ClassVar["SupportedDatasets"]
+    FOLDER: ClassVar["SupportedDatasets"]
+
+
+class FeatureSets(OpenChoice, registered_in="unlearn.features"):
+    """Node features of the unlearning objective; `unlearn.features.feature_set` registers a set.
+
+    basic: h, z, W, g. contrast: besides, the forgotten classes against the retained. taylor: besides, signed
+    first-order importances.
+    """
+
+    basic: ClassVar["FeatureSets"]
+    contrast: ClassVar["FeatureSets"]
+    taylor: ClassVar["FeatureSets"]
+
+
+# --- registries -------------------------------------------------------------------------------------------
+
+Entry = TypeVar("Entry")
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,79}"
+"""What a registered name looks like: it becomes part of records and of paths."""
+ENTERED: list[tuple["Registry", str]] = []
+"""Everything that was registered in this process, in order."""
+
+
+class NotRegistered(ValueError):
+    """A name that is taken, or that nothing can be registered under."""
+
+
+class Registry(dict[str, Entry], Generic[Entry]):
+    """What is registered of one kind, by name: methods, metrics, datasets, classifiers, node features or figures.
+
+    Args:
+        kind: what one entry is called in error messages.
+        names: the open choice that the names belong to, if settings name an entry.
+        reserved: names that mean something else.
+
+    Attributes:
+        modules: name -> the module that registered it.
+    """
+
+    def __init__(self, kind: str, names: type[OpenChoice] | None = None, reserved: Sequence[str] = ()):
+        super().__init__()
+        self.kind, self.names, self.reserved = kind, names, tuple(reserved)
+        self.modules: dict[str, str] = {}
+
+    def add(self, name: str, entry: Entry, module: str) -> None:
+        """Keep an entry under a free name.
+
+        Args:
+            module: the module that registers it.
+
+        Raises:
+            NotRegistered: the name is taken, reserved, or no name.
+        """
+        if taken := next((known for known in self if known.lower() == name.lower()), None):
+            other = f"{self.modules[taken]} registers one"
+            raise NotRegistered(f"{module} registers a second {self.kind} {name!r}, {other}: choose another name")
+        if name in self.reserved:
+            raise NotRegistered(
+                f"{module} registers a {self.kind} {name!r}, which means something else: choose another name"
+            )
+        if not re.fullmatch(NAME, name):
+            raise NotRegistered(
+                f"{module} registers a {self.kind} {name!r}: a name has letters, digits and _ . @ - alone"
+            )
+        self[name], self.modules[name] = entry, module
+        if self.names:
+            self.names.known(name)
+        ENTERED.append((self, name))
+
+    def remove(self, name: str) -> None:
+        """Take an entry out, with its name."""
+        del self[name]
+        if self.names and name not in self.names.built_in:
+            self.names.forget(name)
 
 
 # --- a value of a configuration -> its field's type, whoever wrote it: YAML, a sweep, a flag or Python ----------------
@@ -261,7 +417,7 @@ def needed(hint: Any) -> str:
         return " or ".join("null" if part is NoneType else needed(part) for part in get_args(kind))
     if origin is tuple:
         return f"{needed(get_args(kind)[0])}, or several in brackets: [a, b]"
-    if isinstance(kind, type) and issubclass(kind, Enum):
+    if isinstance(kind, type) and issubclass(kind, Enum | OpenChoice):
         return f"one of {', '.join(one.value for one in kind)}"
     words = {bool: "true or false", int: f"a whole number{limits}", float: f"a number{limits}", str: "a text"}
     return words.get(kind, "a path in quotes" if kind is Path else "its fields, e.g. {name: value}")
@@ -320,6 +476,8 @@ def _converted(value: Any, kind: Any) -> Any:
         named = value.value if isinstance(value, kind) else value
         found = [one for one in kind if isinstance(named, str) and one.value.lower() == named.lower()]
         return found[0] if found else None
+    if isinstance(kind, type) and issubclass(kind, OpenChoice):
+        return value if isinstance(value, kind) else _open(value, kind)
     if kind is bool:
         return value if isinstance(value, bool) else TRUTH.get(value.lower()) if isinstance(value, str) else None
     if isinstance(value, bool):
@@ -330,11 +488,20 @@ def _converted(value: Any, kind: Any) -> Any:
     if kind is float:
         return _number(value)
     if kind is str:
-        return str(value) if isinstance(value, str) and not isinstance(value, Enum) else None
+        return str(value) if isinstance(value, str) and not isinstance(value, Enum | OpenChoice) else None
     if kind is Path:
         usable = isinstance(value, str | Path) and str(value) and "\0" not in str(value)
         return at_home(Path(value)) if usable else None
     return None
+
+
+def _open(value: Any, kind: type[OpenChoice]) -> OpenChoice | None:
+    """The open choice of this name in any case; a name that is not known yet may belong to the project all the same."""
+    if not isinstance(value, str) or isinstance(value, Enum | OpenChoice):
+        return None
+    if not kind.found(value):
+        importlib.import_module(kind.registered_in)
+    return kind.found(value)
 
 
 def _number(value: Any) -> float | None:

@@ -12,6 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
 
+import tyro
+
 from core.choices import (
     Activations,
     Aggregations,
@@ -22,6 +24,7 @@ from core.choices import (
     KappaModes,
     MaskStrategies,
     Objectives,
+    OpenChoice,
     Section,
     SFTModes,
     Starts,
@@ -45,6 +48,9 @@ Positive = Annotated[float, Within(0, 1e30, above=True)]
 Weight = Annotated[float, Within(0, 1e30)]
 Temperature = Annotated[float, Within(1e-4, 1e4)]
 Share = Annotated[float, Within(1e-6, 1 - 1e-6)]
+PluginFiles = Annotated[
+    tuple[Path, ...], tyro.conf.arg(aliases=("--plugin",), metavar="FILE"), tyro.conf.UseAppendAction
+]
 LABEL = "label:"  # before a number that is meant as a label, in texts that name a class
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -299,6 +305,9 @@ class PipelineConfig(Section):
     """Use these graphs instead of making them."""
     gcn_path: Path | None = None
     """Use this GCN, for every topK, instead of training one."""
+    plugins: PluginFiles = ()
+    """Python files of your own that register a method, a metric, a dataset, a classifier, node features or a figure
+    (docs/extending.md). A plugin is code: it runs with all your rights."""
     resume: bool = False
     """Go on within the classifier's training where an interrupted run saved its state."""
     tracker: Trackers = Trackers.none
@@ -325,6 +334,8 @@ class PipelineConfig(Section):
             values = getattr(self, name)
             _require(bool(values), f"{name} is empty", "give at least one number of weights, e.g. 200")
             _require(len(set(values)) == len(values), f"{name} is {list(values)}", "name each value once")
+        paths = [str(path) for path in self.plugins]
+        _require(len(set(paths)) == len(paths), f"plugins is {paths}", "name each file once")
         known = re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device) is not None
         _require(known, f"device is {self.device!r}", "choose auto, cpu, cuda or cuda:N")
 
@@ -343,7 +354,7 @@ def plain(config: object) -> dict:
             return {key: convert(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [convert(item) for item in value]
-        if isinstance(value, Enum):
+        if isinstance(value, Enum | OpenChoice):
             return value.value
         return str(value) if isinstance(value, Path) else value
 

@@ -1,20 +1,32 @@
-"""What things are told apart by: hashes of files, arrays, inputs and source code, and where a result comes from."""
+"""What things are told apart by: hashes of files, arrays, inputs and source code, and where a result comes from.
+
+The source code is the project's own and that of plugins, which are imported here.
+"""
 
 import ast
 import hashlib
+import importlib.util
 import json
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from core.choices import ENTERED, NotRegistered, Registry, at_home
 from core.config import PROJECT_ROOT, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "safetensors", "pillow")
 
@@ -41,8 +53,10 @@ def _sha256_of(path: Path, *_: int) -> str:
     return _sha256(path)
 
 
-def sha256_arrays(arrays: Iterable[np.ndarray]) -> str:
+def sha256_arrays(arrays: Iterable["np.ndarray"]) -> str:
     """SHA-256 over dtype, shape and bytes of arrays."""
+    import numpy as np  # here, because help pages need what stands below and no arrays
+
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode())
@@ -137,19 +151,18 @@ def code_key(module: str) -> str:
     return _hash_of(closure(module))
 
 
-@lru_cache
-def whole_code() -> str:
-    """Hash all source files that this process runs."""
-    return _hash_of(_imported())
+def whole_code(plugins: Sequence[Path] = ()) -> str:
+    """Hash all source files that this process runs, these plugins included."""
+    return key_of({"project": _hash_of(_imported()), "plugins": list(load_plugins(plugins).values())})
 
 
-def check_same_code(other: str) -> None:
+def check_same_code(other: str, plugins: Sequence[Path] = ()) -> None:
     """See that this process runs the code of the one that started it, whose `whole_code` is given.
 
     Raises:
         UserError: files were edited in between.
     """
-    if whole_code() != other:
+    if whole_code(plugins) != other:
         raise UserError("source files were changed since this run began, so that its processes differ: start it again")
 
 
@@ -177,3 +190,128 @@ def provenance() -> dict[str, object]:
 def now() -> str:
     """UTC time, ISO 8601, seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- plugins ----------------------------------------------------------------------------------------------
+
+GUIDE = "docs/extending.md"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin as this process runs it.
+
+    Args:
+        path: as it was given first. sha256: of the bytes that were imported. registered: such as "metric oddity".
+    """
+
+    path: Path
+    sha256: str
+    registered: tuple[str, ...]
+
+
+class _Bytes(SourceFileLoader):
+    """Import the bytes that were hashed: a file that is read twice may have changed, and so may a `.pyc` of it."""
+
+    def __init__(self, name: str, path: Path, data: bytes):
+        super().__init__(name, str(path))
+        self._data = data
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self._data, self.path)
+
+
+_PLUGINS: dict[Path, Plugin] = {}  # resolved path -> plugin
+
+
+def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
+    """Import plugins, each once for the life of this process: Python files that register something.
+
+    A plugin is code, which runs with all the rights of whoever started this process. A file that is edited after it
+    was imported is not imported again, and keeps the hash of what runs.
+
+    Returns:
+        Path as given -> SHA-256 of the bytes that were imported.
+
+    Raises:
+        UserError: a file is missing or no `.py` file, cannot be imported, or registers nothing or a name that is taken.
+    """
+    return {str(path): plugin(path).sha256 for path in paths}
+
+
+def loaded_plugins() -> tuple[Path, ...]:
+    """The plugins that this process has imported, in order, for processes that it starts."""
+    return tuple(_PLUGINS)
+
+
+def plugin(path: Path) -> Plugin:
+    """A plugin, imported unless it was.
+
+    Raises:
+        UserError: as `load_plugins`.
+    """
+    place = at_home(path).resolve()
+    if place not in _PLUGINS:
+        if place.suffix != ".py" or not place.is_file():
+            found = "is not there" if not place.exists() else "is no Python file"
+            raise UserError(f"plugins names {path}, which {found}: give the path of a file that ends in .py")
+        try:
+            data = place.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the plugin {path} ({error.strerror}): check its permissions") from None
+        _PLUGINS[place] = Plugin(path, hashlib.sha256(data).hexdigest(), _registered_by(place, path, data))
+    return _PLUGINS[place]
+
+
+def _registered_by(place: Path, path: Path, data: bytes) -> tuple[str, ...]:
+    """Import a plugin's bytes; returns what it registers. An import that fails leaves nothing registered.
+
+    Raises:
+        UserError: as `load_plugins`.
+    """
+    # The name follows from the path alone, so that other processes find a plugin's classes under the same name.
+    name = f"plugin_{place.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, place, loader=_Bytes(name, place, data))
+    assert spec
+    assert spec.loader
+    module, before = importlib.util.module_from_spec(spec), len(ENTERED)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        for entry in _by_others(before):
+            entry[0].remove(entry[1])
+            ENTERED.remove(entry)
+        del sys.modules[name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise UserError(_failure(place, path, error)) from None
+    made = tuple(f"{registry.kind} {entered}" for registry, entered in _by_others(before))
+    if not made:
+        del sys.modules[name]
+        raise UserError(f"the plugin {path} registers nothing: let it register a method or another part, see {GUIDE}")
+    return made
+
+
+def _by_others(begin: int) -> list[tuple[Registry, str]]:
+    """What was registered from a place in `ENTERED` on, without what files of the project registered.
+
+    A plugin's imports may be the first of a room whose files register their own.
+    """
+    return [
+        (registry, name)
+        for registry, name in ENTERED[begin:]
+        if f"{registry.modules[name].replace('.', '/')}.py" not in _BEGAN
+    ]
+
+
+def _failure(place: Path, path: Path, error: BaseException) -> str:
+    """What is wrong with a plugin that cannot be imported, and in which line."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(place)]
+    line = (
+        error.lineno if isinstance(error, SyntaxError) and error.filename == str(place) else lines[-1] if lines else 1
+    )
+    if isinstance(error, NotRegistered):
+        return f"the plugin {path}, line {line}: {error}"
+    what = " ".join(f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}".split())
+    return f"the plugin {path}, line {line}, cannot be imported ({what.removesuffix(':').strip()}): correct that line"

@@ -208,6 +208,7 @@ FIELDS: dict[str, Check] = {
             "device": text(),
             "started": text(),
             "seconds": named(number(0)),
+            "plugins": named(key),
         },
     ),
     "methods": by_method(measured),

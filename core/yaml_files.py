@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.choices import Plain, UserError, at_home, bare, did_you_mean, fit, hints, shown
 from core.config import PipelineConfig
+from core.hashes import load_plugins
 
 if TYPE_CHECKING:
     from yaml import Node
@@ -237,12 +238,21 @@ def made(values: Mapping[str, Any], kind: type = PipelineConfig) -> Any:
 def load_config(paths: Sequence[Path], aside: Sequence[str] = ()) -> PipelineConfig:
     """Merge YAML files, in order, over the defaults; keys named in `aside` are someone else's.
 
+    Plugins that a file names are imported first, so that other values may be names that they register.
+
     Raises:
-        UserError: a file is missing or not YAML, or a key or value does not fit the schema.
+        UserError: a file is missing or not YAML, a key or value does not fit the schema, or as `load_plugins`.
     """
     values: dict[str, Any] = {}
-    for path in paths:
-        words = read_words(Path(path))
+    said = [read_words(Path(path)) for path in paths]
+    for words in said:
+        if "plugins" in words.values:
+            named = typed({"plugins": words.values["plugins"]}, words.wrong)["plugins"]
+            try:
+                load_plugins(named)
+            except UserError as error:
+                raise words.wrong("plugins", str(error)) from None
+    for words in said:
         own = {key: value for key, value in words.values.items() if key not in aside}
         values = merged(values, typed(own, words.wrong))
     try:

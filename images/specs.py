@@ -3,6 +3,7 @@
 import gzip
 import math
 import re
+import sys
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.choices import SupportedDatasets, UserError, at_home
+from core.choices import Registry, SupportedDatasets, UserError, at_home
 from core.config import derive_seed
 from imagenet_classes import IMAGENET2012_CLASSES
 
@@ -146,12 +147,12 @@ class DatasetSpec:
     channels: int
     size: int
     """Side of the square images [C, size, size]; a tree's are scaled to it."""
-    folder: str
+    folder: str = ""
     """Default place: below datasets/, or with a leading ~ anywhere."""
-    files: str
+    files: str = "none"
     """The files that are needed there."""
-    licence: str
-    source: str
+    licence: str = "not stated"
+    source: str = "not stated"
     """Where it comes from, for those who fetch it by hand."""
     read: Callable[[Path, bool], Arrays] | None = None
     layout: str = ""
@@ -183,49 +184,82 @@ class DatasetSpec:
 _IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz"
 _TREE = "{train,test}/<class>/ with image files"
 _tree = partial(DatasetSpec, 3, 128, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))  # of ImageNet
-_FETCHED = {
-    SupportedDatasets.FASHION_MNIST: DatasetSpec(
+SPECS: Registry[DatasetSpec] = Registry("dataset", SupportedDatasets)
+"""By name."""
+
+
+def dataset(name: str, spec: DatasetSpec) -> SupportedDatasets:
+    """Register a dataset.
+
+    Raises:
+        ValueError: the name is taken, or the spec says neither or both of how arrays are read and how a tree is laid
+            out, or arrays without the names of their classes.
+    """
+    if (spec.read is None) == (not spec.layout) or (spec.read and not spec.classes):
+        raise ValueError(f"dataset {name!r} needs either `read` and the names of its `classes`, or a `layout`")
+    SPECS.add(name, spec, sys._getframe(1).f_globals["__name__"])  # a spec of a tree holds nothing that says it
+    return SupportedDatasets[name]
+
+
+dataset(
+    "DIGITS",
+    DatasetSpec(
+        *(1, 8, "", "none (inside scikit-learn)", "CC BY 4.0 (UCI)", "sklearn.datasets.load_digits"),
+        *(_read_digits, "", DIGIT_NAMES),
+    ),
+)
+dataset(
+    "FASHION_MNIST",
+    DatasetSpec(
         *(1, 28, "FashionMNIST/raw", _IDX, "MIT", "https://github.com/zalandoresearch/fashion-mnist"),
         *(_read_mnist, "", FASHION_NAMES),
         torchvision="FashionMNIST",
         inner="raw",
         marker="train-images-idx3-ubyte",
     ),
-    SupportedDatasets.MNIST: DatasetSpec(
+)
+dataset(
+    "MNIST",
+    DatasetSpec(
         *(1, 28, "MNIST/raw", _IDX, "CC BY-SA 3.0", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
         *(_read_mnist, "", DIGIT_NAMES),
         torchvision="MNIST",
         inner="raw",
         marker="train-images-idx3-ubyte",
     ),
-    SupportedDatasets.CIFAR10: DatasetSpec(
+)
+dataset(
+    "CIFAR10",
+    DatasetSpec(
         *(3, 32, "", "cifar-10-batches-py/", "none stated", "https://www.cs.toronto.edu/~kriz/cifar.html"),
         *(_read_cifar10, "", CIFAR10_NAMES),
         torchvision="CIFAR10",
         inner="cifar-10-batches-py",
         marker="data_batch_1",
     ),
-    SupportedDatasets.CIFAR100: DatasetSpec(
+)
+dataset(
+    "CIFAR100",
+    DatasetSpec(
         *(3, 32, "", "cifar-100-python/", "none stated", "https://www.cs.toronto.edu/~kriz/cifar.html"),
         *(_read_cifar100, "", CIFAR100_NAMES),
         torchvision="CIFAR100",
         inner="cifar-100-python",
         marker="train",
     ),
-    SupportedDatasets.SVHN: DatasetSpec(
+)
+dataset(
+    "SVHN",
+    DatasetSpec(
         *(3, 32, "", "{train,test}_32x32.mat", "non-commercial use", "http://ufldl.stanford.edu/housenumbers/"),
         *(_read_svhn, "", DIGIT_NAMES),
         torchvision="SVHN",
         marker="train_32x32.mat",
     ),
-}
-SPECS: dict[SupportedDatasets, DatasetSpec] = {
-    SupportedDatasets.DIGITS: DatasetSpec(
-        *(1, 8, "", "none (inside scikit-learn)", "CC BY 4.0 (UCI)", "sklearn.datasets.load_digits"),
-        *(_read_digits, "", DIGIT_NAMES),
-    ),
-    **_FETCHED,
-    SupportedDatasets.IMAGENET_SMALL: _tree(
+)
+dataset(
+    "IMAGENET_SMALL",
+    _tree(
         folder="~/Datasets/ImageNet-small",
         files="{train,val}*/ with n01440764/*.JPEG or *_n01440764.JPEG, or the same as *.tar.gz",
         licence="non-commercial research, terms of image-net.org",
@@ -235,7 +269,10 @@ SPECS: dict[SupportedDatasets, DatasetSpec] = {
         ids=tuple(IMAGENET2012_CLASSES),
         hub="ILSVRC/imagenet-1k",
     ),
-    SupportedDatasets.PLANT_CLASSIFICATION: _tree(
+)
+dataset(
+    "PLANT_CLASSIFICATION",
+    _tree(
         folder="~/Datasets/Plant-classification",
         files=_TREE,
         licence="as its source says",
@@ -243,7 +280,10 @@ SPECS: dict[SupportedDatasets, DatasetSpec] = {
         layout="folders",
         expected_classes=64,
     ),
-    SupportedDatasets.POKEMON_CLASSIFICATION: _tree(
+)
+dataset(
+    "POKEMON_CLASSIFICATION",
+    _tree(
         folder="~/Datasets/Pokemon-classification",
         files="{train,valid,test}/<class>/ with image files, or the same as .zip or .parquet",
         licence="as its source says",
@@ -252,14 +292,17 @@ SPECS: dict[SupportedDatasets, DatasetSpec] = {
         hub="keremberke/pokemon-classification",
         pooled=True,
     ),
-    SupportedDatasets.FOLDER: _tree(
+)
+dataset(
+    "FOLDER",
+    _tree(
         folder="images",
         files="<class>/ or {train,test}/<class>/ with image files",
         licence="yours",
         source="yours: name it with --dataset-path",
         layout="folders",
     ),
-}
+)
 
 
 def dataset_root(dataset: SupportedDatasets, dataset_path: Path | None, datasets_dir: Path) -> Path:

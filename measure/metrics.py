@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from core.choices import Registry
 from core.config import UserError
 from measure.attacks import caught, logistic_calls, separation, svc_calls
+from measure.integrity import COSTS
 from model import HookedModel, predictions
 
 OutputsOf = Callable[[str, bool], "Outputs"]
@@ -289,7 +291,7 @@ GROUPS = {
     "retrain": "the retrained models' outputs",
     "deep": "the model itself: relearning, probes, representations",
 }
-METRICS: dict[str, Metric] = {}
+METRICS: Registry[Metric] = Registry("metric", reserved=("all", *GROUPS, *COSTS))
 CONFIDENT = 0.9  # above this probability a model is sure of itself
 
 
@@ -308,10 +310,7 @@ def metric(
     assert group in GROUPS, group
 
     def register(function: Compute) -> Compute:
-        if name in METRICS:
-            taken = f"{METRICS[name].compute.__module__} registers one"
-            raise ValueError(f"{function.__module__} registers a second metric {name!r}, {taken}: choose another name")
-        METRICS[name] = Metric(name, unit, better, function, group, target, source, first)
+        METRICS.add(name, Metric(name, unit, better, function, group, target, source, first), function.__module__)
         return function
 
     return register

@@ -190,6 +190,7 @@ def _run_text(run: Run, apart: str) -> dict:
     """Return what the page says of a run in itself; `apart`: what tells its family from others of the same name."""
     first = run[0]
     about = first["provenance"]
+    plugins = about.get("plugins", {})
     facts = {
         "commit": f"{about['commit'] or 'unknown'}{' (changed files)' if about['dirty'] else ''}",
         "started": about["started"],
@@ -197,6 +198,7 @@ def _run_text(run: Run, apart: str) -> dict:
         "repeatability": about.get("repeatability", "not recorded"),
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in about["seconds"].items()),
         "versions": ", ".join(f"{name} {value}" for name, value in about["versions"].items()),
+        **({"plugins": ", ".join(f"{name} (sha256 {value})" for name, value in plugins.items())} if plugins else {}),
         "record": ", ".join(record["id"] for record in run[:12]) + (" ..." if len(run) > 12 else ""),
     }
     return {

@@ -1,6 +1,7 @@
 """Figures declared as data: records -> panels, which `draw` draws for print and the page on screen.
 
-Every figure is one line of `FIGURES` (or of `TERMS` in `curves`); metrics and methods come from the records.
+Every figure is one function with `@figure` (or one line of `TERMS` in `curves`); metrics and methods come from the
+records.
 """
 
 import math
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from core.choices import NotRegistered, Registry
 from core.records import SCORES
 from reporting.families import Run
 from reporting.tables import (
@@ -66,6 +68,35 @@ class Panel:
 def style_of(record: dict, method: str) -> int:
     """Choose a method's colour and marker by its place in the record, so that they are the same in every figure."""
     return list(record["labels"]).index(method)
+
+
+# --- the registry -----------------------------------------------------------------------------------------
+
+Draw = Callable[[Sequence[Run]], list[Panel]]
+FIGURES: Registry[tuple[Draw, bool]] = Registry("figure")
+"""Name -> its function, and whether the figure is of a single run alone."""
+
+
+def figure(name: str, *, alone: bool = False) -> Callable[[Draw], Draw]:
+    """Register a function from runs to panels as a figure; no panels: the figure is left out.
+
+    Args:
+        name: of its files. alone: the figure is of a single run; it is left out for several runs, and where the run's
+            answer has no values.
+
+    Raises:
+        ValueError: the name is taken, or is one of those that a metric's figure or a training curve may have.
+    """
+    if "_over_" in name or name.startswith("training"):
+        raise NotRegistered(
+            f"a figure cannot be called {name!r}: metrics over an axis and training curves are called so"
+        )
+
+    def register(function: Draw) -> Draw:
+        FIGURES.add(name, (function, alone), function.__module__)
+        return function
+
+    return register
 
 
 # --- metrics over the sweep -------------------------------------------------------------------------------
@@ -155,6 +186,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
+@figure("trade_off")
 def trade_off(runs: Sequence[Run]) -> list[Panel]:
     """Plot forget against retain score, with the methods' Pareto front and the retrained model as a star."""
     first, about, series, every = runs[0][0], metrics_of(runs), [], []
@@ -198,6 +230,7 @@ def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
     return [_with_limits(points[0].label, [(0.0, found)], "level", style_of(runs[0][0], method))] if found else []
 
 
+@figure("time_against_quality")
 def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
     """Plot seconds (log axis) against Avg Gap, or retain minus forget score where nothing was retrained."""
     first, gap = runs[0][0], by_gap(record for run in runs for record in run)
@@ -272,6 +305,7 @@ def _bars(
     return [Panel(title, "class", y_label, series, f"{title}. {extent(series)}.", ticks=ticks)]
 
 
+@figure("accuracy_by_class", alone=True)
 def per_class(runs: Sequence[Run]) -> list[Panel]:
     """Plot every class's accuracy before and after; of many classes those that change most."""
     record = choose(runs[0], runs[0][0]["answer"])
@@ -286,26 +320,6 @@ def per_class(runs: Sequence[Run]) -> list[Panel]:
     return _bars(record, of, change, "accuracy by class, test images", "accuracy [%]", " change")
 
 
-def class_probability(runs: Sequence[Run]) -> list[Panel]:
-    """Plot the mean probability of each class on forgotten images."""
-    record = choose(runs[0], runs[0][0]["answer"])
-    of = {name: values for name in _compared(record) if (values := record["class_probability"].get(name))}
-    title = f"probability for images of {classes_of(record)}"
-    if not of:
-        return []
-    return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "mean probability")
-
-
-def forgotten_taken_for(runs: Sequence[Run]) -> list[Panel]:
-    """Plot the classes that forgotten images are taken for."""
-    record = choose(runs[0], runs[0][0]["answer"])
-    of = {name: shares for name in _compared(record) if (shares := taken_for(record, name))}
-    title = f"what images of {classes_of(record)} are taken for"
-    if not of:
-        return []
-    return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "share of images [%]")
-
-
 def _blocks(table: list[list[float]], size: int) -> list[list[float]]:
     """Sum over blocks of `size` neighbouring rows and columns."""
     places = range(0, len(table), size)
@@ -314,6 +328,7 @@ def _blocks(table: list[list[float]], size: int) -> list[list[float]]:
     ]
 
 
+@figure("confusion_difference", alone=True)
 def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
     """Plot the confusion matrix after minus before, each row in percent of its images."""
     record = choose(runs[0], runs[0][0]["answer"])
@@ -334,9 +349,32 @@ def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
     return [Panel(title, "predicted class", "true class", alt=alt, ticks=ticks, cells=cells, signed=True)]
 
 
+@figure("class_probability", alone=True)
+def class_probability(runs: Sequence[Run]) -> list[Panel]:
+    """Plot the mean probability of each class on forgotten images."""
+    record = choose(runs[0], runs[0][0]["answer"])
+    of = {name: values for name in _compared(record) if (values := record["class_probability"].get(name))}
+    title = f"probability for images of {classes_of(record)}"
+    if not of:
+        return []
+    return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "mean probability")
+
+
+@figure("forgotten_taken_for", alone=True)
+def forgotten_taken_for(runs: Sequence[Run]) -> list[Panel]:
+    """Plot the classes that forgotten images are taken for."""
+    record = choose(runs[0], runs[0][0]["answer"])
+    of = {name: shares for name in _compared(record) if (shares := taken_for(record, name))}
+    title = f"what images of {classes_of(record)} are taken for"
+    if not of:
+        return []
+    return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "share of images [%]")
+
+
 # --- masks and weights ------------------------------------------------------------------------------------
 
 
+@figure("mask_map", alone=True)
 def mask_map_panels(runs: Sequence[Run]) -> list[Panel]:
     """Plot where the answer's mask switches weights off, with sums of rows and columns; one panel per layer."""
     record = choose(runs[0], runs[0][0]["answer"])
@@ -352,6 +390,7 @@ def mask_map_panels(runs: Sequence[Run]) -> list[Panel]:
     return found
 
 
+@figure("weight_histogram", alone=True)
 def weight_histogram(runs: Sequence[Run]) -> list[Panel]:
     """Plot histograms of the weights that the answer's mask keeps and switches off."""
     record = choose(runs[0], runs[0][0]["answer"])
@@ -365,19 +404,7 @@ def weight_histogram(runs: Sequence[Run]) -> list[Panel]:
     return [Panel(title, "weight", "count", series, f"{title}. {extent(series)}.", y_log=True)]
 
 
-# --- the figures ------------------------------------------------------------------------------------------
-
-FIGURES: tuple[tuple[str, Callable[[Sequence[Run]], list[Panel]], bool], ...] = (
-    # name, its panels, and whether it is of a single run alone
-    ("trade_off", trade_off, False),
-    ("time_against_quality", time_against_quality, False),
-    ("accuracy_by_class", per_class, True),
-    ("confusion_difference", confusion_difference, True),
-    ("class_probability", class_probability, True),
-    ("forgotten_taken_for", forgotten_taken_for, True),
-    ("mask_map", mask_map_panels, True),
-    ("weight_histogram", weight_histogram, True),
-)
+# --- all figures of a run ---------------------------------------------------------------------------------
 
 
 def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
@@ -391,7 +418,7 @@ def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
         found |= {f"{metric}_over_{axis}": [over(runs, metric, axis)] for metric in first}
         found[f"other_metrics_over_{axis}"] = [over(runs, m, axis) for m in metrics_of(runs) if m not in first]
     answered = len(runs) == 1 and runs[0][0]["answer"] in {best.method for best in best_points(runs[0])}
-    found |= {name: panels(runs) for name, panels, alone in FIGURES if answered or not alone}
+    found |= {name: panels(runs) for name, (panels, alone) in FIGURES.items() if answered or not alone}
     return {name: panels for name, panels in found.items() if panels}
 
 

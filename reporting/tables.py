@@ -261,7 +261,7 @@ def grid(groups: Sequence[list[Run]], metric: str) -> list[list[str]]:
 def without_records(groups: Sequence[list[Run]]) -> list[str]:
     """Return the combinations of model and dataset that no record is of."""
     seen = {(runs[0][0]["model"], runs[0][0]["dataset"]) for runs in groups}
-    every = ((model.value, data.value) for model in SupportedVisionModels for data in SupportedDatasets)
+    every = ((model, data) for model in SupportedVisionModels.built_in for data in SupportedDatasets.built_in)
     return [f"{model} on {data}" for model, data in every if (model, data) not in seen]
 
 

@@ -99,7 +99,12 @@ class ClassifierStage:
 
         def make(folder: Path) -> dict:
             state.check()
-            job = {"seed": seed, "retained": bool(without), "train": plain(train), "code": whole_code()}
+            job = {
+                "seed": seed,
+                "retained": bool(without),
+                "train": plain(train),
+                "code": whole_code(setup.config.plugins),
+            }
             job["state"] = [str(path), key, state.resume and path.exists()]
             if meeting:
                 meeting.announce(job)
@@ -120,7 +125,7 @@ class ClassifierStage:
 
     def _trainer(self, job: dict, tracker: Tracker) -> VisionModelTrainer:
         """Return a fresh classifier and what it is to be trained on; `job` is plain, and the same for every process."""
-        check_same_code(job["code"])
+        check_same_code(job["code"], self.setup.config.plugins)
         train, seed, (path, key, resume) = TrainConfig(**job["train"]), job["seed"], job["state"]
         data = self.setup.data
         if (train.batch_size, seed) != (data.batch_size, data.seed):

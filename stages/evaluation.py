@@ -21,7 +21,7 @@ from core.config import (
     plain,
     written,
 )
-from core.hashes import code_key, key_of, now, provenance, sha256_file, versions
+from core.hashes import code_key, key_of, load_plugins, now, provenance, sha256_file, versions
 from core.intervals import wilson
 from core.observe import log
 from core.records import complaint, read_whole, record_path
@@ -210,8 +210,8 @@ class Evaluation:
         files = {name: self._save_mask(name, mask, record, path) for name, mask in masks.items()}
         paths = {name: self._relative(file) for name, file in files.items()}
         seconds = self.setup.seconds | {"evaluation": time.perf_counter() - begun}
-        run = {"device": str(self.setup.device), "started": self.started, "seconds": seconds}
-        run |= {"repeatability": repeatability(self.setup.device)}
+        run: dict[str, object] = {"device": str(self.setup.device), "started": self.started, "seconds": seconds}
+        run |= {"repeatability": repeatability(self.setup.device), "plugins": load_plugins(self.config.plugins)}
         places = {"mask_path": paths[measured["answer"]], "mask_paths": paths}
         places |= {"mask_sha256": {name: sha256_file(file) for name, file in files.items()}}
         record |= {**places, "provenance": provenance() | run, **measured, **self.stages.data.image_facts, **standing}

@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from core.config import KappaModes, MaskStrategies, Objectives, PipelineConfig, SupportedDatasets
+from core.hashes import plugin
 from core.observe import log
 from images.specs import SPECS
 from stages.chain import Stages
@@ -104,6 +105,7 @@ def understood(stages: Stages, measures: bool = True) -> list[str]:
         f"graph network for {stages.objective.value}": config.gcn_path,
     }
     lines = [
+        *(f"plugin: {one.path} registers {', '.join(one.registered)}" for one in map(plugin, config.plugins)),
         f"dataset: {data.name.value}{where}, {len(names)} classes ({shown})",
         f"images: {', '.join(counts)}",
         *(f"left out: {line}" for line in _left_out(stages)),

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from core.config import GIVEN, PipelineConfig, UserError, derive_seed, plain
+from core.hashes import load_plugins
 from core.observe import Tracker
 from core.store import Stage, build_stage
 from model import HookedModel, vision_model_loader
@@ -71,6 +72,7 @@ class Setup:
     """
 
     def __init__(self, config: PipelineConfig):
+        load_plugins(config.plugins)
         place, given = config.output_dir / "datasets", config.dataset_path
         facts = dataset_facts(config.vision_dataset, config.forget_class, given, place, config.data)
         gcn = replace(config.gcn, train_classes=facts.labels(config.gcn.train_classes, "gcn.train_classes"))
@@ -121,6 +123,7 @@ class Setup:
             "images": self.data.fingerprint(),
             "seed": config.seed,
             "device": self.device.type,
+            "plugins": list(load_plugins(config.plugins).values()),
         }
 
     @property

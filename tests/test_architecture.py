@@ -102,6 +102,7 @@ ALLOWED_TO_RUN = {
     ("tests.mimu.test_applying", "pickle"),  # a masked model, in whose bytes removed values are looked for
     ("tests.images.test_pixel_cache", "pickle"),  # what a worker process gets
     ("tests.test_utils_data", "pickle"),  # the oracle of the reader of those files, which needs no pickle
+    ("tests.test_plugins", "pickle"),  # what a worker process gets
     ("commands.sweep", "__import__"),  # names of two engines, written beside it
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

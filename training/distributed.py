@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
 from core.choices import Diverged, MachineError, UserError
-from core.hashes import check_same_code, whole_code
+from core.hashes import check_same_code, load_plugins, loaded_plugins, whole_code
 from core.observe import log
 from training.processes import end_with_parent
 
@@ -266,8 +267,20 @@ def _lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
+class Plugins:
+    """Plugins that a started process imports as soon as it reads this, before the classifier that they may define."""
+
+    def __init__(self, paths: tuple[Path, ...]):
+        load_plugins(paths)
+        self._paths = paths
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plugins, (self._paths,)
+
+
 @record
 def _worker(
+    _: "Plugins",
     function: Callable[..., dict],
     code: str,
     device: torch.device,
@@ -275,11 +288,14 @@ def _worker(
     seconds: float,
     *given: Any,
 ) -> dict:
-    """Run in each started process: check that the code is the launcher's, join the group, work, leave."""
+    """Run in each started process: check that the code is the launcher's, join the group, work, leave.
+
+    The plugins come first, because the arguments are read in order, and later ones may need them.
+    """
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole terminal: go without a traceback
     torch.set_num_threads(threads)
-    check_same_code(code)
+    check_same_code(code, loaded_plugins())
     try:
         own = local_device(device)
         make_repeatable(own)
@@ -337,7 +353,8 @@ def _launch_once(function: Callable[..., dict], worker: tuple, workers: int) -> 
             signals_to_handle="SIGTERM,SIGINT,SIGHUP",
         )
         multiprocessing.set_forkserver_preload(PRELOAD)
-        return elastic_launch(config, _worker)(function, whole_code(), *worker)[0]
+        plugins = loaded_plugins()
+        return elastic_launch(config, _worker)(Plugins(plugins), function, whole_code(plugins), *worker)[0]
 
 
 def launch(

@@ -1,26 +1,19 @@
-"""Node features of a request to forget: named, documented sets, and what they are computed from.
+"""Node features of a request to forget: named sets, one decorated function each, and what they are computed from.
 
-A request names the classes to forget; every column has one value per weight [*graph.shape]. `basic` are a graph's own;
-`contrast` adds the forgotten classes against the retained ones; `taylor` adds first-order importances.
+A request names the classes to forget; every column has one value per weight [*graph.shape].
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from core.choices import Registry
 from core.config import FeatureSets, UserError
 from data import EPSILON, GraphDataset
 from graphs.layout import WeightGraph
 
-BASIC = ("h", "z", "W", "g")
-CONTRAST = ("h_contrast", "z_contrast", "t_forget", "t_retain")
-TAYLOR = ("taylor", "taylor_rank", "t_retain_max", "t_retain_min", "t_retain_positive")
-COLUMNS: dict[FeatureSets, tuple[str, ...]] = {
-    FeatureSets.basic: BASIC,
-    FeatureSets.contrast: BASIC + CONTRAST,
-    FeatureSets.taylor: BASIC + CONTRAST + TAYLOR,
-}
 TAYLOR_LAMBDA = 9.0  # of the signed Taylor score, where nothing is tuned
 MOST_KEPT = 2**28  # values of all classes' gradients that are kept (1 GB); more are computed again for each request
 
@@ -145,29 +138,126 @@ class Contributions:
         return self.forget - weight_retain * self.retain.clamp_min(0)
 
 
+# --- the sets ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What node features of a request to forget are computed from.
+
+    Args:
+        statistics: of the checkpoint's classes. contributions: first-order importances of this request.
+        forgotten, retained: labels of the classes on either side.
+    """
+
+    statistics: ClassStatistics
+    contributions: Contributions
+    forgotten: tuple[int, ...]
+    retained: tuple[int, ...]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the classes to forget, each class alike. [C, k] -> [k]."""
+        return self.statistics.mean(values, self.forgotten)
+
+    def contrast(self, values: Tensor) -> Tensor:
+        """Mean over the classes to forget minus mean over the retained ones. [C, k] -> [k]."""
+        return self.mean(values) - self.statistics.mean(values, self.retained)
+
+    def over_inputs(self, values: Sequence[Tensor]) -> Tensor:
+        """A value of each input neuron, [n] for each layer, as one of each weight. [*graph.shape]."""
+        graph = self.statistics.graph
+        return graph.join([v.expand(shape) for v, shape in zip(values, graph.shapes, strict=True)])
+
+    def over_outputs(self, values: Sequence[Tensor]) -> Tensor:
+        """A value of each output neuron, [m] for each layer, as one of each weight. [*graph.shape]."""
+        graph = self.statistics.graph
+        return graph.join([v[:, None].expand(shape) for v, shape in zip(values, graph.shapes, strict=True)])
+
+
+Compute = Callable[[Inputs], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A registered set of node features: the columns of another set, then its own."""
+
+    own: tuple[str, ...]
+    compute: Compute
+    extends: FeatureSets | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of all columns, in order."""
+        return (*(FEATURES[self.extends].columns if self.extends else ()), *self.own)
+
+    def tensors(self, inputs: Inputs) -> list[Tensor]:
+        """All columns for a request, [*graph.shape] each.
+
+        Raises:
+            ValueError: the function returns another number of columns than it has names, or columns of another shape.
+        """
+        before = FEATURES[self.extends].tensors(inputs) if self.extends else []
+        found, shape = list(self.compute(inputs)), inputs.statistics.weight.shape
+        if len(found) != len(self.own) or any(column.shape != shape for column in found):
+            shapes = [list(column.shape) for column in found]
+            needed = f"one of shape {list(shape)} for each of {', '.join(self.own)}"
+            raise ValueError(f"the node features' function returns columns of shapes {shapes}, needed is {needed}")
+        return before + found
+
+
+FEATURES: Registry[FeatureSet] = Registry("feature set", FeatureSets)
+"""By name, as `gcn.features` says it."""
+
+
+def feature_set(name: str, columns: Sequence[str], extends: str | None = None) -> Callable[[Compute], Compute]:
+    """Register a function `Inputs` -> columns [*graph.shape] as a set of node features.
+
+    Args:
+        columns: names of what the function returns, in order. extends: the set whose columns come first.
+
+    Raises:
+        ValueError: the name is taken, or there is no set to extend.
+    """
+
+    def register(function: Compute) -> Compute:
+        base = FeatureSets(extends) if extends else None
+        FEATURES.add(name, FeatureSet(tuple(columns), function, base), function.__module__)
+        return function
+
+    return register
+
+
+@feature_set("basic", ("h", "z", "W", "g"))
+def basic(r: Inputs) -> list[Tensor]:
+    """Mean activations of the forgotten classes at a weight's two neurons, the weight, and its mean gradient."""
+    h, z = ([r.mean(v) for v in values] for values in (r.statistics.h, r.statistics.z))
+    columns = [r.over_inputs(h), r.over_outputs(z), r.statistics.weight, r.contributions.gradient]
+    return [standardised(column) for column in columns]
+
+
+@feature_set("contrast", ("h_contrast", "z_contrast", "t_forget", "t_retain"), extends="basic")
+def contrast(r: Inputs) -> list[Tensor]:
+    """The forgotten classes against the retained: activations less the others', and both sides' importances."""
+    h, z = ([r.contrast(v) for v in values] for values in (r.statistics.h, r.statistics.z))
+    return [
+        *(standardised(r.over_inputs(h)), standardised(r.over_outputs(z))),
+        *(signed_log(r.contributions.forget), signed_log(r.contributions.retain)),
+    ]
+
+
+@feature_set(
+    "taylor", ("taylor", "taylor_rank", "t_retain_max", "t_retain_min", "t_retain_positive"), extends="contrast"
+)
+def taylor(r: Inputs) -> list[Tensor]:
+    """The signed Taylor score and its rank, and the extremes of the retained classes' importances."""
+    t, score = r.contributions, r.contributions.signed_taylor()
+    return [signed_log(score), centred_rank(score), *(signed_log(v) for v in (t.highest, t.lowest, t.positive))]
+
+
 def request_features(
     statistics: ClassStatistics, contributions: Contributions, classes: Sequence[int], kind: FeatureSets
 ) -> Tensor:
-    """The columns of a feature set for a request, [*graph.shape, len(COLUMNS[kind])]."""
-    graph, others = statistics.graph, [c for c in range(statistics.num_classes) if c not in set(classes)]
-
-    def over_inputs(values: Sequence[Tensor]) -> Tensor:
-        return graph.join([v.expand(shape) for v, shape in zip(values, graph.shapes, strict=True)])
-
-    def over_outputs(values: Sequence[Tensor]) -> Tensor:
-        return graph.join([v[:, None].expand(shape) for v, shape in zip(values, graph.shapes, strict=True)])
-
-    mean = statistics.mean
-    h, z = [mean(v, classes) for v in statistics.h], [mean(v, classes) for v in statistics.z]
-    columns = [over_inputs(h), over_outputs(z), statistics.weight, contributions.gradient]
-    columns = [standardised(column) for column in columns]
-    if kind is not FeatureSets.basic:
-        h = [v - mean(all_, others) for v, all_ in zip(h, statistics.h, strict=True)]
-        z = [v - mean(all_, others) for v, all_ in zip(z, statistics.z, strict=True)]
-        columns += [standardised(over_inputs(h)), standardised(over_outputs(z))]
-        columns += [signed_log(contributions.forget), signed_log(contributions.retain)]
-    if kind is FeatureSets.taylor:
-        score = contributions.signed_taylor()
-        columns += [signed_log(score), centred_rank(score)]
-        columns += [signed_log(v) for v in (contributions.highest, contributions.lowest, contributions.positive)]
-    return torch.stack(columns, -1)
+    """The columns of a feature set for a request, [*graph.shape, len(FEATURES[kind].columns)]."""
+    retained = tuple(c for c in range(statistics.num_classes) if c not in set(classes))
+    inputs = Inputs(statistics, contributions, tuple(classes), retained)
+    return torch.stack(FEATURES[kind].tensors(inputs), -1)

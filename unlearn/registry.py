@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from core.choices import Registry
 from core.config import MaskStrategies, PipelineConfig
 from core.observe import progress
 from graphs.layout import WeightGraph
@@ -300,20 +301,8 @@ class Method:
         return Edit(context.model, context.within_targets(context.graph.split(~mask.keep)))
 
 
-REGISTERED: dict[str, Method] = {}
+REGISTERED: Registry[Method] = Registry("method", reserved=("all",))
 """By name. `unlearn.methods.METHODS` is the same, with the modules imported that register."""
-
-
-def _register(entry: Method) -> None:
-    """Keep a method under its name.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if entry.name in REGISTERED:
-        taken = f"{REGISTERED[entry.name].module} registers one"
-        raise ValueError(f"{entry.module} registers a second method {entry.name!r}, {taken}: choose another name")
-    REGISTERED[entry.name] = entry
 
 
 def method(
@@ -331,7 +320,8 @@ def method(
     assert 1 <= len(grid) <= BUDGET, f"{name} has {len(grid)} settings, {BUDGET} are allowed"
 
     def register(function: EditFunction) -> EditFunction:
-        _register(Method(name, label, axes, function=function, source=source, grid=tuple(grid)))
+        entry = Method(name, label, axes, function=function, source=source, grid=tuple(grid))
+        REGISTERED.add(name, entry, entry.module)
         return function
 
     return register
@@ -347,7 +337,8 @@ def mask_method(
     """
 
     def register(function: MaskFunction) -> MaskFunction:
-        _register(Method(name, label, axes, mask=function, source=source, learned=learned))
+        entry = Method(name, label, axes, mask=function, source=source, learned=learned)
+        REGISTERED.add(name, entry, entry.module)
         return function
 
     return register

@@ -20,7 +20,7 @@ from core.observe import Tracker, log, progress
 from data import GraphDataset
 from model import MaskingGCN, MaskLayer, inspecting
 from models.classifier import Classifier
-from unlearn.features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log, standardised
+from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, signed_log, standardised
 from unlearn.masks import SAMPLERS, check_budget, sinkhorn_topk
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
@@ -183,7 +183,7 @@ class Unlearner:
     @staticmethod
     def num_node_features(features: FeatureSets) -> int:
         """Columns that the GCN of a feature set reads."""
-        return len(COLUMNS[features]) + len(STATE)
+        return len(FEATURES[features].columns) + len(STATE)
 
     @classmethod
     def fresh(cls, config: GCNConfig) -> "Unlearner":
@@ -200,7 +200,7 @@ class Unlearner:
     def facts(self) -> dict:
         """What a GCN file must carry so that `load` gives the same unlearner."""
         used = {"features": self.features.value, "passes": self.passes, "taylor_prior": self.taylor_prior}
-        return {"objective": "unlearning", "columns": [*COLUMNS[self.features], *STATE], **used}
+        return {"objective": "unlearning", "columns": [*FEATURES[self.features].columns, *STATE], **used}
 
     @classmethod
     def load(cls, path: Path) -> tuple["Unlearner", dict]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from core.config import (
     GIVEN,
+    PROJECT_ROOT,
     EvalConfig,
     GCNConfig,
     GraphConfig,
@@ -76,6 +77,7 @@ OTHER: dict[str, object] = {
     "eval.metrics": ("core",),
     "eval.mask_strategy": MaskStrategies.feasibility,
     "reporter.formats": ("svg",),
+    "plugins": (PROJECT_ROOT / "tests/helpers/plugin.py",),
 }
 """Another value, where none follows from the field's own."""
 

@@ -36,7 +36,7 @@ from measure.auto_kappa import Attempt
 from model import HookedModel
 from pipeline import Pipeline
 from stages.chain import Stages
-from unlearn.features import COLUMNS, ClassStatistics, centred_rank, request_features, signed_log
+from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, signed_log
 from unlearn.masks import hard_topk
 from unlearn.methods import mask_of
 from unlearn.ours import TAYLOR_LAMBDAS
@@ -153,8 +153,8 @@ def test_columns_of_features(tiny, kind):
     statistics, classes = head.statistics, (1, 2)
     contributions = statistics.contributions(classes)
     found = request_features(statistics, contributions, classes, kind)
-    assert found.shape == (*graphs.graph.shape, len(COLUMNS[kind]))
-    columns = dict(zip(COLUMNS[kind], found.unbind(-1), strict=True))
+    assert found.shape == (*graphs.graph.shape, len(FEATURES[kind].columns))
+    columns = dict(zip(FEATURES[kind].columns, found.unbind(-1), strict=True))
     for name in ("h", "z", "W", "g"):
         assert float(columns[name].mean()) == pytest.approx(0, abs=1e-5)
     vectors, member = graphs.vectors(range(40)), torch.isin(graphs.labels, torch.tensor(classes))
@@ -342,7 +342,7 @@ def test_gcn_file_round_trip_and_others_are_refused(head, tmp_path):
     unlearner.gcn.save(path, unlearner.facts | {"trained_on": "x"})
     again, facts = Unlearner.load(path)
     assert facts["trained_on"] == "x"
-    assert facts["columns"] == [*COLUMNS[FeatureSets.contrast], *STATE]
+    assert facts["columns"] == [*FEATURES[FeatureSets.contrast].columns, *STATE]
     request = Request((4,), 100)
     assert torch.equal(again.theta(head, request), unlearner.theta(head, request))
     tensors, facts = read_tensors(path)
