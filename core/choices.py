@@ -279,6 +279,8 @@ class FeatureSets(OpenChoice, registered_in="unlearn.features"):
 Entry = TypeVar("Entry")
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,79}"
 """What a registered name looks like: it becomes part of records and of paths."""
+PLUGIN = "plugin_"
+"""What the names of plugins begin with as modules."""
 ENTERED: list[tuple["Registry", str]] = []
 """Everything that was registered in this process, in order."""
 
@@ -294,14 +296,15 @@ class Registry(dict[str, Entry], Generic[Entry]):
         kind: what one entry is called in error messages.
         names: the open choice that the names belong to, if settings name an entry.
         reserved: names that mean something else.
+        home: the module that imports all files of the project that register, where the registry's own does not.
 
     Attributes:
         modules: name -> the module that registered it.
     """
 
-    def __init__(self, kind: str, names: type[OpenChoice] | None = None, reserved: Sequence[str] = ()):
+    def __init__(self, kind: str, names: type[OpenChoice] | None = None, reserved: Sequence[str] = (), home: str = ""):
         super().__init__()
-        self.kind, self.names, self.reserved = kind, names, tuple(reserved)
+        self.kind, self.names, self.reserved, self.home = kind, names, tuple(reserved), home
         self.modules: dict[str, str] = {}
 
     def add(self, name: str, entry: Entry, module: str) -> None:
@@ -313,6 +316,8 @@ class Registry(dict[str, Entry], Generic[Entry]):
         Raises:
             NotRegistered: the name is taken, reserved, or no name.
         """
+        if self.home and module.startswith(PLUGIN):
+            importlib.import_module(self.home)  # a plugin may be the first to import the registry
         if taken := next((known for known in self if known.lower() == name.lower()), None):
             other = f"{self.modules[taken]} registers one"
             raise NotRegistered(f"{module} registers a second {self.kind} {name!r}, {other}: choose another name")

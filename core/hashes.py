@@ -22,7 +22,7 @@ from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING
 
-from core.choices import ENTERED, NotRegistered, Registry, at_home
+from core.choices import ENTERED, PLUGIN, NotRegistered, Registry, at_home
 from core.config import PROJECT_ROOT, UserError
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _registered_by(place: Path, path: Path, data: bytes) -> tuple[str, ...]:
         UserError: as `load_plugins`.
     """
     # The name follows from the path alone, so that other processes find a plugin's classes under the same name.
-    name = f"plugin_{place.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    name = f"{PLUGIN}{place.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, place, loader=_Bytes(name, place, data))
     assert spec
     assert spec.loader

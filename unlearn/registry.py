@@ -301,7 +301,7 @@ class Method:
         return Edit(context.model, context.within_targets(context.graph.split(~mask.keep)))
 
 
-REGISTERED: Registry[Method] = Registry("method", reserved=("all",))
+REGISTERED: Registry[Method] = Registry("method", reserved=("all",), home="unlearn.methods")
 """By name. `unlearn.methods.METHODS` is the same, with the modules imported that register."""
 
 
