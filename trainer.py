@@ -1,34 +1,28 @@
-"""Everything that optimises: the classifier, in one process or in several, and the graph network by the ELBO."""
+"""Everything that optimises: the classifier, in one process or in several, and the graph network for an objective."""
 
 import copy
 import math
 import time
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from core.artifacts import HISTORY, DamagedError, write_json
 from core.choices import Diverged
-from core.config import (
-    GCNConfig,
-    GCNPriorDistribution,
-    Trackers,
-    TrainConfig,
-    UserError,
-    derive_seed,
-)
+from core.config import GCNConfig, Trackers, TrainConfig, UserError, derive_seed
 from core.observe import Tracker, log, progress
-from data import GraphDataset, Vectors
-from graphs.layout import WeightGraph
-from model import HookedModel, MaskingGCN, MaskLayer, inspecting, predictions
+from model import HookedModel, MaskingGCN, inspecting, predictions
 from training.distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
 from training.processes import reuse_freed_memory
 from training.resume import Progress, StateFile, Training
-from unlearn.masks import SAMPLERS, check_budget
 from utils_data import UnlearningDataset
 
 SECONDS_BETWEEN_LINES = 2.0  # short epochs do not flood a log
@@ -269,140 +263,139 @@ def _train_share(
 # --- the graph network ------------------------------------------------------------------------------------
 
 
-PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
-
-NODES_PER_PASS = 2**14  # nodes whose activations (2 MB at width 32) stay in cache: twice as fast on a CPU
-DEAD_SHARE = 0.99  # of log C: a classifier whose loss is that of a guess
+WARM_UP = 0.1  # share of the steps of a one-cycle schedule in which the learning rate grows
 
 
-def log_prior(kind: GCNPriorDistribution, graph: WeightGraph, weight: Tensor, vectors: Vectors) -> Tensor:
-    """log p over the N weights of the graph, per sample: p proportional to |W|, |g|, |W g|, or flat.
+def annealed(start: float, end: float, step: int, steps: int) -> float:
+    """Return the value at one of `steps` steps (0-based) of a geometric way from start to end."""
+    return start * (end / start) ** (step / max(1, steps - 1))
 
-    A thousandth of p is uniform, so that the KL is finite where a gradient is exactly 0; a sample whose
-    gradients are all 0 gets the uniform prior.
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a step that is differentiated at once.
 
     Args:
-        weight: W [*graph.shape]. vectors: h and delta of B samples.
-
-    Returns:
-        log p [B, N].
+        terms: scalar tensors by name, means over the part, in nats; "loss" is the one that is minimised.
+        count: graphs or requests in the part.
+        weigh: a mean over the part -> its contribution to the mean over the step; for tensors and floats alike.
     """
-    pairs = zip(vectors.delta, vectors.h, strict=True)
-    gradient = graph.join([(delta.unsqueeze(2) * h.unsqueeze(1)).abs() for delta, h in pairs])
-    raw = {
-        GCNPriorDistribution.WEIGHT: lambda: weight.abs().expand_as(gradient),
-        GCNPriorDistribution.GRADIENT: lambda: gradient,
-        GCNPriorDistribution.SALIENCY: lambda: weight.abs() * gradient,
-        GCNPriorDistribution.UNIFORM: lambda: torch.ones_like(gradient),
-    }[kind]().flatten(1)
-    total = raw.sum(1, keepdim=True)
-    flat = torch.full_like(raw, 1 / raw.shape[1])
-    p = torch.where(total > 0, raw / total.clamp_min(torch.finfo(raw.dtype).tiny), flat)
-    return torch.log((1 - PRIOR_FLOOR) * p + PRIOR_FLOOR * flat)
+
+    terms: dict[str, Tensor]
+    count: int
+    weigh: Callable[[Any], Any]
 
 
-def categorical_kl(theta: Tensor, log_p: Tensor) -> Tensor:
-    """KL(q || p) = sum q (log q - log p) with q = softmax(theta), in nats. [B, N], [B, N] -> [B]."""
-    log_q = functional.log_softmax(theta, -1)
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+class Objective(ABC):
+    """What a graph network is trained for; `GCNTrainer` asks it for the losses of each step.
+
+    The loop knows its objective from here alone, so that this file imports neither graphs nor masks, and an edit of
+    theirs retrains no classifier. `unlearn.objectives` holds the objectives.
+
+    Args:
+        gcn: trained in place.
+        config: the section `gcn`.
+        seed: of the run; the names of two generators are derived from it.
+        device: where the objective is computed.
+
+    Attributes:
+        seeds: the name that the generators' seeds are derived from.
+        label: the name of the training in the log.
+        terms: what is logged of each step, by name.
+        unit: what `Part.count` counts, in the plural.
+        remedy: the settings to lower where the loss diverges.
+        clip: the gradient's L2 norm at most.
+        one_cycle: whether the learning rate follows one cycle; otherwise it stays.
+    """
+
+    seeds: ClassVar[str]
+    terms: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str]
+    remedy: ClassVar[str]
+    label = "GCN"
+    clip = math.inf
+    one_cycle = False
+
+    def __init__(self, gcn: MaskingGCN, config: GCNConfig, seed: int, device: torch.device):
+        self.gcn, self.config, self.device = gcn, config, device
+        self.order = torch.Generator().manual_seed(derive_seed(seed, self.seeds, "order"))
+        self.noise = torch.Generator(device).manual_seed(derive_seed(seed, self.seeds, "noise"))
+
+    @abstractmethod
+    def parts(self, temperature: float) -> Iterator[Part]:
+        """Draw the next step's samples and yield their losses, part by part, at a temperature of the sampler."""
+
+    def remarks(self, figures: dict[str, float]) -> list[str]:
+        """List sentences for the user about a finished training, from its mean terms over the last steps."""
+        return []
 
 
 class GCNTrainer:
-    """Learns mask priors by the ELBO: minimise -E[log p(y | x; W * m)] + beta KL(q || p), m = relaxed top-K of theta.
-
-    The gradient flows through both terms into theta.
+    """Trains a graph network with AdamW for an objective; the sampler's temperature falls geometrically.
 
     Args:
-        gcn: trained in place. model: the classifier, left as it is. graphs: of its layers `mask_layer`.
-        topK: how many weights a mask keeps.
-
-    Raises:
-        UserError: topK is not in 1..N.
+        objective: makes the losses, and holds the network, its configuration and device.
+        tracker: receives the curves.
     """
 
-    def __init__(
-        self,
-        gcn: MaskingGCN,
-        model: HookedModel,
-        graphs: GraphDataset,
-        mask_layer: MaskLayer,
-        topK: int,
-        config: GCNConfig,
-        seed: int,
-        device: torch.device,
-        tracker: Tracker,
-    ):
-        check_budget(topK, graphs.graph.num_vertices, "topK")
-        self.gcn, self.model, self.graphs, self.mask_layer, self.topK = gcn, model, graphs, mask_layer, topK
-        self.config, self.device, self.tracker = config, device, tracker
-        self.weight = graphs.weight.to(device)
-        self.order = torch.Generator().manual_seed(derive_seed(seed, "gcn", "order"))
-        self.noise = torch.Generator(device).manual_seed(derive_seed(seed, "gcn", "noise"))
-        self.optimizer = torch.optim.AdamW(gcn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    def __init__(self, objective: Objective, tracker: Tracker):
+        self.objective, self.config, self.tracker = objective, objective.config, tracker
+        self.gcn = objective.gcn.to(objective.device)
+        rate, steps = self.config.lr, max(2, self.config.steps)
+        self.optimizer = torch.optim.AdamW(self.gcn.parameters(), lr=rate, weight_decay=self.config.weight_decay)
+        self.schedule = None
+        if objective.one_cycle:
+            warm_up = WARM_UP if WARM_UP * steps > 1 else 0.0  # PyTorch would divide by a first phase of no step
+            self.schedule = OneCycleLR(self.optimizer, rate, total_steps=steps, pct_start=warm_up)
 
-    def temperature(self, step: int) -> float:
-        """Sampler temperature at a step, annealed geometrically, in units of std(theta)."""
-        start, end = self.config.temperature_start, self.config.temperature_end
-        return start * (end / start) ** (step / max(1, self.config.steps - 1))
+    def step(self, temperature: float) -> tuple[dict[str, float], int]:
+        """Take one optimiser step.
 
-    def objective(self, indices: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """The two terms on some graphs: mean negative log-likelihood and mean KL, in nats."""
-        vectors, graph = self.graphs.vectors(indices).to(self.device), self.graphs.graph
-        theta = self.gcn(self.graphs.features(indices).to(self.device), graph)
-        sampler = SAMPLERS[self.config.sampler]
-        degrees = sampler(theta.flatten(1), self.topK, temperature, self.noise).view_as(theta)
-        logits = self.model.head(vectors.h[0], self.mask_layer, graph.split(self.weight * degrees))
-        nll = functional.cross_entropy(logits, self.graphs.labels[indices].to(self.device))
-        kl = categorical_kl(theta.flatten(1), log_prior(self.config.prior, graph, self.weight, vectors)).mean()
-        return nll, kl
+        Returns:
+            The objective's mean terms and `grad_norm`, the gradient's L2 norm before it is clipped; and how many
+            graphs or requests they are means over.
 
-    def _batches(self):  # noqa: ANN202 - generator of index tensors
-        """`steps` batches of indices, epoch after epoch in new random orders."""
-        done, size = 0, min(self.config.batch_size, len(self.graphs))
-        while done < self.config.steps:
-            for batch in torch.randperm(len(self.graphs), generator=self.order).split(size):
-                if done < self.config.steps:
-                    done += 1
-                    yield batch
+        Raises:
+            UserError: one of them is not finite; the network is left as it was.
+        """
+        objective, count = self.objective, 0
+        terms = dict.fromkeys(objective.terms, 0.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in objective.parts(temperature):
+            # Each part's graph is freed before the next one is built: gradients add up in the parameters.
+            part.weigh(part.terms["loss"]).backward()
+            count += part.count
+            for name, value in part.terms.items():
+                terms[name] += part.weigh(float(value.detach()))
+        # A bound of infinity multiplies by 1, which changes no bit: the norm is then only measured.
+        terms["grad_norm"] = float(nn.utils.clip_grad_norm_(self.gcn.parameters(), objective.clip))
+        if not all(map(math.isfinite, terms.values())):
+            raise UserError(f"the GCN's loss or gradient is not finite: lower {objective.remedy}")
+        self.optimizer.step()
+        if self.schedule:
+            self.schedule.step()
+        return terms, count
 
-    def _accumulate(self, indices: Tensor, temperature: float) -> dict[str, float]:
-        """Loss terms of one batch, and the GCN's gradients, gathered over parts that fit the processor's cache."""
-        nodes = self.graphs.graph.num_vertices
-        part_size = len(indices) if self.device.type == "cuda" else max(1, NODES_PER_PASS // nodes)
-        terms = {"loss": 0.0, "nll": 0.0, "kl": 0.0}
-        for part in indices.split(part_size):
-            share = len(part) / len(indices)
-            nll, kl = self.objective(part, temperature)
-            loss = nll + self.config.beta * kl
-            (share * loss).backward()
-            for name, value in (("loss", loss), ("nll", nll), ("kl", kl)):
-                terms[name] += share * float(value.detach())
-        return terms
-
-    def train(self, folder: Path) -> dict:
-        """Train; write the loss terms to `folder`/history.json; return the last tenth's means.
+    def train(self, folder: Path) -> dict[str, float]:
+        """Train; write the terms of each step to `folder`/history.json; return their means over the last tenth.
 
         Raises:
             UserError: the loss is no longer finite.
         """
-        batches = list(self._batches())
-        self.gcn.to(self.device).train()
-        with self.tracker, inspecting(self.model):
-            for step, indices in enumerate(progress(batches, f"GCN, topK {self.topK}")):
-                temperature, begun = self.temperature(step), time.perf_counter()
-                self.optimizer.zero_grad(set_to_none=True)
-                terms = self._accumulate(indices, temperature)
-                norm = gradient_norm(self.gcn)
-                if not all(map(math.isfinite, (*terms.values(), norm))):
-                    raise UserError("the GCN's loss or gradient is not finite: lower gcn.lr or gcn.beta")
-                self.optimizer.step()
-                rate = len(indices) / (time.perf_counter() - begun)
-                facts = {"grad_norm": norm, "temperature": temperature, "samples_per_second": rate}
-                self.tracker.log(step + 1, **terms, **facts)
+        objective, config = self.objective, self.config
+        self.gcn.train()
+        with self.tracker:
+            for step in progress(range(config.steps), objective.label):
+                temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
+                begun = time.perf_counter()
+                terms, count = self.step(temperature)
+                rate = {f"{objective.unit}_per_second": count / (time.perf_counter() - begun)}
+                self.tracker.log(step + 1, **terms, temperature=temperature, **rate)
         self.gcn.eval()
         write_json(folder / HISTORY, {"history": self.tracker.history})
-        last = self.tracker.history[-max(1, len(batches) // 10) :]
-        values = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "nll", "kl")}
-        if values["nll"] > DEAD_SHARE * math.log(self.model.target(-1).out_features):
-            log(f"GCN: masks of topK {self.topK} leave nothing that predicts; try gcn.sampler gumbel or a larger topK")
-        return values
+        last = self.tracker.history[-max(1, config.steps // 10) :]
+        figures = {name: sum(entry[name] for entry in last) / len(last) for name in objective.terms}
+        means = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        for text in (*objective.remarks(figures), f"{objective.label}: {means}"):
+            log(text)
+        return figures

@@ -13,8 +13,9 @@ from core.observe import Tracker
 from model import MaskingGCN
 from trainer import GCNTrainer
 from unlearn.masks import Mask, top_mask
+from unlearn.objectives import Elbo, Unlearning
 from unlearn.registry import Context, Point, mask_method
-from unlearn.requests import FrozenHead, Unlearner, UnlearningTrainer, noise_start
+from unlearn.requests import FrozenHead, Unlearner, noise_start
 
 FIXED_LAMBDA = 9.0
 UNTOUCHED, RETRAINED, DROPPED, TAYLOR = (Way(name) for name in ("default", "retrain", "logit_drop", "taylor_mask"))
@@ -53,7 +54,8 @@ def train(teachers: Sequence[FrozenHead], config: GCNConfig, folder: Path, messa
         for matrix in unlearner.gcn.neighbours:
             torch.nn.init.zeros_(matrix.requires_grad_(False))
     folder.mkdir(parents=True, exist_ok=True)
-    UnlearningTrainer(unlearner, teachers, config, seed, CPU, Tracker(Trackers.none, "gcn", {})).train(folder)
+    objective = Unlearning(unlearner, teachers, config, seed, CPU)
+    GCNTrainer(objective, Tracker(Trackers.none, "gcn", {})).train(folder)
     return unlearner
 
 
@@ -66,8 +68,8 @@ def elbo_importances(
     shape = (config.num_message_passing_rounds, config.hidden_dim, config.aggregation)
     gcn = MaskingGCN(4, *shape, config.activation, config.residual)
     folder.mkdir(parents=True, exist_ok=True)
-    shared = (gcn, stages.classifier, stages.graphs, stages.config.mask_layer, topK, config, 0, CPU)
-    GCNTrainer(*shared, Tracker(Trackers.none, "elbo", {})).train(folder)
+    shared = (stages.classifier, stages.graphs, stages.config.mask_layer)
+    GCNTrainer(Elbo(gcn, *shared, topK, config, 0, CPU), Tracker(Trackers.none, "elbo", {})).train(folder)
     with torch.inference_mode():
         theta = torch.cat([gcn(stages.graphs.class_features(label).unsqueeze(0)) for label in range(10)])
     return lambda topK: theta

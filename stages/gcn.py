@@ -18,7 +18,8 @@ from stages.graphs import GraphStage
 from stages.limits import check_memory
 from stages.setup import Setup, seed_weights
 from trainer import GCNTrainer
-from unlearn.requests import FrozenHead, Request, Unlearner, UnlearningTrainer, check_scores
+from unlearn.objectives import Elbo, Unlearning
+from unlearn.requests import FrozenHead, Request, Unlearner, check_scores
 from utils_data import UnlearningDataset
 
 GCN_FILE = "gcn.safetensors"
@@ -68,19 +69,10 @@ class GCNStage:
             seed_weights(setup.config.seed, "gcn", "weights")
             shape = (config.num_message_passing_rounds, config.hidden_dim, config.aggregation)
             gcn = MaskingGCN(len(FEATURES), *shape, config.activation, config.residual)
-            facts = GCNTrainer(
-                gcn,
-                self.classifier.model,
-                self.graphs.dataset,
-                setup.config.mask_layer,
-                topK,
-                config,
-                setup.config.seed,
-                setup.device,
-                setup.tracker(f"gcn_top-{topK}"),
-            ).train(folder)
+            model, graphs, layers = self.classifier.model, self.graphs.dataset, setup.config.mask_layer
+            objective = Elbo(gcn, model, graphs, layers, topK, config, setup.config.seed, setup.device)
+            facts = GCNTrainer(objective, setup.tracker(f"gcn_top-{topK}")).train(folder)
             gcn.save(folder / GCN_FILE, facts | {"topK": topK, "objective": "elbo", "config": plain(config)})
-            log(f"GCN, topK {topK}: " + ", ".join(f"{name} {value:.3f}" for name, value in facts.items()))
             return facts
 
         label = f"{setup.label}_top-{topK}"
@@ -94,9 +86,9 @@ class GCNStage:
         def make(folder: Path) -> dict:
             seed_weights(setup.config.seed, "gcn", "weights")
             unlearner = Unlearner.fresh(config)
-            heads = [teacher.head for teacher in teachers]
-            seed, tracker = setup.config.seed, setup.tracker("gcn")
-            facts = UnlearningTrainer(unlearner, heads, config, seed, setup.device, tracker).train(folder)
+            heads, seed = [teacher.head for teacher in teachers], setup.config.seed
+            objective = Unlearning(unlearner, heads, config, seed, setup.device)
+            facts = GCNTrainer(objective, setup.tracker("gcn")).train(folder) | {"checkpoints": len(heads)}
             trained_on = {name: setup.common[name] for name in ("model", "dataset")} | {"shapes": setup.graph.shapes}
             trained_on["classifiers"] = [
                 {"seed": teacher.setup.config.seed, "train": plain(teacher.setup.config.train)} for teacher in teachers

@@ -68,7 +68,7 @@ def end(pid):
 PLACES = {
     "classifier": (VisionModelTrainer, "_step", lambda count, _: count == 5),
     "graphs": (GraphGenerator, "capture_batch", lambda count, _: count == 2),
-    "gcn": (GCNTrainer, "objective", lambda count, _: count == 2),
+    "gcn": (GCNTrainer, "step", lambda count, _: count == 2),
     "evaluation": (Eval, "eval_unlearning", lambda _, arguments: arguments[2].kappa == 400),
     "record": (os, "replace", lambda _, arguments: "json" in Path(arguments[1]).parts),
 }

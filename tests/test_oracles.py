@@ -25,9 +25,10 @@ from graphs.layout import layer_graph
 from measure.metrics import Outputs, chosen_metrics
 from model import HookedModel, MaskingGCN, vision_model_loader
 from tests.helpers.common import APART, MIXED, NET_5432, evidence, held
-from trainer import GCNTrainer, categorical_kl, log_prior
+from trainer import GCNTrainer
 from unlearn import masks
 from unlearn.masks import SAMPLERS, Mask, hard_topk, masked, random_mask
+from unlearn.objectives import Elbo, categorical_kl, log_prior
 from unlearn.registry import Context
 from utils_data import Images, UnlearningDataset
 
@@ -213,7 +214,8 @@ def trainer_of(setting, tmp_path, sampler=TopKSamplers.sinkhorn, **settings) -> 
     config = GCNConfig(hidden_dim=4, sampler=sampler, batch_size=6, **settings)
     gcn = MaskingGCN(4, 2, 4)
     tracker = Tracker(Trackers.none, "test", {})
-    return GCNTrainer(gcn, model, GraphDataset(tmp_path), -2, 2000, config, 0, torch.device("cpu"), tracker)
+    objective = Elbo(gcn, model, GraphDataset(tmp_path), -2, 2000, config, 0, torch.device("cpu"))
+    return GCNTrainer(objective, tracker)
 
 
 @pytest.mark.parametrize("sampler", list(TopKSamplers))
@@ -252,14 +254,15 @@ def test_training_lowers_the_loss_and_repeats_itself(setting, tmp_path):
 
 
 def test_gradients_in_parts_are_those_of_the_whole_batch(setting, tmp_path):
-    parts = trainer_of(setting, tmp_path)
-    indices = torch.arange(6)
-    parts._accumulate(indices, 0.2)
-    gathered = [p.grad.clone() for p in parts.gcn.parameters() if p.grad is not None]
-    parts.gcn.zero_grad()
-    nll, kl = parts.objective(indices, 0.2)
-    (nll + parts.config.beta * kl).backward()
-    for ours, parameter in zip(gathered, parts.gcn.parameters(), strict=True):
+    objective, whole = (trainer_of(setting, tmp_path / name).objective for name in "ab")
+    parts = list(objective.parts(0.2))
+    assert len(parts) > 1
+    for part in parts:
+        part.weigh(part.terms["loss"]).backward()
+    assert isinstance(whole, Elbo)
+    whole.losses(next(whole.batches), 0.2)["loss"].backward()
+    gathered = [parameter.grad for parameter in objective.gcn.parameters()]
+    for ours, parameter in zip(gathered, whole.gcn.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5)
 
 

@@ -1,6 +1,6 @@
 """Rivals that change a classifier's weights or outputs in closed form: nothing is trained.
 
-Each is a decorated function as in `unlearn/ours.py`, with its source and the settings that it is tuned over.
+Each is a decorated function as in `unlearn/methods.py`, with its source and the settings that it is tuned over.
 """
 
 import copy

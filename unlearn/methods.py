@@ -1,21 +1,116 @@
-"""Every method that is compared: the modules that register methods are listed here and nowhere else."""
+"""Every method that is compared: our own masks and the plain controls are here, the rivals in the modules of MODULES.
+
+Each method is one decorated function; its docstring is its definition.
+"""
 
 from collections.abc import Sequence
 
-from core.config import UserError
-from unlearn import closed_form, ours, trained
-from unlearn.masks import Mask
-from unlearn.registry import REGISTERED, Context, Point
+import torch
+from torch import Tensor
 
-MODULES = (ours, closed_form, trained)
-"""In this order their methods are shown; a module's own stand in the order of its source."""
+from core.config import MaskStrategies, Starts, UserError, derive_seed
+from unlearn import closed_form, trained
+from unlearn.features import centred_rank
+from unlearn.finetuning import SFTTrainer
+from unlearn.masks import Mask, feasibility_score, random_mask, set_difference_mask, top_mask
+from unlearn.registry import REGISTERED, Context, Edit, Point, mask_method, method
+from unlearn.requests import noise_start, refine, taylor_start
+
+TAYLOR_LAMBDAS = (0.0, 1.0, 3.0, 9.0)  # what `taylor_mask` chooses from, on validation images
+
+
+def mimu_score(context: Context, point: Point) -> Tensor:
+    """What `mimu` ranks, largest switched off first. [*graph.shape]."""
+    if context.strategy is not MaskStrategies.direct:
+        return feasibility_score(context.importance(point.topK), context.config.forget_labels)
+    if context.unlearner is None:
+        raise UserError("eval.mask_strategy is direct, but the GCN was trained for the ELBO: choose feasibility")
+    with torch.no_grad():
+        return context.unlearner.theta(context.known_head, context.request(point.kappa))
+
+
+@mask_method("mimu", "MIMU (ours)", axes=("topK", "kappa"), learned=True)
+def mimu(context: Context, point: Point) -> Mask:
+    """Switch off the weights that the graph network finds the forgotten classes depend on."""
+    if context.strategy is MaskStrategies.set_difference:
+        classes = context.config.forget_labels
+        return set_difference_mask(context.importance(point.topK), classes, point.topK, context.graph)
+    return top_mask(mimu_score(context, point), point.kappa, context.graph)
+
+
+def _start(context: Context, point: Point) -> Tensor:
+    """theta that refinement starts from, as configured. [*graph.shape]."""
+    start, request = context.config.refine.start, context.request(point.kappa)
+    if start is Starts.taylor:
+        return taylor_start(context.known_head, request.classes)
+    if start is Starts.noise:
+        return noise_start(context.known_head, request, point.seed)
+    score = mimu_score(context, point)
+    direct = context.strategy is MaskStrategies.direct
+    return (score if direct else centred_rank(score)).to(context.device)  # q has tails that drown the rest
+
+
+@mask_method("mimu_refined", "MIMU refined (ours)", axes=("topK", "kappa", "seed"), learned=True)
+def mimu_refined(context: Context, point: Point) -> Mask:
+    """The same, improved by a few steps of descent on theta for this request alone."""
+    request = context.request(point.kappa)
+    theta = refine(context.known_head, _start(context, point), request, context.config.refine)
+    return top_mask(theta, point.kappa, context.graph)
+
+
+@mask_method("taylor_mask", "signed Taylor", axes=("kappa",), source="first-order saliency, e.g. 1611.06440")
+def taylor_mask(context: Context, point: Point) -> Mask:
+    """Rank by t_f - lambda max(0, t_r), first-order importances, nothing learned.
+
+    lambda is the one that keeps and forgets most on validation images.
+    """
+    contributions = context.known_head.statistics.contributions(context.config.forget_labels)
+    scores = (contributions.signed_taylor(weight) for weight in TAYLOR_LAMBDAS)
+    candidates = [top_mask(score, point.kappa, context.graph) for score in scores]
+    return max(candidates, key=lambda mask: context.score(mask, "val", False) - context.score(mask, "val", True))
+
+
+@mask_method("random", "random mask", axes=("kappa", "seed"), source="control")
+def random(context: Context, point: Point) -> Mask:
+    """Switch off kappa weights drawn at random."""
+    generator = torch.Generator().manual_seed(derive_seed(point.seed, "random", point.kappa))
+    return random_mask(context.graph, point.kappa, generator)
+
+
+@method("sft", "SFT randomisation", axes=("seed",), source="control: random labels, target layers alone")
+def sft(context: Context, point: Point) -> Edit:
+    """Fine-tune the target layers on random labels (or as `sft.mode` says)."""
+    config = context.config
+    allowed = context.within_targets([torch.ones_like(weight, dtype=torch.bool) for weight in context.weights])
+    trainer = SFTTrainer(context.own, context.data, config.mask_layer, config.sft, point.seed, context.device)
+    return Edit(trainer.train(), allowed)
+
+
+@method("retrain", "retrained", source="the gold standard: same recipe, retained images only")
+def retrain(context: Context, point: Point) -> Edit:
+    """Trained anew, by the classifier's own recipe, without the classes to forget."""
+    assert context.retrain is not None, "this method needs Context.retrain"
+    model = context.retrain(0)
+    # The seconds of its training where they are known: the clock sees no more than the reading of its checkpoint.
+    return Edit(model, seconds=context.stage_seconds.get("retrained-0"))
+
+
+@method("default", "untouched", source="control")
+def default(context: Context, point: Point) -> Edit:
+    """The classifier as it is."""
+    return Edit(context.model, allowed={})
+
+
+# --- all methods ------------------------------------------------------------------------------------------
+
+MODULES = (__name__, closed_form.__name__, trained.__name__)
+"""The modules that register methods, which are shown in this order; a module's own stand in the order of its source."""
 METHODS = REGISTERED
 
 
 def _put_in_order() -> None:
     """Order METHODS by module, whichever module a program happened to import first; others' methods come last."""
-    names = [module.__name__ for module in MODULES]
-    for entry in sorted(METHODS.values(), key=lambda one: [*names, one.module].index(one.module)):
+    for entry in sorted(METHODS.values(), key=lambda one: [*MODULES, one.module].index(one.module)):
         METHODS[entry.name] = METHODS.pop(entry.name)
 
 

@@ -5,8 +5,6 @@ A request switches off kappa weights. The GCN sees the request's features and wh
 """
 
 import math
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,24 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from core.artifacts import HISTORY, write_json
 from core.config import FeatureSets, ForgetLosses, GCNConfig, RefineConfig, UserError, derive_seed
-from core.observe import Tracker, log, progress
 from data import GraphDataset
 from model import MaskingGCN, MaskLayer, inspecting
 from models.classifier import Classifier
+from trainer import annealed
 from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, signed_log, standardised
-from unlearn.masks import SAMPLERS, check_budget, sinkhorn_topk
+from unlearn.masks import check_budget, sinkhorn_topk
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
 MATCH_SHARE = 0.1  # of `match` in ForgetLosses.both: enough for its probabilities, too little to forget later
 MARGIN = 0.5  # by how much a forgotten class must lose, in logits, before the loss levels off
 MOST_RETAINED = 1536  # retained samples that a request looks at
 MOST_SIDES_BYTES = 2**27  # of requests' samples, kept for the next time: every pair of ten classes on an MLP
-KAPPA_SHARES = (0.004, 0.08)  # of all weights: what kappa is drawn from, log-uniformly, in training
-WARM_UP = 0.1  # share of the GCN's steps in which its learning rate grows
 TYPICAL_SHARE = 0.02  # where the column log_kappa is 0
-PAIR_SHARE = 0.2  # of the training requests: two classes at once
 LOOK_TEMPERATURE = 0.15  # of the soft mask at which a later pass sees the network, in units of std(theta)
 
 
@@ -248,11 +242,6 @@ def _state(head: FrozenHead, request: Request, theta: Tensor, degrees: Tensor) -
     return torch.stack([log_kappa, signed_log(u_forget), signed_log(u_retain), 4 * degrees, standardised(theta)], -1)
 
 
-def annealed(start: float, end: float, step: int, steps: int) -> float:
-    """Geometric way from start to end over `steps` steps."""
-    return start * (end / start) ** (step / max(1, steps - 1))
-
-
 def refine(head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig) -> Tensor:
     """Descend on theta itself, with Adam, for one request. [*graph.shape] -> [*graph.shape]."""
     theta = standardised(theta.detach()).requires_grad_()
@@ -272,87 +261,3 @@ def noise_start(head: FrozenHead, request: Request, seed: int) -> Tensor:
     """A start that knows nothing: normal noise. [*graph.shape]."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "noise", *request.classes, request.kappa))
     return torch.randn(head.graph.shape, generator=generator).to(head.device)
-
-
-class UnlearningTrainer:
-    """Trains the GCN to answer requests: random classes, kappa log-uniform, on one head or several.
-
-    Minimises forget loss + lambda * retain loss at the soft mask of theta, temperature annealed.
-
-    Args:
-        unlearner: its GCN is trained in place. heads: each step draws from one of them.
-    """
-
-    def __init__(
-        self,
-        unlearner: Unlearner,
-        heads: Sequence[FrozenHead],
-        config: GCNConfig,
-        seed: int,
-        device: torch.device,
-        tracker: Tracker,
-    ):
-        self.unlearner, self.heads, self.config, self.tracker = unlearner, heads, config, tracker
-        self.gcn = unlearner.gcn.to(device)
-        self.order = torch.Generator().manual_seed(derive_seed(seed, "unlearning", "order"))
-        self.noise = torch.Generator(device).manual_seed(derive_seed(seed, "unlearning", "noise"))
-        self.optimizer = torch.optim.AdamW(self.gcn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        steps = max(2, config.steps)
-        warm_up = WARM_UP if WARM_UP * steps > 1 else 0.0  # a first phase of no step is one that PyTorch divides by
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, config.lr, total_steps=steps, pct_start=warm_up
-        )
-
-    def _uniform(self) -> float:
-        return float(torch.rand((), generator=self.order))
-
-    def draw(self, head: FrozenHead) -> Request:
-        """A random request: one class or two, kappa log-uniform between KAPPA_SHARES of the weights of each."""
-        known = torch.tensor(self.config.train_classes or range(head.num_classes))
-        pair = len(known) > 1 and head.num_classes > 2 and self._uniform() < PAIR_SHARE
-        several = 2 if pair else 1
-        classes = known[torch.randperm(len(known), generator=self.order)[:several]]
-        low, high = KAPPA_SHARES
-        share = several * low * (high / low) ** self._uniform()
-        size = head.graph.num_vertices
-        return Request(tuple(sorted(classes.tolist())), min(max(1, round(share * size)), size))
-
-    def step(self, temperature: float) -> dict[str, float]:
-        """One optimiser step over `requests_per_step` requests to one head; returns the mean terms."""
-        place = int(torch.randint(len(self.heads), (), generator=self.order))
-        head, count = self.heads[place], self.config.requests_per_step
-        terms = {"loss": 0.0, "forget": 0.0, "retain": 0.0}
-        self.optimizer.zero_grad(set_to_none=True)
-        for _ in range(count):
-            request = self.draw(head)
-            theta = self.unlearner.theta(head, request)
-            degrees = SAMPLERS[self.config.sampler](theta.flatten(), request.kappa, temperature, self.noise)
-            forget, retain = head.losses(degrees.view_as(theta), request.classes, self.config.forget_loss)
-            loss = forget + self.config.lambda_retain * retain
-            (loss / count).backward()
-            for name, value in (("loss", loss), ("forget", forget), ("retain", retain)):
-                terms[name] += float(value.detach()) / count
-        terms["grad_norm"] = float(nn.utils.clip_grad_norm_(self.gcn.parameters(), 1.0))
-        self.optimizer.step()
-        self.schedule.step()
-        return terms
-
-    def train(self, folder: Path) -> dict:
-        """Train; write the loss terms to `folder`/history.json; return the last tenth's means."""
-        config = self.config
-        self.gcn.train()
-        with self.tracker:
-            for step in progress(range(config.steps), "GCN"):
-                temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
-                begun = time.perf_counter()
-                terms = self.step(temperature)
-                rate = config.requests_per_step / (time.perf_counter() - begun)
-                if not all(map(math.isfinite, terms.values())):
-                    raise UserError("the GCN's loss or gradient is not finite: lower gcn.lr or gcn.lambda_retain")
-                self.tracker.log(step + 1, **terms, temperature=temperature, requests_per_second=rate)
-        self.gcn.eval()
-        write_json(folder / HISTORY, {"history": self.tracker.history})
-        last = self.tracker.history[-max(1, config.steps // 10) :]
-        means = {name: sum(entry[name] for entry in last) / len(last) for name in ("loss", "forget", "retain")}
-        log("GCN: " + ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
-        return means | {"checkpoints": len(self.heads)}

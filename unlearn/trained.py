@@ -1,6 +1,6 @@
 """Rivals that unlearn by training: fine-tuning, ascent, random labels, distillation from a teacher.
 
-Each is a decorated function as in `ours`, with its source and the settings that it is tuned over. All have the
+Each is a decorated function as in `methods`, with its source and the settings that it is tuned over. All have the
 same budget, at most EPOCHS epochs: one is a pass over D_f, with RETAINED images of D_r, drawn anew, for each of its
 images; methods that use one of the two sets alone see no more images (last layer anew: passes over all of D_r, as
 cheap). A step takes 128 images of D_f or, where D_f is small, so few (8 at least) that an epoch has 20 steps.

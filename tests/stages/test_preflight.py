@@ -27,7 +27,9 @@ from stages.classifier import ClassifierStage
 from stages.evaluation import Footing
 from stages.preflight import changed, understood, without_effect
 from tests.helpers.common import TINY
-from unlearn.requests import WARM_UP, Unlearner, UnlearningTrainer
+from trainer import WARM_UP, GCNTrainer
+from unlearn.objectives import Unlearning
+from unlearn.requests import Unlearner
 
 
 @pytest.fixture(autouse=True)
@@ -205,18 +207,13 @@ def test_any_number_of_steps_has_a_schedule(finished, tmp_path, steps):
     _, first = finished
     stages = Stages(tiny(tmp_path, gcn={"steps": steps}, **{**first["given"], "gcn_path": None}))
     config = stages.config.gcn
-    trainer = UnlearningTrainer(
-        Unlearner.fresh(config),
-        [stages.head],
-        config,
-        0,
-        torch.device("cpu"),
-        Tracker(stages.config.tracker, "", {}),
-    )
+    objective = Unlearning(Unlearner.fresh(config), [stages.head], config, 0, torch.device("cpu"))
+    trainer = GCNTrainer(objective, Tracker(stages.config.tracker, "", {}))
     rates = []
     for _ in range(steps):
         rates.append(trainer.optimizer.param_groups[0]["lr"])
         trainer.optimizer.step()
+        assert trainer.schedule is not None
         trainer.schedule.step()
     assert all(0 < rate <= config.lr * (1 + 1e-9) for rate in rates)
     assert (rates[0] < 0.05 * config.lr) is (WARM_UP * steps > 1)

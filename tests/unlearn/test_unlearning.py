@@ -36,17 +36,17 @@ from measure.auto_kappa import Attempt
 from model import HookedModel
 from pipeline import Pipeline
 from stages.chain import Stages
+from trainer import GCNTrainer
 from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, signed_log
 from unlearn.masks import hard_topk
-from unlearn.methods import mask_of
-from unlearn.ours import TAYLOR_LAMBDAS
+from unlearn.methods import TAYLOR_LAMBDAS, mask_of
+from unlearn.objectives import Unlearning
 from unlearn.registry import Point
 from unlearn.requests import (
     STATE,
     FrozenHead,
     Request,
     Unlearner,
-    UnlearningTrainer,
     noise_start,
     refine,
     soft_mask,
@@ -301,7 +301,7 @@ def test_training_learns_and_repeats(head, tmp_path):
     def train(seed: int) -> tuple[Unlearner, list[dict]]:
         torch.manual_seed(0)
         unlearner, tracker = Unlearner.fresh(config), Tracker(Trackers.none, "x", {})
-        UnlearningTrainer(unlearner, [head], config, seed, CPU, tracker).train(tmp_path)
+        GCNTrainer(Unlearning(unlearner, [head], config, seed, CPU), tracker).train(tmp_path)
         return unlearner, tracker.history
 
     learned, history = train(0)
@@ -323,8 +323,8 @@ def test_training_learns_and_repeats(head, tmp_path):
 
 @pytest.mark.slow
 def test_drawn_requests_are_spread(head):
-    trainer = UnlearningTrainer(Unlearner.fresh(SMALL), [head], SMALL, 0, CPU, Tracker(Trackers.none, "x", {}))
-    drawn = [trainer.draw(head) for _ in range(400)]
+    objective = Unlearning(Unlearner.fresh(SMALL), [head], SMALL, 0, CPU)
+    drawn = [objective.draw(head) for _ in range(400)]
     assert {label for request in drawn for label in request.classes} == set(range(10))
     pairs = sum(len(request.classes) == 2 for request in drawn)
     assert 40 <= pairs <= 120  # a fifth of 400, five standard deviations
@@ -481,7 +481,7 @@ def test_one_file_serves_other_classifiers_classes_and_layers(whole, tmp_path, m
     def never(*_, **__) -> None:
         raise AssertionError("the GCN was to be taken from its file")
 
-    monkeypatch.setattr(UnlearningTrainer, "train", never)
+    monkeypatch.setattr(GCNTrainer, "train", never)
     changes = {"seed": 5, "forget_class": (3, 7), "mask_layer": (-2, -1), "kappa_list": (300,), "gcn_path": gcn}
     (record,) = Pipeline(replace(whole[0], output_dir=tmp_path, **changes)).run()
     assert record["forget_class"] == [3, 7]
