@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from core.config import UserError
+
 
 @dataclass(frozen=True)
 class Neurons:
@@ -109,3 +111,9 @@ class WeightGraph:
 def layer_graph(m: int, n: int) -> WeightGraph:
     """The graph of one m x n layer."""
     return WeightGraph(((m, n),))
+
+
+def check_budget(k: int, size: int, name: str = "k") -> None:
+    """Raise `UserError` unless a number of weights, called `name`, is at least 1 and at most all `size` of them."""
+    if not 1 <= k <= size:
+        raise UserError(f"{name} is {k}, but the masked layers have {size} weights: choose from 1 to {size}")

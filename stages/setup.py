@@ -14,11 +14,11 @@ from core.config import GIVEN, PipelineConfig, UserError, derive_seed, plain
 from core.hashes import load_plugins
 from core.observe import Tracker
 from core.store import Stage, build_stage
+from graphs.layout import check_budget
 from model import HookedModel, vision_model_loader
 from trainer import check_recipe
 from training.distributed import by_torchrun, choose_device, local_device, make_repeatable
 from training.processes import reuse_freed_memory
-from unlearn.masks import check_budget
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from core.artifacts import read_tensors, write_tensors
 from core.config import TopKSamplers, UserError, as_tuple
-from graphs.layout import WeightGraph
+from graphs.layout import WeightGraph, check_budget
 
 
 class Sampler(Protocol):
@@ -38,12 +38,6 @@ def _sampler(name: TopKSamplers) -> Callable[[Sampler], Sampler]:
         return function
 
     return register
-
-
-def check_budget(k: int, size: int, name: str = "k") -> None:
-    """Raise `UserError` unless 1 <= k <= size."""
-    if not 1 <= k <= size:
-        raise UserError(f"{name} is {k}, but the masked layers have {size} weights: choose from 1 to {size}")
 
 
 # --- samplers ---------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from torch.nn import functional
 
 from core.config import FeatureSets, ForgetLosses, GCNConfig, RefineConfig, UserError, derive_seed
 from data import GraphDataset
+from graphs.layout import check_budget
 from model import MaskingGCN, MaskLayer, inspecting
 from models.classifier import Classifier
 from trainer import annealed
 from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, signed_log, standardised
-from unlearn.masks import check_budget, sinkhorn_topk
+from unlearn.masks import sinkhorn_topk
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
 MATCH_SHARE = 0.1  # of `match` in ForgetLosses.both: enough for its probabilities, too little to forget later

@@ -143,6 +143,20 @@ def test_an_edit_makes_anew_only_what_comes_after_it():
     assert not [name for name in hashes.closure("reporter") if name.startswith(("stages/", "unlearn/", "measure/"))]
 
 
+def test_an_edit_for_the_graph_network_retrains_no_classifier():
+    """Neither graphs' data nor masks nor objectives are in reach of a classifier's training, nor of making graphs.
+
+    `model.py` holds the graph network beside the classifiers, so that its operator and the layout are in reach.
+    """
+    classifier, graphs = hashes.closure("stages.classifier"), hashes.closure("stages.graphs")
+    assert {"trainer.py", "model.py"} <= set(classifier)
+    assert "data.py" not in classifier
+    assert not [name for name in (*classifier, *graphs) if name.startswith("unlearn/")]
+    of_graphs = [name for name in classifier if name.startswith("graphs/")]
+    assert of_graphs == ["graphs/__init__.py", "graphs/layout.py", "graphs/message_passing.py"]
+    assert {"data.py", "unlearn/objectives.py", "unlearn/masks.py"} <= set(hashes.closure("stages.gcn"))
+
+
 def test_a_module_that_is_not_there_is_refused():
     with pytest.raises(AssertionError, match=r"images\.nothing is no module of this project"):
         hashes.closure("images.nothing")
