@@ -42,8 +42,8 @@ class Finetuner:
         model: left as it is. data: its dataset; D_f and D_r are parts of the training images.
         seed: of the point; one generator, derived from it and the name, makes every draw.
         optimizing: makes the optimiser of the parameters.
-        free: what may change, a bool tensor for each parameter by name (None: every parameter). All other entries keep
-            their bits, whatever momentum or weight decay would do to them.
+        free: what may change, a bool tensor for each parameter by name (None: every parameter). All other parameters
+            are frozen, and all other entries keep their bits, whatever momentum or weight decay would do to them.
         clip: the gradient's L2 norm, at most (None: any); keeps ascent, whose loss has no bound, finite.
     """
 
@@ -59,19 +59,18 @@ class Finetuner:
         clip: float | None = None,
     ):
         self.name, self.device, self.clip, self.num_classes = name, device, clip, data.num_classes
-        self.model = copy.deepcopy(model).eval().requires_grad_(True)
+        self.model = copy.deepcopy(model).eval()
+        named = dict(self.model.named_parameters())
+        for key, parameter in named.items():
+            parameter.requires_grad_(free is None or key in free)
         self.images = data.splits["train"]
         forgotten = data.is_forgotten(self.images.labels)
         self.forget, self.retain = forgotten.nonzero().flatten(), (~forgotten).nonzero().flatten()
         self.batch = min(BATCH, max(SMALLEST_BATCH, len(self.forget) // STEPS))
         self.generator = torch.Generator().manual_seed(derive_seed(seed, name))
-        self.optimizer = optimizing(list(self.model.parameters()))
-        named = [] if free is None else self.model.named_parameters()
-        self.held = [self._hold(name, parameter, free or {}) for name, parameter in named]
-
-    def _hold(self, name: str, parameter: nn.Parameter, free: Mapping[str, Tensor]) -> Held:
-        none = torch.zeros_like(parameter, dtype=torch.bool)
-        return Held(parameter, free.get(name, none).to(self.device), parameter.detach().clone())
+        self.optimizer = optimizing([parameter for parameter in named.values() if parameter.requires_grad])
+        partly = {key: entries.to(device) for key, entries in (free or {}).items() if not bool(entries.all())}
+        self.held = [Held(named[key], entries, named[key].detach().clone()) for key, entries in partly.items()]
 
     # --- batches ---
 
@@ -121,56 +120,34 @@ class Finetuner:
         self.optimizer.zero_grad(set_to_none=True)
         return self.model.requires_grad_(False)
 
+    # --- supervised fine-tuning of the target layers ---
 
-class SFTTrainer:
-    """Supervised fine-tuning of the target layers alone (AdamW), on a copy of the classifier.
+    def _drawn(self, pool: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self._load(pool[torch.randint(len(pool), (count,), generator=self.generator)])
 
-    Args:
-        model: left as it is. mode: random labels on the forget set, true labels on the retain set, or half
-            a batch of each.
-    """
+    def mixed(self, size: int, mode: SFTModes) -> tuple[Tensor, Tensor]:
+        """Draw `size` images [B, C, H, W] with replacement and the labels [B] to fit.
 
-    def __init__(
-        self,
-        model: HookedModel,
-        data: UnlearningDataset,
-        mask_layer: MaskLayer,
-        config: SFTConfig,
-        seed: int,
-        device: torch.device,
-    ):
-        self.model, self.mask_layer, self.config, self.device = model, mask_layer, config, device
-        self.images, self.num_classes = data.splits["train"], data.num_classes
-        forgotten = data.is_forgotten(self.images.labels)
-        self.forget, self.retain = forgotten.nonzero().flatten(), (~forgotten).nonzero().flatten()
-        self.generator = torch.Generator().manual_seed(derive_seed(seed, "sft"))
-
-    def _draw(self, pool: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        picks = torch.randint(len(pool), (count,), generator=self.generator)
-        return self.images.batch(pool[picks])
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] and the labels [B] to fit; random labels are uniform over all classes."""
-        size, mode = self.config.batch_size, self.config.mode
+        Args:
+            mode: images of D_f with random labels, of D_r with their own, or half of each, those of D_f first.
+        """
         if mode is SFTModes.Finetune_Retain:
-            return self._draw(self.retain, size)
+            return self._drawn(self.retain, size)
         forgetting = size if mode is SFTModes.Randomize_Forget else size // 2
-        images, labels = self._draw(self.forget, forgetting)
-        labels = torch.randint(self.num_classes, labels.shape, generator=self.generator)
-        kept_images, kept_labels = self._draw(self.retain, size - forgetting)
+        images, labels = self._drawn(self.forget, forgetting)
+        labels = self.random_labels(labels)
+        kept_images, kept_labels = self._drawn(self.retain, size - forgetting)
         return torch.cat([images, kept_images]), torch.cat([labels, kept_labels])
 
-    def train(self) -> HookedModel:
-        """The fine-tuned copy, in eval mode."""
-        tuned = copy.deepcopy(self.model).eval().requires_grad_(False)
-        weights = [weight.requires_grad_(True) for weight in tuned.weights(self.mask_layer)]
-        optimizer = torch.optim.AdamW(weights, lr=self.config.lr)
-        for _ in progress(range(self.config.steps), "sft"):
-            images, labels = (values.to(self.device) for values in self.batch())
-            with torch.no_grad():
-                h = tuned.prefix(images, self.mask_layer)
-            loss = functional.cross_entropy(tuned.head(h, self.mask_layer), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        return tuned.requires_grad_(False)
+    def fit_targets(self, mask_layer: MaskLayer, config: SFTConfig) -> HookedModel:
+        """Minimise cross-entropy on `mixed` batches; the copy must have nothing `free` below the target layers.
+
+        Returns:
+            As `finished`.
+        """
+        for _ in progress(range(config.steps), self.name):
+            images, labels = self.mixed(config.batch_size, config.mode)
+            with torch.no_grad():  # nothing below the target layers is trained, so that backward need not reach there
+                h = self.model.prefix(images, mask_layer)
+            self.descend(functional.cross_entropy(self.model.head(h, mask_layer), labels))
+        return self.finished()

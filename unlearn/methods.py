@@ -4,6 +4,7 @@ Each method is one decorated function; its docstring is its definition.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from core.config import MaskStrategies, Starts, UserError, derive_seed
 from unlearn import closed_form, trained
 from unlearn.features import centred_rank
-from unlearn.finetuning import SFTTrainer
+from unlearn.finetuning import Finetuner
 from unlearn.masks import Mask, feasibility_score, random_mask, set_difference_mask, top_mask
 from unlearn.registry import REGISTERED, Context, Edit, Point, mask_method, method
 from unlearn.requests import noise_start, refine, taylor_start
@@ -82,8 +83,9 @@ def sft(context: Context, point: Point) -> Edit:
     """Fine-tune the target layers on random labels (or as `sft.mode` says)."""
     config = context.config
     allowed = context.within_targets([torch.ones_like(weight, dtype=torch.bool) for weight in context.weights])
-    trainer = SFTTrainer(context.own, context.data, config.mask_layer, config.sft, point.seed, context.device)
-    return Edit(trainer.train(), allowed)
+    adamw, images = partial(torch.optim.AdamW, lr=config.sft.lr), (context.own, context.data)
+    engine = Finetuner("sft", *images, point.seed, context.device, adamw, free=allowed)
+    return Edit(engine.fit_targets(config.mask_layer, config.sft), allowed)
 
 
 @method("retrain", "retrained", source="the gold standard: same recipe, retained images only")

@@ -29,7 +29,7 @@ from graphs.layout import layer_graph
 from measure.integrity import changed_outside, extent, unchanged
 from mimu import state_sha256
 from model import vision_model_loader
-from unlearn.finetuning import SFTTrainer
+from unlearn.finetuning import Finetuner
 from unlearn.masks import (
     Mask,
     feasibility_score,
@@ -341,12 +341,11 @@ def test_the_hash_of_weights_covers_types_shapes_and_order():
 
 @pytest.mark.parametrize("mode", list(SFTModes))
 def test_sft_draws_what_its_mode_says(context, mode):
-    config = SFTConfig(mode=mode, batch_size=32, steps=2)
-    trainer = SFTTrainer(context.model, context.data, -2, config, 0, context.device)
+    engine = Finetuner("sft", context.model, context.data, 0, context.device, torch.optim.AdamW)
     forget = {
-        image.numpy().tobytes() for image in context.data.splits["train"].only(trainer.forget).batch(slice(None))[0]
+        image.numpy().tobytes() for image in context.data.splits["train"].only(engine.forget).batch(slice(None))[0]
     }
-    drawn = [trainer.batch() for _ in range(40)]
+    drawn = [engine.mixed(32, mode) for _ in range(40)]
     from_forget = [sum(image.numpy().tobytes() in forget for image in images) for images, _ in drawn]
     share = {SFTModes.Randomize_Forget: 32, SFTModes.Finetune_Retain: 0}.get(mode, 16)
     assert set(from_forget) == {share}
@@ -359,6 +358,10 @@ def test_sft_draws_what_its_mode_says(context, mode):
 
 
 def test_sft_changes_the_target_layer_alone(context):
-    tuned = SFTTrainer(context.model, context.data, -2, SFTConfig(steps=3), 0, context.device).train()
+    free = context.within_targets([torch.ones_like(weight, dtype=torch.bool) for weight in context.weights])
+    engine = Finetuner("sft", context.model, context.data, 0, context.device, torch.optim.AdamW, free=free)
+    optimised = [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
+    assert list(map(id, optimised)) == list(map(id, engine.model.weights(-2)))
+    tuned = engine.fit_targets(-2, SFTConfig(steps=3))
     changed = {n for n, v in tuned.state_dict().items() if not torch.equal(v, context.model.state_dict()[n])}
     assert changed == {"linears.1.weight"}
