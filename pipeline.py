@@ -18,6 +18,7 @@ from reporter import Reporter
 from stages.chain import Stages
 from stages.evaluation import Evaluation
 from stages.preflight import say
+from training.distributed import prepare_process
 from unlearn.methods import chosen_methods
 
 __all__ = ["Pipeline", "PipelineConfig"]
@@ -50,6 +51,13 @@ class Pipeline:
         self._show_masks(records)
         self.reporter.plot(records)
         return records
+
+    def prepare_process(self) -> None:
+        """Let this process keep freed memory for the next tensors, and a GPU take algorithms that repeat.
+
+        A program calls this once, before it runs anything; constructing a `Pipeline` sets nothing for the process.
+        """
+        prepare_process(self.stages.device)
 
     def train_gcn(self) -> Path:
         """Train the graph network alone, or find it (the ELBO: for the first topK); returns its file."""

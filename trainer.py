@@ -21,7 +21,6 @@ from core.config import GCNConfig, Trackers, TrainConfig, UserError, derive_seed
 from core.observe import Tracker, log, progress
 from model import HookedModel, MaskingGCN, inspecting, predictions
 from training.distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
-from training.processes import reuse_freed_memory
 from training.resume import Progress, StateFile, Training
 from utils_data import UnlearningDataset
 
@@ -254,7 +253,6 @@ def _train_share(
     folder: Path,
 ) -> dict:
     """What each process of `train_ddp` runs. The model came through shared memory: each trains a copy of its own."""
-    reuse_freed_memory()
     own = tracker if group.leads else Tracker(Trackers.none, tracker.name, tracker.config)
     trainer = VisionModelTrainer(copy.deepcopy(model).to(device), data, config, device, own, state)
     return trainer.fit(group, folder, hand_over=True)

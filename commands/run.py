@@ -28,6 +28,7 @@ def run(here: Environment, settings: Settings, quiet: bool = False, json: bool =
 
     with running(config.output_dir):
         pipeline = Pipeline(config)
+        pipeline.prepare_process()
         records = pipeline.with_others(pipeline.run)
     return 0 if records is None else _print(config, records, json, curves)
 
@@ -56,6 +57,7 @@ def train_gcn(
 
     with running(config.output_dir):
         pipeline = Pipeline(config)
+        pipeline.prepare_process()
         if made := pipeline.with_others(pipeline.train_gcn):
             copy_file(made, target)
             show(target)

@@ -222,6 +222,7 @@ def run_job(job: Job, threads: int | None = None) -> dict:
         check_same_code(job.code, job.config.plugins)
         with running(job.config.output_dir):
             pipeline = Pipeline(job.config)
+            pipeline.prepare_process()
             if job.speaks:
                 pipeline.preflight()
             records = pipeline.eval()

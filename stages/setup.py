@@ -17,8 +17,7 @@ from core.store import Stage, build_stage
 from graphs.layout import check_budget
 from model import HookedModel, vision_model_loader
 from trainer import check_recipe
-from training.distributed import by_torchrun, choose_device, local_device, make_repeatable
-from training.processes import reuse_freed_memory
+from training.distributed import by_torchrun, choose_device, local_device
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
 
@@ -80,8 +79,6 @@ class Setup:
         self.device = choose_device(config.device)
         if config.train.use_ddp and by_torchrun():
             self.device = local_device(self.device)
-        make_repeatable(self.device)
-        reuse_freed_memory()
         self.seconds: dict[str, float] = {}
         self._kept: dict[str, Stage] = {}
         self.shape = (len(facts.classes), facts.channels, facts.size)

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from main import set_library_defaults
+from training.processes import reuse_freed_memory
 
 # Before any test file imports torch. Small matrices lose by threads, sums in another order are others, and what a test
 # starts inherits it.
 set_library_defaults()
 os.environ["OMP_NUM_THREADS"] = "1"
+reuse_freed_memory()  # as every command does
 
 HERE = Path(__file__).parent
 MOST_PROCESSES = 4  # each holds torch, and compares small models: more of them cost memory

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Sampler
 from core.choices import Diverged, MachineError, UserError
 from core.hashes import check_same_code, load_plugins, loaded_plugins, whole_code
 from core.observe import log
-from training.processes import end_with_parent
+from training.processes import end_with_parent, reuse_freed_memory
 
 PRELOAD = [
     "training.fork_server",
@@ -236,11 +236,21 @@ def make_repeatable(device: torch.device) -> None:
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - a property of the module
 
 
+def prepare_process(device: torch.device) -> None:
+    """Set what holds for a whole process that trains and measures on a device: for programs, never in a constructor.
+
+    Freed memory is kept for the next tensors, and a GPU takes algorithms that repeat. No result on a CPU changes.
+    """
+    reuse_freed_memory()
+    make_repeatable(device)
+
+
 def repeatability(device: torch.device) -> str:
     """Return what a second run on this device can be expected to give, for records."""
     if device.type == "cuda":
+        which = "deterministic" if torch.are_deterministic_algorithms_enabled() else "the fastest"
         name = torch.cuda.get_device_name(device)
-        return f"{name}, deterministic algorithms where PyTorch has them: not tested, last digits may differ"
+        return f"{name}, {which} algorithms where PyTorch has them: not tested, last digits may differ"
     return f"the same to the bit on this processor with {torch.get_num_threads()} threads"
 
 
@@ -298,7 +308,7 @@ def _worker(
     check_same_code(code, loaded_plugins())
     try:
         own = local_device(device)
-        make_repeatable(own)
+        prepare_process(own)
         return function(meet(own, seconds).group, own, *given)
     except RuntimeError as error:
         if _lost_a_peer(error):

@@ -17,13 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 import main
+from commands.sweep import expand, load_sweep, run_job
 from core.choices import Diverged
 from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels, Trackers, TrainConfig, UserError
 from core.observe import Tracker
 from core.yaml_files import load_config
 from model import HookedMLPClassifier, HookedResnet
+from pipeline import Pipeline
 from stages.chain import Stages
-from tests.helpers.common import LOG_LINE
+from stages.classifier import ClassifierStage
+from tests.helpers.common import LOG_LINE, TINY
 from tests.helpers.processes import gone, relatives, start, wait_for
 from trainer import VisionModelTrainer
 from training import distributed
@@ -227,6 +230,44 @@ def test_deterministic_algorithms_on_a_gpu_alone(kind, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def settings(monkeypatch) -> list[object]:
+    """What is set for the whole process from now on, in order; nothing is."""
+    done: list[object] = []
+    monkeypatch.setattr(distributed, "reuse_freed_memory", lambda: done.append("memory"))
+    monkeypatch.setattr(distributed, "make_repeatable", done.append)
+    return done
+
+
+def test_no_constructor_sets_anything_for_the_whole_process(tmp_path, monkeypatch):
+    done = settings(monkeypatch)
+    monkeypatch.setattr("training.processes.reuse_freed_memory", lambda: done.append("memory"))
+    pipeline = Pipeline(PipelineConfig(output_dir=tmp_path, device="cpu"))
+    assert done == []
+    pipeline.prepare_process()
+    assert done == ["memory", CPU]
+
+
+@pytest.mark.parametrize("command", ["run", "train-gcn", "sweep"])
+def test_commands_prepare_their_process_before_anything_is_trained(command, tmp_path, monkeypatch, capsys):
+    """A sweep's job does it in its own process, whichever engine started that."""
+    done = settings(monkeypatch)
+
+    def trains(_) -> Path:
+        raise UserError(f"trained after {done}")
+
+    monkeypatch.setattr(ClassifierStage, "train", trains)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    if command == "sweep":
+        file.write_text(f"{TINY}output_dir: {tmp_path}\nsweep: {{over: {{seed: [0]}}}}\n")
+        (job,) = expand(*load_sweep([file]))
+        assert run_job(job)["error"] == f"UserError: trained after ['memory', {CPU!r}]"
+    else:
+        out = ["--out", str(tmp_path / "g.safetensors")] if command == "train-gcn" else []
+        assert main.main([command, "--config", str(file), "--output-dir", str(tmp_path), *out]) == 2
+        assert f"error: trained after ['memory', {CPU!r}]" in capsys.readouterr().err
 
 
 # --- robust -----------------------------------------------------------------------------------------------
