@@ -1,6 +1,8 @@
-"""A classifier and its images -> graphs. One sample's graph is three vectors, because g_ij = delta_i h_j.
+"""Graphs from a classifier and its images: one node per weight of the target layers, one graph per sample.
 
-Per sample and layer h [n], z [m] and delta [m] are stored, and W [m, n] once; node features are made on the fly.
+A sample's graph is three vectors for each layer W [m, n]: the input h [n], the output z [m] and delta = dl/dz [m] of
+its loss l. Its gradient by the weights is their outer product, g_ij = dl/dW_ij = delta_i h_j, so that features of all
+m n nodes are made from m + n stored values when they are needed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,15 +30,21 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 FEATURES = ("h", "z", "W", "g")
-EPSILON = 1e-8
-ROWS_AT_ONCE = 4096
-TOLERANCE = 1e-3  # between graphs and what their classifier gives now, of the largest value
+EPSILON = 1e-8  # added to a standard deviation that may be 0
+ROWS_AT_ONCE = 4096  # samples whose graphs are checked in one pass
+TOLERANCE = 1e-3  # between stored vectors and those that the classifier gives now, as a share of the largest value
 LAYOUT_FILE = "layout.json"
 _ARRAYS = ("h", "z", "delta", "labels", "weight")
 
 
 def _moments(means: Sequence[Tensor], squares: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and std + 1e-8, [B, 1] each, over all nodes, from each layer's mean and mean square [B] and its size."""
+    """Compute the mean and std + EPSILON over all nodes, [B, 1] each.
+
+    Args:
+        means: of the nodes of each layer, [B].
+        squares: mean squares of the nodes of each layer, [B].
+        sizes: number of nodes of each layer.
+    """
     share = torch.tensor(sizes, dtype=torch.float64, device=means[0].device) / sum(sizes)
     mean = (torch.stack(list(means), 1) * share).sum(1, keepdim=True)
     square = (torch.stack(list(squares), 1) * share).sum(1, keepdim=True)
@@ -46,18 +54,31 @@ def _moments(means: Sequence[Tensor], squares: Sequence[Tensor], sizes: Sequence
 
 @dataclass(frozen=True)
 class Vectors:
-    """Samples' graphs as vectors, per layer: h [B, n], z [B, m], delta [B, m]."""
+    """Graphs of B samples as vectors, one tensor for each layer W [m, n].
+
+    Args:
+        h: inputs of the layers, [B, n].
+        z: outputs, [B, m].
+        delta: dl/dz, [B, m].
+    """
 
     h: list[Tensor]
     z: list[Tensor]
     delta: list[Tensor]
 
     def to(self, device: torch.device) -> "Vectors":
-        """The same on a device."""
+        """Move the vectors to a device."""
         return Vectors(*([value.to(device) for value in group] for group in (self.h, self.z, self.delta)))
 
     def moments(self, sizes: Sequence[int]) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(mean, std + 1e-8), [B, 1] each, over all nodes, of the columns h, z and g; no column is ever made."""
+        """Compute (mean, std + EPSILON) over all nodes, [B, 1] each, of the columns h, z and g.
+
+        No column [B, m, n] is made: over the nodes of a layer h_j has the mean of h, and g_ij = delta_i h_j has the
+        product of the means of delta and h. The same holds for squares. In float64, because E[x^2] - E[x]^2 cancels.
+
+        Args:
+            sizes: number of nodes of each layer.
+        """
         h, z, delta = ([values.double() for values in group] for group in (self.h, self.z, self.delta))
 
         def first(values: list[Tensor]) -> list[Tensor]:
@@ -75,22 +96,36 @@ class Vectors:
         )
 
     def standardised(self, sizes: Sequence[int]) -> tuple["Vectors", Tensor]:
-        """Vectors and shift [B, 1] that make the standardised columns: h_j, z_i, and delta_i (raw h_j) - shift."""
+        """Compute what standardised columns are made from: h_j, z_i, and delta_i (raw h_j) - shift.
+
+        Args:
+            sizes: number of nodes of each layer.
+
+        Returns:
+            The vectors h, z and delta, scaled, and the shift [B, 1].
+        """
         (mean_h, std_h), (mean_z, std_z), (mean_g, std_g) = self.moments(sizes)
         h, z = [(value - mean_h) / std_h for value in self.h], [(value - mean_z) / std_z for value in self.z]
         return Vectors(h, z, [value / std_g for value in self.delta]), mean_g / std_g
 
 
 class GraphDataset(Dataset):
-    """Graphs in a folder that `GraphGenerator` filled.
+    """Graphs of S samples in a folder that `GraphGenerator` filled.
 
     Args:
-        root: the folder; one with a manifest holds what the manifest lists, one without is of another origin.
+        root: the folder. Its manifest, if it has one, lists what it holds.
         transform: applied to each `Data` that indexing gives.
 
     Attributes:
-        graph: its layers. h [S, sum of n], z and delta [S, sum of m]: memory-mapped, layer after layer.
-        labels [S], weight [*graph.shape]: in memory.
+        graph: layout of the target layers.
+        h: [S, sum of n], layer after layer; memory-mapped, as z and delta.
+        z: [S, sum of m].
+        delta: [S, sum of m].
+        labels: [S], in memory.
+        weight: [*graph.shape], in memory.
+
+    Raises:
+        UserError: a file is missing or damaged, or the arrays do not belong together.
     """
 
     def __init__(self, root: Path, transform: "Callable[[Data], Data] | None" = None):
@@ -138,9 +173,14 @@ class GraphDataset(Dataset):
         raise UserError(f"{self.root} holds {what}, {needed}: leave graph_dir out to make graphs of all of them")
 
     def check_numbers(self, model: HookedModel, mask_layer: MaskLayer) -> None:
-        """Check that the arrays are what this classifier makes: z = h W^T, and delta = dl/dz of the stored labels.
+        """Check that the arrays are those of this classifier: z = h W^T, and delta = dl/dz of the stored labels.
 
-        Whoever wrote them, arrays of another run do not fulfil that. Costs one pass over the vectors.
+        Arrays of another run, classifier or order of samples fail this, whoever wrote them. The check passes over all
+        vectors once, from h on; no image is needed.
+
+        Args:
+            model: the classifier.
+            mask_layer: its target layers.
 
         Raises:
             UserError: a number is not finite, or the arrays are of another classifier, of other images than the
@@ -160,18 +200,18 @@ class GraphDataset(Dataset):
                         raise UserError(f"{what} (arrays of another run or images): leave graph_dir out to make them")
 
     def vectors(self, indices: Sequence[int] | np.ndarray | Tensor) -> Vectors:
-        """h, z and delta of some samples; only these are read."""
+        """Read h, z and delta of some samples, and of no others, from the memory-mapped files."""
         chosen = np.asarray(indices)
         h, z, delta = (torch.from_numpy(np.array(array[chosen])) for array in (self.h, self.z, self.delta))
         return Vectors(list(h.split(self.ins, 1)), list(z.split(self.outs, 1)), list(delta.split(self.outs, 1)))
 
     @cached_property
     def _standard_weight(self) -> Tensor:
-        """The column W, standardised over the nodes. [*graph.shape]."""
+        """Standardise the column W over the nodes, once for all samples. [*graph.shape]."""
         return (self.weight - self.weight.mean()) / (self.weight.std(correction=0) + EPSILON)
 
     def features(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Node features [B, *graph.shape, 4]: h_j, z_i, W_ij, g_ij, each standardised over all nodes."""
+        """Make node features [B, *graph.shape, 4]: h_j, z_i, W_ij, g_ij, each standardised over all nodes."""
         vectors = self.vectors(indices)
         out = torch.empty(len(vectors.h[0]), *self.graph.shape, len(FEATURES))
         out[..., 2] = self._standard_weight
@@ -183,9 +223,9 @@ class GraphDataset(Dataset):
         return out
 
     def class_features(self, label: int) -> Tensor:
-        """A class's representative [*graph.shape, 4]: `features` averaged over its samples.
+        """Average `features` over the samples of a class: its representative, [*graph.shape, 4].
 
-        g's mean is one matrix product, so no dense feature of a sample is ever made.
+        The mean of the columns g is one matrix product, so that no sample's [*graph.shape, 4] is ever made.
 
         Raises:
             UserError: the class has no graph.
@@ -204,7 +244,7 @@ class GraphDataset(Dataset):
         return out
 
     def edge_index(self) -> Tensor:
-        """The explicit edges [2, E], the same for every sample; for inspection, export and tests.
+        """List the directed edges [2, E], the same for every sample; for inspection, export and tests.
 
         Raises:
             UserError: they would not fit.
@@ -212,7 +252,7 @@ class GraphDataset(Dataset):
         return edge_index(self.graph)
 
     def to_pyg(self, index: int) -> "Data":
-        """One sample as PyG `Data`: x [N, 4], edge_index [2, E], y [1] (the label)."""
+        """Make PyG's `Data` of one sample: x [N, 4], edge_index [2, E], y [1] (the label)."""
         from torch_geometric.data import Data
 
         x = self.features([index]).view(-1, len(FEATURES))
@@ -224,10 +264,10 @@ class GraphDataset(Dataset):
 
 
 def _layout(path: Path) -> WeightGraph:
-    """The layers that a folder's graphs are of.
+    """Read the layout of the layers that a folder's graphs are of.
 
     Raises:
-        UserError: the file does not say.
+        UserError: the file holds no layout.
     """
     layout = read_json(path, foreign=True)
     try:
@@ -241,12 +281,12 @@ def _layout(path: Path) -> WeightGraph:
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding, which differs by machine and by the size of a batch."""
+    """Whether two tensors are equal up to rounding, which differs by machine and by the size of a batch."""
     return float((found - expected).abs().max()) <= TOLERANCE * float(expected.abs().max()) + EPSILON
 
 
 def remade(model: HookedModel, mask_layer: MaskLayer, h: Tensor, labels: Tensor) -> Vectors:
-    """h, z and delta of every target layer, from the first one's h [B, n] alone."""
+    """Compute h, z and delta of every target layer from the first one's input h [B, n] and labels [B]."""
     places = model.layer_indices(mask_layer)
     with inspecting(model), ExitStack() as stack:
         layers = [model.target(place) for place in places]
@@ -260,10 +300,15 @@ def remade(model: HookedModel, mask_layer: MaskLayer, h: Tensor, labels: Tensor)
 
 
 class GraphGenerator:
-    """Turns training images into graphs of the target layers, in batched passes, eval mode.
+    """Turns training images into graphs of the target layers, in batched passes in eval mode.
 
     Args:
-        model: the classifier. dataset: its images. mask_layer: the target layers. seed: of the choice of samples.
+        model: the classifier.
+        dataset: its images.
+        mask_layer: the target layers.
+        config: the section `graph`.
+        seed: of the choice of samples.
+        device: where the passes run.
     """
 
     def __init__(
@@ -279,7 +324,7 @@ class GraphGenerator:
         self.config, self.seed, self.device = config or GraphConfig(), seed, torch.device(device)
 
     def choose_samples(self) -> np.ndarray:
-        """Indices into the training split: as many of each class, at least `min_per_class` where there are."""
+        """Choose indices [S] of training images: as many of each class, at least `min_per_class` if it has so many."""
         labels = self.dataset.splits["train"].labels.numpy()
         per_class = max(self.config.min_per_class, -(-self.config.num_samples // self.dataset.num_classes))
         generator = np.random.default_rng(derive_seed(self.seed, "graphs"))
@@ -290,9 +335,9 @@ class GraphGenerator:
         return generator.permutation(np.concatenate(members))
 
     def flatten_in_out_activation_single_layer(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The target layer's input and output as vectors h [B, n] and z [B, m].
+        """Return a target layer's input and output as vectors h [B, n] and z [B, m].
 
-        A model with another layer type adapts this place.
+        To use target layers of another type, override this method.
 
         Raises:
             UserError: the layer's input or output is not one vector per sample.
@@ -303,10 +348,15 @@ class GraphGenerator:
         return inputs, outputs
 
     def capture_batch(self, images: Tensor, labels: Tensor) -> Vectors:
-        """h, z and delta = dl/dz of every sample and target layer from one forward and one backward pass.
+        """Compute h, z and delta = dl/dz of every sample and target layer in one forward and one backward pass.
 
-        The loss is the *sum* of cross-entropies and the model is in eval mode, so samples do not interact.
-        The backward pass ends at the first target layer's z.
+        The loss is the *sum* of cross-entropies and the model is in eval mode, so that samples do not interact and
+        each row of delta is its own sample's. The backward pass ends at the first target layer's z, where `capture`
+        cuts the autograd graph: nothing below is differentiated.
+
+        Args:
+            images: [B, C, H, W].
+            labels: [B].
         """
         places = self.model.layer_indices(self.mask_layer)
         targets = [self.model.target(place) for place in places]
@@ -321,7 +371,7 @@ class GraphGenerator:
         return Vectors(h, z, [delta.view_as(value) for delta, value in zip(gradients, z, strict=True)])
 
     def generate(self, folder: Path) -> dict:
-        """Write the graphs into `folder`, chunk by chunk; returns their facts."""
+        """Write the graphs into `folder`, batch by batch, so that memory holds one batch; return their facts."""
         images: Images = self.dataset.splits["train"]
         chosen = torch.from_numpy(self.choose_samples())
         graph = self.model.weight_graph(self.mask_layer)

@@ -1,7 +1,8 @@
-"""The classifiers, and how to look inside one.
+"""The classifiers, hooks to look inside one, and the graph network over a classifier's weights.
 
-A classifier is `embed` (anything) and then a stack of bias-free linear layers, one or more of which are target
-layers W [m, n]. `prefix` stops at the first one's input h [B, n]; `head` goes on from there, with W replaced if asked.
+A classifier is `embed`, which may be any network, and then a stack of bias-free linear layers. One or more of these
+are target layers W [m, n]. `prefix` computes the first target layer's input h [B, n]; `head` goes on from h to the
+logits, with other weights in place of W if asked.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -24,13 +25,13 @@ from models.checkpoints import FITTING, load_state, read_checkpoint
 from models.classifier import Classifier
 
 MaskLayer = int | Sequence[int] | None
-"""One layer of the stack, several, or (None) all of them."""
+"""Target layers by their place in the stack, negative from the end: one, several, or (None) all."""
 
 # --- classifiers ------------------------------------------------------------------------------------------
 
 
 def apply_linear(h: Tensor, weight: Tensor) -> Tensor:
-    """h W^T for one W [m, n], or sample by sample for W [B, m, n]. h [B, n] -> [B, m]."""
+    """Compute h W^T for one W [m, n], or sample by sample for W [B, m, n]. h [B, n] -> [B, m]."""
     if weight.dim() == 2:
         return nn.functional.linear(h, weight)
     return torch.bmm(weight, h.unsqueeze(-1)).squeeze(-1)
@@ -54,11 +55,11 @@ class HookedModel(Classifier):
         self.linears = nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in pairwise(widths))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> the stack's input [B, widths[0]]."""
+        """Compute the stack's input [B, widths[0]] from images [B, C, H, W]."""
         raise TypeError(f"{type(self).__name__} must define embed")
 
     def layer_index(self, layer: int) -> int:
-        """Place of a layer in the stack, counted from 0.
+        """Return the place of a layer in the stack, counted from 0.
 
         Raises:
             UserError: there is no such layer.
@@ -72,7 +73,7 @@ class HookedModel(Classifier):
         return layer % count
 
     def layer_indices(self, mask_layer: MaskLayer) -> tuple[int, ...]:
-        """Places of the target layers in the stack, ascending; None means all of them.
+        """Return the places of the target layers in the stack, ascending; None means all of them.
 
         Raises:
             UserError: there is no such layer, one is named twice, or none is named.
@@ -86,10 +87,10 @@ class HookedModel(Classifier):
         return places
 
     def target(self, layer: int) -> nn.Linear:
-        """One layer of the stack.
+        """Return one layer of the stack.
 
         Raises:
-            UserError: it is no matrix without a bias, which a mask of single weights needs.
+            UserError: the layer is not linear, or has a bias, which a mask of single weights cannot switch off.
         """
         module = self.linears[self.layer_index(layer)]
         if not isinstance(module, nn.Linear) or module.bias is not None:
@@ -98,7 +99,7 @@ class HookedModel(Classifier):
         return module
 
     def weight_graph(self, mask_layer: MaskLayer) -> WeightGraph:
-        """Layout of the graph over the weights of the target layers."""
+        """Return the layout of the graph over the weights of the target layers."""
         places = self.layer_indices(mask_layer)
         shapes = []
         for place in places:
@@ -108,21 +109,25 @@ class HookedModel(Classifier):
         return WeightGraph(tuple(shapes), joined, tuple(f"linears.{place}.weight" for place in places))
 
     def weights(self, mask_layer: MaskLayer) -> list[nn.Parameter]:
-        """W [m, n] of every target layer, inputs first."""
+        """Return W [m, n] of every target layer, from the first one on."""
         layers = (self.target(place).weight for place in self.layer_indices(mask_layer))
         return [weight for weight in layers if isinstance(weight, nn.Parameter)]
 
     def prefix(self, images: Tensor, mask_layer: MaskLayer) -> Tensor:
-        """Input activation h [B, n] of the first target layer; no mask changes it."""
+        """Compute the input h [B, n] of the first target layer from images [B, C, H, W]; no mask changes h."""
         x = self.embed(images)
         for layer in self.linears[: self.layer_indices(mask_layer)[0]]:
             x = self.between(layer(x))
         return x
 
     def head(self, h: Tensor, mask_layer: MaskLayer, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """Logits [B, classes] from the first target layer's h [B, n].
+        """Compute logits [B, classes] from the first target layer's input.
 
-        `weights`, [m, n] or [B, m, n] for each target layer, stand in for theirs.
+        Args:
+            h: [B, n].
+            mask_layer: the target layers.
+            weights: used in place of the target layers' own, for each one [m, n], or [B, m, n] for a weight matrix
+                per sample (None: their own).
         """
         places = self.layer_indices(mask_layer)
         instead = dict(zip(places, weights, strict=True)) if weights is not None else {}
@@ -141,7 +146,7 @@ class HookedModel(Classifier):
         return lambda name: not name.startswith(after)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, classes]."""
+        """Compute logits [B, classes] from images [B, C, H, W]."""
         return self.head(self.embed(images), 0)
 
 
@@ -162,13 +167,13 @@ def vision_model(kind: Kind) -> Kind:
 
 @vision_model
 class HookedMLPClassifier(HookedModel):
-    """flatten -> 128 -> 64 -> classes, ReLU, no biases."""
+    """A perceptron: pixels -> 128 -> 64 -> classes, with ReLU, without biases."""
 
     def __init__(self, num_classes: int, channels: int, size: int):
         super().__init__((channels * size * size, 128, 64, num_classes))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images, flattened."""
+        """Flatten the images to [B, C H W]."""
         return images.flatten(1)
 
 
@@ -189,14 +194,21 @@ class HookedResnet(HookedModel):
             self.backbone.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Pooled features [B, 512]."""
+        """Compute the pooled features [B, 512]."""
         return self.backbone(images)
 
 
 def vision_model_loader(
     architecture: SupportedVisionModels, num_classes: int, channels: int, size: int, path: Path | None = None
 ) -> HookedModel:
-    """A classifier, fresh or (with `path`) with the weights of a file: of `save_classifier`, or a state dict that fits.
+    """Make a classifier on the CPU, with random weights or with those of a file.
+
+    Args:
+        architecture: which one.
+        num_classes: of the dataset.
+        channels: of the images.
+        size: height and width of the images, in pixels.
+        path: a file of `save_classifier` or any state dict that fits (None: random weights).
 
     Raises:
         UserError: the file is of another architecture, class count or image shape, or damaged.
@@ -228,7 +240,7 @@ def _classifier_facts(architecture: SupportedVisionModels, num_classes: int, cha
 def save_classifier(
     model: HookedModel, path: Path, architecture: SupportedVisionModels, shape: tuple[int, int, int], facts: dict
 ) -> None:
-    """Write a classifier as safetensors; `shape` is (classes, channels, size)."""
+    """Write a classifier as safetensors, its architecture, shape (classes, channels, size) and facts as metadata."""
     arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in model.state_dict().items()}
     write_tensors(path, arrays, facts | _classifier_facts(architecture, *shape))
 
@@ -239,10 +251,10 @@ NO_ANSWER = -1
 
 
 def predictions(logits: Tensor) -> Tensor:
-    """The class that each image is taken for: argmax of its logits [S, C] -> [S]; NO_ANSWER if one is not finite.
+    """Return each image's predicted class: argmax of its logits [S, C] -> [S], or NO_ANSWER if a logit is not finite.
 
-    The one rule for every accuracy: `argmax` takes NaN for the largest, so that a model whose logits are no numbers
-    would always answer class 0, and be right about it. NO_ANSWER equals no label.
+    Every accuracy uses this rule. `argmax` takes NaN for the largest value, so that a model whose logits are NaN would
+    answer class 0 for every image and be right about that class. NO_ANSWER equals no label.
     """
     return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER)
 
@@ -252,14 +264,14 @@ def predictions(logits: Tensor) -> Tensor:
 
 @dataclass
 class Capture:
-    """What went through a module: its input, its output, and how many times it ran."""
+    """What a hook recorded of a module: its input, its output, and how many times it ran."""
 
     calls: int = 0
     input: Tensor | None = None
     output: Tensor | None = None
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Input and output of the one call since the last `take`.
+        """Return input and output of the one call since the last `take`.
 
         Raises:
             RuntimeError: the module ran no time or several times, so that one record hides another.
@@ -281,6 +293,7 @@ def capture(module: nn.Module, cut: bool = False) -> Generator[Capture]:
     record = Capture()
 
     def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # The detached copy is returned, and so takes the output's place in the rest of the forward pass.
         output = output.detach().requires_grad_() if cut else output
         record.calls, record.input, record.output = record.calls + 1, arguments[0], output
         return output
@@ -294,7 +307,10 @@ def capture(module: nn.Module, cut: bool = False) -> Generator[Capture]:
 
 @contextmanager
 def inspecting(model: nn.Module) -> Generator[None]:
-    """Eval mode (BatchNorm too) and frozen parameters for the length of the block, then as before."""
+    """Put a model into eval mode and freeze its parameters for the length of the block; then all is as before.
+
+    Each module's mode and each parameter's flag is restored by itself: a model may be in training mode in part.
+    """
     modes = [(module, module.training) for module in model.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -307,16 +323,30 @@ def inspecting(model: nn.Module) -> Generator[None]:
             parameter.requires_grad_(flag)
 
 
-class MaskingGCN(nn.Module):
-    """One node per weight; two weights are neighbours when they touch the same neuron.
+# --- the graph network ------------------------------------------------------------------------------------
 
-    A round is x' = act(x S + agg(x) V + b), with `residual` x' = x + act(...) from the second on. With `mean`, agg is
-    the mean over the neighbours (GraphSAGE, Hamilton et al. 2017, arXiv:1706.02216); with `gcn`, S = 0 and agg is the
+
+class MaskingGCN(nn.Module):
+    """A graph network over the weights of a classifier: one logit theta for each weight, from its node features.
+
+    There is one node per weight; two weights are neighbours when they touch the same neuron. A round computes
+    x' = act(x S + agg(x) V + b), with `residual` x' = x + act(...) from the second round on. With `mean`, agg is the
+    mean over the neighbours (GraphSAGE, Hamilton et al. 2017, arXiv:1706.02216); with `gcn`, S = 0 and agg is the
     normalised sum over the neighbours and the node itself (Kipf and Welling 2017, arXiv:1609.02907). Both need sums
     over neurons only. For one m x n layer:
 
         mean:  agg(x)_ij = (row_i + col_j - 2 x_ij) / (m + n - 2)
         gcn:   agg(x)_ij = (row_i + col_j -   x_ij) / (m + n - 1)
+
+    where row_i and col_j are the sums of x over the weights of output i and of input j.
+
+    Args:
+        num_node_features: F.
+        num_message_passing_rounds: how many rounds.
+        hidden_dim: width of every round's result.
+        aggregation: `mean` or `gcn`.
+        activation: act.
+        residual: add x to a round's result, from the second round on.
 
     Shapes:
         features [B, m, n, F] -> theta [B, m, n], one logit per weight; with a `WeightGraph` of several layers
@@ -346,7 +376,12 @@ class MaskingGCN(nn.Module):
         self.readout = nn.Linear(widths[-1], 1)
 
     def forward(self, features: Tensor, graph: WeightGraph | None = None) -> Tensor:
-        """Node features [B, *graph.shape, F] -> theta [B, *graph.shape]; without a graph, that of one m x n layer."""
+        """Compute theta [B, *graph.shape] from node features [B, *graph.shape, F].
+
+        Args:
+            features: the node features.
+            graph: layout of the weights (None: one m x n layer, features [B, m, n, F]).
+        """
         graph = graph or layer_graph(*features.shape[1:-1])
         nodes = [part.contiguous() for part in graph.split(features, trailing=1)]
         selves = list(self.selves) or [None] * self.num_message_passing_rounds
@@ -355,10 +390,11 @@ class MaskingGCN(nn.Module):
         return graph.join(message_passing(graph, nodes, rounds, readout, *how))
 
     def forward_edges(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        """The same network over explicit edges, through PyTorch Geometric; the oracle of `forward`.
+        """Compute theta over explicit edges with PyTorch Geometric: an oracle for `forward`, in memory O(E).
 
         Args:
-            x: [N, F]. edge_index: directed edges [2, E], no self loops.
+            x: node features, [N, F].
+            edge_index: directed edges without self loops, [2, E].
 
         Returns:
             theta [N].
@@ -393,7 +429,7 @@ class MaskingGCN(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> tuple["MaskingGCN", dict]:
-        """The network and the facts that `save` wrote.
+        """Read a network and the facts that `save` wrote with it.
 
         Raises:
             UserError: not such a file.
@@ -405,7 +441,8 @@ class MaskingGCN(nn.Module):
             raise UserError(f"{path} is {kind}: give a gcn.safetensors that `run` wrote, or leave it out to train one")
         try:
             kinds = {"aggregation": Aggregations(shape["aggregation"]), "activation": Activations(shape["activation"])}
-            # What the facts ask for must be in the file, so that they cannot ask for more memory than it has.
+            # The file comes from anybody: a width in its facts must not exceed the values that it holds, or a few
+            # bytes of text could ask for all memory.
             room = sum(tensor.numel() for tensor in stored.tensors.values())
             if any(isinstance(size, int) and size > room for size in shape.values()):
                 raise ValueError("its facts name more values than it holds")

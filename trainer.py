@@ -1,4 +1,8 @@
-"""Everything that optimises: the classifier, in one process or in several, and the graph network for an objective."""
+"""What trains networks: a classifier, in one process or in several, and a graph network for an objective.
+
+A classifier's stage depends on every file that this one imports. So nothing of graphs' data, masks or requests enters:
+the graph network's objective comes as an argument, from `unlearn.objectives`.
+"""
 
 import copy
 import math
@@ -24,15 +28,18 @@ from training.distributed import ALONE, Group, by_torchrun, check_shared_memory,
 from training.resume import Progress, StateFile, Training
 from utils_data import UnlearningDataset
 
-SECONDS_BETWEEN_LINES = 2.0  # short epochs do not flood a log
+SECONDS_BETWEEN_LINES = 2.0  # of the log, so that short epochs do not flood it
 
 
 def mean_loss_and_score(
     model: nn.Module, loader: DataLoader, device: torch.device, group: Group = ALONE
 ) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and accuracy (percent) over a whole loader, eval mode.
+    """Compute the mean cross-entropy (nats) and the accuracy (percent) over a whole loader, in eval mode.
 
-    In a group, `loader` holds this process's share, and the values are those of all shares together.
+    Args:
+        model: [B, C, H, W] -> logits [B, classes].
+        loader: batches of images and labels; in a group, this process's share of them.
+        group: whose shares are summed, so that every process returns the values of all images.
     """
     total = correct = count = 0.0
     with inspecting(model), torch.inference_mode():
@@ -48,7 +55,7 @@ def mean_loss_and_score(
 
 
 def gradient_norm(model: nn.Module) -> float:
-    """L2 norm of all gradients together."""
+    """Compute the L2 norm of all parameters' gradients together."""
     return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
@@ -64,11 +71,15 @@ def check_recipe(config: TrainConfig, model: HookedModel, size: int, device: tor
 
 
 class VisionModelTrainer:
-    """Trains a classifier with AdamW, in this process or (`use_ddp`) in several.
+    """The training of a classifier with AdamW, in this process or (`use_ddp`) in several.
 
     Args:
-        model: fresh classifier; trained in place. data: its dataset. tracker: receives the curves.
-        state: where to keep what an interrupted training goes on from (None: nowhere).
+        model: a fresh classifier; trained in place.
+        data: its dataset.
+        config: the section `train`.
+        device: where the model lies.
+        tracker: receives the curves.
+        state: the file that an interrupted training goes on from (None: none is kept).
     """
 
     def __init__(
@@ -84,12 +95,13 @@ class VisionModelTrainer:
         self.state = state
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        # Each of several processes updates all weights: fused, that takes a third of the time, up to rounding the same.
+        # Every process updates all weights. The fused update takes a third of the time, but rounds otherwise: it is
+        # left out without `use_ddp`, so that results there stay the same to the bit.
         fused, rate, decay = config.use_ddp or None, config.lr, config.weight_decay
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=fused)
 
     def train(self, folder: Path) -> dict:
-        """Train; write the curves to `folder`/history.json; return the last epoch's values.
+        """Train; write the curves to `folder`/history.json; return the last epoch's loss and accuracy on validation.
 
         Raises:
             UserError: the loss is no longer finite, or the state to go on from cannot be read.
@@ -97,13 +109,14 @@ class VisionModelTrainer:
         return self.train_ddp(folder) if self.config.use_ddp else self.fit(ALONE, folder)
 
     def train_ddp(self, folder: Path) -> dict:
-        """The same in several processes, each with its share of every batch; weights equal up to rounding.
+        """Train as `train` does, in several processes, each with its share of every batch; equal up to rounding.
 
         Starts `num_workers` processes on this machine, or trains together with those that torchrun started.
-        BatchNorm sees a process's share of a batch alone; running statistics are averaged after each epoch.
+        BatchNorm normalises by a process's own share of a batch; running statistics are averaged after each epoch.
 
         Raises:
-            UserError: as `train`, or the processes do not find each other. RuntimeError: one of them failed.
+            UserError: as `train`, or the processes do not find each other.
+            RuntimeError: one of the processes failed.
         """
         config = self.config
         if by_torchrun():
@@ -113,7 +126,8 @@ class VisionModelTrainer:
         if not state.resume:
             state.clear()
         loader = self.data.get_train_loader()
-        # What an attempt left is what the next one goes on from.
+        # resume=True: processes that are started again after a failure go on from the state that the last ones left.
+        # The model is copied to the CPU because it reaches the processes through shared memory.
         given = (copy.deepcopy(self.model).cpu(), self.data, config, self.tracker, replace(state, resume=True), folder)
         values = launch(
             _train_share,
@@ -133,10 +147,15 @@ class VisionModelTrainer:
         return Training(self.model, self.optimizer, loader.generator, self.device)
 
     def fit(self, group: Group, folder: Path, hand_over: bool = False) -> dict:
-        """This process's part of a training. Rank 0 alone writes and prints.
+        """Train this process's share of every batch. The process of rank 0 alone writes and prints.
 
         Args:
+            group: the processes that train together.
+            folder: where rank 0 writes the curves.
             hand_over: save the last epoch's state as well, from which the launcher takes the trained weights.
+
+        Returns:
+            The last epoch's number, loss and accuracy on validation images.
         """
         loader = group.shard(self.data.get_train_loader())
         val_loader = group.shard(self.data.get_val_loader(), keep_empty=False)
@@ -170,7 +189,7 @@ class VisionModelTrainer:
         return values
 
     def _take_up(self, training: Training, group: Group) -> Progress:
-        """Where to go on; the state in the file is taken up if that is asked for."""
+        """Load the state that an interrupted training left, if that is asked for; return how far it had come."""
         state = self.state
         if state and state.resume and state.path.exists():
             try:
@@ -193,7 +212,7 @@ class VisionModelTrainer:
         epoch: int,
         step: int,
     ) -> int:
-        """One pass over the training images; logs every step's loss and gradient norm; returns the last step."""
+        """Pass over the training images once; log each step's loss and gradient norm; return the last step's number."""
         count, batch_size = len(self.data.splits["train"]), self.data.batch_size
         sizes = [min(batch_size, count - first) for first in range(0, count, batch_size)]
         losses, norms = [], []
@@ -212,10 +231,18 @@ class VisionModelTrainer:
         return step + len(sizes)
 
     def _step(self, network: nn.Module, images: Tensor, labels: Tensor, size: int, group: Group) -> tuple[float, float]:
-        """One optimiser step on [B, C, H, W] and [B], this process's share of a batch of `size`.
+        """Take one optimiser step on this process's share of a batch of `size` images.
+
+        Args:
+            network: the model, or what averages its gradients over processes.
+            images: [B, C, H, W].
+            labels: [B].
 
         Returns:
-            The loss, whose mean over all processes is that of the whole batch, and the gradient norm.
+            The loss, whose mean over all processes is the whole batch's, and the L2 norm of the averaged gradient.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite.
         """
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if self.config.channels_last:
@@ -227,11 +254,13 @@ class VisionModelTrainer:
             logits = network(images)
             if group.world == 1:
                 loss = functional.cross_entropy(logits, labels)
-            else:  # gradients are averaged over processes, so that this gives the whole batch's mean
+            else:  # a sum over unequal shares; DDP's mean over processes makes it the mean over the whole batch
                 loss = functional.cross_entropy(logits[:own], labels[:own], reduction="sum") * (group.world / size)
         value = float(loss.detach())
         if not math.isfinite(value):
-            loss = loss * math.nan  # then the gradient, which all processes share, tells every one of them
+            # One process may have met the infinite loss alone. A gradient of NaN reaches every process by DDP's
+            # average, so that all stop at this step instead of waiting for one that is gone.
+            loss = loss * math.nan
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = gradient_norm(self.model)
@@ -252,7 +281,10 @@ def _train_share(
     state: StateFile,
     folder: Path,
 ) -> dict:
-    """What each process of `train_ddp` runs. The model came through shared memory: each trains a copy of its own."""
+    """Train in one of the processes that `train_ddp` started.
+
+    The model came through shared memory, which all processes see: each trains a copy of its own.
+    """
     own = tracker if group.leads else Tracker(Trackers.none, tracker.name, tracker.config)
     trainer = VisionModelTrainer(copy.deepcopy(model).to(device), data, config, device, own, state)
     return trainer.fit(group, folder, hand_over=True)
@@ -261,11 +293,11 @@ def _train_share(
 # --- the graph network ------------------------------------------------------------------------------------
 
 
-WARM_UP = 0.1  # share of the steps of a one-cycle schedule in which the learning rate grows
+WARM_UP = 0.1  # share of a one-cycle schedule's steps in which the learning rate grows
 
 
 def annealed(start: float, end: float, step: int, steps: int) -> float:
-    """Return the value at one of `steps` steps (0-based) of a geometric way from start to end."""
+    """Compute the value at step 0..steps - 1 of a geometric sequence from `start` to `end`."""
     return start * (end / start) ** (step / max(1, steps - 1))
 
 
@@ -287,17 +319,16 @@ class Part:
 class Objective(ABC):
     """What a graph network is trained for; `GCNTrainer` asks it for the losses of each step.
 
-    The loop knows its objective from here alone, so that this file imports neither graphs nor masks, and an edit of
-    theirs retrains no classifier. `unlearn.objectives` holds the objectives.
-
     Args:
         gcn: trained in place.
         config: the section `gcn`.
-        seed: of the run; the names of two generators are derived from it.
-        device: where the objective is computed.
+        seed: of the run.
+        device: where the losses are computed.
 
     Attributes:
-        seeds: the name that the generators' seeds are derived from.
+        order: draws the samples of each step, on the CPU.
+        noise: draws the sampler's noise, on the device.
+        seeds: the name by which both generators are seeded, with the run's seed.
         label: the name of the training in the log.
         terms: what is logged of each step, by name.
         unit: what `Part.count` counts, in the plural.
@@ -323,16 +354,16 @@ class Objective(ABC):
     def parts(self, temperature: float) -> Iterator[Part]:
         """Draw the next step's samples and yield their losses, part by part, at a temperature of the sampler."""
 
-    def remarks(self, figures: dict[str, float]) -> list[str]:
-        """List sentences for the user about a finished training, from its mean terms over the last steps."""
+    def remarks(self, means: dict[str, float]) -> list[str]:
+        """List sentences for the user about a finished training, from the means of its terms over the last steps."""
         return []
 
 
 class GCNTrainer:
-    """Trains a graph network with AdamW for an objective; the sampler's temperature falls geometrically.
+    """The training of a graph network with AdamW for an objective; the sampler's temperature falls geometrically.
 
     Args:
-        objective: makes the losses, and holds the network, its configuration and device.
+        objective: makes the losses; holds the network, its configuration and the device.
         tracker: receives the curves.
     """
 
@@ -343,7 +374,8 @@ class GCNTrainer:
         self.optimizer = torch.optim.AdamW(self.gcn.parameters(), lr=rate, weight_decay=self.config.weight_decay)
         self.schedule = None
         if objective.one_cycle:
-            warm_up = WARM_UP if WARM_UP * steps > 1 else 0.0  # PyTorch would divide by a first phase of no step
+            # With a warm-up of one step or less, PyTorch would divide by that phase's length, which is 0.
+            warm_up = WARM_UP if WARM_UP * steps > 1 else 0.0
             self.schedule = OneCycleLR(self.optimizer, rate, total_steps=steps, pct_start=warm_up)
 
     def step(self, temperature: float) -> tuple[dict[str, float], int]:
@@ -360,12 +392,13 @@ class GCNTrainer:
         terms = dict.fromkeys(objective.terms, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         for part in objective.parts(temperature):
-            # Each part's graph is freed before the next one is built: gradients add up in the parameters.
+            # Backward frees a part's autograd graph before the next one is built: only one part takes memory at a
+            # time, and the gradients add up in the parameters.
             part.weigh(part.terms["loss"]).backward()
             count += part.count
             for name, value in part.terms.items():
                 terms[name] += part.weigh(float(value.detach()))
-        # A bound of infinity multiplies by 1, which changes no bit: the norm is then only measured.
+        # A bound of infinity multiplies every gradient by 1, which changes no bit: the norm is measured, not clipped.
         terms["grad_norm"] = float(nn.utils.clip_grad_norm_(self.gcn.parameters(), objective.clip))
         if not all(map(math.isfinite, terms.values())):
             raise UserError(f"the GCN's loss or gradient is not finite: lower {objective.remedy}")
@@ -392,8 +425,8 @@ class GCNTrainer:
         self.gcn.eval()
         write_json(folder / HISTORY, {"history": self.tracker.history})
         last = self.tracker.history[-max(1, config.steps // 10) :]
-        figures = {name: sum(entry[name] for entry in last) / len(last) for name in objective.terms}
-        means = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        for text in (*objective.remarks(figures), f"{objective.label}: {means}"):
+        means = {name: sum(entry[name] for entry in last) / len(last) for name in objective.terms}
+        said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        for text in (*objective.remarks(means), f"{objective.label}: {said}"):
             log(text)
-        return figures
+        return means

@@ -1,6 +1,6 @@
-"""The explicit edge list of a graph of weights, for inspection, export and as the oracle of message passing.
+"""The explicit edge list of a graph of weights, for inspection, for export, and as an oracle for message passing.
 
-It grows with the square of the width: a 128 x 512 layer has 41.8 million edges. Nothing that a run computes needs it.
+It has m n (m + n - 2) edges for an m x n layer, 41.8 million for 128 x 512. Nothing that a run computes needs it.
 """
 
 import torch
@@ -13,7 +13,7 @@ MAX_EDGES = 200_000_000  # 3.2 GB of int64; 128 x 512 has 41.8 million
 
 
 def _ordered_pairs(count: int) -> Tensor:
-    """All (a, b) with a != b, [2, count (count - 1)]."""
+    """List all (a, b) in 0..count - 1 with a != b, [2, count (count - 1)]."""
     return (~torch.eye(count, dtype=torch.bool)).nonzero().T
 
 
@@ -21,7 +21,7 @@ def edge_index(graph: WeightGraph) -> Tensor:
     """List the directed edges [2, E] without self loops.
 
     Raises:
-        UserError: the list would not fit; said before memory is taken.
+        UserError: there are more than MAX_EDGES; found before memory is taken.
     """
     if graph.num_edges > MAX_EDGES:
         layers = ", ".join(f"{m} x {n}" for m, n in graph.shapes)
@@ -32,6 +32,6 @@ def edge_index(graph: WeightGraph) -> Tensor:
     for row in graph.neurons:
         touching = [] if row.below is None else [nodes[row.below]]
         touching += [] if row.above is None else [nodes[row.above].T]
-        members = torch.cat(touching, 1)
+        members = torch.cat(touching, 1)  # [neurons, weights of each]: every line is a clique
         cliques.append(members[:, _ordered_pairs(members.shape[1])].transpose(0, 1).flatten(1))
     return torch.cat(cliques, 1)

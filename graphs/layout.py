@@ -1,9 +1,9 @@
 """Which weights are nodes and which of them are neighbours: layout, neurons and degrees.
 
-One node per weight of the masked layers, numbered layer by layer, row by row. Two weights are neighbours when they
-touch the same neuron: in one layer that is the rook's graph K_m x K_n; where the outputs of one masked
-layer are the inputs of the next, their weights meet at those neurons as well. A neuron with k weights is a clique of
-k nodes, no two weights share two neurons, and so everything follows from the neurons.
+There is one node per weight of the masked layers, numbered layer by layer, row by row. Two weights are neighbours when
+they touch the same neuron: one m x n layer gives the rook's graph K_m x K_n. Where the outputs of one masked layer are
+the inputs of the next, their weights meet at those neurons as well. The k weights of a neuron form a clique, and no two
+weights share two neurons, so that degrees and edges follow from a count of weights at each neuron.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,12 @@ from core.config import UserError
 
 @dataclass(frozen=True)
 class Neurons:
-    """A row of neurons: outputs of layer `below` and inputs of layer `above` (places in the graph, or None)."""
+    """A row of neurons between two layers.
+
+    Args:
+        below: place in the graph of the layer whose outputs they are; None: that layer is not masked.
+        above: place in the graph of the layer whose inputs they are; None: that layer is not masked.
+    """
 
     below: int | None
     above: int | None
@@ -45,22 +50,22 @@ class WeightGraph:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Weights of each layer."""
+        """Return the number of weights of each layer."""
         return tuple(m * n for m, n in self.shapes)
 
     @cached_property
     def num_vertices(self) -> int:
-        """Nodes N: one per weight."""
+        """Return the number of nodes N, one per weight."""
         return sum(self.sizes)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one value per node: (m, n) for one layer, (N,) for several."""
+        """Return the shape of a tensor of one value per node: (m, n) for one layer, (N,) for several."""
         return self.shapes[0] if len(self.shapes) == 1 else (self.num_vertices,)
 
     @cached_property
     def neurons(self) -> tuple[Neurons, ...]:
-        """All rows of neurons that a node touches, each once, inputs first."""
+        """List all rows of neurons that a weight touches, each once, from the inputs on."""
         rows = []
         for place in range(len(self.shapes)):
             if place == 0 or not self.joined[place - 1]:
@@ -70,7 +75,7 @@ class WeightGraph:
         return tuple(rows)
 
     def weights_of(self, row: Neurons) -> tuple[int, int]:
-        """(neurons in the row, weights that touch each)."""
+        """Return (number of neurons in the row, number of weights that touch each)."""
         count = touching = 0
         if row.below is not None:
             count, touching = self.shapes[row.below]
@@ -80,7 +85,7 @@ class WeightGraph:
 
     @cached_property
     def degrees(self) -> tuple[int, ...]:
-        """Neighbours of each weight, layer by layer: the graph is regular within a layer."""
+        """Return the number of neighbours of a weight, for each layer: all weights of a layer have as many."""
         found = [0] * len(self.shapes)
         for row in self.neurons:
             for place in (row.below, row.above):
@@ -90,18 +95,26 @@ class WeightGraph:
 
     @cached_property
     def num_edges(self) -> int:
-        """Directed edges; m n (m + n - 2) for one layer."""
+        """Return the number of directed edges: m n (m + n - 2) for one layer."""
         return sum(size * degree for size, degree in zip(self.sizes, self.degrees, strict=True))
 
     def split(self, values: Tensor, trailing: int = 0) -> list[Tensor]:
-        """One value per node -> one view per layer. [..., *shape, (trailing)] -> [..., m, n, (trailing)]."""
+        """Split one value per node into one view for each layer.
+
+        Args:
+            values: [..., *shape, ...].
+            trailing: how many dimensions follow those of the nodes.
+
+        Returns:
+            For each layer, [..., m, n, ...].
+        """
         begin = values.dim() - trailing - len(self.shape)
         flat = values.flatten(begin, begin + len(self.shape) - 1)
         parts = flat.split(self.sizes, begin)
         return [part.unflatten(begin, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def join(self, parts: Sequence[Tensor], trailing: int = 0) -> Tensor:
-        """The inverse of `split`; for one layer without a copy."""
+        """Join one tensor for each layer into one value per node, the inverse of `split`; one layer is not copied."""
         begin = parts[0].dim() - trailing - 2
         if len(parts) == 1:
             return parts[0]
@@ -109,7 +122,7 @@ class WeightGraph:
 
 
 def layer_graph(m: int, n: int) -> WeightGraph:
-    """The graph of one m x n layer."""
+    """Return the graph of one m x n layer."""
     return WeightGraph(((m, n),))
 
 

@@ -1,7 +1,8 @@
-"""Message passing over every weight, in time and memory linear in their number: the operator of `model.MaskingGCN`.
+"""Message passing between all weights, in time and memory linear in their number: the operator of `model.MaskingGCN`.
 
-The edge list is never built. What a node hears is a sum over the two neurons that it touches, so a round
-needs one sum per neuron, and as aggregation is linear, its matrix is applied to those sums, not to the nodes.
+The edge list is never built. A node's neighbours are the weights of the two neurons that it touches, so that one sum
+per neuron holds all that its weights aggregate. Aggregation is linear: the matrix V is applied to the sums of m + n
+neurons instead of to m n nodes.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from core.config import Activations, Aggregations
 from graphs.layout import Neurons, WeightGraph
 
-SPLITS = 32  # of a tall product A^T B: BLAS leaves one to a single core, a batch of them it shares out
+SPLITS = 32  # parts of a tall product A^T B: BLAS computes one such product on a single core, a batch of them on all
 
 
 def _matched(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of outer products over all leading positions. [..., d], [..., k] -> [d, k]."""
+    """Sum the outer products over all leading positions. [..., d], [..., k] -> [d, k]."""
     a, b = a.flatten(0, -2), b.flatten(0, -2)
     even = len(a) // SPLITS * SPLITS
     left, right = a[:even].view(SPLITS, -1, a.shape[1]), b[:even].view(SPLITS, -1, b.shape[1])
@@ -32,9 +33,16 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Aggregation:
-    """agg(x)_v = outer (sum over v's two neurons, of inner x summed over their weights, - own inner x_v).
+    """How neighbours are summed: a node's two neurons' sums, less the node itself, normalised by degrees.
 
-    `inner` and `outer` have one entry per layer; they carry the normalisation by degrees, which a layer's nodes share.
+    agg(x)_v = outer_v (sum of inner_u x_u over the weights u of both neurons of v - own inner_v x_v)
+
+    Args:
+        graph: layout of the weights.
+        inner: normalisation by degrees before the sum, one factor for each layer: all its nodes have the same degree.
+        outer: normalisation after the sum, one factor for each layer.
+        own: how often a node's own x is to be taken out of the two sums that hold it: 2 leaves its neighbours alone,
+            1 the neighbours and the node itself.
     """
 
     graph: WeightGraph
@@ -44,20 +52,20 @@ class _Aggregation:
 
     @classmethod
     def of(cls, kind: Aggregations, graph: WeightGraph) -> "_Aggregation":
-        """`mean` over the neighbours, or `gcn`: D^-1/2 (A + I) D^-1/2, D the degrees with self loops."""
+        """Make the `mean` over the neighbours, or `gcn`: D^-1/2 (A + I) D^-1/2, D the degrees with self loops."""
         if kind is Aggregations.mean:
             return cls(graph, (1.0,) * len(graph.shapes), tuple(1 / max(1, d) for d in graph.degrees), 2.0)
         root = tuple((d + 1) ** -0.5 for d in graph.degrees)
         return cls(graph, root, root, 1.0)
 
     def transposed(self) -> "_Aggregation":
-        """The adjoint: A is symmetric, the normalisations change sides."""
+        """Return the adjoint: the adjacency is symmetric, so that only the normalisations change sides."""
         return _Aggregation(self.graph, self.outer, self.inner, self.own)
 
     def gather(self, nodes: Sequence[Tensor]) -> list[Tensor]:
-        """Sums at the neurons. Per layer [B, m, n, d] -> per row of neurons [B, count, d]."""
+        """Sum over the weights of each neuron. For each layer [B, m, n, d] -> for each row of neurons [B, count, d]."""
 
-        def at(row: Neurons) -> Tensor:
+        def at(row: Neurons) -> Tensor:  # an output's weights are a row of W, an input's a column
             parts = [] if row.below is None else [nodes[row.below].sum(2).mul_(self.inner[row.below])]
             parts += [] if row.above is None else [nodes[row.above].sum(1).mul_(self.inner[row.above])]
             return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
@@ -65,7 +73,16 @@ class _Aggregation:
         return [at(row) for row in self.graph.neurons]
 
     def scatter(self, place: int, sums: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
-        """outer (sum at output i + sum at input j) + bias for a layer's nodes. [B, count, k] each -> [B, m, n, k]."""
+        """Compute outer (sum at output i + sum at input j) + bias for the nodes of a layer.
+
+        Args:
+            place: of the layer in the graph.
+            sums: for each row of neurons, [B, count, k].
+            bias: [k].
+
+        Returns:
+            [B, m, n, k].
+        """
         rows = self.graph.neurons
         outputs = next(value for row, value in zip(rows, sums, strict=True) if row.below == place) * self.outer[place]
         inputs = next(value for row, value in zip(rows, sums, strict=True) if row.above == place) * self.outer[place]
@@ -74,18 +91,26 @@ class _Aggregation:
         return outputs.unsqueeze(2) + inputs.unsqueeze(1)
 
     def local(self, place: int, neighbour: Tensor, alone: Tensor | None) -> Tensor:
-        """What one matrix [d, k] does to a layer's own x: `alone` less the share that its own sums hold."""
+        """Return the matrix [d, k] that a node's own x is multiplied by.
+
+        It is S (`alone`) less the part of V (`neighbour`) that stands for the node itself in the sums of its neurons,
+        so that taking the node out of its neighbours costs no pass over the nodes.
+        """
         less = neighbour * (-self.own * self.inner[place] * self.outer[place])
         return less if alone is None else less.add_(alone)
 
 
 @dataclass(frozen=True)
 class _Activation:
-    """A non-linearity whose derivative is told by its output: both work in place on what they are given."""
+    """A non-linearity whose derivative follows from its output, so that its input need not be kept.
+
+    Args:
+        apply_: in place.
+        backward: (gradient of the output, output, tensor to write the gradient of the input into).
+    """
 
     apply_: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(gradient of the output, output, where to write the gradient of the input)."""
 
 
 _ATEN = torch.ops.aten
@@ -101,7 +126,13 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class _Rounds:
-    """What all rounds share: how neighbours are summed, the non-linearity, and whether x is added to its result."""
+    """What all rounds share.
+
+    Args:
+        agg: how neighbours are summed.
+        activation: the non-linearity.
+        residual: whether x is added to a round's result, from the second round on.
+    """
 
     agg: _Aggregation
     activation: _Activation
@@ -111,9 +142,16 @@ class _Rounds:
 class _MessagePassing(torch.autograd.Function):
     """All rounds y = act(x S + agg(x) V + b), x' = y (residual: x + y, from the second on), and the readout.
 
-    Autograd would keep, and walk, every intermediate; here a round keeps y alone, and x is summed up again going
-    back. `tensors` are each layer's x [B, m, n, d], then S (None for `gcn`), V, b of each round, then the readout's
-    w [1, k] and b [1]. Result: per layer theta [B, m, n].
+    Autograd would keep every intermediate [B, m, n, k]. This function keeps y alone of each round, and the sums at the
+    neurons, which are small; x is the sum of all y so far, and is made again on the way back.
+
+    Args of `apply`:
+        how: what all rounds share.
+        tensors: each layer's x [B, m, n, d]; then S (None for `gcn`), V and b of each round; then the readout's
+            w [1, k] and b [1].
+
+    Returns:
+        For each layer, theta [B, m, n].
     """
 
     @staticmethod
@@ -137,7 +175,7 @@ class _MessagePassing(torch.autograd.Function):
         return tuple(nn.functional.linear(y, weight, bias).squeeze(-1) for y in x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @torch.autograd.function.once_differentiable  # works in place: a second derivative is refused
     def backward(ctx: Any, *grad_theta: Tensor) -> tuple[Tensor | None, ...]:
         how, agg, layers, saved = ctx.how, ctx.how.agg, len(ctx.how.agg.graph.shapes), ctx.saved_tensors
         middle = (ctx.rounds + 1) * layers
@@ -146,6 +184,7 @@ class _MessagePassing(torch.autograd.Function):
         sums = [saved[i : i + width] for i in range(middle, middle + ctx.rounds * width, width)]
         parameters = saved[middle + ctx.rounds * width :]
         summed = outputs[1:] if how.residual else outputs[-1:]
+        # x of the readout: the sum of all y with `residual`, else the last y.
         x: list[Tensor] = [_total(group) for group in zip(*summed, strict=True)]
         gradients: list[Tensor | None] = [
             _total([_matched(g.unsqueeze(-1), y) for g, y in zip(grad_theta, x, strict=True)]),
@@ -155,13 +194,15 @@ class _MessagePassing(torch.autograd.Function):
         for index in reversed(range(ctx.rounds)):
             alone, neighbour, _ = parameters[3 * index : 3 * index + 3]
             adding = how.residual and index > 0
+            # From here on x is this round's input, and `inner` the gradient of what its non-linearity was applied to.
+            # Where x was added to the result, `grad` also reaches x past this round: then it must not be overwritten.
             x = [a - y for a, y in zip(x, outputs[index + 1], strict=True)] if adding else list(outputs[index])
             inner = [torch.empty_like(g) if adding else g for g in grad]
             for g, y, place in zip(grad, outputs[index + 1], inner, strict=True):
                 how.activation.backward(g, y, place)
-            heard = agg.transposed().gather(inner)
+            heard = agg.transposed().gather(inner)  # sums of the gradient at the neurons, for V and for x alike
             gradients = _parameter_gradients(agg, x, sums[index], inner, heard, alone) + gradients
-            if index or ctx.needs_input_grad[1]:
+            if index or ctx.needs_input_grad[1]:  # node features are data mostly: the first round's gradient is spared
                 sent = [_grad_input(agg, place, g, heard, neighbour, alone) for place, g in enumerate(inner)]
                 grad = [a.add_(b) for a, b in zip(sent, grad, strict=True)] if adding else sent
             else:
@@ -177,7 +218,18 @@ def _parameter_gradients(
     heard: Sequence[Tensor],
     alone: Tensor | None,
 ) -> list[Tensor | None]:
-    """Gradients of S, V, b of a round from dl/d(pre-activation) `grad` and its sums at the neurons `heard`."""
+    """Compute the gradients of S, V and b of a round.
+
+    sum over nodes of agg(x)_v^T g_v is taken at the neurons, where both sides are sums already; then the nodes' own
+    products are taken out, as in `_Aggregation.local`.
+
+    Args:
+        nodes: the round's x of each layer, [B, m, n, d].
+        sums: of x at each row of neurons, [B, count, d].
+        grad: dl/d(pre-activation) of each layer, [B, m, n, k].
+        heard: sums of `grad` at each row of neurons, [B, count, k].
+        alone: S, None for `gcn`.
+    """
     local = [_matched(x, g) for x, g in zip(nodes, grad, strict=True)]
     neighbour = _total([_matched(a, b) for a, b in zip(sums, heard, strict=True)])
     for place, product in enumerate(local):
@@ -189,7 +241,7 @@ def _parameter_gradients(
 def _grad_input(
     agg: _Aggregation, place: int, grad: Tensor, heard: Sequence[Tensor], neighbour: Tensor, alone: Tensor | None
 ) -> Tensor:
-    """dl/dx of a layer's nodes: the same aggregation backwards, with transposed matrices. -> [B, m, n, d]."""
+    """Compute dl/dx [B, m, n, d] of a layer's nodes: the adjoint aggregation of `grad`, with transposed matrices."""
     out = agg.transposed().scatter(place, [total @ neighbour.T for total in heard])
     out.flatten(0, 2).addmm_(grad.flatten(0, 2), agg.local(place, neighbour, alone).T)
     return out
@@ -210,7 +262,7 @@ def message_passing(
     neighbours and the node itself, normalised by degrees (Kipf and Welling 2017, arXiv:1609.02907), without S.
 
     Args:
-        graph: which weights are nodes, and who touches whom.
+        graph: layout of the weights.
         nodes: x of each layer, contiguous, [B, m, n, F].
         rounds: S [F, d] (None for `gcn`), V [F, d] and b [d] of each round; F is d from the second on.
         readout: w [1, d] and b [1].
@@ -219,7 +271,7 @@ def message_passing(
         residual: from the second round on, x is added to the result.
 
     Shapes:
-        per layer [B, m, n, F] -> theta [B, m, n].
+        for each layer, [B, m, n, F] -> theta [B, m, n].
     """
     how = _Rounds(_Aggregation.of(aggregation, graph), _ACTIVATIONS[activation], residual)
     return _MessagePassing.apply(how, *nodes, *(tensor for one in rounds for tensor in one), *readout)

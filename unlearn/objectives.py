@@ -1,7 +1,7 @@
-"""What the graph network is trained for: the ELBO of single samples, or requests to forget. Both in nats.
+"""What a graph network is trained for: the ELBO of single samples, or requests to forget.
 
-Both put a relaxed top-k of theta on the classifier's weights and differentiate the loss of what it answers then.
-`trainer.GCNTrainer` is their loop.
+Both multiply the classifier's weights by a relaxed top-k of theta and differentiate the loss of its logits, in nats.
+`trainer.GCNTrainer` is the loop of both.
 """
 
 import math
@@ -22,23 +22,26 @@ from unlearn.masks import SAMPLERS
 from unlearn.requests import FrozenHead, Request, Unlearner
 
 PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
-NODES_PER_PASS = 2**14  # nodes whose activations (2 MB at width 32) stay in cache: twice as fast on a CPU
-DEAD_SHARE = 0.99  # of log C: a classifier whose loss is that of a guess
-KAPPA_SHARES = (0.004, 0.08)  # of all weights, for each class: what kappa is drawn from, log-uniformly
-PAIR_SHARE = 0.2  # of the requests: two classes at once
+NODES_PER_PASS = 2**14  # nodes whose activations (2 MB at width 32) stay in the cache: twice as fast on a CPU
+DEAD_SHARE = 0.99  # of log C: from this loss on, a classifier only guesses among C classes
+KAPPA_SHARES = (0.004, 0.08)  # smallest and largest kappa that is drawn, as shares of all weights, for each class
+PAIR_SHARE = 0.2  # of the requests: those that name two classes
 
 
 # --- single samples ---------------------------------------------------------------------------------------
 
 
 def log_prior(kind: GCNPriorDistribution, graph: WeightGraph, weight: Tensor, vectors: Vectors) -> Tensor:
-    """log p over the N weights of the graph, per sample: p proportional to |W|, |g|, |W g|, or flat.
+    """Compute log p over the N weights of the graph, for each sample: p proportional to |W|, |g|, |W g|, or flat.
 
-    A thousandth of p is uniform, so that the KL is finite where a gradient is exactly 0; a sample whose
-    gradients are all 0 gets the uniform prior.
+    PRIOR_FLOOR of p is uniform, so that the KL is finite where a gradient is exactly 0; a sample whose gradients are
+    all 0 gets the uniform prior.
 
     Args:
-        weight: W [*graph.shape]. vectors: h and delta of B samples.
+        kind: what p is proportional to.
+        graph: layout of the weights.
+        weight: W, [*graph.shape].
+        vectors: h and delta of B samples, of which g_ij = delta_i h_j.
 
     Returns:
         log p [B, N].
@@ -58,19 +61,22 @@ def log_prior(kind: GCNPriorDistribution, graph: WeightGraph, weight: Tensor, ve
 
 
 def categorical_kl(theta: Tensor, log_p: Tensor) -> Tensor:
-    """KL(q || p) = sum q (log q - log p) with q = softmax(theta), in nats. [B, N], [B, N] -> [B]."""
+    """Compute KL(q || p) = sum q (log q - log p) with q = softmax(theta), in nats. [B, N], [B, N] -> [B]."""
     log_q = functional.log_softmax(theta, -1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 class Elbo(Objective):
-    """Minimise -E[log p(y | x; W * m)] + beta KL(q || p) over single samples, m = relaxed top-K of theta.
+    """The negative ELBO of single samples: -E[log p(y | x; W * m)] + beta KL(q || p), m = relaxed top-K of theta.
 
     The gradient flows through both terms into theta.
 
     Args:
-        gcn: trained in place; reads the columns `data.FEATURES`. model: the classifier, left as it is.
-        graphs: of its layers `mask_layer`. topK: how many weights a mask keeps.
+        gcn: trained in place; reads the columns `data.FEATURES`.
+        model: the classifier, left as it is.
+        graphs: of the classifier's layers `mask_layer`.
+        topK: how many weights a mask keeps.
+        config, seed, device: as `Objective`.
 
     Raises:
         UserError: topK is not in 1..N.
@@ -100,11 +106,16 @@ class Elbo(Objective):
             yield from torch.randperm(len(self.graphs), generator=self.order).split(self.config.batch_size)
 
     def losses(self, indices: Tensor, temperature: float) -> dict[str, Tensor]:
-        """Compute the mean terms over some graphs, each with a mask of its own."""
+        """Compute the mean terms over some graphs, each under a mask of its own.
+
+        Args:
+            indices: of the graphs, [B].
+            temperature: of the sampler, in units of std(theta).
+        """
         vectors, graph = self.graphs.vectors(indices).to(self.device), self.graphs.graph
         theta = self.gcn(self.graphs.features(indices).to(self.device), graph)
         degrees = SAMPLERS[self.config.sampler](theta.flatten(1), self.topK, temperature, self.noise).view_as(theta)
-        with inspecting(self.model):  # its parameters stay out of the autograd graph, which backward passes later
+        with inspecting(self.model):  # no parameter of the classifier enters the autograd graph or collects a gradient
             logits = self.model.head(vectors.h[0], self.mask_layer, graph.split(self.weight * degrees))
         nll = functional.cross_entropy(logits, self.graphs.labels[indices].to(self.device))
         kl = categorical_kl(theta.flatten(1), log_prior(self.config.prior, graph, self.weight, vectors)).mean()
@@ -117,9 +128,9 @@ class Elbo(Objective):
         for part in indices.split(size):
             yield Part(self.losses(part, temperature), len(part), partial(mul, len(part) / len(indices)))
 
-    def remarks(self, figures: dict[str, float]) -> list[str]:
+    def remarks(self, means: dict[str, float]) -> list[str]:
         """Say so where the masked classifier only guesses."""
-        if figures["nll"] <= DEAD_SHARE * math.log(self.model.target(-1).out_features):
+        if means["nll"] <= DEAD_SHARE * math.log(self.model.target(-1).out_features):
             return []
         return [f"GCN: masks of topK {self.topK} leave nothing that predicts; try gcn.sampler gumbel or a larger topK"]
 
@@ -128,12 +139,14 @@ class Elbo(Objective):
 
 
 class Unlearning(Objective):
-    """Minimise forget loss + lambda * retain loss of random requests, at the soft mask of theta.
+    """The loss of random requests at the soft mask of theta: forget loss + lambda * retain loss.
 
-    A request names one class or two and a kappa, and goes to one of the heads.
+    A request names one class or two and a kappa, and is answered for one of the classifiers.
 
     Args:
-        unlearner: its GCN is trained in place. heads: each step draws one of them.
+        unlearner: its GCN is trained in place.
+        heads: of the classifiers; each step draws one of them.
+        config, seed, device: as `Objective`.
     """
 
     seeds, terms, unit, remedy = "unlearning", ("loss", "forget", "retain"), "requests", "gcn.lr or gcn.lambda_retain"
@@ -165,7 +178,7 @@ class Unlearning(Objective):
         return Request(tuple(sorted(classes.tolist())), min(max(1, round(share * size)), size))
 
     def parts(self, temperature: float) -> Iterator[Part]:
-        """As `Objective.parts`: each request is a part, all of one step go to the same head."""
+        """As `Objective.parts`: each request is a part, and all of one step are answered for the same classifier."""
         place = int(torch.randint(len(self.heads), (), generator=self.order))
         head, count = self.heads[place], self.config.requests_per_step
         for _ in range(count):

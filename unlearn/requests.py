@@ -1,7 +1,7 @@
-"""The unlearning objective: theta for a request to forget, from a GCN in a few passes, by refinement, or by both.
+"""What answers a request to forget: theta from a graph network in a few passes, by refinement, or by both.
 
-A request switches off kappa weights. The GCN sees the request's features and where its own last theta would lead
-(first-order importances at the masked network), and corrects theta; refinement descends on theta itself.
+A request switches off kappa weights. In each pass the graph network reads the request's features and the first-order
+importances at the classifier that its own last theta masks, and corrects theta. Refinement descends on theta itself.
 """
 
 import math
@@ -22,12 +22,12 @@ from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_fe
 from unlearn.masks import sinkhorn_topk
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
-MATCH_SHARE = 0.1  # of `match` in ForgetLosses.both: enough for its probabilities, too little to forget later
-MARGIN = 0.5  # by how much a forgotten class must lose, in logits, before the loss levels off
-MOST_RETAINED = 1536  # retained samples that a request looks at
-MOST_SIDES_BYTES = 2**27  # of requests' samples, kept for the next time: every pair of ten classes on an MLP
-TYPICAL_SHARE = 0.02  # where the column log_kappa is 0
-LOOK_TEMPERATURE = 0.15  # of the soft mask at which a later pass sees the network, in units of std(theta)
+MATCH_SHARE = 0.1  # weight of `match` in ForgetLosses.both: enough for the probabilities, too little to forget later
+MARGIN = 0.5  # logits by which a class to forget must lose before the margin loss levels off
+MOST_RETAINED = 1536  # retained samples at which a request's loss is computed
+MOST_SIDES_BYTES = 2**27  # of samples kept for requests that come again: every pair of ten classes on an MLP
+TYPICAL_SHARE = 0.02  # share of all weights, kappa / N, at which the column log_kappa is 0
+LOOK_TEMPERATURE = 0.15  # of the soft mask under which a later pass sees the classifier, in units of std(theta)
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,14 @@ class Request:
 
 @dataclass(frozen=True)
 class _Sides:
-    """h of the samples to forget, then of the retained ones, [A + B, n]; how many of the first; all labels.
+    """The samples of a request: A to forget, then B to retain.
 
-    `target` [A, C]: the classifier's probabilities for the first, without the classes to forget, renormalised.
+    Args:
+        h: input of the first target layer, [A + B, n].
+        forget: A.
+        labels: of all samples, [A + B].
+        target: the untouched classifier's probabilities on the samples to forget, with those of the classes to forget
+            set to 0 and the others renormalised, [A, C].
     """
 
     h: Tensor
@@ -52,7 +57,7 @@ class _Sides:
 
     @property
     def bytes(self) -> int:
-        """Memory that they take."""
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in (self.h, self.labels, self.target))
 
 
@@ -85,10 +90,10 @@ class FrozenHead:
         return cls(model, mask_layer, statistics, h, graphs.labels.to(device))
 
     def sides(self, classes: tuple[int, ...]) -> _Sides:
-        """The samples to forget and those to retain.
+        """Return the samples to forget and those to retain.
 
-        Up to MOST_SIDES_BYTES of them are kept, those asked for last: training asks for many pairs of classes, and all
-        of a thousand classes' would fill the memory. What is made again has the same bits.
+        Up to MOST_SIDES_BYTES are kept, those of the requests that came last: training asks for many pairs of classes,
+        and the pairs of a thousand classes would fill the memory. Samples that are made again have the same bits.
         """
         sides = self._sides.pop(classes, None) or self._made_sides(classes)
         self._sides[classes] = sides
@@ -106,18 +111,20 @@ class FrozenHead:
         return _Sides(h, count, self.labels[order], target.softmax(1))
 
     def _without(self, logits: Tensor, classes: tuple[int, ...]) -> Tensor:
-        """Logits [A, C] with those of some classes at -inf."""
+        """Return logits [A, C] with those of some classes at -inf."""
         return logits.index_fill(1, torch.tensor(classes, device=self.device), -torch.inf)
 
     def losses(self, degrees: Tensor, classes: tuple[int, ...], how: ForgetLosses) -> tuple[Tensor, Tensor]:
-        """Both sides of the objective at `W * (1 - degrees)`, in nats, means over samples.
+        """Compute the forget loss and the retain loss of the classifier with weights `W * (1 - degrees)`.
 
         Args:
             degrees: how far each weight is switched off, [*graph.shape] in [0, 1].
+            classes: labels of the classes to forget.
+            how: which forget loss. margin: softplus(largest logit of the classes to forget - largest other logit
+                + MARGIN). match: KL(target || masked). both: margin + MATCH_SHARE match.
 
         Returns:
-            On the samples to forget: margin, softplus(largest logit of the classes to forget - largest other + 0.5);
-            match, KL(target || masked); both, margin + MATCH_SHARE match. On the retained samples: cross-entropy.
+            The forget loss over the samples to forget and the cross-entropy over the retained ones, means in nats.
         """
         sides = self.sides(classes)
         logits = self.model.head(sides.h, self.mask_layer, self.graph.split(self.weight * (1 - degrees)))
@@ -131,8 +138,16 @@ class FrozenHead:
         return match if how is ForgetLosses.match else leading + MATCH_SHARE * match, retain
 
     def importances(self, degrees: Tensor, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """First-order growth of margin loss and retain loss when a weight is switched off further. [*graph.shape]."""
-        with torch.enable_grad(), inspecting(self.model):
+        """Compute how fast the margin loss and the retain loss grow when a weight is switched off further.
+
+        Args:
+            degrees: where the derivatives are taken, [*graph.shape] in [0, 1].
+            classes: labels of the classes to forget.
+
+        Returns:
+            The derivatives of both losses by `degrees`, [*graph.shape] each, constant for any further gradient.
+        """
+        with torch.enable_grad(), inspecting(self.model):  # a pass without gradients for theta needs these all the same
             degrees = degrees.detach().requires_grad_()
             forget, retain = self.losses(degrees, classes, ForgetLosses.margin)
             (u_forget,) = torch.autograd.grad(forget, degrees, retain_graph=True)
@@ -141,20 +156,24 @@ class FrozenHead:
 
 
 def soft_mask(theta: Tensor, kappa: int, temperature: float) -> Tensor:
-    """Degrees of switching off, summing to kappa exactly. [*shape] -> [*shape]."""
+    """Compute how far each weight is switched off, degrees that sum to kappa exactly. [*shape] -> [*shape]."""
     return sinkhorn_topk(theta.flatten(), kappa, temperature).view_as(theta)
 
 
 def taylor_start(head: FrozenHead, classes: tuple[int, ...]) -> Tensor:
-    """2 * rank of the signed Taylor score, the theta that everything learned starts from. [*graph.shape]."""
+    """Compute 2 * rank of the signed Taylor score, the theta that all learning starts from. [*graph.shape]."""
     return 2 * centred_rank(head.statistics.contributions(classes).signed_taylor())
 
 
 def check_scores(theta: Tensor, given: Path | None) -> Tensor:
-    """Return the scores of a GCN, which are numbers.
+    """Return a GCN's scores if all are finite.
+
+    Args:
+        theta: the scores, of any shape.
+        given: the GCN's file, if the user gave it; the message then names it.
 
     Raises:
-        UserError: one is not finite; the blame is on the file, if the GCN was given by path.
+        UserError: a score is not finite.
     """
     if bool(theta.isfinite().all()):
         return theta
@@ -164,25 +183,28 @@ def check_scores(theta: Tensor, given: Path | None) -> Tensor:
 
 
 class Unlearner:
-    """A GCN and how it is used: theta for a request, in `passes` passes over the graph.
+    """A GCN and how it is used: theta for a request, in several passes over the graph.
 
     Args:
-        gcn: reads the columns of `features` and STATE. taylor_prior: start from `taylor_start` instead of 0.
+        gcn: reads the columns of `features` and STATE.
+        features: the named set of columns that stay the same in all passes.
+        passes: how often the GCN corrects theta.
+        taylor_prior: theta starts from `taylor_start` instead of 0.
     """
 
     def __init__(self, gcn: MaskingGCN, features: FeatureSets, passes: int, taylor_prior: bool = True):
         self.gcn, self.features, self.passes, self.taylor_prior = gcn, features, passes, taylor_prior
         self.given: Path | None = None
-        """The file, where the user gave it: it is to blame for what cannot be used."""
+        """The GCN's file, if the user gave it: messages about its scores name it."""
 
     @staticmethod
     def num_node_features(features: FeatureSets) -> int:
-        """Columns that the GCN of a feature set reads."""
+        """Count the columns that the GCN of a feature set reads."""
         return len(FEATURES[features].columns) + len(STATE)
 
     @classmethod
     def fresh(cls, config: GCNConfig) -> "Unlearner":
-        """Untrained; after a Taylor prior its GCN adds nothing yet."""
+        """Make an untrained one; with a Taylor prior its GCN adds 0 to theta, so that training starts at the prior."""
         columns, rounds = cls.num_node_features(config.features), config.num_message_passing_rounds
         shape = (rounds, config.hidden_dim, config.aggregation, config.activation, config.residual)
         gcn = MaskingGCN(columns, *shape)
@@ -193,16 +215,16 @@ class Unlearner:
 
     @property
     def facts(self) -> dict:
-        """What a GCN file must carry so that `load` gives the same unlearner."""
+        """What a GCN's file must say so that `load` gives the same unlearner."""
         used = {"features": self.features.value, "passes": self.passes, "taylor_prior": self.taylor_prior}
         return {"objective": "unlearning", "columns": [*FEATURES[self.features].columns, *STATE], **used}
 
     @classmethod
     def load(cls, path: Path) -> tuple["Unlearner", dict]:
-        """From a GCN file of the unlearning objective, with all its facts.
+        """Read an unlearner, and all facts, from a GCN's file of the unlearning objective.
 
         Raises:
-            UserError: it is another kind of file, or its columns are not the ones of this version.
+            UserError: the file is of another kind, or names other columns than this version makes.
         """
         gcn, facts = MaskingGCN.load(path)
         if facts.get("objective") != "unlearning":
@@ -219,7 +241,11 @@ class Unlearner:
         return unlearner, facts
 
     def theta(self, head: FrozenHead, request: Request) -> Tensor:
-        """One logit per weight, large where it is to be switched off. [*graph.shape]."""
+        """Compute one logit per weight, large where the weight is to be switched off, [*graph.shape].
+
+        Raises:
+            UserError: kappa is more than there are weights, or a logit is not finite (in training, the loop says so).
+        """
         check_budget(request.kappa, head.graph.num_vertices, "kappa")
         contributions = head.statistics.contributions(request.classes)
         static = request_features(head.statistics, contributions, request.classes, self.features)
@@ -230,13 +256,15 @@ class Unlearner:
         for index in range(self.passes):
             if index:
                 degrees = soft_mask(theta.detach(), request.kappa, LOOK_TEMPERATURE)
+            # A pass reads the last theta as data: the gradient reaches every pass through the sum alone, and backward
+            # never differentiates the importances, which are gradients themselves.
             columns = torch.cat([static, _state(head, request, theta.detach(), degrees)], -1)
             theta = theta + self.gcn(columns.unsqueeze(0), head.graph)[0]
         return theta if torch.is_grad_enabled() else check_scores(theta, self.given)
 
 
 def _state(head: FrozenHead, request: Request, theta: Tensor, degrees: Tensor) -> Tensor:
-    """The columns STATE: where theta leads. [*graph.shape, 5]."""
+    """Compute the columns STATE, which say where theta leads: [*graph.shape, len(STATE)]."""
     u_forget, u_retain = head.importances(degrees, request.classes)
     share = request.kappa / head.graph.num_vertices
     log_kappa = torch.full_like(theta, math.log(share / TYPICAL_SHARE))
@@ -244,7 +272,17 @@ def _state(head: FrozenHead, request: Request, theta: Tensor, degrees: Tensor) -
 
 
 def refine(head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig) -> Tensor:
-    """Descend on theta itself, with Adam, for one request. [*graph.shape] -> [*graph.shape]."""
+    """Descend on theta itself with Adam, for one request, at an annealed soft mask.
+
+    Args:
+        head: the classifier and its samples.
+        theta: the start, [*graph.shape]; only its standardised values count.
+        request: the classes to forget, and kappa.
+        config: the section `refine`.
+
+    Returns:
+        theta, [*graph.shape].
+    """
     theta = standardised(theta.detach()).requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=config.lr)
     with torch.enable_grad(), inspecting(head.model):
@@ -259,6 +297,6 @@ def refine(head: FrozenHead, theta: Tensor, request: Request, config: RefineConf
 
 
 def noise_start(head: FrozenHead, request: Request, seed: int) -> Tensor:
-    """A start that knows nothing: normal noise. [*graph.shape]."""
+    """Draw normal noise, a start that knows nothing of the request. [*graph.shape]."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "noise", *request.classes, request.kappa))
     return torch.randn(head.graph.shape, generator=generator).to(head.device)
