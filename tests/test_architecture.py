@@ -75,6 +75,9 @@ ONLY = {
         *("numpy.random.seed", "random.seed"),
     ): "stages.setup",
     ("torch.distributed",): "training.distributed",
+    # What holds for the whole process: commands ask for it through `Pipeline.prepare_process`, no constructor does.
+    ("training.processes.reuse_freed_memory", "training.distributed.make_repeatable"): "training.distributed",
+    ("training.distributed.prepare_process",): "pipeline",
     ("matplotlib",): "reporting.draw",
 }
 WRITER = "core.artifacts"
@@ -518,6 +521,8 @@ BAD = [
     (keeps_to_its_own_things, "trainer", "from torch import manual_seed"),
     (keeps_to_its_own_things, "data", "import numpy as np\ndef f():\n    np.random.seed(0)"),
     (keeps_to_its_own_things, "trainer", "import torch.distributed as dist"),
+    (keeps_to_its_own_things, "stages.setup", "from training.processes import reuse_freed_memory"),
+    (keeps_to_its_own_things, "commands.run", "def f():\n    from training.distributed import prepare_process"),
     (keeps_to_its_own_things, "pipeline", "from torch import distributed"),
     (keeps_to_its_own_things, "core.artifacts", "import torch\ntorch.distributed.get_rank()"),
     (keeps_to_its_own_things, "eval", "def f():\n    import matplotlib.pyplot as plt"),

@@ -345,7 +345,7 @@ def test_a_file_of_settings_says_where_it_names_one(tmp_path):
     ("text", "said"),
     [
         (METHOD.replace('"smallest"', '"all"'), "a method 'all', which means something else"),
-        (METHOD.replace('"smallest"', '"SFT"'), "a second method 'SFT', unlearn.ours registers one"),
+        (METHOD.replace('"smallest"', '"SFT"'), "a second method 'SFT', unlearn.methods registers one"),
         (METRIC.replace('"sure"', '"seconds"'), "a metric 'seconds', which means something else"),
         (METRIC.replace('"sure"', '"UA"'), "a second metric 'UA', measure.metrics registers one"),
         (DATASET.replace('"SHAPES"', '"digits"'), "a second dataset 'digits', images.specs registers one"),
