@@ -4,6 +4,8 @@ Each is made under a temporary name beside its place, waits for the disk, and is
 ever overwritten, save a mask's own folder.
 """
 
+import ctypes
+import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
@@ -11,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mimu.errors import MaskError
 
@@ -115,6 +118,32 @@ def new_folder(path: Path, ours: Collection[str] = ()) -> Generator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+KINDS = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+}
+
+
+def packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return integer tensors as a safetensors file: the library's own writer needs numpy, which torch does not bring.
+
+    The header's length in eight bytes, the header as JSON, padded to a multiple of eight, then the values, wide types
+    first, so that each lies at a multiple of its size.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    parts, end = [], 0
+    for name in sorted(tensors, key=lambda one: (-tensors[one].element_size(), one)):
+        plain = tensors[name].detach().cpu().contiguous()
+        parts.append(ctypes.string_at(plain.data_ptr(), plain.numel() * plain.element_size()))
+        begin, end = end, end + len(parts[-1])
+        header[name] = {"dtype": KINDS[plain.dtype], "shape": list(plain.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, *parts))
 
 
 def put(path: Path, data: bytes) -> None:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from mimu import applying
 from mimu.config import Config, card
 from mimu.errors import MaskError
-from mimu.files import attempt, new_folder, put, read
+from mimu.files import attempt, new_folder, packed, put, read
 from mimu.parent import Fit, Parent, describe_parent, plain_name, sha256_of, state_of, unwrap
 
 FILE, CONFIG, CARD = "mask.safetensors", "mask_config.json", "README.md"
@@ -211,8 +210,7 @@ class Mask:
             MaskError: the folder holds other files, or cannot be written.
         """
         plain = self.config.plain() | {DIGEST: self.digest}
-        # One key of metadata: the library writes several in an order that changes, and equal masks are equal bytes.
-        data = save(self.positions, metadata={KEY: json.dumps(plain, sort_keys=True)})
+        data = packed(self.positions, {KEY: json.dumps(plain, sort_keys=True)})
         counts = {name: len(flat) for name, flat in self.positions.items()}
         with new_folder(Path(folder), ours=(FILE, CONFIG, CARD)) as place:
             put(place / FILE, data)

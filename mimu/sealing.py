@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from mimu import files
@@ -395,15 +394,14 @@ def _removed(
         for key, edit in some.items():
             number = str(len(rows))
             value = container.load(key)
-            tensors[f"{number}.places"] = edit.places.clone()  # safetensors refuses tensors that share memory
-            tensors[f"{number}.bits"] = read_bits(value, edit.places)
+            tensors[f"{number}.places"], tensors[f"{number}.bits"] = edit.places, read_bits(value, edit.places)
             rows.append({"file": name, "key": list(key), "sha256": sha256_of(value)})
     touched = [name for name, some in edits.items() if some]
     sealed = {name: _sha256_of_file(place / name if name else place) for name in touched}
     originals = {name: _sha256_of_file(found[name].container.path) for name in touched}
     facts: dict[str, Any] = {"format": REMOVED, "version": 1, "mask": mask.digest, "seed": seed, "rows": rows}
     facts |= {"sealed": sealed, "parent": originals}
-    return save(tensors, metadata={"facts": json.dumps(facts, sort_keys=True)})
+    return files.packed(tensors, {"facts": json.dumps(facts, sort_keys=True)})
 
 
 def restore(sealed: Path | str, removed: Path | str, out: Path | str) -> bool:

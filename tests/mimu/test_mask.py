@@ -1,6 +1,7 @@
 """The mask file: small, whole, readable by anything, and refused when it says what cannot be."""
 
 import json
+import os
 import re
 import struct
 import subprocess
@@ -363,3 +364,32 @@ def test_reading_a_mask_runs_nothing(tmp_path):
     with pytest.raises(MaskError):
         Mask.load(tmp_path / "cat")
     assert not (tmp_path / "ran").exists()
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None  # every import of it fails
+import warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+import torch
+from mimu import Mask, describe_parent, restore, seal, state_sha256
+model = torch.nn.Linear(4, 4)
+before, parent = state_sha256(model), describe_parent(model, ["weight"])
+Mask({"weight": torch.tensor([1, 5])}, {"forgotten": [{"index": 0, "name": "a"}], "parent": parent}).save("m")
+mask = Mask.load("m")
+with mask.applied(model):
+    assert model.weight.view(-1)[[1, 5]].tolist() == [0, 0]
+torch.save(model.state_dict(), "a.pt")
+seal("a.pt", mask, "b.pt", fill="noise", removed="key")
+restore("b.pt", "key", "c.pt")
+model.load_state_dict(torch.load("c.pt", weights_only=True))
+print(state_sha256(model) == before)
+"""
+
+
+def test_numpy_is_not_needed(tmp_path):
+    """Torch does not bring it."""
+    own = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NUMPY], cwd=tmp_path, env=own, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
