@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mimu.config import Config
 from mimu.errors import MaskError, ParentWarning
-from mimu.parent import Fit, check_model, parameters, state_of, tell, unwrap
+from mimu.parent import Fit, check_model, is_plain, parameters, state_of, tell, unwrap
 
 LEDGER = "_mimu_ledger"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -212,7 +212,8 @@ def _names(values: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _originals(model: nn.Module, ledger: Ledger) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the unmasked (parameters, state) by plain name; what is held at zero is restored in a copy."""
-    values: dict[str, Tensor] = {name: value.detach() for name, value in parameters(model).items()}
+    found = parameters(model).items()
+    values: dict[str, Tensor] = {name: value.detach() if is_plain(value) else value for name, value in found}
     if not ledger.held:
         return values, state_of(model)
     first = _names(values)
@@ -292,8 +293,8 @@ def _places(found: Found, values: Mapping[str, Tensor], positions: Mapping[str, 
             continue
         value = values[name]
         repeated = any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True))
-        if repeated or type(value.data) is not Tensor:
-            raise MaskError(f"{name} cannot be written in place ({type(value.data).__name__}): use mask.state(model)")
+        if repeated or not is_plain(value):
+            raise MaskError(f"{name} cannot be written in place: use mask.state(model)")
         places[name] = torch.cat([places[name], flat]).unique() if name in places else flat
     return places
 

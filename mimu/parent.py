@@ -40,6 +40,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def _child(module: nn.Module | None, name: str) -> nn.Module | None:
+    """Return a module's child; None if it has none of this name. (TorchScript's table of children has no `get`.)"""
+    return None if module is None else dict(module._modules.items()).get(name)
+
+
 def plain_name(model: nn.Module, name: str) -> str:
     """Return a parameter's name without the parts that wrappers put in, at whatever depth they stand."""
     parts = name.split(".")
@@ -49,7 +54,7 @@ def plain_name(model: nn.Module, name: str) -> str:
     for part in parts:
         if module is None or _wrapped(module) != part:
             kept.append(part)
-        module = module._modules.get(part) if module is not None else None
+        module = _child(module, part)
     return ".".join(kept)
 
 
@@ -61,8 +66,9 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's parameters and buffers by plain name."""
-    state = model.state_dict().items()
-    return {plain_name(model, name): value.detach() for name, value in state if isinstance(value, Tensor)}
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    plain = {name: value.detach() if is_plain(value) else value for name, value in state.items()}
+    return {plain_name(model, name): value for name, value in plain.items()}
 
 
 # --- hashes -----------------------------------------------------------------------------------------------
@@ -70,14 +76,22 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
     """Feed a tensor's bytes, in C order. Read by address: numpy is no dependency, and knows no bfloat16."""
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+    if not is_plain(tensor):
         raise MaskError(f"a tensor is {_kind(tensor)}, whose bytes cannot be read: give the float model, loaded")
     plain = tensor.detach().cpu().contiguous()
     if size := plain.numel() * plain.element_size():
         digest.update((ctypes.c_char * size).from_address(plain.data_ptr()))
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's values lie in memory as they are: not packed, not sharded, not sparse, not without values."""
+    plain = type(tensor) in (Tensor, nn.Parameter)  # a subclass may keep its values elsewhere, and have no address
+    return plain and not (tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided)
+
+
 def _kind(tensor: Tensor) -> str:
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}"
     if tensor.is_meta:
         return "on the meta device"
     return "quantised" if tensor.is_quantized else f"stored as {tensor.layout}".replace("torch.", "")
@@ -117,7 +131,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def _described(name: str, state: Mapping[str, Tensor], on_disk: Mapping[str, str]) -> Target:
     value = state[name]
-    if not value.dtype.is_floating_point:
+    if not (value.dtype.is_floating_point and is_plain(value)):
         raise MaskError(f"{name} holds {_short(value.dtype)}, no floating-point weights: mask the float parent")
     others = (other for other, item in state.items() if other != name and item.shape == value.shape)
     aliases = tuple(other for other in others if state[other].data_ptr() == value.data_ptr() and value.numel())
@@ -176,7 +190,7 @@ def _recomputes(model: nn.Module, name: str) -> str | None:
     for part in name.split("."):
         if isinstance(module, ParametrizationList) or part in getattr(module, "parametrizations", {}):
             return "ParametrizationList"
-        last, child = part, module._modules.get(part)
+        last, child = part, _child(module, part)
         if child is None:
             break
         module = child
@@ -207,7 +221,7 @@ def refuse_recomputed(model: nn.Module, names: Iterable[str]) -> None:
 
 def _quantised(model: nn.Module) -> bool:
     modules = (module for module in model.modules() if "quantized" in type(module).__module__)
-    foreign = (p for p in model.parameters() if type(p.data) is not Tensor or not p.dtype.is_floating_point)
+    foreign = (p for p in model.parameters() if not is_plain(p) or not p.dtype.is_floating_point)
     return next(modules, None) is not None or next(foreign, None) is not None
 
 
@@ -319,7 +333,7 @@ def check_model(
         MaskError: as `check_parent` and `refuse_recomputed`, or the model is quantised.
     """
     refuse_recomputed(model, parent.targets)
-    floats = {key: value for key, value in values.items() if value.dtype.is_floating_point and _readable(value)}
+    floats = {key: value for key, value in values.items() if value.dtype.is_floating_point and is_plain(value)}
     try:
         fit = check_parent(parent, floats, state, any_parent)
     except MaskError as error:
@@ -328,10 +342,6 @@ def check_model(
         raise
     refuse_recomputed(model, fit.names.values())
     return fit
-
-
-def _readable(value: Tensor) -> bool:
-    return not (value.is_meta or value.is_quantized or value.layout != torch.strided)
 
 
 def tell(model: nn.Module, fit: Fit, level: int = 4) -> None:

@@ -24,7 +24,7 @@ from mimu.config import Target
 from mimu.containers import DAMAGE, Container, Edit, Path_, TorchFile, copy_prefix, kind_of, parts_of, stem
 from mimu.errors import MaskError
 from mimu.mask import Mask
-from mimu.parent import find, sha256_of
+from mimu.parent import find, is_plain, sha256_of
 
 Fill = Literal["zero", "noise"]
 Averaged = Literal["seal", "drop"]
@@ -91,14 +91,10 @@ def _in_table(container: Container, table: Mapping[str, Path_], name: str, targe
     for cast in (False, True):
         for names in (set(table) & set(own.aliases), table):
             loaded = {one: container.load(table[one]) for one in names}
-            values = {one: value for one, value in loaded.items() if _is_plain(value)}
+            values = {one: value for one, value in loaded.items() if value.dtype.is_floating_point and is_plain(value)}
             if found := find(_stem_of(name), own, values, cast):
                 return table[found]
     return None
-
-
-def _is_plain(value: Tensor) -> bool:
-    return value.dtype.is_floating_point and not value.is_quantized and value.layout == torch.strided
 
 
 def _search(container: Container, targets: Mapping[str, Target], any_parent: bool) -> _Found:

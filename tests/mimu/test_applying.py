@@ -6,6 +6,7 @@ import itertools
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -102,6 +103,25 @@ def test_a_compiled_model_sees_the_mask_without_compiling_again():
             assert not torch.equal(model(VECTORS), whole)
         assert torch.equal(model(VECTORS), whole)
     assert len(compiled) == 1
+
+
+def traced(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(model, VECTORS)
+
+
+@pytest.mark.parametrize("kind", [traced, lambda model: torch.export.export(model, (VECTORS,)).module()])
+def test_programs_are_masked_as_the_models_they_are_of(kind):
+    """TorchScript and exported programs, whose parameters are found by content whatever their names are."""
+    plain = mlp()
+    mask, program = mask_on(plain, "2.weight", 9), kind(mlp())
+    with torch.no_grad():
+        whole = program(VECTORS)
+        with mask.applied(program), mask.applied(plain):
+            assert torch.equal(program(VECTORS), plain(VECTORS))
+            assert not torch.equal(program(VECTORS), whole)
+        assert torch.equal(program(VECTORS), whole)
 
 
 def test_minus_zero_and_every_nan_come_back_as_they_were():

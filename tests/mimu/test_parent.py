@@ -217,6 +217,15 @@ def test_the_parent_inside_a_norm_is_refused_though_its_bytes_are_there():
         mask.apply(moved)
 
 
+def test_a_norm_is_seen_in_a_layer_that_has_two_names():
+    layer = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    mask = mask_on(model, "b.weight")
+    parametrizations.weight_norm(layer)
+    with pytest.raises(MaskError, match="ParametrizationList"):
+        mask.apply(model)
+
+
 def test_another_layers_norm_is_no_matter():
     model = mlp()
     nn.utils.spectral_norm(model[0])
@@ -240,6 +249,29 @@ def test_integers_in_the_place_of_weights_are_called_quantised():
     model = nn.ModuleDict({"0": nn.Linear(6, 8), "2": Packed()})
     with pytest.raises(MaskError, match="mask the float parent"):
         mask_on(mlp(), "2.weight").apply(model)
+
+
+class Elsewhere(torch.Tensor):
+    """As packed and sharded weights are: a tensor whose values do not lie at its address, which is 0."""
+
+    @staticmethod
+    def __new__(cls, shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # ty: ignore[incompatible-method-override]
+        return cls(next(iter(args)).shape) if func is torch.ops.aten.detach.default else NotImplemented
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_weights_that_lie_elsewhere_are_refused(place):
+    """In the masked layer, and in another one, which cannot be compared either."""
+    mask, model = mask_on(mlp(), "2.weight"), mlp()
+    model[place].weight = nn.Parameter(Elsewhere(model[place].weight.shape))
+    with pytest.raises(MaskError, match=r"is a Elsewhere|float parent"):
+        mask.apply(model)
+    with pytest.raises(MaskError, match=r"is a Elsewhere|no floating-point weights"):
+        describe_parent(model, [f"{place}.weight"])
 
 
 def test_a_model_without_values_is_refused():
