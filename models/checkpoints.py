@@ -156,11 +156,14 @@ def _pickled(path: Path, zipped: bool) -> object:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # what the library wonders about, this module checks and says
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except DAMAGED as error:
-        if isinstance(error, UnpicklingError) and (name := _code(str(error))):
-            names = ", ".join(sorted({name, *_needed_code(path)})) if zipped else name
-            raise UserError(f"{path} is a pickled model, which needs code to be read ({names}): {HOW}") from None
+        if not isinstance(error, UnpicklingError) or not (name := _code(str(error))):
             raise UserError(f"{path} is no whole file of torch.save ({_short(error)}): save it anew") from None
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if zipped else []  # read, never run
+        names = ", ".join(sorted({name, *asked} - {"argparse.Namespace"}))
+        raise UserError(f"{path} is a pickled model, which needs code to be read ({names}): {HOW}") from None
 
 
 def _refuse_programs(path: Path) -> None:
@@ -169,12 +172,6 @@ def _refuse_programs(path: Path) -> None:
     for mark, what in (("constants.pkl", "TorchScript"), ("archive_format", "torch.export")):
         if any(name.endswith(f"/{mark}") for name in names):
             raise UserError(f"{path} is a {what} program, which holds code: {HOW}")
-
-
-def _needed_code(path: Path) -> list[str]:
-    """Every class and function that a pickle asks for and that is not allowed: its opcodes are read, not run."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
 
 
 def _code(message: str) -> str | None:
@@ -221,21 +218,15 @@ def _unwrapped(value: object, path: Path, ema: Ema | None) -> Stored:
 
 
 def _chosen(names: list[str], ema: Ema | None, path: Path) -> str:
-    """The one of several models in a file that `ema` chooses; of one alone it must not contradict its name."""
-    if ema is None and len(names) == 1:
-        return names[0]
-    fitting = [name for name in names if ema is not None and bool(AVERAGED.search(name)) == (ema == "ema")]
-    if len(fitting) == 1:
-        return fitting[0]
-    found = (
-        f"{path} holds several models ({', '.join(sorted(names))})" if len(names) > 1 else f"{path} holds {names[0]}"
-    )
-    needed = "save the one that is meant, by itself"
-    if ema is not None and not fitting:
-        raise UserError(f"{found}, and none of the kind that ema={ema} asks for: leave ema out, or {needed}")
+    """The one of several models in a file that `ema` chooses."""
     averaged = [name for name in names if AVERAGED.search(name)]
+    fitting = averaged if ema == "ema" else [name for name in names if name not in averaged]
+    if len(names) == 1 or (ema and len(fitting) == 1):
+        return (fitting or names)[0]
     which = " (or say which: ema='ema' takes the average over training, ema='plain' the weights themselves)"
-    raise UserError(f"{found}: {needed}{which if len(averaged) == 1 and len(names) == 2 else ''}")
+    said = ", ".join(sorted(name or "at its top" for name in names))
+    needed = f"save the one that is meant, by itself{which if len(averaged) == 1 and len(names) == 2 else ''}"
+    raise UserError(f"{path} holds several models ({said}): {needed}")
 
 
 def _refuse_quantised(state: Mapping, path: Path) -> None:
@@ -304,18 +295,27 @@ def matched(
     disk_names = {new: old for new, old in names.items() if new in needed}
     for alias, name in _same_memory(needed, folded).items():
         folded[alias], disk_names[alias] = folded[name], disk_names[name]
-    for name in set(needed) - set(folded):
-        if name.endswith(COUNTS[1]):  # torch before 0.4.1 kept none
-            folded[name] = needed[name]
+    if all(name.endswith(COUNTS[1]) for name in set(needed) - set(folded)):  # torch before 0.4.1 kept no counts
+        folded = {**needed, **folded}
     if by_order and set(folded) != set(needed):
         return _in_order(stored, needed)
     hint = "; all shapes agree in their order: by_order takes them so" if _agree(stored, needed) else ""
     _check_names(folded, needed, stored.path, advice + hint)
+    _check_choice(stored, disk_names, ema)
     other = {name: old for name, old in disk_names.items() if name != old}
     if other:
         name, old = next(iter(other.items()))
         notes += (f"{len(other)} of {len(disk_names)} tensors have other names on disk, e.g. {old} for {name}",)
     return Matched({name: folded[name] for name in needed}, disk_names, (*stored.notes, *notes, *said))
+
+
+def _check_choice(stored: Stored, disk_names: Mapping[str, str], ema: Ema | None) -> None:
+    """Refuse weights that are no average where one is asked for, and the other way round."""
+    before = {old.removesuffix(name) for name, old in disk_names.items()}
+    averaged = any(AVERAGED.search(part) for part in (stored.container, *before))
+    if ema is not None and averaged != (ema == "ema"):
+        has = "an average over training alone" if averaged else "no average over training"
+        raise UserError(f"{stored.path} holds {has}, and ema={ema} asks for the other: leave ema out")
 
 
 def _renamed(

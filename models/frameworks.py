@@ -88,13 +88,13 @@ def head_of(state: Mapping[str, Tensor]) -> str | None:
     return names[-1] if names else None
 
 
-def rows_on_disk(stored: Stored, state: Mapping[str, Tensor], head: str, by_order: bool) -> int | None:
+def rows_on_disk(stored: Stored, state: Mapping[str, Tensor], head: str) -> int | None:
     """How many outputs a checkpoint has, from its tensor of the head's name, whatever a wrapper put before it."""
     ends = (f".{head}", f".{head}_v", f".{head}_orig")
-    rows = {t.shape[0] for name, t in stored.tensors.items() if f".{name}".endswith(ends) and t.dim() in (2, 4)}
-    if len(rows) == 1:
-        return rows.pop()
-    if by_order and len(stored.tensors) == len(state):
+    found = [name for name, t in stored.tensors.items() if f".{name}".endswith(ends) and t.dim() in (2, 4)]
+    if found:
+        return stored.tensors[min(found, key=len)].shape[0]
+    if len(stored.tensors) == len(state):  # other names: by its place
         return list(stored.tensors.values())[list(state).index(head)].shape[0]
     return None
 
@@ -196,7 +196,7 @@ def build_torchvision(name: str, file: Path, settings: Mapping[str, Any], readin
     ):  # it computes with weights
         state = made(builder, f"torchvision:{name}", **given).state_dict()
     head = str(head_of(state))
-    rows = rows_on_disk(stored, state, head, reading.by_order)
+    rows = rows_on_disk(stored, state, head)
     module = made(builder, f"torchvision:{name}", **given, **({"num_classes": rows} if rows else {}))
     rename = (lambda old: DENSENET.sub(r"\1\2.", old)) if name.startswith("densenet") else str
     names, preprocessing, notes = _of_torchvision_weights(name, file, rows, dict(settings))
@@ -276,13 +276,13 @@ def _filled_timm(name: str, stored: Stored, settings: dict[str, Any], reading: R
     heads = [f"{one}.weight" for one in ([heads] if isinstance(heads, str) else heads)]
     head = next((one for one in heads if one in state), head_of(state))
     more: dict[str, Any] = {}
-    if head and (rows := rows_on_disk(stored, state, head, reading.by_order)) and rows != state[head].shape[0]:
+    if head and (rows := rows_on_disk(stored, state, head)) and rows != state[head].shape[0]:
         more["num_classes"] = rows
     first = next((f"{one}.weight" for one in [about.get("first_conv")] if isinstance(one, str)), "")
-    if first in state and "in_chans" not in settings:
-        columns = {t.shape[1] for old, t in stored.tensors.items() if f".{old}".endswith(f".{first}") and t.dim() == 4}
-        if len(columns) == 1 and columns != {state[first].shape[1]}:
-            more["in_chans"] = columns.pop()
+    places = [old for old in stored.tensors if f".{old}".endswith(f".{first}")] if first in state else []
+    columns = stored.tensors[min(places, key=len)].shape[1] if places else None
+    if columns and columns != state[first].shape[1] and "in_chans" not in settings:
+        more["in_chans"] = columns
     module = build(**more) if more else module
     preprocessing, notes = of_timm(timm, module, {**settings, **more}, config)
     if len(heads) > 1:
@@ -382,9 +382,8 @@ def _filled_transformers(transformers: Any, config: Any, stored: Stored) -> tupl
 
     def load(tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
         with _aside():
-            module, found = shell.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-            )
+            given = {"config": config, "state_dict": tensors, "dtype": dtype, "ignore_mismatched_sizes": True}
+            module, found = shell.from_pretrained(None, **given, output_loading_info=True)
         _refuse_misfits(found, stored.path)
         return module
 

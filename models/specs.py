@@ -11,9 +11,11 @@ Files are read, never run. Only `py:` runs code: the file that it names.
 import ast
 import importlib.util
 import inspect
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def parse(text: str) -> ModelSpec:
         return ModelSpec(kind, "", Path(rest))
     named, _, file = rest.partition("@")
     code, _, named = named.rpartition(".py:") if kind == "py" else ("", "", named)
-    name, *settings = named.split(",")
+    name, *settings = re.split(r",(?![^()\[\]]*[)\]])", named)  # not at the comma of (3, 4)
     if not name or not file or (kind == "py" and not code):
         raise UserError(f"{text!r} is incomplete: write {FORMS}")
     if not Path(file).is_file():
@@ -125,7 +127,7 @@ def logits_of(output: object) -> Tensor:
         if len(flat) == 1:
             return next(iter(flat.values()))
         raise UserError(
-            f"the model answers with a dict of {', '.join(map(str, output))}: name the one of logits 'logits'"
+            f"the model answers with a dict of {', '.join(map(str, output))}: name the tensor of logits 'logits'"
         )
     raise UserError(f"the model answers with a {type(output).__name__}: let it return logits [pictures, classes]")
 
@@ -200,8 +202,8 @@ def load(
     spec = parse(spec) if isinstance(spec, str) else spec
     model = _build(spec, Reading(ema, by_order))
     prepared = preprocessing.over(model.preprocessing)
+    model, probabilities = _asked(model, prepared)
     names, notes = choose_names(model.outputs, model.names, classes, folders)
-    probabilities = _asked(model, prepared)
     if probabilities:
         notes += ("the model ends in a softmax: logits are the logarithm of its answers",)
     return Loaded(
@@ -222,8 +224,8 @@ def _build(spec: ModelSpec, reading: Reading) -> Built:
     return build_timm(spec.name, spec.path, settings, reading) if spec.name else build_timm_folder(spec.path, reading)
 
 
-def _asked(model: Built, preprocessing: Preprocessing) -> bool:
-    """Ask the model about noise; whether its answers are probabilities.
+def _asked(model: Built, preprocessing: Preprocessing) -> tuple[Built, bool]:
+    """Ask the model about noise: (it with the head that makes its answers, whether these are probabilities).
 
     The last operation is read off the graph of gradients, since numbers between 0 and 1 may be logits.
 
@@ -245,18 +247,117 @@ def _asked(model: Built, preprocessing: Preprocessing) -> bool:
     found = logits_of(output)
     if found.shape[1] == 1:
         raise UserError(f"{path} is of a model with one output: forgetting a class needs two or more")
-    if found.shape != (1, model.outputs):
-        raise UserError(
-            f"{path}: the model answers with {found.shape[1]} numbers, but its last weight {model.head} "
-            f"makes {model.outputs}: its outputs are not those of one linear head"
-        )
+    makers = [
+        name
+        for name, value in model.module.state_dict().items()
+        if value.dim() in (2, 4) and name.endswith("weight") and len(value) == found.shape[1]
+    ]
+    if not makers:
+        raise UserError(f"{path}: the model answers with {found.shape[1]} numbers, which no weight of it makes alone")
     last = type(found.grad_fn).__name__
     if last.startswith("Sigmoid"):
         raise UserError(
             f"{path} is of a model that ends in a sigmoid, for several labels a picture: forgetting a class needs one "
             "class for each picture"
         )
-    return last.startswith("Softmax")
+    head = model.head if model.head in makers else makers[-1]
+    return replace(model, head=head, outputs=found.shape[1]), last.startswith("Softmax")
+
+
+# --- what it consists of ----------------------------------------------------------------------------------
+
+MASKABLE = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)  # whose matrices connect one layer's neurons to another's
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One parameter of a model.
+
+    Args:
+        name: in memory; a tensor that several modules share has one row.
+        on_disk: its name in the checkpoint; None: it is made of several tensors there.
+        kind: class of the module that holds it. shape: its lengths; weights: their product.
+        aliases: further names of the same memory.
+        maskable: whether single weights of it can be switched off: 2 or 4 axes, of a Linear, Conv2d or attention.
+    """
+
+    name: str
+    on_disk: str | None
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    aliases: tuple[str, ...]
+    maskable: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that `inspect` shows.
+
+    Args:
+        layers: one row for each parameter, in the module's order.
+        head: the weight that makes the outputs; head_bias: whether each class has a bias, which no mask touches.
+        facts: (what, value) in the order in which they are shown.
+        notes: as of `Loaded`.
+    """
+
+    layers: tuple[LayerRow, ...]
+    head: str
+    head_bias: bool
+    facts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def describe(loaded: Loaded) -> Summary:
+    """Layers, head, classes, preprocessing and notes of a loaded classifier; nothing is computed."""
+    layers = layer_rows(loaded.module, loaded.disk_names)
+    owner = loaded.module.get_submodule(loaded.head.rpartition(".")[0])
+    bias = getattr(owner, "bias", None) is not None
+    maskable = [row for row in layers if row.maskable]
+    facts = (
+        ("model", str(loaded.spec)),
+        ("framework", loaded.framework),
+        ("files", ", ".join(map(str, loaded.files))),
+        ("numbers", str(loaded.dtype).removeprefix("torch.")),
+        ("parameters", f"{sum(row.weights for row in layers):,}"),
+        ("maskable weights", f"{sum(row.weights for row in maskable):,} in {len(maskable)} tensors"),
+        ("head", f"{loaded.head}, {'with' if bias else 'without'} a bias for each class"),
+        ("outputs", str(len(loaded.classes))),
+        ("classes", f"{_few(loaded.classes.names)}; from {loaded.classes.source}"),
+        ("preprocessing", loaded.preprocessing.said()),
+    )
+    return Summary(layers, loaded.head, bias, facts, loaded.notes)
+
+
+def layer_rows(module: nn.Module, disk_names: Mapping[str, str]) -> tuple[LayerRow, ...]:
+    """One row for each parameter of a module, names of the same memory in one row.
+
+    Args:
+        disk_names: name in memory -> name on disk.
+    """
+    together: dict[tuple, list[str]] = defaultdict(list)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, value in parameters.items():
+        together[_place(value)].append(name)
+    return tuple(_row(module, names, parameters[names[0]], disk_names) for names in together.values())
+
+
+def _place(value: Tensor) -> tuple:
+    """What two names of one tensor have in common."""
+    return value.data_ptr(), value.shape, value.stride()
+
+
+def _row(module: nn.Module, names: list[str], value: Tensor, disk_names: Mapping[str, str]) -> LayerRow:
+    owners = [module.get_submodule(name.rpartition(".")[0]) for name in names]
+    can = value.dim() in (2, 4) and names[0].endswith("weight") and any(isinstance(one, MASKABLE) for one in owners)
+    on_disk = next((disk_names[name] for name in names if name in disk_names), None)
+    kind, shape = type(owners[0]).__name__, tuple(value.shape)
+    return LayerRow(names[0], on_disk, kind, shape, value.numel(), tuple(names[1:]), can)
+
+
+def _few(names: Sequence[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown}, ... ({len(names)})" if len(names) > most else shown
 
 
 # --- a user's own file ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ STAIRCASE = {
     "images": "specs decode archives names layouts pixel_cache index splits fetch",
     "graphs": "layout edge_list message_passing",
     "training": "processes fork_server distributed resume",
-    "models": "classifier checkpoints class_names preprocessing frameworks specs summary prefix targets foreign",
+    "models": "classifier checkpoints class_names preprocessing frameworks specs prefix targets foreign",
     "utils_data": "",
     "model": "",
     "trainer": "",
