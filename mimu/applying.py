@@ -55,7 +55,10 @@ def checksum(value: Tensor) -> int:
 
 def writes(model: nn.Module) -> dict[int, int | None]:
     """Return torch's counts of in-place writes by the addresses of all parameters and buffers."""
-    return {value.data_ptr(): _version(value) for value in (*model.parameters(), *model.buffers())}
+    # One walk over the modules: `parameters()` and `buffers()` walk one each, and build every name on the way.
+    tables = (table for module in model.modules() for table in (module._parameters, module._buffers))
+    tensors = (value for table in tables for value in table.values() if value is not None)
+    return {value.data_ptr(): _version(value) for value in tensors}
 
 
 def _version(value: Tensor) -> int | None:
