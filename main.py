@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dotenv import load_dotenv
 
-from commands import report, run, sets
+from commands import inspect, report, run, sets
 from commands.command_line import Environment, call, show
 from core.choices import MachineError
 from core.config import PROJECT_ROOT, UserError
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "datasets": sets.datasets,
     "download": sets.download,
     "prepare": sets.prepare,
+    "inspect": inspect.inspect,
 }
 """Name -> function. A new command is one line here and a function in `commands/`, whose parameters are its flags."""
 SPIN_COUNT = "30000"

@@ -40,7 +40,7 @@ STAIRCASE = {
     "reporter": "",
     "stages": "setup limits crew classifier graphs gcn chain evaluation preflight",
     "pipeline": "",
-    "commands": "command_line docs sweep run report sets",
+    "commands": "command_line docs sweep run report sets inspect",
     "main": "",
 }
 ROWS = [f"{step}.{file}" if file else step for step, files in STAIRCASE.items() for file in files.split() or [""]]
