@@ -487,6 +487,7 @@ def test_file(rule: Callable[[Room], list[str]], path: Path) -> None:
     assert rule(read(path)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", WITHOUT_TORCH)
 def test_importing_leaves_torch_out(step: str) -> None:
     """What a file imports may import torch in its turn, which no reading of one file shows."""
@@ -496,6 +497,7 @@ def test_importing_leaves_torch_out(step: str) -> None:
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_of_the_project() -> None:
     steps = sorted({step_of(name) for name in ROWS})
     code = f"import sys, {PACKAGE}; print(sorted(set({steps!r}) & set(sys.modules)))"

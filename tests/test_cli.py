@@ -19,7 +19,7 @@ import pytest
 
 import main
 from core.artifacts import write_tensors
-from core.choices import Choice, bare, hints
+from core.choices import Choice, OpenChoice, bare, hints
 from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
 from model import save_classifier, vision_model_loader
 from reporting import terminal
@@ -489,6 +489,7 @@ def test_unusable_gcn_is_refused(tiny, material, tmp_path, capsys):
     assert not list((out / "eval").rglob("*.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["unlearning", "elbo"])
 def test_a_diverging_gcn_says_what_to_lower(objective, tiny, tmp_path, capsys):
     words = ["--config", str(tiny), "--output-dir", str(tmp_path), "--gcn.objective", objective, "--gcn.lr", "1e30"]
@@ -535,6 +536,7 @@ def test_other_commands_say_what_to_do(tmp_path, monkeypatch, capsys):
     assert "give one of DIGITS" in refused(capsys, tmp_path, "download", "NOPE", *place)
 
 
+@pytest.mark.slow
 def test_refusals_of_a_real_process(material, tmp_path):
     for words, message in ((["nonsense"], "there is no command"), (["--config", material / "key.yaml"], "nonsense")):
         result = process(tmp_path, "main.py", *words)
@@ -581,11 +583,11 @@ def some_value(name: str, hint: object, default: object) -> str:
     inner = [bare(part) for part in (hint, *get_args(bare(hint)))]
     inner += [bare(part) for one in inner for part in get_args(one)]
     kinds = [one for one in inner if isinstance(one, type)]
-    choice = next((one for one in kinds if issubclass(one, Choice)), None)
+    choice = next((one for one in kinds if issubclass(one, Choice | OpenChoice)), None)
     if name in SOME:
         return SOME[name]
     if choice:
-        return next(one.value.lower() for one in choice if one is not default)
+        return next(one.value.lower() for one in choice if one != default)
     return "17" if int in kinds else "0.375" if float in kinds else "some/path"
 
 

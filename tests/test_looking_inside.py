@@ -129,6 +129,7 @@ def test_gcn_file_round_trip(tmp_path, aggregation):
     assert facts["topK"] == 3
 
 
+@pytest.mark.slow
 def test_graph_file_and_explicit_form(tmp_path):
     data = get_unlearning_dataset(SupportedDatasets.DIGITS, 32)
     model = HookedMLPClassifier(10, 1, 8)

@@ -103,7 +103,7 @@ def test_records_say_what_is_documented(whole):
     for record in records:
         assert set(record) >= KEYS
         assert set(record["provenance"]) == {
-            *("commit", "dirty", "versions", "device", "repeatability", "started", "seconds"),
+            *("commit", "dirty", "versions", "device", "repeatability", "started", "seconds", "plugins"),
         }
         assert set(record["methods"]) == METHODS
         for values in record["methods"].values():
@@ -198,6 +198,7 @@ def test_numbers_follow_from_the_files(whole):
 # --- repeatability ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(whole, tmp_path):
     config, records = whole
     for record in Pipeline(replace(config, output_dir=tmp_path)).eval():
@@ -207,6 +208,7 @@ def test_same_seed_same_bytes(whole, tmp_path):
             assert (tmp_path / record[key]).read_bytes() == (config.output_dir / record[key]).read_bytes()
 
 
+@pytest.mark.slow
 def test_other_seed_other_numbers(whole, tmp_path):
     config, records = whole
     (record,) = Pipeline(replace(config, output_dir=tmp_path, seed=1, topK_list=(300,), kappa_list=(100,))).eval()
@@ -215,6 +217,7 @@ def test_other_seed_other_numbers(whole, tmp_path):
         assert record["methods"][name]["retain_loss"] != records[0]["methods"][name]["retain_loss"]
 
 
+@pytest.mark.slow
 def test_a_point_alone_is_the_same_point(whole, tmp_path):
     config, records = whole
     (record,) = Pipeline(replace(config, output_dir=tmp_path, topK_list=(2000,), kappa_list=(400,))).eval()
@@ -222,6 +225,7 @@ def test_a_point_alone_is_the_same_point(whole, tmp_path):
     assert figures(record) == figures(records[-1])
 
 
+@pytest.mark.slow
 def test_leaving_methods_out_moves_no_number(whole, products, tmp_path):
     config, records = whole
     only = replace(config, output_dir=tmp_path, topK_list=(300,), eval=EvalConfig(methods=("sft", "mimu")), **products)
@@ -255,6 +259,7 @@ def test_changed_stage_leaves_earlier_ones(monkeypatch, tmp_path):
     assert more["gcn_path"] == first["gcn_path"]
 
 
+@pytest.mark.slow
 def test_damaged_stage_is_made_again(whole, tmp_path):
     config = replace(whole[0], output_dir=tmp_path, topK_list=(300,), kappa_list=(100,))
     (record,) = Pipeline(config).eval()
@@ -266,6 +271,7 @@ def test_damaged_stage_is_made_again(whole, tmp_path):
         assert path.read_bytes() == whole_bytes
 
 
+@pytest.mark.slow
 def test_lost_mask_is_made_again(products, tmp_path):
     """A record never points at a mask that is not there."""
     config = tiny(tmp_path, topK_list=(300,), kappa_list=(100,), **products)
@@ -292,6 +298,7 @@ def test_stages_alone(tmp_path):
     assert all(np.isfinite(value).all() for value in load_file(gcn).values())
 
 
+@pytest.mark.slow
 def test_point_alone_on_a_fresh_pipeline(whole, tmp_path):
     config, records = whole
     record = Pipeline(replace(config, output_dir=tmp_path)).run_single_evaluation_round(300, 400)

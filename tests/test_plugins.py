@@ -164,6 +164,7 @@ def test_the_guide_has_an_example_of_each_kind():
     assert list(EXAMPLES) == [f"my_{kind}.py" for kind in ("method", "metric", "dataset", "model", "features", "plot")]
 
 
+@pytest.mark.slow
 def test_values_are_what_numpy_says(run):
     """Method, metric, dataset and classifier: everything is recomputed from the files that the run left."""
     record = run.record
@@ -189,6 +190,7 @@ def test_values_are_what_numpy_says(run):
     assert record["methods"]["default"]["retain_score"] > 80  # they are learned: guessing reaches 25 %
 
 
+@pytest.mark.slow
 def test_the_graph_network_reads_the_columns(run):
     _, facts = tensors(run.folder / run.record["gcn_path"])
     assert facts["features"] == "sized"
@@ -200,6 +202,7 @@ def test_the_graph_network_reads_the_columns(run):
     assert column.numpy() == pytest.approx((np.abs(w) - np.abs(w).mean()) / np.abs(w).std())
 
 
+@pytest.mark.slow
 def test_the_plot_shows_the_record(run):
     (drawn,) = run.folder.rglob("kept.png")
     assert drawn.read_bytes().startswith(b"\x89PNG")
@@ -210,6 +213,7 @@ def test_the_plot_shows_the_record(run):
     assert panel["series"][0]["y"] == pytest.approx(scores, abs=0.01)
 
 
+@pytest.mark.slow
 def test_records_and_keys_name_the_plugins(run):
     digests = {str(file): sha(file.read_text()) for file in run.files}
     assert run.record["provenance"]["plugins"] == digests
@@ -220,6 +224,7 @@ def test_records_and_keys_name_the_plugins(run):
     assert run.record["metrics"]["sure"]["definition"].startswith("Share of T's images of the forgotten classes whose")
 
 
+@pytest.mark.slow
 def test_a_report_imports_what_its_flags_name_and_nothing_else(run, tmp_path, monkeypatch):
     """Records name plugins, whose files need not even be there; what is drawn depends on those that are imported."""
     drawn: list[str] = []
@@ -238,6 +243,7 @@ def test_a_report_imports_what_its_flags_name_and_nothing_else(run, tmp_path, mo
     assert [one.path for one in hashes._PLUGINS.values()] == [run.files[5]]
 
 
+@pytest.mark.slow
 def test_docs_and_datasets_have_them(run, tmp_path, capsys):
     shutil.copy(PROJECT_ROOT / "docs/example.json", tmp_path)
     assert main(["docs", *run.flags, "--folder", str(tmp_path)]) == 0
@@ -252,6 +258,7 @@ def test_docs_and_datasets_have_them(run, tmp_path, capsys):
 # --- names ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_name_is_a_choice_while_its_plugin_is_loaded(run):
     with pytest.raises(UserError, match=r"vision_dataset is 'shapes': give one of DIGITS, .*FOLDER"):
         PipelineConfig(vision_dataset="shapes")

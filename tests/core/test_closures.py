@@ -46,6 +46,7 @@ def keys(place: Path, modules: list[str]) -> list[str]:
     return told(place, f"from core import hashes\nfor m in {modules!r}: print(hashes.code_key(m))")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_what_a_fresh_process_imports_is_in_the_closure(entry):
     """The interpreter is the oracle: it may import less (a function's imports wait), never more."""
@@ -64,6 +65,7 @@ for file in files:
     assert list(found) == sorted(set(found))
 
 
+@pytest.mark.slow
 def test_every_way_to_import_counts(tmp_path):
     files = {
         "room/__init__.py": "from room import listed",
@@ -95,6 +97,7 @@ def test_every_way_to_import_counts(tmp_path):
     assert {name: set(told(place, code.format(name))) for name in expected} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_key_changes_with_the_files_within_reach_and_no_other(tmp_path, seed):
     """On a random project: reach is counted here by powers of who imports whom, not by walking."""

@@ -258,6 +258,7 @@ def limited(kind: int, most: int, code: str, folder: Path) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_real_limits(tmp_path):
     """The system's own limits on the size of a file and the number of open files."""
     said = limited(resource.RLIMIT_FSIZE, 4096, "write_tensors(place / 'x', {'a': np.zeros(9999)}, {})", tmp_path)
@@ -449,6 +450,7 @@ def told(house: Path, before: str, after: str) -> str:
     return (result.stdout + result.stderr).strip()
 
 
+@pytest.mark.slow
 def test_code_is_what_was_imported_not_what_lies_there_now(house):
     """An edit during a run changes no key of it; the next process has another."""
     same = told(house, 'key = hashes.code_key("unlearn.masks")', 'print(key == hashes.code_key("unlearn.masks"))')

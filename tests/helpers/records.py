@@ -52,6 +52,7 @@ def record(
             "device": "cpu",
             "started": f"2026-01-0{seed + 1}",
             "seconds": {"evaluation": 1.5},
+            "plugins": {},
         },
         "top_k": top_k,
         "kappa": kappa,

@@ -243,6 +243,7 @@ in_threads(one, len(sys.argv) - 1, 2)
 """
 
 
+@pytest.mark.slow
 def test_libraries_say_nothing(tmp_path):
     """Neither Python's warnings of PIL nor what libtiff prints by itself."""
     Image.fromarray(images(300, 300, 3)).save(tmp_path / "a.tif", compression="tiff_lzw")

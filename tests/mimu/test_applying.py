@@ -433,6 +433,7 @@ def test_a_masked_models_state_dict_has_the_parents_keys_and_loads_anywhere():
     assert not model[2]._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_a_pickled_masked_model_has_no_removed_value_and_needs_no_mimu(tmp_path):
     torch.manual_seed(0)
     model = nn.Linear(8, 8)

@@ -388,6 +388,7 @@ print(state_sha256(model) == before)
 """
 
 
+@pytest.mark.slow
 def test_numpy_is_not_needed(tmp_path):
     """Torch does not bring it."""
     own = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -119,6 +119,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_torchvision_answers_as_loaded_by_itself(name, tmp_path):
     module = network(name)
@@ -131,6 +132,7 @@ def test_torchvision_answers_as_loaded_by_itself(name, tmp_path):
     assert dict(loaded.disk_names) == {key: key for key in module.state_dict()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), [("vgg16_bn", "init_weights=False"), ("vit_b_16", "image_size=64")])
 def test_large_ones(name, settings, tmp_path, monkeypatch):
     """As above; what is drawn and then overwritten costs most of the time, so that it is not drawn."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core.choices import OpenChoice
 from core.config import (
     GIVEN,
     PROJECT_ROOT,
@@ -110,7 +111,7 @@ def another(config: PipelineConfig, name: str) -> object:
         return OTHER[name]
     if isinstance(value, bool):
         return not value
-    if isinstance(value, Enum):
+    if isinstance(value, Enum | OpenChoice):
         return next(one for one in type(value) if one is not value)
     if isinstance(value, int | float):
         return value + 1 if isinstance(value, int) else value * 0.9

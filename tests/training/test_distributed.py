@@ -82,9 +82,9 @@ def images_read(folder: Path) -> list[int]:
     ("size", "workers"),
     [
         pytest.param(41, 2, id="uneven"),
-        pytest.param(647, 2, id="empty share", marks=pytest.mark.slow),
-        pytest.param(41, 3, id="three", marks=pytest.mark.slow),
-        pytest.param(41, 1, id="one", marks=pytest.mark.slow),
+        pytest.param(647, 2, id="empty share"),
+        pytest.param(41, 3, id="three"),
+        pytest.param(41, 1, id="one"),
     ],
 )
 def test_equal_to_one_process(size, workers, tmp_path):

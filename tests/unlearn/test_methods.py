@@ -128,12 +128,13 @@ def test_a_name_is_registered_once():
     for register in (method, mask_method):
         with pytest.raises(
             ValueError,
-            match=rf"{__name__} registers a second method 'random', unlearn\.ours registers one: choose another name",
+            match=rf"{__name__} registers a second method 'random', unlearn\.methods registers one: choose another",
         ):
             register("random", "another")(lambda context, point: Edit(context.model))
     assert METHODS["random"] is first
 
 
+@pytest.mark.slow
 def test_methods_stand_in_the_order_of_their_modules():
     """In a fresh process that imports the last module first, and in this one."""
     code = "from unlearn import trained; from unlearn.methods import METHODS; print(*METHODS)"

@@ -147,7 +147,7 @@ def test_samples_of_requests_are_kept_within_a_bound_and_made_again_alike(tiny, 
     assert head.sides(requests[0]) is not again[5]
 
 
-@pytest.mark.parametrize("kind", FeatureSets)
+@pytest.mark.parametrize("kind", list(FeatureSets))
 def test_columns_of_features(tiny, kind):
     _, graphs, head = tiny
     statistics, classes = head.statistics, (1, 2)
