@@ -78,6 +78,7 @@ def images_read(folder: Path) -> list[int]:
 # --- equal ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "workers"),
     [
