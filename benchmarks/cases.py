@@ -69,3 +69,7 @@ def main() -> int:
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

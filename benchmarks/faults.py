@@ -267,3 +267,7 @@ def main() -> None:
     show(rows)
     keep(given.json, {"rows": [vars(row) for row in rows]})
     sys.exit(1 if any(row.differing for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,7 @@ def inspect(
     """List a classifier's layers, head, classes and preprocessing, and where each is known from.
 
     Args:
+        spec: Which classifier, as `--model` takes it.
         classes: File of class names, one a line, in the order of the outputs.
         ema: Of a file with a model and its average over training: ema or plain.
         by_order: Take tensors in their order where names differ altogether and all shapes agree.

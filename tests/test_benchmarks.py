@@ -37,3 +37,11 @@ def test_a_benchmark_sets_the_spin_count_before_torch_is_loaded(path: Path) -> N
     heavy = [place for place, found in enumerate(names) if found & (ROOMS - {"benchmarks"} | {"torch"})]
     package = [place for place, found in enumerate(names) if "benchmarks" in found]
     assert path not in SCRIPTS or not heavy or package[0] < heavy[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_that_can_be_run_does_something(path: Path) -> None:
+    """Without its last lines a script ends at once, with exit code 0 and no result."""
+    text = path.read_text("utf-8")
+    told = f"benchmarks/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
+    assert "def main(" not in text or told == ('\n\nif __name__ == "__main__":\n' in text)

@@ -113,7 +113,8 @@ def leftovers(folder: Path) -> list[str]:
 
 def made(folder: Path) -> dict[Path, tuple[int, str]]:
     """Each finished stage's manifest: when it was written, and what it says about that."""
-    manifests = [path for path in folder.rglob("manifest.json") if not path.parent.name.endswith(".part")]
+    found = (path for place in ("checkpoints", "datasets") for path in (folder / place).rglob("manifest.json"))
+    manifests = [path for path in found if not path.parent.name.endswith(".part")]
     return {path: (path.stat().st_mtime_ns, json.loads(path.read_text())["made"]) for path in manifests}
 
 
