@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from core.artifacts import appending_array
-from core.config import GCNConfig, GraphConfig, PipelineConfig, RefineConfig, SupportedDatasets, TrainConfig, UserError
+from core.config import (
+    GCNConfig,
+    GraphConfig,
+    PipelineConfig,
+    RefineConfig,
+    ReporterConfig,
+    SupportedDatasets,
+    TrainConfig,
+    UserError,
+)
 from core.yaml_files import load_config
 from data import GraphDataset, GraphGenerator
 from graphs.edge_list import edge_index
@@ -146,6 +155,7 @@ def test_pipeline_over_several_layers(mask_layer, nodes, tmp_path):
         graph=GraphConfig(num_samples=640),
         gcn=GCNConfig(steps=4, requests_per_step=1, hidden_dim=4),
         refine=RefineConfig(steps=3),
+        reporter=ReporterConfig(formats=()),
     )
     pipeline = Pipeline(config)
     (record,) = pipeline.run()
