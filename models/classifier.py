@@ -4,6 +4,7 @@ Two kinds exist: `model.HookedModel`, trained here, whose target layers are numb
 whose targets are settled when it is wrapped. Both are asked in the same way.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,31 +13,31 @@ from torch import Tensor, nn
 from graphs.layout import WeightGraph
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, ABC):
     """A classifier with target weights W [m, n]: a mask switches single entries of them off, and nothing else.
 
-    `forward(images)` and `head(prefix(images))` give the same logits. Subclasses define every method.
+    `forward(images)` and `head(prefix(images))` give the same logits. A subclass that lacks a method cannot be made.
     """
 
+    @abstractmethod
     def weight_graph(self, mask_layer: Any) -> WeightGraph:
         """Layout of the graph over the target weights, with their names in `named_parameters`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, mask_layer: Any) -> list[nn.Parameter]:
         """The target weights, inputs first: [m, n], or of a convolution [m, n, kh, kw]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prefix(self, images: Tensor, mask_layer: Any) -> Tensor:
         """What lies ahead of the first target weight, one row per image: no mask changes it. -> [B, numbers]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self, h: Tensor, mask_layer: Any, weights: Sequence[Tensor] | None = None) -> Tensor:
         """Logits [B, classes] from `prefix`'s rows; `weights`, [m, n] for each target, stand in for theirs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def in_prefix(self, mask_layer: Any) -> Callable[[str], bool]:
         """Tell, by name, which parameters and buffers `prefix` depends on."""
-        raise NotImplementedError
 
 
 def as_matrices(weights: Sequence[Tensor]) -> list[Tensor]:

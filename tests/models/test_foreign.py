@@ -1,0 +1,188 @@
+"""Any module as a classifier: which weights can be masked, and a forward pass that is resumed where they come in.
+
+The oracles are the module's own forward pass, bit for bit, and autograd on the module itself.
+"""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from core.choices import UserError
+from models.foreign import INSIDE, ForeignClassifier
+from models.prefix import NotResumable, Prefix
+from models.targets import choose, find_targets, head_of
+
+CLASSES = 7
+
+
+def small(name: str, **more: object) -> nn.Module:
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **more)
+    return net.eval().requires_grad_(False)
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(0)
+    kind = torchvision.models.VisionTransformer
+    net = kind(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=CLASSES)
+    nn.init.normal_(net.heads.head.weight)  # zero at first: the logits would depend on nothing
+    return net.eval().requires_grad_(False)
+
+
+def convnext() -> nn.Module:
+    torch.manual_seed(0)
+    block = torchvision.models.convnext.CNBlockConfig
+    net = torchvision.models.ConvNeXt([block(8, 16, 1), block(16, None, 1)], num_classes=CLASSES)
+    return net.eval().requires_grad_(False)
+
+
+# Architecture -> the last weight before its head, from the printed structure of the model.
+LAST: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "resnet18": (lambda: small("resnet18"), "layer4.1.conv2.weight"),
+    "mobilenet": (lambda: small("mobilenet_v3_small"), "classifier.0.weight"),
+    "convnext": (convnext, "features.3.0.block.5.weight"),
+    "densenet": (
+        lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=CLASSES).eval().requires_grad_(False),
+        "features.denseblock2.denselayer2.conv2.weight",
+    ),
+    "squeezenet": (lambda: small("squeezenet1_1"), "features.12.expand3x3.weight"),
+    "vit": (transformer, "encoder.layers.encoder_layer_1.mlp.3.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_last_weight_before_the_head_is_found(name: str, images: Tensor) -> None:
+    make, last = LAST[name]
+    targets = find_targets(make(), images)
+    assert [target.name for target in choose(targets, ["auto"], CLASSES)] == [last]
+    assert head_of(targets, CLASSES).shape[0] == CLASSES
+    assert [target.order for target in targets] == sorted(target.order for target in targets)
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_resumed_pass_equals_the_full_one_bit_for_bit(name: str, images: Tensor) -> None:
+    make, last = LAST[name]
+    net = make()
+    model = ForeignClassifier(net, lambda output: output, images, CLASSES)
+    assert model.plan is not None
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    generator = torch.Generator().manual_seed(2)
+    weight = net.get_parameter(last)
+    other = weight * (torch.rand(weight.shape, generator=generator) < 0.7)
+    with torch.no_grad():
+        h = model.prefix(images)
+        assert torch.equal(model.head(h), net(images))
+        assert torch.equal(model.head(h[1:3]), net(images[1:3]))
+        resumed = model.head(h, None, [other.reshape(len(other), -1)])
+        assert torch.equal(resumed, functional_call(net, {last: other}, (images,)))
+        assert not torch.equal(resumed, net(images))
+        assert torch.equal(model.head(h), net(images))  # what was stored is as it was
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not any("forward" in vars(module) for module in net.modules())  # nothing is left on the model
+    assert torch.equal(copy.deepcopy(model)(images), net(images))
+
+
+@pytest.mark.parametrize("weight", ["self_attention.in_proj_weight", "self_attention.out_proj.weight"])
+def test_weight_that_no_module_of_its_own_uses_is_cut_at_the_module_around_it(weight: str, images: Tensor) -> None:
+    net, name = transformer(), f"encoder.layers.encoder_layer_1.{weight}"
+    plan = Prefix(net, [name], images, lambda output: output)
+    assert plan.start[-1][0] == "encoder.layers.encoder_layer_1.self_attention"
+    other = {name: net.get_parameter(name) * 0.5}
+    with torch.no_grad():
+        resumed = plan.after(net, plan.before(net, images), other)
+        assert torch.equal(resumed, functional_call(net, other, (images,)))
+
+
+class Awkward(nn.Module):
+    """Works in place on what a layer gave, calls one layer twice, and reads the images again at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(12, 12), nn.ReLU(inplace=True), nn.Linear(12, 12, bias=False)
+        self.last = nn.Linear(12, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act(self.first(images.flatten(1)))
+        x += 1
+        x = self.act(self.second(x))
+        return self.last(x + images.flatten(1))
+
+
+def test_code_between_modules_runs_again_and_spoils_nothing() -> None:
+    torch.manual_seed(0)
+    net, images = Awkward().eval().requires_grad_(False), torch.randn(4, 3, 2, 2)
+    model = ForeignClassifier(net, lambda output: output, images, CLASSES, ("second",))
+    assert model.plan is not None
+    with torch.no_grad():
+        h = model.prefix(images)
+        kept = h.clone()
+        for _ in range(2):
+            assert torch.equal(model.head(h), net(images))
+        assert torch.equal(h, kept)
+
+
+class Sneaky(nn.Module):
+    """Uses a layer's weight by itself, ahead of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Identity(), nn.Linear(12, 12), nn.Linear(12, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images.flatten(1) @ self.layer.weight)
+        return self.last(self.layer(x))
+
+
+def test_model_that_cannot_be_resumed_is_found_out_and_runs_as_a_whole() -> None:
+    torch.manual_seed(0)
+    net, images = Sneaky().eval().requires_grad_(False), torch.randn(4, 3, 2, 2)
+    with pytest.raises(NotResumable, match="other logits"):
+        Prefix(net, ["layer.weight"], images, lambda output: output)
+    model = ForeignClassifier(net, lambda output: output, images, CLASSES, ("layer",))
+    other = net.layer.weight * 0.5
+    with torch.no_grad():
+        resumed = model.head(model.prefix(images), None, [other])
+        assert torch.equal(resumed, functional_call(net, {"layer.weight": other}, (images,)))
+
+
+def test_gradient_of_a_class_is_autograds_on_the_whole_model(images: Tensor) -> None:
+    net = small("resnet18")
+    model = ForeignClassifier(net, lambda output: output, images, CLASSES, ("layer4.1.conv1", "layer4.1.conv2"))
+    labels, names = torch.tensor([3, 3, 3, 3, 3]), [target.name for target in model.targets]
+    with torch.no_grad():
+        h = model.prefix(images)
+    found = model.weight_graph().split(model.class_gradient(h, labels, batch=2))
+    weights = [net.get_parameter(name).detach().clone().requires_grad_() for name in names]
+    loss = nn.functional.cross_entropy(functional_call(net, dict(zip(names, weights, strict=True)), (images,)), labels)
+    for ours, theirs in zip(found, torch.autograd.grad(loss, weights), strict=True):
+        assert torch.allclose(ours.view(theirs.shape), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_prefix_depends_on_is_told_by_name(images: Tensor) -> None:
+    model = ForeignClassifier(small("resnet18"), lambda output: output, images, CLASSES)
+    inside = model.in_prefix()
+    assert inside(f"{INSIDE}conv1.weight")
+    assert inside(f"{INSIDE}layer4.1.bn1.running_mean")
+    assert not inside(f"{INSIDE}layer4.1.conv2.weight")
+    assert not inside(f"{INSIDE}layer4.1.bn2.running_mean")
+    assert not inside(f"{INSIDE}fc.bias")
+
+
+def test_layer_is_named_or_the_nearest_names_are_said(images: Tensor) -> None:
+    targets = find_targets(small("resnet18"), images)
+    assert [t.name for t in choose(targets, ["fc", "conv1.weight"], CLASSES)] == ["conv1.weight", "fc.weight"]
+    assert len(choose(targets, ["all"], CLASSES)) == len(targets) - 1
+    with pytest.raises(UserError, match=r"no Linear or Conv2d weight 'layer4.1.conv3'.*layer4.1.conv"):
+        choose(targets, ["layer4.1.conv3"], CLASSES)
+    with pytest.raises(UserError, match="twice"):
+        choose(targets, ["fc", "fc.weight"], CLASSES)
