@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dotenv import load_dotenv
 
-from commands import inspect, report, run, sets
+from commands import forget, inspect, report, run, sets
 from commands.command_line import Environment, call, show
 from core.choices import MachineError
 from core.config import PROJECT_ROOT, UserError
@@ -37,6 +37,11 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "download": sets.download,
     "prepare": sets.prepare,
     "inspect": inspect.inspect,
+    "forget": forget.forget,
+    "library": forget.library,
+    "verify": forget.verify,
+    "seal": forget.seal,
+    "compose": forget.compose,
 }
 """Name -> function. A new command is one line here and a function in `commands/`, whose parameters are its flags."""
 SPIN_COUNT = "30000"

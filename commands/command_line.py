@@ -4,7 +4,9 @@ A command is a function with typed parameters. Each is a flag, and its help stan
 command has those that it needs:
 
     settings: Settings      the configuration of a run: every field is a flag, and --config FILE comes with them
+    read: Reading           a `Group` of flags that several commands share
     files: Files            paths, one for each time that the flag is given
+    class_: Words           the same for words
     plugin: Files           plugins, by this name; they are imported before any other flag is read
     here: Environment       what main.py has read from the environment; by this name, and no flag
     rest: tuple[str, ...]   words that no flag takes, for a command that refuses them itself; by this name, and no flag
@@ -59,8 +61,13 @@ class Environment:
     restarted: bool = False
 
 
+class Group:
+    """Flags that several commands share: a frozen dataclass, the help of each field in a text below it."""
+
+
 Settings = Annotated[PipelineConfig, tyro.conf.arg(name="")]  # without a prefix: --seed, --train.lr
 Files = Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(metavar="FILE")]  # a flag for each
+Words = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")]
 
 
 @dataclass(frozen=True)
@@ -123,13 +130,20 @@ def _reader(command: Callable[..., Any], defaults: Mapping[str, Any]) -> Callabl
     ]
 
     def reader(**values: Any) -> dict[str, Any]:
-        files = {name for name in values if tyro.conf.UseAppendAction in get_args(types[name])}
-        return {name: tuple(map(Path, value)) if name in files else value for name, value in values.items()}
+        repeated = {name: get_args(bare(types[name]))[0] for name in values if _repeats(types[name])}
+        return {
+            name: tuple(map(repeated[name], value)) if name in repeated else value for name, value in values.items()
+        }
 
     reader.__doc__ = command.__doc__
     reader.__signature__ = inspect.Signature(seen)  # ty: ignore[missing-attribute]
     reader.__annotations__ = {one.name: one.annotation for one in seen}
     return reader
+
+
+def _repeats(hint: Any) -> bool:
+    """Whether a flag may be given several times, once for each value."""
+    return tyro.conf.UseAppendAction in get_args(hint)
 
 
 def _files(words: Sequence[str], flag: str) -> Sequence[Path]:
@@ -196,19 +210,19 @@ def _without_values(words: Sequence[str], switches: set[str]) -> Iterator[str]:
 
 
 def _registry() -> ConstructorRegistry:
-    """Tell tyro of the sections of a configuration."""
+    """Tell tyro of the sections of a configuration, and of groups of flags."""
     registry = ConstructorRegistry()
     registry.struct_rule(_section)
     return registry
 
 
 def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Tell tyro the fields of a section of the configuration; the whole configuration has the flag --config, too."""
+    """Tell tyro the fields of a section of the configuration, or of a group; the configuration has --config, too."""
     kind: Any = info.type
-    if not (isinstance(kind, type) and issubclass(kind, Section)):
+    if not (isinstance(kind, type) and issubclass(kind, (Section, Group))):
         return None
     default = info.default if isinstance(info.default, kind) else kind()
-    prefix = f"{kind.SECTION}." if kind.SECTION else ""
+    prefix = f"{kind.SECTION}." if issubclass(kind, Section) and kind.SECTION else ""
     fields = [
         StructFieldSpec(name, _flag(hint, prefix + name), getattr(default, name), partial(_described, kind, name))
         for name, hint in hints(kind).items()
@@ -238,7 +252,7 @@ def _flag(hint: Any, name: str) -> Any:
         extras = (*extras, tyro.conf.arg(aliases=(SHORT[name],)))
     if kind is bool:
         return Annotated[bool, *extras] if extras else bool
-    if tyro.conf.UseAppendAction in extras:
+    if _repeats(hint):
         return Annotated[tuple, *extras]
     return Annotated[object, _value(hint, name), *extras]
 

@@ -18,7 +18,7 @@ import PIL
 from PIL import Image, UnidentifiedImageError
 
 from core.artifacts import told
-from core.choices import MachineError
+from core.choices import MachineError, UserError
 
 EMPTY, UNREADABLE, CHANGED = "empty file", "unreadable", "changed since it was indexed"
 FOREIGN, CUT, FLOATS = "not an image", "damaged image", "floating-point pixels"
@@ -78,11 +78,14 @@ class How:
     Args:
         size: side of the square that comes out. max_pixels: an image of more is not decoded.
         sample_bits: grey levels of more than 8 bits end at 2 ** sample_bits - 1 (None: where the file says).
+        prepare: makes an array of the opened image, in place of all that is done here: transparency, orientation and
+            size are then its own affair.
     """
 
     size: int
     max_pixels: int = MAX_PIXELS
     sample_bits: int | None = None
+    prepare: Callable[[Image.Image], np.ndarray] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -166,6 +169,8 @@ def _pixels(file: IO[bytes], how: How) -> tuple[np.ndarray, int]:
     if width * height > how.max_pixels:
         raise BadImageError(f"{TOO_LARGE} ({width} x {height}: raise --data.max-pixels to read it)")
     try:
+        if how.prepare is not None:
+            return how.prepare(image), 0
         image.draft("RGB", (how.size, how.size))
         sixteen = ";16" in str(image.tile)
         square, bits = _square(image, file, how)
@@ -174,6 +179,8 @@ def _pixels(file: IO[bytes], how: How) -> tuple[np.ndarray, int]:
         return np.ascontiguousarray(_turned(square, image).transpose(2, 0, 1)), bits
     except BadImageError:
         raise
+    except UserError as error:
+        raise BadImageError(str(error)) from None
     except Exception as error:
         _raise_if_of_the_system(error)
         raise BadImageError(f"{CUT} ({_told(error)})") from None

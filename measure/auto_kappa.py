@@ -60,10 +60,15 @@ def fewest(meets: Callable[[int], bool]) -> int | None:
     return 1 + bisect_left(range(1, most), True, key=meets)
 
 
-def check_provable(auto: AutoConfig, forget_images: int, retain_images: int) -> None:
+def check_provable(
+    auto: AutoConfig, forget_images: int, retain_images: int, field: str = "auto.{}", more: str = "data.val_fraction"
+) -> None:
     """Check that so many validation images can show the target at all, before anything is computed for it.
 
     The best that they can show of a mask: none of the forgotten ones is recognised, no other answer changes.
+
+    Args:
+        field: how a field of the target is written. more: what gives more validation images.
 
     Raises:
         UserError: they cannot; says how many would do.
@@ -81,10 +86,10 @@ def check_provable(auto: AutoConfig, forget_images: int, retain_images: int) -> 
         needed = fewest(lambda n, best=best, target=target: best(n) <= target)
         would_do = f"{needed} would do" if needed else "no number would do"
         said = shown.format(best(images) if images else 100)
-        short.append(f"{images} {said} at best, auto.{name} is {target:g} ({would_do})")
-        names.append(f"auto.{name}")
+        short.append(f"{images} {said} at best, {field.format(name)} is {target:g} ({would_do})")
+        names.append(field.format(name))
     if short:
-        how = f"raise {' and '.join(names)}, or data.val_fraction"
+        how = f"raise {' and '.join(names)}, or {more}"
         raise UserError(f"kappa: auto has a target that validation images cannot show, {'; '.join(short)}: {how}")
 
 

@@ -82,7 +82,7 @@ class ForeignClassifier(Classifier):
     def head(self, h: Tensor, mask_layer: None = None, weights: Sequence[Tensor] | None = None) -> Tensor:
         """Logits [B, classes] from `prefix`'s rows; `weights`, [m, n] for each target, stand in for theirs."""
         given = zip(self.targets, weights, strict=True) if weights is not None else ()
-        instead = {target.name: value.view(target.shape) for target, value in given}
+        instead = {target.name: value.reshape(target.shape) for target, value in given}
         if self.plan:
             return self.plan.after(self.net, h, instead)
         images = h.view(len(h), *self.examples.shape[1:])

@@ -36,11 +36,12 @@ STAIRCASE = {
     "unlearn": "masks features requests objectives registry finetuning closed_form trained methods",
     "measure": "attacks integrity metrics comparisons exhibits probes verdicts snapshots auto_kappa",
     "eval": "",
+    "forgetting": "pictures samples answers scores artefact opening",
     "reporting": "write families tables terminal panels curves compare draw page",
     "reporter": "",
     "stages": "setup limits crew classifier graphs gcn chain evaluation preflight",
     "pipeline": "",
-    "commands": "command_line docs sweep run report sets inspect",
+    "commands": "command_line docs sweep run report sets inspect forget",
     "main": "",
 }
 ROWS = [f"{step}.{file}" if file else step for step, files in STAIRCASE.items() for file in files.split() or [""]]
@@ -49,7 +50,7 @@ MOST_FILES, LEAST_FILES = 9, 3  # of a room
 
 # Room -> who may enter it, beside its own files. A room that is not named is open to every step below it.
 DOORS = {
-    "images": {"utils_data", "stages", "commands", "models"},
+    "images": {"utils_data", "stages", "commands", "models", "forgetting"},
     "reporting": {"reporter", "commands"},
     "stages": {"pipeline"},
 }

@@ -5,6 +5,7 @@ importances at the classifier that its own last theta masks, and corrects theta.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,6 +166,19 @@ def taylor_start(head: FrozenHead, classes: tuple[int, ...]) -> Tensor:
     return 2 * centred_rank(head.statistics.contributions(classes).signed_taylor())
 
 
+def tail_start(head: FrozenHead, classes: tuple[int, ...]) -> Tensor:
+    """Compute -log(share of weights with a larger signed Taylor score), a start for masks of few among many weights.
+
+    `taylor_start` spreads weights evenly, so that a soft mask of .3 % of them takes in many times as many at any
+    temperature. Here the number of weights within a distance of the kappa-th is a share of kappa, whatever N is.
+    [*graph.shape].
+    """
+    order = head.statistics.signed_taylor(classes).flatten().argsort(descending=True, stable=True)
+    theta = torch.empty(len(order), device=head.device)
+    theta[order] = -torch.log((torch.arange(len(order), device=head.device) + 0.5) / len(order))
+    return theta.view(head.graph.shape)
+
+
 def check_scores(theta: Tensor, given: Path | None) -> Tensor:
     """Return a GCN's scores if all are finite.
 
@@ -271,7 +285,9 @@ def _state(head: FrozenHead, request: Request, theta: Tensor, degrees: Tensor) -
     return torch.stack([log_kappa, signed_log(u_forget), signed_log(u_retain), 4 * degrees, standardised(theta)], -1)
 
 
-def refine(head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig) -> Tensor:
+def refine(
+    head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig, candidates: int | None = None
+) -> Tensor:
     """Descend on theta itself with Adam, for one request, at an annealed soft mask.
 
     Args:
@@ -279,17 +295,43 @@ def refine(head: FrozenHead, theta: Tensor, request: Request, config: RefineConf
         theta: the start, [*graph.shape]; only its standardised values count.
         request: the classes to forget, and kappa.
         config: the section `refine`.
+        candidates: only so many weights, those where theta starts largest, may be switched off; None: any.
 
     Returns:
-        theta, [*graph.shape].
+        theta, [*graph.shape]; -inf where a weight is no candidate.
     """
+    if candidates is not None and max(request.kappa, candidates) < theta.numel():
+        return _refine_among(head, theta, request, config, max(request.kappa, candidates))
     theta = standardised(theta.detach()).requires_grad_()
+    return _descend(head, theta, request, config, lambda degrees: degrees)
+
+
+def _refine_among(head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig, candidates: int) -> Tensor:
+    """Do as `refine` where only the first `candidates` weights may be switched off: Adam and the soft mask see these.
+
+    A layer of 2 million weights needs a few thousand of them: the rest would only cost time, and add up to a haze that
+    the soft mask has and the final one has not.
+    """
+    flat = theta.detach().flatten()
+    places = flat.topk(candidates).indices
+    chosen = standardised(flat[places]).requires_grad_()
+    nothing = torch.zeros_like(flat)
+    found = _descend(
+        head, chosen, request, config, lambda degrees: nothing.index_put((places,), degrees).view(theta.shape)
+    )
+    return torch.full_like(flat, -torch.inf).index_put((places,), found).view(theta.shape)
+
+
+def _descend(
+    head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig, spread: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Carry out the steps of `refine`; `spread`: degrees of theta's weights -> degrees of all, [*graph.shape]."""
     optimizer = torch.optim.Adam([theta], lr=config.lr)
     with torch.enable_grad(), inspecting(head.model):
         for step in range(config.steps):
             temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
             degrees = soft_mask(theta, request.kappa, temperature)
-            forget, retain = head.losses(degrees, request.classes, config.forget_loss)
+            forget, retain = head.losses(spread(degrees), request.classes, config.forget_loss)
             optimizer.zero_grad(set_to_none=True)
             (forget + config.lambda_retain * retain).backward()
             optimizer.step()

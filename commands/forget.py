@@ -1,0 +1,378 @@
+"""Forget a class of a classifier that a user already has: `forget`, `library`, `verify`, `seal`, `compose`."""
+
+import re
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from commands.command_line import Group, Words, show
+from commands.inspect import Spec
+from core.choices import at_home
+from core.config import UserError
+from core.observe import be_quiet
+
+if TYPE_CHECKING:
+    from forgetting.opening import Opened
+    from mimu import Mask
+
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
+Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
+
+
+@dataclass(frozen=True)
+class Reading(Group):
+    """How the model and the images are read."""
+
+    classes: Path | None = None
+    """File of class names, one a line, in the order of the outputs."""
+    ema: str | None = None
+    """Of a file with a model and its average over training: ema or plain."""
+    by_order: bool = False
+    """Take tensors in their order where names differ altogether and all shapes agree."""
+    size: int | None = None
+    """Height and width in pixels that the model gets."""
+    mean: tuple[float, ...] | None = None
+    """One number a channel, or one for all, in units of levels / 255."""
+    std: tuple[float, ...] | None = None
+    """As mean."""
+    channels: str | None = None
+    """RGB, BGR or grey."""
+    skip_bad_images: bool = False
+    """Leave files out that give no image."""
+    most: int | None = None
+    """Images of each class that are used, at most."""
+
+    def opened(self, spec: str, images: Path | None) -> "Opened":
+        """Load the model, and index the images.
+
+        Raises:
+            UserError: either cannot be used.
+        """
+        from forgetting.opening import Opening, open_model
+        from models.preprocessing import Given
+
+        if self.ema not in (None, "ema", "plain"):
+            raise UserError(f"--ema is {self.ema!r}: choose ema or plain")
+        if self.most is not None and self.most < 4:
+            raise UserError(
+                f"--most is {self.most}: give at least 4, for the three parts that a class's images go into"
+            )
+        given = Given(self.size, self.mean, self.std, self.channels)  # ty: ignore[invalid-argument-type]
+        names = self.classes and at_home(self.classes)
+        how = Opening(names, given, self.ema, self.by_order, self.skip_bad_images, self.most)
+        return open_model(spec, images and at_home(images), how)
+
+
+Read = Annotated[Reading, tyro.conf.arg(name="")]
+
+
+@contextmanager
+def _masks() -> Generator[None]:
+    """Turn what the package `mimu` refuses into what the command line says."""
+    from mimu import MaskError
+
+    try:
+        yield
+    except MaskError as error:
+        raise UserError(str(error)) from None
+
+
+# --- forget -----------------------------------------------------------------------------------------------
+
+
+def forget(
+    spec: Spec,
+    images: Path | None = None,
+    class_: Classes = (),
+    out: Path | None = None,
+    layer: Words = (),
+    kappa: str = "auto",
+    way: str = "refined",
+    tau: float = 2.0,
+    epsilon: float = 1.0,
+    read: Read = Reading(),
+    quiet: bool = False,
+) -> int:
+    """Find the few weights that a class depends on, and write them down as a mask.
+
+    Args:
+        spec: Which classifier.
+        images: Folder with a subfolder of images for each class.
+        class_: Class to forget, by name or number; once for each.
+        out: Folder for the mask; without it masks/ and the classes' names.
+        layer: Weight to mask, by name; once for each. Without it auto, the last one before the head; or all.
+        kappa: How many weights: auto (as few as meet the target), a number, or a share such as 0.3%.
+        way: refined or first_order.
+        tau: Target of auto: forget score at most, percent, with 95 % confidence.
+        epsilon: Target of auto: loss of retain score at most, points, with 95 % confidence.
+        quiet: Print nothing about progress on stderr.
+    """
+    be_quiet(quiet)
+    if not class_:
+        raise UserError("no class to forget is named: give --class NAME, once for each")
+    from forgetting.artefact import answer_to, kappa_of, to_mask
+    from forgetting.scores import check_clean
+
+    begun = time.monotonic()
+    opened = read.opened(spec, images)
+    names = opened.loaded.classes
+    labels = sorted({names.find(one) for one in class_})
+    target, chosen = _target(tau, epsilon), _way(way)
+    place = out and at_home(out)
+    place = place or Path("masks") / _file_name("+".join(names.names[label] for label in labels))
+    answering = opened.answering(layer or ("auto",))
+    answering.check(labels, names.names)
+    number = kappa_of(kappa, answering.model.weight_graph().num_vertices)
+    if number is None:
+        answering.check_target(labels, target)
+    check_clean(answering, names)
+    answer = answer_to(answering, labels, number, chosen, target)
+    with _masks():
+        mask = to_mask(answering, answer, names, opened.parent, opened.loaded.preprocessing.describe(), target)
+        mask.save(place)
+    _show(mask)
+    show(f"written: {place} ({_kilobytes(place)}), in {time.monotonic() - begun:.0f} s")
+    for line in _warnings(mask, answer.search is not None and not answer.search.achieved):
+        show(line)
+    return int(answer.search is not None and not answer.search.achieved)
+
+
+def _target(tau: float, epsilon: float) -> Any:
+    from dataclasses import replace
+
+    from forgetting.answers import TARGET
+
+    if not (0 <= tau <= 100 and 0 <= epsilon <= 100):
+        raise UserError(f"--tau is {tau:g} and --epsilon {epsilon:g}: give percent and points from 0 to 100")
+    return replace(TARGET, tau=tau, epsilon=epsilon)
+
+
+def _way(text: str) -> Any:
+    from forgetting.answers import Ways
+
+    if text not in list(Ways):
+        raise UserError(f"--way is {text!r}: choose from {', '.join(Ways)}")
+    return Ways(text)
+
+
+def _file_name(text: str) -> str:
+    """A class's name as that of a folder."""
+    return re.sub(r"[^\w+.-]+", "-", text).strip(".-")[:80] or "class"
+
+
+def _kilobytes(folder: Path) -> str:
+    return f"{sum(file.stat().st_size for file in folder.iterdir()) / 1000:.1f} kB"
+
+
+NAMED = {
+    "forget": "forget score",
+    "retain": "retain score",
+    "forget_recalibrated": "forget, BatchNorm anew",
+    "retain_recalibrated": "retain, BatchNorm anew",
+    "p_forget": "p(forgotten class)",
+}
+
+
+def _show(mask: "Mask") -> None:
+    """Print a mask's scores beside those of the untouched model."""
+    from reporting.write import as_text
+
+    scores = mask.config.scores or {}
+    rows = [["test images", "untouched", "masked", "95 % interval", "n"]]
+    for name, label in NAMED.items():
+        if name not in scores:
+            continue
+        before = scores.get(f"clean_{name.partition('_')[0]}") if "p_" not in name else None
+        span = scores["intervals"].get(name)
+        rows.append([
+            label,
+            "-" if before is None else f"{before:.1f} %",
+            f"{scores[name]:.1f} %",
+            "-" if span is None else f"{span[0]:.1f} to {span[1]:.1f}",
+            str(scores["n"][name]),
+        ])  # fmt: skip
+    show(as_text(rows))
+    low, high = scores["intervals"]["retain_change"]
+    show(f"retain score changes by {scores['retain_change']:+.1f} points ({low:+.1f} to {high:+.1f})")
+    where = ", ".join(f"{len(flat):,} of {name}" for name, flat in mask.positions.items())
+    show(f"forgotten: {', '.join(mask.forgotten)}; switched off: {where}")
+    show(f"method: {mask.config.method}")
+
+
+def _warnings(mask: "Mask", missed: bool) -> list[str]:
+    scores: Mapping[str, Any] = mask.config.scores or {}
+    absent = scores.get("classes_without_images", 0)
+    lines = [f"{absent} classes have no images: what the mask does to them was not measured"] if absent else []
+    lines += ["not achievable: no mask that was tried meets the target; this is the best trade-off"] if missed else []
+    return [*lines, "the mask makes nothing smaller or faster, and whoever has the parent can lift it"]
+
+
+# --- what is done with masks ------------------------------------------------------------------------------
+
+
+def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = Reading(), quiet: bool = False) -> int:
+    """Check that a mask fits a model, forgets what its card says, and can be lifted bit for bit.
+
+    Args:
+        spec: Which classifier.
+        mask: Folder of the mask.
+        images: The folder of images that the mask was made with: the scores are measured again.
+        quiet: Print nothing about progress on stderr.
+    """
+    import copy
+
+    from forgetting.opening import scores_again
+    from mimu import Mask, state_sha256
+
+    be_quiet(quiet)
+    with _masks():
+        found = Mask.load(at_home(mask))
+        opened = read.opened(spec, images)
+        module = copy.deepcopy(opened.loaded.module)
+        before = state_sha256(module)
+        fit = found.apply(module)
+        show(f"parent: {'the very one' if fit.grade == 'parent' else fit.note}")
+        zero = all(
+            not module.get_parameter(fit.names[n]).flatten()[flat.long()].any() for n, flat in found.positions.items()
+        )
+        show(f"switched off: {found.switched_off:,} weights, {'all zero' if zero else 'NOT all zero'}")
+        agree = _scored(found, scores_again(opened, found, module), opened.images.digest()) if images else True
+        found.lift(module)
+        same = state_sha256(module) == before
+    show(f"lifted: {'the parent, bit for bit' if same else 'NOT the parent again'}")
+    return int(not (zero and same and agree))
+
+
+def _scored(mask: "Mask", counts: Mapping[str, tuple[int, int]], digest: str) -> bool:
+    """Print scores that were measured again beside the card's; whether they agree to within one image."""
+    scores, same_images = mask.config.scores or {}, digest == mask.config.data_sha256
+    show(f"images: {'those that the mask was made with' if same_images else 'others than the mask was made with'}")
+    agree = True
+    for name, (right, images) in counts.items():
+        value = 100 * right / images if images else float("nan")
+        close = not same_images or (name in scores and abs(value - scores[name]) * images <= 100)
+        agree &= close
+        said = f"{scores[name]:.2f} %" if name in scores else "nothing"
+        show(f"{name}: {value:.2f} % of {images} test images, the card says {said}{'' if close else ': NOT the same'}")
+    return agree
+
+
+def seal(
+    spec: Spec,
+    mask: Folder,
+    out: Path | None = None,
+    fill: str = "zero",
+    removed: Path | None = None,
+    copies: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Write a checkpoint in which a mask's weights are gone: the parent's container and loader, nothing of ours.
+
+    Args:
+        spec: Which classifier, as for forget; its file or folder is copied.
+        mask: Folder of the mask.
+        out: Where the sealed checkpoint goes; nothing may be there.
+        fill: What stands in place of the weights: zero, or noise of the layer's scale (zeros show what was removed).
+        removed: File for the removed values, to be locked away or destroyed: without it nothing can be restored.
+        copies: What happens to averaged copies (EMA) of the weights in the file: seal or drop.
+        seed: Of the noise; drawn if it is not given.
+    """
+    import mimu
+    from models.specs import parse
+
+    if out is None:
+        raise UserError("seal needs a place for the sealed checkpoint: give --out")
+    parent = parse(spec).path
+    with _masks():
+        loaded = mimu.Mask.load(at_home(mask))
+        target, kept = at_home(out), removed and at_home(removed)
+        done = mimu.seal(parent, loaded, target, fill, kept, copies, seed)  # ty: ignore[invalid-argument-type]
+    for name, count in done.weights.items():
+        show(f"{name}: {count:,} weights are {'zero' if fill == 'zero' else 'noise'}")
+    for name in done.left_out:
+        show(f"left out: {name}")
+    show(f"written: {done.out}; load it as the parent is loaded")
+    show(f"the removed values are in {kept}" if kept else "the removed values are kept nowhere but in the parent")
+
+
+def compose(masks: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MASK")], out: Path) -> None:
+    """Join masks of one parent: what any of them switches off is off.
+
+    Args:
+        masks: Folders of masks.
+        out: Folder for the joint mask.
+    """
+    import mimu
+
+    with _masks():
+        joint = mimu.compose(*(mimu.Mask.load(at_home(one)) for one in masks))
+        joint.save(at_home(out))
+    shared = (joint.config.composition or {})["shared"]
+    show(f"forgets {', '.join(joint.forgotten)}: {joint.switched_off:,} weights, {shared:,} of them in several masks")
+    show(f"written: {out}; nothing was measured with all of them on: `verify` does")
+
+
+# --- library ----------------------------------------------------------------------------------------------
+
+
+def library(
+    spec: Spec,
+    images: Path | None = None,
+    out: Path = Path("masks"),
+    layer: Words = (),
+    kappa: str = "auto",
+    way: str = "refined",
+    tau: float = 2.0,
+    epsilon: float = 1.0,
+    read: Read = Reading(),
+    quiet: bool = False,
+) -> int:
+    """Write one mask for every class that has images; a mask that is there already is kept.
+
+    Args:
+        spec: Which classifier.
+        images: Folder with a subfolder of images for each class.
+        out: Folder for the masks, one folder for each class.
+        layer: As of forget.
+        kappa: As of forget, for each class.
+        way: As of forget.
+        tau: As of forget.
+        epsilon: As of forget.
+        quiet: Print nothing about progress on stderr.
+    """
+    from forgetting.artefact import answer_to, kappa_of, to_mask
+    from forgetting.scores import check_clean
+
+    be_quiet(quiet)
+    opened = read.opened(spec, images)
+    names, target, chosen, missed = opened.loaded.classes, _target(tau, epsilon), _way(way), 0
+    answering = opened.answering(layer or ("auto",))
+    number = kappa_of(kappa, answering.model.weight_graph().num_vertices)
+    held = [label for label, count in enumerate(answering.parts.counts.tolist()) if count]
+    for label in held:
+        answering.check([label], names.names)
+        if number is None:
+            answering.check_target([label], target)
+    check_clean(answering, names)
+    show("class\tweights\tforget\tretain\tchange\tseconds\tmask")
+    for label in held:
+        begun, place = time.monotonic(), at_home(out) / _file_name(f"{label}-{names.names[label]}")
+        answer = answer_to(answering, [label], number, chosen, target)
+        with _masks():
+            mask = to_mask(answering, answer, names, opened.parent, opened.loaded.preprocessing.describe(), target)
+            mask.save(place)
+        reached = answer.search is None or answer.search.achieved
+        missed += not reached
+        scores = mask.config.scores or {}
+        numbers = f"{scores['forget']:.1f} %\t{scores['retain']:.1f} %\t{scores['retain_change']:+.1f}"
+        spent = f"{time.monotonic() - begun:.1f}"
+        note = "" if reached else "\ttarget not met"
+        show(f"{names.names[label]}\t{mask.switched_off:,}\t{numbers}\t{spent}\t{place}{note}")
+    if absent := len(names) - len(held):
+        show(f"{absent} classes have no images: no mask was made for them, nor was any measured on them")
+    return int(missed > 0)

@@ -1,0 +1,128 @@
+"""How well a mask forgets, on images that had no part in making it."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.choices import UserError
+from core.intervals import Interval
+from forgetting.answers import Answer, Answering, lost, recognised
+from forgetting.samples import AT_ONCE, Samples
+from models.class_names import ClassNames, clean_accuracy, is_at_chance, permutation_that_fits
+
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+RECALIBRATED = 2000  # retained images, at most, that BatchNorm statistics are computed anew with
+
+
+def check_clean(answering: Answering, names: ClassNames) -> Interval:
+    """Accuracy of the untouched model on all images but those that masks are sought with; refused at chance.
+
+    Raises:
+        UserError: the model does not recognise these images: another order of classes, or another preprocessing.
+    """
+    parts = answering.parts
+    predicted = [answering.predictions(part).numpy() for part in (parts.val, parts.test)]
+    labels = [part.labels.numpy() for part in (parts.val, parts.test)]
+    found, true = np.concatenate(predicted), np.concatenate(labels)
+    accuracy = clean_accuracy(found, true)
+    outputs = answering.model.num_classes
+    if not is_at_chance(accuracy, outputs):
+        return accuracy
+    shown = f"the model recognises {100 * accuracy.value:.1f} % of {len(true)} images, no more than chance"
+    if fit := permutation_that_fits(found, true, outputs):
+        moved = ", ".join([f"{names.names[a]!r} is output {b}" for a, b in fit.items() if a != b][:3])
+        raise UserError(f"{shown}, but does well in another order of classes ({moved}): name them in the order of the "
+                        "outputs, with --classes FILE")  # fmt: skip
+    raise UserError(f"{shown}: check the preprocessing (--size, --mean, --std, --channels) and the images; a class "
+                    "that is not known cannot be forgotten")  # fmt: skip
+
+
+def judge(answering: Answering, answer: Answer) -> dict[str, Any]:
+    """Scores on test images, percent; what a card says.
+
+    Returns:
+        `clean_forget`, `clean_retain`, of the untouched model; `forget`, `retain`; `retain_change`, points;
+        `p_forget`, mean probability of the classes to forget on their images; `forget_recalibrated` and
+        `retain_recalibrated`, with BatchNorm statistics computed anew, where the model has such layers behind the
+        mask; `intervals` (95 %) and `n`, by the same names; `classes_retained`, how many have test images.
+    """
+    samples = answering.parts.test
+    forgotten = torch.isin(samples.labels, torch.tensor(answer.classes))
+    before, logits = answering.predictions(samples), samples.logits(answering.model, answering.masked(answer.off))
+    after = logits.argmax(1)
+    measured = {
+        "clean_forget": recognised(before, samples.labels, forgotten),
+        "clean_retain": recognised(before, samples.labels, ~forgotten),
+        "forget": recognised(after, samples.labels, forgotten),
+        "retain": recognised(after, samples.labels, ~forgotten),
+    }
+    change = lost(before, after, samples.labels, ~forgotten)
+    measured["retain_change"] = Interval(-change.value, -change.high, -change.low, change.n)
+    if (again := recalibrated(answering, answer)) is not None:
+        measured["forget_recalibrated"] = recognised(again, samples.labels, forgotten)
+        measured["retain_recalibrated"] = recognised(again, samples.labels, ~forgotten)
+    probability = logits[forgotten].softmax(1)[:, list(answer.classes)].sum(1).mean()
+    percent = {name: one.times(100) for name, one in measured.items()}
+    facts: dict[str, Any] = {name: one.value for name, one in percent.items()}
+    facts["p_forget"] = 100 * float(probability)
+    facts["intervals"] = {name: [one.low, one.high] for name, one in percent.items()}
+    facts["n"] = {name: one.n for name, one in percent.items()} | {"p_forget": int(forgotten.sum())}
+    return facts
+
+
+# --- BatchNorm --------------------------------------------------------------------------------------------
+
+
+def recalibrated(answering: Answering, answer: Answer) -> Tensor | None:
+    """What the masked model answers on test images, int [S], with BatchNorm statistics of retained images.
+
+    A mask shifts the activations behind it, to which the statistics of a BatchNorm layer no longer fit; computing them
+    anew may bring a class back (arXiv 2609.08901). Layers ahead of the mask see what they saw before, and stay as they
+    are. None: no such layer is behind the mask.
+    """
+    model, weights = answering.model, answering.masked(answer.off)
+    inside = model.in_prefix()
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS) and module.track_running_stats and not inside(f"{name}.running_mean")
+    }
+    train = answering.parts.train
+    retained = train.only(~torch.isin(train.labels, torch.tensor(answer.classes)))
+    retained = retained.only(torch.arange(len(retained)) < RECALIBRATED)
+    if not norms or len(retained) < 2:
+        return None
+    with _learning(norms):
+        for places in retained.places.split(AT_ONCE):
+            if len(places) > 1:
+                with torch.no_grad():
+                    model.head(retained.rows[places], None, weights)
+        for module in norms.values():
+            module.eval()
+        return _answers(answering, answering.parts.test, weights)
+
+
+def _answers(answering: Answering, samples: Samples, weights: list[Tensor]) -> Tensor:
+    return samples.logits(answering.model, weights).argmax(1)
+
+
+@contextmanager
+def _learning(norms: Mapping[str, Any]) -> Generator[None]:
+    """Let BatchNorm layers take the mean of what passes as their statistics; afterwards all is as before."""
+    kept = {name: {key: value.clone() for key, value in norm.state_dict().items()} for name, norm in norms.items()}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    try:
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over batches
+            norm.train()
+        yield
+    finally:
+        for name, norm in norms.items():
+            norm.eval()
+            norm.momentum = momenta[name]
+            norm.load_state_dict(kept[name])
