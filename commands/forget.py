@@ -4,71 +4,22 @@ import re
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from commands.command_line import Group, Words, show
-from commands.inspect import Spec
+from commands.command_line import Words, show
+from commands.inspect import AS_IT_IS, Read, Spec
 from core.choices import at_home
 from core.config import UserError
 from core.observe import be_quiet
 
 if TYPE_CHECKING:
-    from forgetting.opening import Opened
     from mimu import Mask
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
 Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
-
-
-@dataclass(frozen=True)
-class Reading(Group):
-    """How the model and the images are read."""
-
-    classes: Path | None = None
-    """File of class names, one a line, in the order of the outputs."""
-    ema: str | None = None
-    """Of a file with a model and its average over training: ema or plain."""
-    by_order: bool = False
-    """Take tensors in their order where names differ altogether and all shapes agree."""
-    size: int | None = None
-    """Height and width in pixels that the model gets."""
-    mean: tuple[float, ...] | None = None
-    """One number a channel, or one for all, in units of levels / 255."""
-    std: tuple[float, ...] | None = None
-    """As mean."""
-    channels: str | None = None
-    """RGB, BGR or grey."""
-    skip_bad_images: bool = False
-    """Leave files out that give no image."""
-    most: int | None = None
-    """Images of each class that are used, at most."""
-
-    def opened(self, spec: str, images: Path | None) -> "Opened":
-        """Load the model, and index the images.
-
-        Raises:
-            UserError: either cannot be used.
-        """
-        from forgetting.opening import Opening, open_model
-        from models.preprocessing import Given
-
-        if self.ema not in (None, "ema", "plain"):
-            raise UserError(f"--ema is {self.ema!r}: choose ema or plain")
-        if self.most is not None and self.most < 4:
-            raise UserError(
-                f"--most is {self.most}: give at least 4, for the three parts that a class's images go into"
-            )
-        given = Given(self.size, self.mean, self.std, self.channels)  # ty: ignore[invalid-argument-type]
-        names = self.classes and at_home(self.classes)
-        how = Opening(names, given, self.ema, self.by_order, self.skip_bad_images, self.most)
-        return open_model(spec, images and at_home(images), how)
-
-
-Read = Annotated[Reading, tyro.conf.arg(name="")]
 
 
 @contextmanager
@@ -95,7 +46,7 @@ def forget(
     way: str = "refined",
     tau: float = 2.0,
     epsilon: float = 1.0,
-    read: Read = Reading(),
+    read: Read = AS_IT_IS,
     quiet: bool = False,
 ) -> int:
     """Find the few weights that a class depends on, and write them down as a mask.
@@ -215,7 +166,7 @@ def _warnings(mask: "Mask", missed: bool) -> list[str]:
 # --- what is done with masks ------------------------------------------------------------------------------
 
 
-def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = Reading(), quiet: bool = False) -> int:
+def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS_IT_IS, quiet: bool = False) -> int:
     """Check that a mask fits a model, forgets what its card says, and can be lifted bit for bit.
 
     Args:
@@ -329,7 +280,7 @@ def library(
     way: str = "refined",
     tau: float = 2.0,
     epsilon: float = 1.0,
-    read: Read = Reading(),
+    read: Read = AS_IT_IS,
     quiet: bool = False,
 ) -> int:
     """Write one mask for every class that has images; a mask that is there already is kept.

@@ -1,49 +1,85 @@
 """Show what a classifier that a user brings consists of: `inspect`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from commands.command_line import show
+from commands.command_line import Group, show
 from core.choices import at_home
 from core.config import UserError
+from core.observe import be_quiet
+
+if TYPE_CHECKING:
+    from forgetting.opening import Opened
 
 FORMS = "torchvision:NAME@FILE, timm:NAME@FILE, timm:FOLDER, hf:FOLDER or py:FILE.py:FUNCTION@FILE."
 Spec = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC", help=FORMS)]
 
 
-def inspect(
-    spec: Spec,
-    classes: Path | None = None,
-    ema: str | None = None,
-    by_order: bool = False,
-    size: int | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    channels: str | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Reading(Group):
+    """How the model and the images are read."""
+
+    classes: Path | None = None
+    """File of class names, one a line, in the order of the outputs."""
+    ema: str | None = None
+    """Of a file with a model and its average over training: ema or plain."""
+    by_order: bool = False
+    """Take tensors in their order where names differ altogether and all shapes agree."""
+    size: int | None = None
+    """Height and width in pixels that the model gets."""
+    mean: tuple[float, ...] | None = None
+    """One number a channel, or one for all, in units of levels / 255."""
+    std: tuple[float, ...] | None = None
+    """As mean."""
+    channels: str | None = None
+    """RGB, BGR or grey."""
+    skip_bad_images: bool = False
+    """Leave files out that give no image."""
+    most: int | None = None
+    """Images of each class that are used, at most."""
+
+    def opened(self, spec: str, images: Path | None) -> "Opened":
+        """Load the model, and index the images.
+
+        Raises:
+            UserError: either cannot be used.
+        """
+        from forgetting.opening import Opening, open_model
+        from models.preprocessing import Given
+
+        if self.ema not in (None, "ema", "plain"):
+            raise UserError(f"--ema is {self.ema!r}: choose ema or plain")
+        if self.most is not None and self.most < 4:
+            raise UserError(
+                f"--most is {self.most}: give at least 4, for the three parts that a class's images go into"
+            )
+        given = Given(self.size, self.mean, self.std, self.channels)  # ty: ignore[invalid-argument-type]
+        names = self.classes and at_home(self.classes)
+        how = Opening(names, given, self.ema, self.by_order, self.skip_bad_images, self.most)
+        return open_model(spec, images and at_home(images), how)
+
+
+Read = Annotated[Reading, tyro.conf.arg(name="")]
+AS_IT_IS = Reading()
+
+
+def inspect(spec: Spec, images: Path | None = None, read: Read = AS_IT_IS, quiet: bool = False) -> None:
     """List a classifier's layers, head, classes and preprocessing, and where each is known from.
 
     Args:
-        spec: Which classifier, as `--model` takes it.
-        classes: File of class names, one a line, in the order of the outputs.
-        ema: Of a file with a model and its average over training: ema or plain.
-        by_order: Take tensors in their order where names differ altogether and all shapes agree.
-        size: Height and width in pixels that the model gets.
-        mean: One number a channel, or one for all, in units of levels / 255.
-        std: As mean.
-        channels: RGB, BGR or grey.
+        spec: Which classifier.
+        images: Folder with a subfolder of images for each class: how many of each are recognised is listed, too.
+        quiet: Print nothing about progress on stderr.
     """
-    from models.preprocessing import Given
-    from models.specs import describe, load
+    from models.specs import describe
     from reporting.write import as_text
 
-    if ema not in (None, "ema", "plain"):
-        raise UserError(f"--ema is {ema!r}: choose ema or plain")
-    given = Given(size, mean, std, channels)  # ty: ignore[invalid-argument-type]
-    loaded = load(spec, classes=classes and at_home(classes), preprocessing=given, ema=ema, by_order=by_order)
-    said = describe(loaded)
+    be_quiet(quiet)
+    opened = read.opened(spec, images)
+    said = describe(opened.loaded)
     rows = [["layer", "on disk", "kind", "shape", "weights", "maskable"]]
     rows += [
         [
@@ -61,3 +97,25 @@ def inspect(
         show(f"{name}: {value}")
     for note in said.notes:
         show(f"note: {note}")
+    if images:
+        _show_classes(opened)
+
+
+def _show_classes(opened: "Opened") -> None:
+    """Print which share of each class's images is recognised, as they are, through the whole model."""
+    from core.intervals import wilson
+    from forgetting.opening import recognised_by_class
+    from reporting.write import as_text
+
+    counts = recognised_by_class(opened)
+    rows = [["output", "class", "images", "recognised", "95 % interval"]]
+    for label, (right, images) in enumerate(counts):
+        if images:
+            share = wilson(right, images).times(100)
+            span = f"{share.low:.1f} to {share.high:.1f}"
+            rows.append([str(label), opened.loaded.classes.names[label], str(images), f"{share.value:.1f} %", span])
+    show(as_text(rows))
+    right, images = (sum(column) for column in zip(*counts, strict=True))
+    show(f"clean accuracy: {100 * right / images:.1f} % of {images} images")
+    if absent := sum(not images for _, images in counts):
+        show(f"{absent} of {len(counts)} classes have no images")

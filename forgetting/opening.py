@@ -110,6 +110,17 @@ def open_model(spec: str, images: Path | None, how: Opening) -> Opened:
     return Opened(loaded, Folder(tree, labels, loaded.preprocessing, how.skip, how.most))
 
 
+def recognised_by_class(opened: Opened) -> list[tuple[int, int]]:
+    """(recognised, images) of each class, through the whole model."""
+    counts = torch.zeros(len(opened.loaded.classes), 2, dtype=torch.long)
+    for batch in opened.images:
+        with torch.no_grad():
+            right = opened.loaded(batch.images).argmax(1) == batch.labels
+        counts[:, 0] += torch.bincount(batch.labels[right], minlength=len(counts))
+        counts[:, 1] += torch.bincount(batch.labels, minlength=len(counts))
+    return [(right, images) for right, images in counts.tolist()]
+
+
 def scores_again(opened: Opened, mask: Mask, module: nn.Module) -> dict[str, tuple[int, int]]:
     """Score a module with a mask on, image by image through the whole of it, on the test images of the mask's card.
 

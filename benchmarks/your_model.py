@@ -1,0 +1,283 @@
+"""How well, and at what cost, are classes of somebody else's model forgotten? Models of four libraries, real images.
+
+    uv run --extra timm --extra hf benchmarks/your_model.py [--only NAME ...] [--seeds N] [--json PATH]
+
+`fashion`: a torchvision ResNet-18 with its ordinary head, a MobileNet and a ConvNeXt of torchvision, a ViT of timm and
+one of transformers, trained here on 15,000 images of Fashion-MNIST for two epochs from random weights; one class after
+the other is forgotten, and judged on test images. `cost`: a request over 500 images of 224 x 224 px, in forward passes
+over the same images. `library`: seconds for each class of ten and of a thousand.
+
+Which number of weights is used is chosen on validation images: of KAPPAS the smallest that leaves LEFT % of the class.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import keep, parser
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from core.choices import SupportedDatasets
+from forgetting.answers import Answering, Ways
+from forgetting.pictures import Batch
+from forgetting.samples import read_samples
+from forgetting.scores import judge
+from images.names import TEST, TRAIN, VAL
+from images.specs import dataset_root, read_arrays
+from models.foreign import ForeignClassifier
+from models.specs import logits_of
+
+TRAINED, EPOCHS, RATE, BATCH = 15_000, 2, 2e-3, 128
+FOR_MASKS, FOR_CHOICE = 300, 100  # images of each class
+KAPPAS, LEFT = (500, 1_000, 2_000, 4_000, 8_000), 0.5
+MEAN, STD = 0.286, 0.353
+REQUEST, SIDE, REPEATS = 500, 224, 3
+Make = Callable[[], nn.Module]
+
+
+def timm_vit() -> nn.Module:
+    """A tiny ViT of timm with patches of 4 pixels."""
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=28, patch_size=4, num_classes=10, depth=6)
+
+
+def hf_vit() -> nn.Module:
+    """A small ViT of transformers."""
+    import transformers
+
+    shape = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
+    config = transformers.ViTConfig.from_dict({"image_size": 28, "patch_size": 4, "num_labels": 10, **shape})
+    return transformers.ViTForImageClassification(config)
+
+
+def convnext() -> nn.Module:
+    """A ConvNeXt of torchvision, narrow, with a stem of 2 x 2 pixels."""
+    block = torchvision.models.convnext.CNBlockConfig
+    net = torchvision.models.ConvNeXt([block(48, 96, 2), block(96, 192, 2), block(192, None, 2)], num_classes=10)
+    stem = net.get_submodule("features.0")
+    stem.add_module("0", nn.Conv2d(3, 48, 2, 2))
+    return net
+
+
+MODELS: dict[str, Make] = {
+    "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=10),
+    "torchvision mobilenet_v3_small": lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
+    "torchvision convnext": convnext,
+    "timm vit_tiny, patch 4": timm_vit,
+    "transformers ViT, patch 4": hf_vit,
+}
+
+
+class Fashion:
+    """Fashion-MNIST as a source of images: some to seek masks with, some to choose by, all test images to judge by."""
+
+    def __init__(self, seed: int) -> None:
+        root = dataset_root(SupportedDatasets.FASHION_MNIST, None, Path("datasets"))
+        (x, y), (tx, ty) = (read_arrays(SupportedDatasets.FASHION_MNIST, root, train=train) for train in (True, False))
+        order = np.random.default_rng(seed).permutation(len(y))
+        self.training = x[order[:TRAINED]], y[order[:TRAINED]]
+        place, codes, rows = np.zeros(10, int), [], []
+        for row in order:
+            code = TRAIN if place[y[row]] < FOR_MASKS else VAL
+            if place[y[row]] < FOR_MASKS + FOR_CHOICE:
+                rows.append(row)
+                codes.append(code)
+            place[y[row]] += 1
+        self.x, self.y = np.concatenate([x[rows], tx]), np.concatenate([y[rows], ty])
+        self.splits = np.array([*codes, *([TEST] * len(ty))], np.uint8)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for part in np.array_split(np.arange(len(self.y)), len(self.y) // BATCH):
+            labels = torch.from_numpy(self.y[part].astype(np.int64))
+            yield Batch(prepared(self.x[part]), labels, part.astype(np.uint64), self.splits[part])
+
+    def digest(self) -> str:
+        """Not needed: no mask is written."""
+        return ""
+
+
+def prepared(pixels: np.ndarray) -> Tensor:
+    """Grey levels [B, 1, H, W] uint8 -> [B, 3, H, W] float32."""
+    return ((torch.from_numpy(np.array(pixels)).float() / 255 - MEAN) / STD).expand(-1, 3, -1, -1).contiguous()
+
+
+def trained(make: Make, images: tuple[np.ndarray, np.ndarray], seed: int) -> nn.Module:
+    """Train from random weights with AdamW at a one-cycle rate."""
+    torch.manual_seed(seed)  # of layers' initial weights, which have no argument for it
+    model, (x, y) = make().train(), images
+    labels = torch.from_numpy(y.astype(np.int64))
+    optimizer = torch.optim.AdamW(model.parameters(), RATE)
+    steps = EPOCHS * -(-len(y) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+    for _ in range(EPOCHS):
+        for part in torch.randperm(len(y)).split(BATCH):
+            loss = nn.functional.cross_entropy(logits_of(model(prepared(x[part.numpy()]))), labels[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def opened(model: nn.Module, source: Any, outputs: int = 10) -> Answering:
+    """The model with its images as rows."""
+    first = next(iter(source)).images[:4]
+    classifier = ForeignClassifier(model, logits_of, first, outputs)
+    return Answering(classifier, read_samples(classifier, source))
+
+
+def forgotten(answering: Answering, label: int) -> dict[str, Any]:
+    """Forget one class; kappa is the smallest that leaves LEFT % of it on validation images."""
+    val = answering.parts.val
+    mine = val.labels == label
+    size = answering.head.graph.num_vertices
+    for kappa in [one for one in KAPPAS if one < size]:
+        answer = answering.answer((label,), kappa)
+        right = (answering.predictions(val, answer.off) == val.labels)[mine].double().mean()
+        if 100 * float(right) <= LEFT:
+            break
+    scores = judge(answering, answer)
+    first = judge(answering, answering.answer((label,), kappa, Ways.first_order))
+    plain = {name: value for name, value in scores.items() if isinstance(value, float)}
+    return plain | {
+        "class": label,
+        "kappa": kappa,
+        "first_order_forget": first["forget"],
+        "first_order_change": first["retain_change"],
+    }
+
+
+def fashion(seeds: int, names: list[str]) -> list[dict[str, Any]]:
+    """Every class of every model."""
+    rows = []
+    for name in names:
+        for seed in range(seeds if name == "torchvision resnet18" else 1):
+            source, begun = Fashion(seed), time.perf_counter()
+            model = trained(MODELS[name], source.training, seed)
+            spent, answering = time.perf_counter() - begun, opened(model, source)
+            target = answering.model.targets[0]
+            shape = "x".join(map(str, target.shape))
+            resumed = "resumed" if answering.model.plan else "full passes"
+            print(f"\n{name}, seed {seed}: {target.name} [{shape}], {resumed}; trained in {spent:.0f} s")
+            print("class  kappa  forget: untouched  masked  first-order  BatchNorm anew   retain change  first-order")
+            for label in range(10):
+                row = forgotten(answering, label) | {"model": name, "seed": seed, "target": target.name}
+                rows.append(row)
+                again = row.get("forget_recalibrated")
+                print(f"{label:5} {row['kappa']:6,} {row['clean_forget']:17.1f} {row['forget']:7.1f} "
+                      f"{row['first_order_forget']:12.1f} {'-' if again is None else f'{again:.1f}':>15} "
+                      f"{row['retain_change']:+15.1f} {row['first_order_change']:+12.1f}", flush=True)  # fmt: skip
+    return rows
+
+
+# --- cost -------------------------------------------------------------------------------------------------
+
+
+class Noise:
+    """Images of noise with labels in turn: what a request costs does not depend on the values."""
+
+    def __init__(self, images: int, classes: int, side: int = SIDE) -> None:
+        self.images, self.classes, self.side = images, classes, side
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(0)
+        for part in np.array_split(np.arange(self.images), -(-self.images // 64)):
+            images = torch.randn(len(part), 3, self.side, self.side, generator=generator)
+            labels = torch.from_numpy(part % self.classes)
+            yield Batch(images, labels, part.astype(np.uint64), np.full(len(part), TRAIN, np.uint8))
+
+    def digest(self) -> str:
+        """Not needed: no mask is written."""
+        return ""
+
+
+def seconds(what: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    begun = time.perf_counter()
+    what()
+    return time.perf_counter() - begun
+
+
+def efficientnet() -> nn.Module:
+    """EfficientNet-Lite0 of timm."""
+    import timm
+
+    return timm.create_model("tf_efficientnet_lite0")
+
+
+def cost(make: Make, name: str, outputs: int, classes: int = 10) -> dict[str, float]:
+    """A request and a further one, in forward passes over the same images; images are prepared in neither."""
+    model, source = make().eval(), Noise(REQUEST, classes)
+    batches = list(source)
+    first = batches[0].images[:4]
+    kappa = 2_000
+
+    def forward() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch.images)
+
+    found: dict[str, list[float]] = {}
+    for _ in range(REPEATS):
+        whole = seconds(forward)
+        for way in Ways:
+            classifier = ForeignClassifier(model, logits_of, first, outputs)
+            _ = classifier.plan
+            begun = time.perf_counter()
+            answering = Answering(classifier, read_samples(classifier, source))
+            answering.answer((0,), kappa, way)
+            found.setdefault(f"{way}", []).append((time.perf_counter() - begun) / whole)
+            again = seconds(lambda answering=answering, way=way: answering.answer((1,), kappa, way))
+            found.setdefault(f"{way}, further class", []).append(again / whole)
+    medians = {what: float(np.median(values)) for what, values in found.items()}
+    for what, value in medians.items():
+        print(f"{name}: {what}: {value:.2f} forward passes over {REQUEST} images of {SIDE} px")
+    return medians
+
+
+def library(classes: int) -> dict[str, float]:
+    """Seconds of each class of a library, after the images were read; EfficientNet-Lite0, two images of a class."""
+    import resource
+
+    model = efficientnet().eval()
+    answering = opened(model, Noise(max(2 * classes, 100), classes, 64), 1000)
+    begun = time.perf_counter()
+    answering.answer((0,), 2_000)
+    first = time.perf_counter() - begun
+    asked = range(1, min(classes, 20))
+    begun = time.perf_counter()
+    for label in asked:
+        answering.answer((label,), 2_000)
+    each, most = (time.perf_counter() - begun) / len(asked), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"library of {classes:,}: the first {first:.1f} s, each further {each:.2f} s; peak memory {most:.1f} GB")
+    return {"first": first, "each": each, "peak_gb": most}
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    asked = parser(__doc__)
+    asked.add_argument("--only", nargs="*", default=[*MODELS, "cost", "library"], help="what is measured")
+    asked.add_argument("--seeds", type=int, default=2, help="of the ResNet-18")
+    given = asked.parse_args()
+    values: dict[str, Any] = {"fashion": fashion(given.seeds, [name for name in given.only if name in MODELS])}
+    if "cost" in given.only:
+        values["cost"] = {
+            "resnet18": cost(lambda: torchvision.models.resnet18(), "ResNet-18", 1000),
+            "lite0": cost(efficientnet, "EfficientNet-Lite0", 1000),
+        }
+    if "library" in given.only:
+        values["library"] = {classes: library(classes) for classes in (10, 1000)}
+    keep(given.json, values)
+
+
+if __name__ == "__main__":
+    main()
