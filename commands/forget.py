@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,8 @@ from core.config import UserError
 from core.observe import be_quiet
 
 if TYPE_CHECKING:
+    from forgetting.answers import Answer, Answering
+    from forgetting.opening import Opened
     from mimu import Mask
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
@@ -46,6 +48,7 @@ def forget(
     way: str = "refined",
     tau: float = 2.0,
     epsilon: float = 1.0,
+    methods: Words = (),
     read: Read = AS_IT_IS,
     quiet: bool = False,
 ) -> int:
@@ -61,6 +64,7 @@ def forget(
         way: refined or first_order.
         tau: Target of auto: forget score at most, percent, with 95 % confidence.
         epsilon: Target of auto: loss of retain score at most, points, with 95 % confidence.
+        methods: Method to compare with on this model (docs/methods.md), once for each; or all.
         quiet: Print nothing about progress on stderr.
     """
     be_quiet(quiet)
@@ -88,6 +92,8 @@ def forget(
         mask.save(place)
     _show(mask)
     show(f"written: {place} ({_kilobytes(place)}), in {time.monotonic() - begun:.0f} s")
+    if methods:
+        _compare(opened, answering, answer, methods, place)
     for line in _warnings(mask, answer.search is not None and not answer.search.achieved):
         show(line)
     return int(answer.search is not None and not answer.search.achieved)
@@ -120,6 +126,40 @@ def _kilobytes(folder: Path) -> str:
     return f"{sum(file.stat().st_size for file in folder.iterdir()) / 1000:.1f} kB"
 
 
+def _compare(opened: "Opened", answering: "Answering", answer: "Answer", methods: Sequence[str], place: Path) -> None:
+    """Print every method's scores on this model; all that was measured goes into a file beside the mask."""
+    from core.artifacts import write_json
+    from forgetting.comparison import compare, levels_of
+    from reporting.write import as_text
+
+    how, names = opened.loaded.preprocessing, opened.loaded.classes.names
+    level = levels_of(how.mean, how.std, how.scale)
+    found = list(compare(answering, answer, opened.images, names, methods, level))
+    rows = [["method", *COMPARED.values()]]
+    rows += [[one["label"], *(_number(one.get(name)) for name in COMPARED)] for one in found if "why" not in one]
+    show(as_text(rows))
+    for one in found:
+        if "why" in one:
+            show(f"{one['label']}: not here, it {one['why']}")
+    file = place.with_name(f"{place.name}-methods.json")
+    write_json(file, {"kappa": answer.kappa, "methods": found})
+    show("nothing is compared with a model retrained without the class: there is none")
+    show(f"written: {file}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+
+
+COMPARED = {
+    "forget_score": "forget %",
+    "retain_score": "retain %",
+    "forget_probability": "p(forget)",
+    "forget_loss": "forget loss",
+    "retain_loss": "retain loss",
+    "weights_changed": "weights",
+    "seconds": "seconds",
+}
 NAMED = {
     "forget": "forget score",
     "retain": "retain score",

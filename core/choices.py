@@ -117,10 +117,15 @@ class KappaModes(Choice):
 
 
 class Starts(Choice):
-    """What refinement starts from."""
+    """What refinement starts from.
+
+    taylor: ranks of the signed Taylor score. taylor_tail: -log of the share of weights that score higher; only the
+    first few times kappa of them are refined, for layers of millions of weights.
+    """
 
     gcn = "gcn"
     taylor = "taylor"
+    taylor_tail = "taylor_tail"
     noise = "noise"
 
 

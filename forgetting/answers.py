@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from core.choices import UserError
-from core.config import AutoConfig, RefineConfig
+from core.config import AutoConfig, RefineConfig, Starts
 from core.intervals import Interval, paired_difference, wilson
 from core.observe import log
 from forgetting.samples import Parts, Samples
@@ -17,10 +17,9 @@ from measure.auto_kappa import Attempt, Search, check_provable, kappas
 from models.foreign import ForeignClassifier
 from unlearn.features import ClassStatistics
 from unlearn.masks import hard_topk
-from unlearn.requests import FrozenHead, Request, refine, tail_start
+from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail_start
 
-REFINE = RefineConfig(steps=15, lr=0.3, lambda_retain=1.0)
-CANDIDATES = 8  # times kappa: so many weights refinement chooses from
+REFINE = RefineConfig(start=Starts.taylor_tail, steps=15, lr=0.3, lambda_retain=1.0)
 TARGET = AutoConfig(smallest_share=1e-4, largest_share=0.02, tries=12)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from core.config import derive_seed
 from core.observe import log
 from model import HookedModel, capture, inspecting
-from models.classifier import Classifier
+from models.classifier import Classifier, as_matrices
 from unlearn.masks import Mask, top_mask
 from unlearn.registry import Context, Edit, Point, mask_method, method
 from utils_data import Images, make_loader
@@ -348,7 +348,7 @@ def damp(context: Context, point: Point, strength: float, layers: int) -> Edit:
 @mask_method("magnitude", "largest weights", axes=("kappa",), source="control")
 def magnitude(context: Context, point: Point) -> Mask:
     """Switch off the kappa largest weights |W| of the target layers, whatever the classes to forget."""
-    weight = context.graph.join([weight.detach().abs() for weight in context.weights])
+    weight = context.graph.join(as_matrices([weight.detach().abs() for weight in context.weights]))
     return top_mask(weight, point.kappa, context.graph)
 
 
@@ -364,4 +364,4 @@ def fisher_mask(context: Context, point: Point) -> Mask:
     """
     forget, retain = (fisher_of(context, side, True) for side in (True, False))
     ratios = [fisher_ratio(forget[name], retain[name]) for name in context.graph.names]
-    return top_mask(context.graph.join(ratios), point.kappa, context.graph)
+    return top_mask(context.graph.join(as_matrices(ratios)), point.kappa, context.graph)

@@ -15,7 +15,8 @@ from torch.nn import functional
 from core.choices import Diverged
 from core.config import SFTConfig, SFTModes, derive_seed
 from core.observe import progress
-from model import HookedModel, MaskLayer
+from model import MaskLayer
+from models.classifier import Classifier
 from utils_data import UnlearningDataset
 
 BATCH, SMALLEST_BATCH = 128, 8
@@ -61,7 +62,7 @@ class Finetuner:
     def __init__(
         self,
         name: str,
-        model: HookedModel,
+        model: Classifier,
         data: UnlearningDataset,
         seed: int,
         device: torch.device,
@@ -127,7 +128,7 @@ class Finetuner:
             for held in self.held:
                 held.parameter.copy_(torch.where(held.free, held.parameter, held.before))
 
-    def finished(self) -> HookedModel:
+    def finished(self) -> Classifier:
         """Return the fine-tuned copy, frozen, in eval mode."""
         self.optimizer.zero_grad(set_to_none=True)
         return self.model.requires_grad_(False)
@@ -152,7 +153,7 @@ class Finetuner:
         kept_images, kept_labels = self._drawn(self.retain, size - forgetting)
         return torch.cat([images, kept_images]), torch.cat([labels, kept_labels])
 
-    def fit_targets(self, mask_layer: MaskLayer, config: SFTConfig) -> HookedModel:
+    def fit_targets(self, mask_layer: MaskLayer, config: SFTConfig) -> Classifier:
         """Minimise cross-entropy on `mixed` batches (SFT); nothing below the target layers may be `free`.
 
         Args:

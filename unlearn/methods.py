@@ -14,8 +14,8 @@ from unlearn import closed_form, trained
 from unlearn.features import centred_rank
 from unlearn.finetuning import Finetuner
 from unlearn.masks import Mask, feasibility_score, random_mask, set_difference_mask, top_mask
-from unlearn.registry import REGISTERED, Context, Edit, Point, mask_method, method
-from unlearn.requests import noise_start, refine, taylor_start
+from unlearn.registry import REGISTERED, Context, Edit, NotApplicable, Point, mask_method, method
+from unlearn.requests import CANDIDATES, noise_start, refine, tail_start, taylor_start
 
 TAYLOR_LAMBDAS = (0.0, 1.0, 3.0, 9.0)  # what `taylor_mask` chooses from, on validation images
 
@@ -44,6 +44,8 @@ def _start(context: Context, point: Point) -> Tensor:
     start, request = context.config.refine.start, context.request(point.kappa)
     if start is Starts.taylor:
         return taylor_start(context.known_head, request.classes)
+    if start is Starts.taylor_tail:
+        return tail_start(context.known_head, request.classes)
     if start is Starts.noise:
         return noise_start(context.known_head, request, point.seed)
     score = mimu_score(context, point)
@@ -54,8 +56,9 @@ def _start(context: Context, point: Point) -> Tensor:
 @mask_method("mimu_refined", "MIMU refined (ours)", axes=("topK", "kappa", "seed"), learned=True)
 def mimu_refined(context: Context, point: Point) -> Mask:
     """The same, improved by a few steps of descent on theta for this request alone."""
-    request = context.request(point.kappa)
-    theta = refine(context.known_head, _start(context, point), request, context.config.refine)
+    request, config = context.request(point.kappa), context.config.refine
+    candidates = CANDIDATES * point.kappa if config.start is Starts.taylor_tail else None
+    theta = refine(context.known_head, _start(context, point), request, config, candidates)
     return top_mask(theta, point.kappa, context.graph)
 
 
@@ -83,7 +86,7 @@ def sft(context: Context, point: Point) -> Edit:
     """Fine-tune the target layers on random labels (or as `sft.mode` says)."""
     config = context.config
     allowed = context.within_targets([torch.ones_like(weight, dtype=torch.bool) for weight in context.weights])
-    adamw, images = partial(torch.optim.AdamW, lr=config.sft.lr), (context.own, context.data)
+    adamw, images = partial(torch.optim.AdamW, lr=config.sft.lr), (context.model, context.data)
     engine = Finetuner("sft", *images, point.seed, context.device, adamw, free=allowed)
     return Edit(engine.fit_targets(config.mask_layer, config.sft), allowed)
 
@@ -91,7 +94,8 @@ def sft(context: Context, point: Point) -> Edit:
 @method("retrain", "retrained", source="the gold standard: same recipe, retained images only")
 def retrain(context: Context, point: Point) -> Edit:
     """Trained anew, by the classifier's own recipe, without the classes to forget."""
-    assert context.retrain is not None, "this method needs Context.retrain"
+    if context.retrain is None:
+        raise NotApplicable("needs the recipe that the classifier was trained by")
     model = context.retrain(0)
     # The seconds of its training where they are known: the clock sees no more than the reading of its checkpoint.
     return Edit(model, seconds=context.stage_seconds.get("retrained-0"))

@@ -28,6 +28,7 @@ MARGIN = 0.5  # logits by which a class to forget must lose before the margin lo
 MOST_RETAINED = 1536  # retained samples at which a request's loss is computed
 MOST_SIDES_BYTES = 2**27  # of samples kept for requests that come again: every pair of ten classes on an MLP
 TYPICAL_SHARE = 0.02  # share of all weights, kappa / N, at which the column log_kappa is 0
+CANDIDATES = 8  # times kappa: so many weights are refined from `tail_start`
 LOOK_TEMPERATURE = 0.15  # of the soft mask under which a later pass sees the classifier, in units of std(theta)
 
 

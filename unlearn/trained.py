@@ -18,7 +18,7 @@ from torch.nn import functional
 from model import apply_linear, capture, inspecting
 from unlearn.finetuning import RETAINED, Finetuner, Optimizing
 from unlearn.masks import hard_topk
-from unlearn.registry import Context, Edit, Point, method
+from unlearn.registry import Context, Edit, NotApplicable, Point, method
 
 EPOCHS = 3
 SALUN_SHARE = 0.5  # of all parameters that SalUn may change
@@ -42,7 +42,7 @@ def adam(lr: float) -> Optimizing:
 def tuner(name: str, context: Context, point: Point, optimizing: Optimizing, **more: Any) -> Finetuner:
     """The engine on a context's classifier and images."""
     return Finetuner(
-        name, context.own, context.data, point.seed, context.device, optimizing, clip=GRADIENT_NORM, **more
+        name, context.model, context.data, point.seed, context.device, optimizing, clip=GRADIENT_NORM, **more
     )
 
 
@@ -238,7 +238,8 @@ def scrub(context: Context, point: Point, lr: float, max_epochs: int) -> Edit:
 )
 def bad_teacher(context: Context, point: Point, lr: float) -> Edit:
     """Minimise KL(teacher || student) by Adam: D_f's teacher has initial weights, D_r's is the untouched classifier."""
-    assert context.untrained is not None, "this method needs Context.untrained"
+    if context.untrained is None:
+        raise NotApplicable("needs the classifier with initial weights, which a trained model alone does not give")
     engine, incompetent = tuner("bad_teacher", context, point, adam(lr)), context.untrained()
     for _ in range(EPOCHS):
         for (forget, _), (retain, _) in engine.paired():
@@ -271,7 +272,7 @@ def head_retrain(context: Context, point: Point, lr: float) -> Edit:
     name = f"linears.{len(context.own.linears) - 1}.weight"
     allowed = {name: torch.ones_like(context.own.target(-1).weight, dtype=torch.bool)}
     engine = tuner("head_retrain", context, point, adam(lr), free=allowed)
-    weight, (h, labels) = engine.model.target(-1).weight, last_inputs(context)
+    weight, (h, labels) = dict(engine.model.named_parameters())[name], last_inputs(context)
     bound = 1 / math.sqrt(weight.shape[1])
     with torch.no_grad():
         weight.copy_(bound * (2 * torch.rand(weight.shape, generator=engine.generator) - 1))

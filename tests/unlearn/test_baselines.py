@@ -106,7 +106,7 @@ def test_steps_by_hand(context):
     for sign, clip, factor in ((1, None, -0.1), (-1, None, 0.1), (-1, 1.0, 0.1 / 2.5**0.5)):
         engine = engine_of(context, model, partial(torch.optim.SGD, lr=0.1), clip=clip)
         engine.descend(sign * functional.cross_entropy(engine.model(x), torch.tensor([0])))
-        torch.testing.assert_close(engine.finished().linears[0].weight.data, factor * slope)
+        torch.testing.assert_close(engine.finished().get_parameter("linears.0.weight").data, factor * slope)
     assert not model.linears[0].weight.any()
 
 
