@@ -48,6 +48,9 @@ def test_every_command_shown_is_taken(line, monkeypatch, tmp_path):
         "commands.sweep.run_sweep",
         "reporter.Reporter",
         "commands.docs.write_docs",
+        "forgetting.opening.open_model",
+        "models.specs.parse",
+        "mimu.Mask.load",
     ):
         monkeypatch.setattr(name, reached)
     for name in ("images.fetch.download", "images.fetch.prepare", "images.fetch.listing", "trackio.show"):
@@ -103,15 +106,35 @@ classifier = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 
 """
 
 
+BEFORE_FORGETTING = """
+import torch
+from torchvision import datasets, transforms
+images = datasets.ImageFolder("photos", transforms.ToTensor())
+loader = torch.utils.data.DataLoader(images, 30)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 1), torch.nn.ReLU(),
+                            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 3))
+optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+for _ in range(8):
+    for batch, labels in torch.utils.data.DataLoader(images, 30, shuffle=True):
+        loss = torch.nn.functional.cross_entropy(model(batch), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_python_block_runs_and_its_classifier_learned(tmp_path):
     """In the order of the pages, in one folder, as a reader would; no classifier is near chance."""
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     photos(tmp_path / "photos")
-    elsewhere = TEXTS["mask-format.md"]  # tests/mimu/test_mask.py runs that page's block, beside a mask
+    # tests/mimu/test_mask.py runs that page's block, beside a mask; tests/forgetting/test_walk.py the other's programs
+    elsewhere = TEXTS["mask-format.md"] + TEXTS["your-model.md"]
     shown = [block for block in blocks("python") if "import" in block and block not in elsewhere]
-    texts = [(BEFORE if "path_of_mask" in block else "") + block for block in shown]
+    before = {"path_of_mask": BEFORE, "forgetting.python": BEFORE_FORGETTING}
+    texts = ["".join(text for word, text in before.items() if word in block) + block for block in shown]
     own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", DRIVER]
     done = subprocess.run(command, input=json.dumps(texts), cwd=tmp_path, env=own, capture_output=True, text=True)
