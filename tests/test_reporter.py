@@ -21,6 +21,8 @@ from reporting.draw import COLUMN, draw
 from reporting.families import families, family_key, runs_of, told_apart
 from reporting.panels import (
     MOST_BARS,
+    Panel,
+    Series,
     class_probability,
     confusion_difference,
     figures_of,
@@ -482,6 +484,18 @@ def test_labels_are_drawn_as_they_are(records):
         named = {text.get_text().strip() for legend in figure.legends for text in legend.get_texts()}
         if name == "retain_score_over_kappa":
             assert named == {r"\$a_\$, topK 5", r"\$a_\$, topK 9", "_hidden", r"cost \$5\x1b"}
+
+
+@pytest.mark.parametrize("names", [["0", "1", "12"], ["MIMU (ours)", "untouched"], ["boundary shrink"] * 5])
+def test_names_below_bars_lie_over_nothing(names):
+    """Short ones are written across, longer ones upwards: beside each other either way."""
+    places = list(range(len(names)))
+    figure = draw(
+        [Panel("a", "method", "b", [Series("c", [*map(float, places)], [1.0] * len(names), "bars")], ticks=names)]
+    )
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert all(one.x1 <= other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_levels_are_told_apart_in_grey(records):
