@@ -170,7 +170,7 @@ class Reporter:
         return f"{first['model']}_{first['dataset']}_over-runs_{family_key(runs[0])}"
 
     def _histories(self, records: Run) -> dict[str, list[dict]]:
-        """Training curves that lie beside the classifier and each topK's GCN."""
+        """Training curves that lie beside the classifier and each top_k's GCN."""
         files = {"training_classifier": records[0]["classifier_path"]}
         for record in records:
             name = f"training_gcn_top-{record['top_k']}" if record["objective"] == "elbo" else "training_gcn"

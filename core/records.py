@@ -1,7 +1,7 @@
 """The records of a run: where they lie, reading them back. No torch, no dataset."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields as fields_of
 from dataclasses import is_dataclass
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,8 @@ Check = Callable[[object], str]
 SCORES = ("forget_score", "retain_score")  # always measured: points, verdicts and the answer rest on them
 MOST = 1e30  # of any value: sums and squares of larger ones are no numbers
 BETTER = ("higher", "lower", "retrain")
-AXES = ("topK", "kappa", "seed")
+AXES = {"topK": "top_k", "kappa": "kappa", "seed": "seed"}
+"""Word of a record's `axes` -> the field that it speaks of. Records spell one of them in an older way."""
 
 # --- checks of values -------------------------------------------------------------------------------------
 
@@ -305,6 +306,17 @@ def _of_masks(record: Mapping) -> str:
     if set(record.get("mask_sha256", {})) != set(paths):
         return "mask_sha256 is of other masks than mask_paths"
     return "" if not paths or record.get("mask_path") in paths.values() else "mask_path is none of mask_paths"
+
+
+def axes_of(record: Mapping, method: str) -> list[str]:
+    """The fields of a record that a method's values depend on, such as `top_k`."""
+    return [AXES[word] for word in record["axes"][method]]
+
+
+def axes_as_written(fields: Sequence[str]) -> list[str]:
+    """The same as a record's `axes` says it."""
+    words = {field: word for word, field in AXES.items()}
+    return [words[field] for field in fields]
 
 
 RECORDS = Path("eval/metrics_and_plots/json")

@@ -1,6 +1,6 @@
 """Tell which runs are pooled into a family, and by which settings two families of one name differ.
 
-A *run* is a list of records that differ in topK and kappa alone; a *family* is a list of runs that differ in the seed
+A *run* is a list of records that differ in top_k and kappa alone; a *family* is a list of runs that differ in the seed
 and in the classes to forget alone. Files and folders count by their contents, never by where they lie.
 """
 
@@ -28,7 +28,7 @@ SHORT = 6  # digits of a hash, where people read it
 
 
 def runs_of(records: Iterable[dict]) -> list[Run]:
-    """Group records by run, each run in order of topK and kappa."""
+    """Group records by run, each run in order of top_k and kappa."""
     runs: dict[str, Run] = {}
     for record in records:
         runs.setdefault(record["run"], []).append(record)
@@ -59,7 +59,7 @@ def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
 def identity(run: Run) -> dict[str, object]:
     """Everything that defines a run but its seed and its classes to forget, by name."""
     first, about = run[0], run[0]["provenance"]
-    points = {"topK tried": sorted({record["top_k"] for record in run})}
+    points = {"top_k tried": sorted({record["top_k"] for record in run})}
     automatic = first["auto"] is not None  # else its settings have no effect, and the kappas that were tried count
     if not automatic:
         points["kappa tried"] = sorted({record["kappa"] for record in run})

@@ -140,7 +140,7 @@ def _point(record: dict, metrics: Sequence[str]) -> dict:
     bars = forgotten_taken_for([[record]])
     return {
         "kappa": record["kappa"],
-        "topK": record["top_k"],
+        "top_k": record["top_k"],
         "sentence": sentence(record),
         "values": {name: [values.get(m) for m in metrics] for name, values in record["methods"].items()},
         "said": {name: said[name] for name in ("default", answer) if said.get(name)},

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from core.choices import NotRegistered, Registry
-from core.records import SCORES
+from core.records import SCORES, axes_of
 from reporting.families import Run
 from reporting.tables import (
     Estimate,
@@ -128,38 +128,38 @@ def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, st
 
 
 def _lines(runs: Sequence[Run], method: str, metric: str, axis: str) -> list[Series]:
-    """Plot a method over kappa (one line per topK it depends on) or over topK (at its chosen kappa)."""
-    first, key = runs[0][0], {"kappa": "kappa", "topK": "top_k"}[axis]
-    style, label = style_of(first, method), first["labels"][method]
-    places = sorted({record[key] for run in runs for record in run})
+    """Plot a method over kappa (one line per top_k it depends on) or over top_k (at its chosen kappa)."""
+    first = runs[0][0]
+    style, label, axes = style_of(first, method), first["labels"][method], axes_of(first, method)
+    places = sorted({record[axis] for run in runs for record in run})
     fixed: list[dict[str, int]] = [{}]
-    if axis == "kappa" and "topK" in first["axes"][method]:
+    if axis == "kappa" and "top_k" in axes:
         fixed = [{"top_k": k} for k in sorted({record["top_k"] for run in runs for record in run})]
-    elif axis == "topK" and "kappa" in first["axes"][method]:
+    elif axis == "top_k" and "kappa" in axes:
         fixed = [{"kappa": choose(runs[0], method)["kappa"]}]
     found = []
     for number, rest in enumerate(fixed):
-        points = [(x, _at(runs, method, metric, **{key: x}, **rest)) for x in places]
+        points = [(x, _at(runs, method, metric, **{axis: x}, **rest)) for x in places]
         known = [(float(x), one) for x, one in points if one]
-        name = label + "".join(f", {'topK' if k == 'top_k' else k} {v:,}" for k, v in rest.items())
+        name = label + "".join(f", {k} {v:,}" for k, v in rest.items())
         if known:
             found.append(_with_limits(name, known, "line", style + number * len(first["labels"])))
     return found
 
 
 def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
-    """Plot a metric over kappa or topK; a method without that axis is a level, at its chosen point."""
+    """Plot a metric over kappa or top_k; a method without that axis is a level, at its chosen point."""
     first, about, found = runs[0][0], metrics_of(runs)[metric], chosen_in(runs)
     series = []
     for method, points in found.items():
-        if axis in first["axes"][method]:
+        if axis in axes_of(first, method):
             series += _lines(runs, method, metric, axis)
         elif level := estimate(points, metric):
             series.append(_with_limits(points[0].label, [(0.0, level)], "level", style_of(first, method)))
     series = [_within(one, *RANGES.get(about["unit"], (-math.inf, math.inf))) for one in series]
     values = [value for one in series for value in one.y]
     spread = bool(values) and min(values) > 0 and max(values) / min(values) > WIDE and about["unit"] != "probability"
-    what = {"kappa": "kappa (weights switched off)", "topK": "topK (weights held to be important)"}[axis]
+    what = {"kappa": "kappa (weights switched off)", "top_k": "top_k (weights held to be important)"}[axis]
     alt = f"{metric.replace('_', ' ')} of {len(found)} methods over {axis}, {extent(series)}."
     return Panel(_name(about, metric), what, about["unit"], series, alt, y_log=spread)
 
@@ -223,7 +223,7 @@ def _only(series: Series, places: set[float]) -> Series:
 
 
 def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
-    if "kappa" in runs[0][0]["axes"][method]:
+    if "kappa" in axes_of(runs[0][0], method):
         return _lines(runs, method, metric, "kappa")
     points = chosen_in(runs)[method]
     found = estimate(points, metric)
@@ -412,7 +412,7 @@ def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
 
     Metrics that are shown first have a figure of their own over each axis that is swept; the others share one.
     """
-    swept = [axis for axis, key in (("kappa", "kappa"), ("topK", "top_k")) if _varies(runs, axis, key)]
+    swept = [axis for axis in ("kappa", "top_k") if _varies(runs, axis)]
     first, found = metrics_of(runs, every=False), {}
     for axis in swept:
         found |= {f"{metric}_over_{axis}": [over(runs, metric, axis)] for metric in first}
@@ -422,7 +422,7 @@ def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
     return {name: panels for name, panels in found.items() if panels}
 
 
-def _varies(runs: Sequence[Run], axis: str, key: str) -> bool:
+def _varies(runs: Sequence[Run], axis: str) -> bool:
     """Return whether a method depends on an axis and that has several values (kappa: in any case)."""
-    several = len({record[key] for run in runs for record in run}) > 1 or axis == "kappa"
-    return several and any(axis in axes for axes in runs[0][0]["axes"].values())
+    first, several = runs[0][0], len({record[axis] for run in runs for record in run}) > 1 or axis == "kappa"
+    return several and any(axis in axes_of(first, method) for method in first["axes"])

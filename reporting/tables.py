@@ -1,6 +1,6 @@
 """Make tables and sentences of records: chosen points, intervals, which methods lead, one grid over all runs.
 
-A *run* is a list of records that differ in topK and kappa alone; a *family* is a list of runs that differ in the
+A *run* is a list of records that differ in top_k and kappa alone; a *family* is a list of runs that differ in the
 seed and in the classes to forget alone. A cell of type `Lead` holds the best value, or one that cannot be told from it.
 Everything is read from the records, so that a new method or metric appears without a change here.
 """
@@ -13,7 +13,7 @@ from typing import TypeGuard
 from core.config import SupportedDatasets, SupportedVisionModels
 from core.intervals import DUST, minus, same, t_interval
 from core.observe import visible
-from core.records import SCORES
+from core.records import SCORES, axes_of
 from reporting.families import Run, dataset_of, labels_of, told_apart
 from reporting.write import Lead
 
@@ -23,7 +23,7 @@ REFERENCES = ("retrain", "default")  # what methods are held against: never the 
 
 @dataclass(frozen=True)
 class Best:
-    """A method's chosen point: topK and kappa as far as it depends on them, and its test values."""
+    """A method's chosen point: top_k and kappa as far as it depends on them, and its test values."""
 
     method: str
     label: str
@@ -70,7 +70,7 @@ def choose(records: Iterable[dict], method: str) -> dict:
 
     One criterion for the whole run: the smallest Avg Gap to retraining if any method has one anywhere in it, else
     (nothing was retrained) the largest retain minus forget score. A point without the value, e.g. because training
-    diverged there, is the worst. Ties (but for rounding) go to the smaller kappa, then the smaller topK.
+    diverged there, is the worst. Ties (but for rounding) go to the smaller kappa, then the smaller top_k.
     """
     run = list(records)
     gapped = by_gap(run)
@@ -94,8 +94,8 @@ def best_points(records: Run) -> list[Best]:
     found = []
     for name in names:
         record = choose(records, name)
-        axes = record["axes"][name]
-        top_k, kappa = (record[key] if axis in axes else None for key, axis in (("top_k", "topK"), ("kappa", "kappa")))
+        axes = axes_of(record, name)
+        top_k, kappa = (record[axis] if axis in axes else None for axis in ("top_k", "kappa"))
         found.append(Best(name, record["labels"][name], top_k, kappa, record["methods"][name], record))
     return found
 
@@ -215,7 +215,7 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
     head = [f"{name} [{about['unit']}, {ARROWS[about['better']]}]" for name, about in metrics.items()]
     bold = {name: leaders(found, name, about["better"]) for name, about in metrics.items()}
     judged = len(runs) == 1 and any(points[0].verdicts for points in found.values())
-    rows = [["method", "topK", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
+    rows = [["method", "top_k", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
     for method, points in found.items():
         texts = {name: shown(estimate(points, name)) for name in metrics}
         marked = [Lead(text) if method in bold[name] else text for name, text in texts.items()]
@@ -268,7 +268,7 @@ def without_records(groups: Sequence[list[Run]]) -> list[str]:
 def as_json(records: Run) -> list[dict]:
     """Return the run's table as objects: names as in the records, numbers as numbers."""
     return [
-        {"method": best.method, "label": best.label, "topK": best.top_k, "kappa": best.kappa, **best.values}
+        {"method": best.method, "label": best.label, "top_k": best.top_k, "kappa": best.kappa, **best.values}
         | {"intervals": best.record["intervals"][best.method], "verdicts": best.verdicts}
         for best in best_points(records)
     ]

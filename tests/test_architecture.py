@@ -354,6 +354,18 @@ def _words(node: ast.AST | None) -> list[str]:
     return [] if node is None else [ast.unparse(node)]
 
 
+def spells_top_k_one_way(room: Room) -> list[str]:
+    """`top_k` in code, as in records; `topK_list` in settings, `topK` in two methods that users call by that name."""
+    if room.name == "pipeline":
+        return []
+    fields = ("id", "arg", "attr", "name")
+    return [
+        f"line {getattr(node, 'lineno', 0)}: topK is spelled top_k"
+        for node in room.nodes
+        if any(getattr(node, field, None) == "topK" for field in fields)
+    ]
+
+
 def runs_nothing_that_it_reads(room: Room) -> list[str]:
     allowed = {what for name, what in ALLOWED_TO_RUN if name == room.name}
     found = [
@@ -424,6 +436,7 @@ FILE_RULES: list[Callable[[Room], list[str]]] = [
     has_no_bare_except,
     loads_weights_only,
     runs_nothing_that_it_reads,
+    spells_top_k_one_way,
 ]
 
 
@@ -571,6 +584,9 @@ BAD = [
     (runs_nothing_that_it_reads, "model", "from torch import load\nload(path, 'cpu')"),
     (runs_nothing_that_it_reads, "core.artifacts", "import numpy as np\nnp.load(path, allow_pickle=True)"),
     (runs_nothing_that_it_reads, "core.artifacts", "__import__(name)"),
+    (spells_top_k_one_way, "eval", "def f(topK): ..."),
+    (spells_top_k_one_way, "eval", "point.topK"),
+    (spells_top_k_one_way, "tests.test_eval", "Point(topK=1)"),
 ]
 GOOD = [
     (enters_by_the_door, "stages.preflight", "from images.specs import SPECS\nfrom stages.given import check_paths"),
@@ -602,6 +618,8 @@ GOOD = [
     (runs_nothing_that_it_reads, "main", "import re\nimport subprocess\nre.compile('a')\nsubprocess.run(['ls'])"),
     (runs_nothing_that_it_reads, "main", "from eval import Eval\nself.eval(1)\nhtml.compile(text)"),
     (runs_nothing_that_it_reads, "tests.helpers.formats", "import pickle\npickle.dumps(1)"),
+    (spells_top_k_one_way, "eval", "config.topK_list\nfacts['topK']"),
+    (spells_top_k_one_way, "pipeline", "def run_gcn_training(topK): ..."),
 ]
 
 

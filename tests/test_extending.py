@@ -57,7 +57,7 @@ def test_they_are_in_json_tables_figures_and_page(unheard_of, tmp_path):
     (data,) = page_data(page)
     titles = {panel["title"]: panel for panel in data["figures"]["other_metrics_over_kappa"]}
     lines = {one["label"]: one["y"] for one in titles["oddity [furlongs], lower is better"]["series"]}
-    assert lines == {"MIMU (ours), topK 300": [18, 18], "a stranger": [18, 18], "untouched": [18]}
+    assert lines == {"MIMU (ours), top_k 300": [18, 18], "a stranger": [18, 18], "untouched": [18]}
     assert len(records) == 2
 
 

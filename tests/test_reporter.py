@@ -62,7 +62,7 @@ def records() -> list[dict]:
     return [
         record(5, 100, validation=(50, 80), test=(0, 99)),  # the best on test images, which must not matter
         record(5, 200, validation=(10, 79), test=(12, 78)),
-        record(9, 200, validation=(10, 79), test=(20, 70)),  # a tie: the smaller topK wins
+        record(9, 200, validation=(10, 79), test=(20, 70)),  # a tie: the smaller top_k wins
     ]
 
 
@@ -106,7 +106,7 @@ def test_the_answers_mask_is_that_of_its_chosen_point(records):
 
 def test_table_and_headline_by_hand(records):
     rows = marked(table(records))
-    assert rows[0][:4] == ["method", "topK", "kappa", "forget_loss [nats, ↑]"]
+    assert rows[0][:4] == ["method", "top_k", "kappa", "forget_loss [nats, ↑]"]
     assert "unheard_of [furlongs, ↓]" in rows[0]
     assert rows[1] == ["MIMU", "5", "200", "**1**", "**2**", "**0.12**", "**12**", "**78**", "**1.5**", "200", "0.500"]
     assert rows[2][3:6] == ["1", "2", "0.9"]  # the untouched classifier is a reference, never the best
@@ -368,14 +368,14 @@ def test_curves_by_hand(records):
     panel = over([records], "unheard_of", "kappa")
     drawn = {(one.label, one.kind): (one.x, one.y) for one in panel.series}
     assert drawn == {
-        ("MIMU, topK 5", "line"): ([100, 200], [0, 1.5]),
-        ("MIMU, topK 9", "line"): ([200], [2.5]),
+        ("MIMU, top_k 5", "line"): ([100, 200], [0, 1.5]),
+        ("MIMU, top_k 9", "line"): ([200], [2.5]),
         ("untouched", "level"): ([0], [11.25]),
         ("a novel method", "line"): ([100, 200], [5, 5]),
     }
-    (line,) = [one for one in over([records], "unheard_of", "topK").series if one.kind == "line"]
+    (line,) = [one for one in over([records], "unheard_of", "top_k").series if one.kind == "line"]
     assert (line.label, line.x, line.y) == ("MIMU, kappa 200", [5, 9], [1.5, 2.5])
-    assert {"unheard_of_over_kappa", "unheard_of_over_topK", "trade_off"} <= set(figures_of([records]))
+    assert {"unheard_of_over_kappa", "unheard_of_over_top_k", "trade_off"} <= set(figures_of([records]))
 
 
 def test_bands_span_the_runs():
@@ -483,7 +483,7 @@ def test_labels_are_drawn_as_they_are(records):
         figure.draw_without_rendering()
         named = {text.get_text().strip() for legend in figure.legends for text in legend.get_texts()}
         if name == "retain_score_over_kappa":
-            assert named == {r"\$a_\$, topK 5", r"\$a_\$, topK 9", "_hidden", r"cost \$5\x1b"}
+            assert named == {r"\$a_\$, top_k 5", r"\$a_\$, top_k 9", "_hidden", r"cost \$5\x1b"}
 
 
 @pytest.mark.parametrize("names", [["0", "1", "12"], ["MIMU (ours)", "untouched"], ["boundary shrink"] * 5])
