@@ -11,6 +11,7 @@ from typing import TypeVar
 from core.config import KappaModes, PipelineConfig, Trackers
 from core.hashes import load_plugins
 from core.observe import progress
+from core.records import Record
 from measure.auto_kappa import Search, check_provable, search
 from measure.metrics import chosen_metrics
 from model import HookedModel
@@ -44,7 +45,7 @@ class Pipeline:
         self.evaluation = Evaluation(self.stages)
         self.reporter = Reporter(config.output_dir, config.reporter)
 
-    def run(self) -> list[dict]:
+    def run(self) -> list[Record]:
         """Run all stages, then write the report; returns one record per (top_k, kappa) point."""
         self.preflight()
         records = self.eval()
@@ -92,7 +93,7 @@ class Pipeline:
         """Train the GCN (the ELBO: one for each topK), or take the given one; returns its file."""
         return self.stages.run_gcn_training(topK)
 
-    def eval(self) -> list[dict]:
+    def eval(self) -> list[Record]:
         """Measure every point of the sweep, or find the record that is there.
 
         Returns:
@@ -108,7 +109,7 @@ class Pipeline:
         found = [(top_k, search(self.evaluation.eval.context, top_k)) for top_k in config.topK_list]
         return [self.run_single_evaluation_round(top_k, outcome.kappa, outcome) for top_k, outcome in found]
 
-    def run_single_evaluation_round(self, topK: int, kappa: int, auto: Search | None = None) -> dict:
+    def run_single_evaluation_round(self, topK: int, kappa: int, auto: Search | None = None) -> Record:
         """Measure every method at one point; write and return its record (or return the one that is there).
 
         Args:
@@ -128,7 +129,7 @@ class Pipeline:
         """The trained classifier, eval mode; as it was before any method changed its copy."""
         return self.stages.classifier
 
-    def _show_masks(self, records: list[dict]) -> None:
+    def _show_masks(self, records: list[Record]) -> None:
         """Show where the newly measured masks lie, as images in trackio; step is kappa."""
         fresh = [record for record in records if record["provenance"]["started"] == self.evaluation.started]
         if self.stages.config.tracker is Trackers.trackio and fresh:

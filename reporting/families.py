@@ -9,8 +9,9 @@ from pathlib import PurePath
 
 from core.hashes import key_of
 from core.observe import log
+from core.records import Record
 
-Run = list[dict]
+Run = list[Record]
 APART = {
     # what runs of a family may differ in
     *("seed", "forget_class"),
@@ -27,7 +28,7 @@ APART = {
 SHORT = 6  # digits of a hash, where people read it
 
 
-def runs_of(records: Iterable[dict]) -> list[Run]:
+def runs_of(records: Iterable[Record]) -> list[Run]:
     """Group records by run, each run in order of top_k and kappa."""
     runs: dict[str, Run] = {}
     for record in records:
@@ -35,14 +36,14 @@ def runs_of(records: Iterable[dict]) -> list[Run]:
     return [sorted(run, key=lambda record: (record["top_k"], record["kappa"])) for run in runs.values()]
 
 
-def labels_of(record: Mapping) -> list[int]:
+def labels_of(record: Record) -> list[int]:
     """Return the classes to forget, in order."""
     return sorted(record["forget_class"])
 
 
-def dataset_of(record: Mapping) -> str:
+def dataset_of(record: Record) -> str:
     """Name a dataset as people do: by its name, a folder of images also by the folder's."""
-    path = (record.get("config") or {}).get("dataset_path")
+    path = record["config"].get("dataset_path")
     return f"{record['dataset']} {PurePath(path).name}" if record["dataset"] == "FOLDER" and path else record["dataset"]
 
 

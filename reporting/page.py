@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from core.artifacts import write_text
 from core.config import PROJECT_ROOT, plain
 from core.observe import visible
-from core.records import SCORES
+from core.records import SCORES, Record
 from core.yaml_files import load_config
 from reporting.families import Run, dataset_of, family_key, told_apart
 from reporting.panels import Panel, figures_of, forgotten_taken_for
@@ -114,7 +114,7 @@ def _pasted(text: str) -> Markup:
 # --- what the script draws from ---------------------------------------------------------------------------
 
 
-def sentence(record: dict) -> str:
+def sentence(record: Record) -> str:
     """Describe the answer's mask at one point in words."""
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     if not all(known(values.get(score)) for values in (after, before) for score in SCORES):
@@ -133,10 +133,10 @@ def _map_row(row: Sequence[int], most: int) -> str:
     return "".join(str(value if most <= 9 else math.ceil(9 * value / most)) for value in row)
 
 
-def _point(record: dict, metrics: Sequence[str]) -> dict:
+def _point(record: Record, metrics: Sequence[str]) -> dict:
     """Return one point of the sweep, for the slider."""
     answer, layers = record["answer"], record["mask_map"]
-    said = record.get("said_of_samples") or {}
+    said = record["said_of_samples"]
     bars = forgotten_taken_for([[record]])
     return {
         "kappa": record["kappa"],
@@ -151,7 +151,7 @@ def _point(record: dict, metrics: Sequence[str]) -> dict:
     }  # fmt: skip
 
 
-def _shares(record: dict, panel: Panel) -> dict:
+def _shares(record: Record, panel: Panel) -> dict:
     """Bars of one point: by class, for each of some methods."""
     methods = [list(record["labels"])[one.style] for one in panel.series]
     return {"title": panel.title, "ticks": panel.ticks, "methods": methods, "values": [one.y for one in panel.series]}
@@ -168,7 +168,7 @@ def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) ->
         "answer": first["answer"],
         "chosen": [best["kappa"], best["top_k"]],
         "points": [_point(record, metrics) for record in run] if is_answered(run) else [],
-        "samples": first.get("samples"),
+        "samples": first["samples"],
         "layers": [[layer["layer"], *layer["shape"]] for layer in first["mask_map"]],
         "figures": {name: [_slim(panel) for panel in panels] for name, panels in panels.items() if panels},
     }
@@ -190,12 +190,12 @@ def _run_text(run: Run, apart: str) -> dict:
     """Return what the page says of a run in itself; `apart`: what tells its family from others of the same name."""
     first = run[0]
     about = first["provenance"]
-    plugins = about.get("plugins", {})
+    plugins = about["plugins"]
     facts = {
         "commit": f"{about['commit'] or 'unknown'}{' (changed files)' if about['dirty'] else ''}",
         "started": about["started"],
         "device": about["device"],
-        "repeatability": about.get("repeatability", "not recorded"),
+        "repeatability": about["repeatability"],
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in about["seconds"].items()),
         "versions": ", ".join(f"{name} {value}" for name, value in about["versions"].items()),
         **({"plugins": ", ".join(f"{name} (sha256 {value})" for name, value in plugins.items())} if plugins else {}),

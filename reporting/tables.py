@@ -13,7 +13,7 @@ from typing import TypeGuard
 from core.config import SupportedDatasets, SupportedVisionModels
 from core.intervals import DUST, minus, same, t_interval
 from core.observe import visible
-from core.records import SCORES, axes_of
+from core.records import SCORES, Limits, Metric, Record, axes_of
 from reporting.families import Run, dataset_of, labels_of, told_apart
 from reporting.write import Lead
 
@@ -30,14 +30,14 @@ class Best:
     top_k: int | None
     kappa: int | None
     values: dict[str, float]
-    record: dict
+    record: Record
 
     @property
     def verdicts(self) -> list[dict[str, str]]:
         """The record's verdicts on the method."""
         return self.record["verdicts"][self.method]
 
-    def interval(self, metric: str) -> dict | None:
+    def interval(self, metric: str) -> Limits | None:
         """Return the metric's own interval {value, low, high, n}, where the record has one."""
         return (self.record["intervals"][self.method] or {}).get(metric)
 
@@ -60,12 +60,12 @@ def known(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def by_gap(records: Iterable[dict]) -> bool:
+def by_gap(records: Iterable[Record]) -> bool:
     """Return whether points are chosen by Avg Gap: some method has one somewhere in the run."""
     return any(known(values.get("avg_gap")) for record in records for values in record["validation"].values())
 
 
-def choose(records: Iterable[dict], method: str) -> dict:
+def choose(records: Iterable[Record], method: str) -> Record:
     """Choose the record where a method does best on *validation* images.
 
     One criterion for the whole run: the smallest Avg Gap to retraining if any method has one anywhere in it, else
@@ -75,7 +75,7 @@ def choose(records: Iterable[dict], method: str) -> dict:
     run = list(records)
     gapped = by_gap(run)
 
-    def lost(record: dict) -> float:
+    def lost(record: Record) -> float:
         values = record["validation"][method]
         gap, forget, retain = (values.get(name) for name in ("avg_gap", "forget_score", "retain_score"))
         if gapped:
@@ -192,7 +192,7 @@ def shown(found: Estimate | None) -> str:
     return f"{found.value:.4g} [{found.low:.3g}, {found.high:.3g}]"
 
 
-def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, dict]:
+def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, Metric]:
     """Return what the records say of their metrics: all of them, or those that are shown first."""
     found = {name: about for run in runs for name, about in run[0]["metrics"].items()}
     return {name: about for name, about in found.items() if every or about["first"]}
@@ -277,12 +277,12 @@ def as_json(records: Run) -> list[dict]:
 # --- in words ---------------------------------------------------------------------------------------------
 
 
-def classes_of(record: dict) -> str:
+def classes_of(record: Record) -> str:
     """ "class 0", or "classes 0 and 3"."""
     return _listed([str(label) for label in labels_of(record)])
 
 
-def named_classes(record: dict) -> str:
+def named_classes(record: Record) -> str:
     """Return the same with their names: "class 0 (zero)"."""
     pairs = zip(map(str, labels_of(record)), map(visible, record["forget_names"]), strict=True)
     return _listed([label if name == label else f"{label} ({name})" for label, name in pairs])
@@ -298,8 +298,8 @@ def remarks(records: Run) -> list[str]:
     for best in best_points(records):
         for one in best.verdicts:
             said.setdefault(one["sentence"], []).append(best.label)
-    near_chance = next((record["footing"]["near_chance"] for record in records if record.get("footing")), None)
-    unfit = (one for one in records[0].get("references") or [] if not one["sane"])
+    near_chance = records[0]["footing"]["near_chance"]
+    unfit = (one for one in records[0]["references"] if not one["sane"])
     left_out = [
         f"Retrained model {one['index']}, not used to choose or to compare with: {one['why']}." for one in unfit
     ]
@@ -320,7 +320,7 @@ def is_answered(records: Run) -> bool:
     return all(map(known, [*needed, record["methods"][answer].get("weights_changed")]))
 
 
-def answer_of(records: Run) -> dict | None:
+def answer_of(records: Run) -> Record | None:
     """Return the record at the chosen point of the answer's method; None if several were not measured."""
     answer = records[0]["answer"]
     if any(answer in record["validation"] for record in records):
@@ -328,7 +328,7 @@ def answer_of(records: Run) -> dict | None:
     return records[0] if len(records) == 1 else None
 
 
-def share_changed(record: dict) -> str:
+def share_changed(record: Record) -> str:
     """Say which share of the masked layers the answer's mask switches off: "20.0 % of the layer"."""
     share = 100 * record["methods"][record["answer"]]["weights_changed"] / record["num_graph_vertices"]
     return f"{share:.1f} % of the {'masked layers' if len(record['mask_layer']) > 1 else 'layer'}"

@@ -24,7 +24,7 @@ from core.config import (
 from core.hashes import code_key, key_of, load_plugins, now, provenance, sha256_file, versions
 from core.intervals import wilson
 from core.observe import log
-from core.records import complaint, read_whole, record_path
+from core.records import Record, checked, read_whole, record_path
 from eval import Eval
 from measure.auto_kappa import Search
 from stages.chain import Stages
@@ -147,7 +147,7 @@ class Evaluation:
             inputs["network"] = sha256_file(self.stages.run_gcn_training(config.topK_list[0]))
         return inputs
 
-    def measure(self, top_k: int, kappa: int, auto: Search | None = None) -> dict:
+    def measure(self, top_k: int, kappa: int, auto: Search | None = None) -> Record:
         """Measure every method at one point; write and return its record (or return the one that is there).
 
         Args:
@@ -203,7 +203,7 @@ class Evaluation:
             "code": code_key("stages.evaluation"),
         }
 
-    def _measure(self, record: dict, path: Path) -> dict:
+    def _measure(self, record: dict, path: Path) -> Record:
         """Fill a record, write its masks and, last, the record itself."""
         begun, standing = time.perf_counter(), self.footing
         measured, masks = self.eval.eval(record["top_k"], record["kappa"])
@@ -215,10 +215,9 @@ class Evaluation:
         places = {"mask_path": paths[measured["answer"]], "mask_paths": paths}
         places |= {"mask_sha256": {name: sha256_file(file) for name, file in files.items()}}
         record |= {**places, "provenance": provenance() | run, **measured, **self.stages.data.image_facts, **standing}
-        if wrong := complaint(record):
-            raise RuntimeError(f"this record does not fit core/records.py: {wrong}")
+        whole = checked(record)
         write_json(path, record)
-        return record
+        return whole
 
     @cached_property
     def footing(self) -> dict:

@@ -18,7 +18,7 @@ from reporter import Reporter
 from reporting.compare import compared, find_side, in_words, side
 from reporting.curves import training
 from reporting.draw import COLUMN, draw
-from reporting.families import families, family_key, runs_of, told_apart
+from reporting.families import Run, families, family_key, runs_of, told_apart
 from reporting.panels import (
     MOST_BARS,
     Panel,
@@ -161,7 +161,7 @@ def test_a_method_that_diverged_has_a_row_without_figures_and_no_place_in_figure
     assert choose([half, records[1]], "mimu") is records[1]  # a point that diverged is chosen last
 
 
-def family() -> list[list[dict]]:
+def family() -> list[Run]:
     """Three seeds, two points each; forget scores of the chosen point 10, 12, 14."""
     return runs_of(
         record(5, kappa, (kappa / 20, 79), (score, 78), seed=seed, run=f"run-{seed}")
@@ -391,7 +391,9 @@ def test_bands_span_the_runs():
 def test_trade_off_has_front_and_star(records):
     for one in records:
         one["labels"]["retrain"], one["axes"]["retrain"] = "retrained", []
-        one["verdicts"]["retrain"], one["intervals"]["retrain"], one["confusion"]["retrain"] = [], {}, None
+        one["verdicts"]["retrain"], one["intervals"]["retrain"] = [], {}
+        for field in ("confusion", "class_score", "taken_for"):
+            one[field]["retrain"] = None
         one["methods"]["retrain"] = one["validation"]["retrain"] = values(0, 95, 50)
     (panel,) = figures_of([records])["trade_off"]
     kinds = {one.label: one for one in panel.series}
@@ -590,7 +592,7 @@ def test_no_records_says_what_to_run(tmp_path):
 # --- runs against each other ------------------------------------------------------------------------------
 
 
-def three(run: str, scores: tuple[float, ...], retain: float = 78) -> list[list[dict]]:
+def three(run: str, scores: tuple[float, ...], retain: float = 78) -> list[Run]:
     return runs_of(record(5, 100, (5, 79), (s, retain), seed=i, run=f"{run}{i}") for i, s in enumerate(scores))
 
 

@@ -28,6 +28,7 @@ from core.config import (
     TrainConfig,
 )
 from core.hashes import key_of
+from core.records import Record
 from core.store import Stage
 from data import GraphGenerator
 from measure.auto_kappa import Search
@@ -136,7 +137,7 @@ def stand_ins(monkeypatch, tmp_path):
     monkeypatch.setattr(gcn, "check_memory", lambda *_: None)  # of a GPU that is not here
 
 
-def records(config: PipelineConfig) -> list[dict]:
+def records(config: PipelineConfig) -> list[Record]:
     """The records of a run's points, not measured."""
     run, search = Pipeline(config), Search(kappa=100, achieved=True, attempts=())
     if config.kappa is KappaModes.auto:
