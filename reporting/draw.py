@@ -170,9 +170,24 @@ def save(panels: Sequence[Panel], folder: Path, name: str, config: ReporterConfi
 
     figure = draw(panels)
     with matplotlib.rc_context(SETTINGS):
-        figure.draw_without_rendering()
+        if layout := figure.get_layout_engine():
+            layout.execute(figure)
         figure.set_layout_engine("none")  # what has been laid out once is not laid out again for every format
         for kind in config.formats:
-            drawn = io.BytesIO()
-            figure.savefig(drawn, format=kind, dpi=config.dpi, metadata=METADATA[kind])
-            write_bytes(folder / f"{name}.{kind}", drawn.getvalue(), lasting=False)
+            write_bytes(folder / f"{name}.{kind}", _drawn(figure, kind, config.dpi), lasting=False)
+
+
+def _drawn(figure: "Figure", kind: str, dpi: int) -> bytes:
+    """A figure's bytes in a format. `Figure.savefig` makes the same, but draws twice, in case the layout changes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    file, figure.dpi = io.BytesIO(), dpi
+    if kind == "png":
+        FigureCanvasAgg(figure).print_png(file, metadata=METADATA[kind])
+    elif kind == "svg":
+        FigureCanvasSVG(figure).print_svg(file, metadata=METADATA[kind])
+    else:
+        FigureCanvasPdf(figure).print_pdf(file, metadata=METADATA[kind])
+    return file.getvalue()

@@ -1,11 +1,13 @@
 """Reports from hand-made records: what is chosen, what is written, and that nothing is drawn twice."""
 
 import copy
+import io
 import itertools
 import math
 from dataclasses import replace
 from typing import Any
 
+import matplotlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from core.records import read_records, record_path
 from reporter import Reporter
 from reporting.compare import compared, find_side, in_words, side
 from reporting.curves import training
-from reporting.draw import COLUMN, draw
+from reporting.draw import COLUMN, METADATA, SETTINGS, draw, save
 from reporting.families import Run, families, family_key, runs_of, told_apart
 from reporting.panels import (
     MOST_BARS,
@@ -498,6 +500,20 @@ def test_names_below_bars_lie_over_nothing(names):
     figure.draw_without_rendering()
     boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
     assert all(one.x1 <= other.x0 for one, other in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_a_file_is_what_matplotlib_itself_writes(records, kind, tmp_path):
+    """Bit for bit, though each format is drawn once and not twice; heat maps, legends and logarithmic axes included."""
+    every = figures_of([records])
+    for name in ("trade_off", "mask_map", "weight_histogram"):
+        save(every[name], tmp_path, name, ReporterConfig(formats=(kind,), dpi=50))
+        with matplotlib.rc_context(SETTINGS):
+            figure, expected = draw(every[name]), io.BytesIO()
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            figure.savefig(expected, format=kind, dpi=50, metadata=METADATA[kind])
+        assert (tmp_path / f"{name}.{kind}").read_bytes() == expected.getvalue()
 
 
 def test_levels_are_told_apart_in_grey(records):
