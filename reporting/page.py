@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
@@ -37,6 +38,9 @@ from reporting.tables import (
     without_records,
 )
 from reporting.write import Lead
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATE = PROJECT_ROOT / "reporting" / "templates" / "report.html"
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
@@ -222,25 +226,31 @@ def _visible(value: object) -> object:
     return visible(value) if type(value) is str else value
 
 
+@lru_cache
+def _template() -> "Template":
+    """Compile the page's template, once for this process."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["pasted"] = _pasted
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
 def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Sequence[Panel]]]) -> str:
     """Return the page, as text.
 
     Args:
         groups: families of runs. training: run -> name -> panels of training curves.
     """
-    from jinja2 import Environment, StrictUndefined
-
     runs = [run for group in groups for run in group]
     metrics, apart = metrics_of(runs, every=False), list(zip(groups, told_apart(groups), strict=True))
     data = [_run_data(run, training.get(run[0]["run"], {}), len(runs) <= ALL_FIGURES) for run in runs]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["pasted"] = _pasted
     text = json.dumps(rounded(data), separators=(",", ":"), allow_nan=False)
     for sign in "<>&":  # so that no text in it ends the script element
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         runs=[_run_text(run, differs) for group, differs in apart for run in group],
         families=[
             {"caption": caption(*group, apart=differs), "rows": _bold(table(*group)), "key": family_key(group[0])}

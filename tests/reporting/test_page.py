@@ -319,7 +319,8 @@ def crowded(kappa: int, forgotten: int) -> dict:
         for place, values in enumerate(one[part].values()):
             values |= {"worst_retained_drop": 12.345, "avg_gap": 0.001 + 0.0005 * place}
     one["verdicts"] = {name: [] for name in one["labels"]}
-    one["confusion"] = dict.fromkeys(one["labels"]) | one["confusion"]
+    for field in ("confusion", "class_score", "taken_for", "said_of_samples"):
+        one[field] = dict.fromkeys(one["labels"]) | one[field]
     one["class_probability"] = {name: [c / 44850 for c in range(300)] for name in one["labels"]}
     limits = {"value": 98.76, "low": 97.65, "high": 99.87, "n": 100}
     one["intervals"] = {name: dict.fromkeys(one["metrics"], limits) for name in one["labels"]}
