@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -95,7 +95,7 @@ def _imported() -> dict[str, bytes]:
     return _BEGAN
 
 
-@lru_cache
+@cache
 def _files_of(module: str) -> tuple[str, ...]:
     """Name the project's files that run when `module` (or a name in it, such as "data.GraphDataset") is imported."""
     parts = module.split(".")
@@ -111,7 +111,7 @@ def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
             yield from _statements(getattr(node, part, ()))
 
 
-@lru_cache
+@cache
 def _imports_of(name: str) -> tuple[str, ...]:
     """List the dotted names that a file imports at any depth, in functions too; `from a import b` imports a.b."""
     found: list[str] = []
