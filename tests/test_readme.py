@@ -124,7 +124,7 @@ def test_every_python_block_runs_and_its_classifier_learned(tmp_path):
     elsewhere = TEXTS["mask-format.md"]  # tests/mimu/test_mask.py runs that page's block, beside a mask
     shown = [block for block in blocks("python") if "import" in block and block not in elsewhere]
     texts = [(BEFORE if "path_of_mask" in block else "") + block for block in shown]
-    own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", DRIVER]
     done = subprocess.run(command, input=json.dumps(texts), cwd=tmp_path, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
