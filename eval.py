@@ -1,4 +1,4 @@
-"""Measure every chosen metric of every method at a point (topK, kappa): on validation images, by which settings and
+"""Measure every chosen metric of every method at a point (top_k, kappa): on validation images, by which settings and
 points are chosen, and on test images."""
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from core.choices import Diverged
 from core.config import KappaModes
 from core.observe import log
-from core.records import SCORES
+from core.records import SCORES, axes_as_written
 from measure.comparisons import avg_gap
 from measure.exhibits import TABLES, intervals_of, mask_map, tables_of, thumbnails
 from measure.integrity import COSTS, changed_outside, extent, unchanged
@@ -154,21 +154,21 @@ class Eval(Snapshots):
 
         return {name: differences(values) for name, values in measured.items()}
 
-    def eval_mask_efficacy(self, topK: int) -> dict[str, float]:
+    def eval_mask_efficacy(self, top_k: int) -> dict[str, float]:
         """Measure how well the forget class's own top-K mask explains it: accuracies with only those weights kept.
 
-        A good class mask keeps `forget_score` high; both are on validation images, percent. Measured once per topK.
+        A good class mask keeps `forget_score` high; both are on validation images, percent. Measured once per top_k.
         """
-        if topK in self._efficacy:
-            return self._efficacy[topK]
-        chosen = hard_topk(self.context.class_theta(topK), topK).cpu()
+        if top_k in self._efficacy:
+            return self._efficacy[top_k]
+        chosen = hard_topk(self.context.class_theta(top_k), top_k).cpu()
         with masked(self.context.weights, Mask(chosen, self.context.graph)):
             sets = {"forget_score": True, "retain_score": False}
-            self._efficacy[topK] = {
+            self._efficacy[top_k] = {
                 name: self.outputs(self.context.model, "val", is_forget, "class mask").score()
                 for name, is_forget in sets.items()
             }
-        return self._efficacy[topK]
+        return self._efficacy[top_k]
 
     @property
     def answer(self) -> str:
@@ -238,9 +238,9 @@ class Eval(Snapshots):
             said[name] = as_facts(verdict(measured[name]["test"], references))
         return said
 
-    def eval(self, topK: int, kappa: int) -> tuple[dict, dict[str, Mask]]:
-        """Measure all that a record holds of one (topK, kappa) point; also return the masks of its methods."""
-        point, context = Point(topK, kappa, self.config.seed), self.context
+    def eval(self, top_k: int, kappa: int) -> tuple[dict, dict[str, Mask]]:
+        """Measure all that a record holds of one (top_k, kappa) point; also return the masks of its methods."""
+        point, context = Point(top_k, kappa, self.config.seed), self.context
         measured = {name: self.eval_unlearning(name, point) for name in self.config.eval.methods}
         masks = self.masks(point)
         part = {key: {name: values[split] for name, values in measured.items()} for split, key in JUDGED.items()}
@@ -249,11 +249,11 @@ class Eval(Snapshots):
             "metrics": {name: entry.about() for name, entry in self.metrics.items()},
             "costs": COSTS,
             "labels": {name: METHODS[name].label for name in measured},
-            "axes": {name: list(METHODS[name].axes_in(context)) for name in measured},
+            "axes": {name: axes_as_written(METHODS[name].axes_in(context)) for name in measured},
             "degradation": self.eval_performance_degradation(part["methods"]),
             "verdicts": {name: said for name, said in self.verdicts(measured, point).items() if name in measured},
             "references": self.references,
-            "mask_efficacy": self.eval_mask_efficacy(topK),
+            "mask_efficacy": self.eval_mask_efficacy(top_k),
             "weight_histogram": self.weight_histogram(masks[self.answer]),
             "mask_map": mask_map(masks[self.answer]),
             "samples": self.samples,

@@ -1,4 +1,4 @@
-"""The whole of MIMU: classifier -> graphs -> GCN -> sweep over topK x kappa -> report.
+"""The whole of MIMU: classifier -> graphs -> GCN -> sweep over top_k x kappa -> report.
 
 Stages are kept under the hash of all their inputs, and so is every record: what is there is not measured again.
 """
@@ -11,6 +11,7 @@ from typing import TypeVar
 from core.config import KappaModes, PipelineConfig, Trackers
 from core.hashes import load_plugins
 from core.observe import progress
+from core.records import Record
 from measure.auto_kappa import Search, check_provable, search
 from measure.metrics import chosen_metrics
 from model import HookedModel
@@ -44,8 +45,8 @@ class Pipeline:
         self.evaluation = Evaluation(self.stages)
         self.reporter = Reporter(config.output_dir, config.reporter)
 
-    def run(self) -> list[dict]:
-        """Run all stages, then write the report; returns one record per (topK, kappa) point."""
+    def run(self) -> list[Record]:
+        """Run all stages, then write the report; returns one record per (top_k, kappa) point."""
         self.preflight()
         records = self.eval()
         self._show_masks(records)
@@ -60,7 +61,7 @@ class Pipeline:
         prepare_process(self.stages.device)
 
     def train_gcn(self) -> Path:
-        """Train the graph network alone, or find it (the ELBO: for the first topK); returns its file."""
+        """Train the graph network alone, or find it (the ELBO: for the first top_k); returns its file."""
         self.preflight(measures=False)
         return self.run_gcn_training(self.config.topK_list[0])
 
@@ -92,11 +93,11 @@ class Pipeline:
         """Train the GCN (the ELBO: one for each topK), or take the given one; returns its file."""
         return self.stages.run_gcn_training(topK)
 
-    def eval(self) -> list[dict]:
+    def eval(self) -> list[Record]:
         """Measure every point of the sweep, or find the record that is there.
 
         Returns:
-            One record per (topK, kappa); with `kappa: auto` one per topK, at the kappa that the search finds.
+            One record per (top_k, kappa); with `kappa: auto` one per top_k, at the kappa that the search finds.
         """
         config = self.stages.config
         if config.kappa is KappaModes.list:
@@ -105,10 +106,10 @@ class Pipeline:
         labels = self.stages.data.splits["val"].labels
         forgotten = int(self.stages.data.is_forgotten(labels).sum())
         check_provable(config.auto, forgotten, len(labels) - forgotten)
-        found = [(topK, search(self.evaluation.eval.context, topK)) for topK in config.topK_list]
-        return [self.run_single_evaluation_round(topK, outcome.kappa, outcome) for topK, outcome in found]
+        found = [(top_k, search(self.evaluation.eval.context, top_k)) for top_k in config.topK_list]
+        return [self.run_single_evaluation_round(top_k, outcome.kappa, outcome) for top_k, outcome in found]
 
-    def run_single_evaluation_round(self, topK: int, kappa: int, auto: Search | None = None) -> dict:
+    def run_single_evaluation_round(self, topK: int, kappa: int, auto: Search | None = None) -> Record:
         """Measure every method at one point; write and return its record (or return the one that is there).
 
         Args:
@@ -128,12 +129,12 @@ class Pipeline:
         """The trained classifier, eval mode; as it was before any method changed its copy."""
         return self.stages.classifier
 
-    def _show_masks(self, records: list[dict]) -> None:
+    def _show_masks(self, records: list[Record]) -> None:
         """Show where the newly measured masks lie, as images in trackio; step is kappa."""
         fresh = [record for record in records if record["provenance"]["started"] == self.evaluation.started]
         if self.stages.config.tracker is Trackers.trackio and fresh:
             with self.stages.setup.tracker("masks") as tracker:
                 for record in fresh:
                     for layer in record["mask_map"]:
-                        name = f"{layer['layer']}, topK {record['top_k']}, kappa {record['kappa']}"
+                        name = f"{layer['layer']}, top_k {record['top_k']}, kappa {record['kappa']}"
                         tracker.picture(record["kappa"], name, layer["cells"])

@@ -11,7 +11,7 @@ from core.artifacts import HISTORY, DamagedError, read_json, write_text
 from core.config import ReporterConfig, UserError, plain
 from core.hashes import code_key, key_of, load_plugins, loaded_plugins
 from core.observe import log, progress, visible
-from core.records import read_records
+from core.records import Record, read_records
 from core.store import read_manifest, write_manifest
 from reporting.compare import compared, find_side
 from reporting.curves import training
@@ -77,7 +77,7 @@ class Reporter:
         self.plots = output_dir / "eval" / "metrics_and_plots" / "plots"
         self.page = output_dir / PAGE
 
-    def plot(self, records: list[dict] | None = None) -> list[Path]:
+    def plot(self, records: Run | None = None) -> list[Path]:
         """Write tables and figures, a folder for each run and each family of several runs; then the grid and the page.
 
         Args:
@@ -158,7 +158,7 @@ class Reporter:
             write_table(folder, metric, grid(groups, metric), what)
 
     @staticmethod
-    def run_name(record: dict) -> str:
+    def run_name(record: Record) -> str:
         """Name a run's folder."""
         classes = "-".join(map(str, record["forget_class"]))
         return f"{record['model']}_{record['dataset']}_class-{classes}_seed-{record['seed']}_{record['run']}"
@@ -170,7 +170,7 @@ class Reporter:
         return f"{first['model']}_{first['dataset']}_over-runs_{family_key(runs[0])}"
 
     def _histories(self, records: Run) -> dict[str, list[dict]]:
-        """Training curves that lie beside the classifier and each topK's GCN."""
+        """Training curves that lie beside the classifier and each top_k's GCN."""
         files = {"training_classifier": records[0]["classifier_path"]}
         for record in records:
             name = f"training_gcn_top-{record['top_k']}" if record["objective"] == "elbo" else "training_gcn"

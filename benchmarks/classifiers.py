@@ -82,7 +82,7 @@ def stages_of(config: PipelineConfig) -> Stages:
     return stages
 
 
-def no_importances(topK: int) -> Tensor:
+def no_importances(top_k: int) -> Tensor:
     """Stand for `Context.learn_importance` where no method asks for it."""
     raise AssertionError("this method needs no class importances")
 
@@ -95,7 +95,7 @@ class Way:
         method: a name in `unlearn.methods.METHODS`.
         unlearner: the graph network that answers requests; None: the method asks none.
         refine: of `mimu_refined`.
-        importances: topK -> theta [C, *graph.shape], of a graph network that learned the ELBO.
+        importances: top_k -> theta [C, *graph.shape], of a graph network that learned the ELBO.
         kl: whether to measure KL to the classifier that is retrained without the classes, too.
     """
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from core.artifacts import write_bytes
 from core.config import PROJECT_ROOT, EvalConfig
-from core.records import read_records
+from core.records import Record, read_records
 from pipeline import Pipeline
 from training.processes import reuse_freed_memory
 
@@ -46,7 +46,7 @@ PANELS = (
 DPI, COLOURS = 150, 48  # sharp on a dense screen, and small
 
 
-def measured(output_dir: Path) -> list[dict]:
+def measured(output_dir: Path) -> list[Record]:
     """Run the pipeline once for each class and return the records, one for each class and kappa."""
     base = Recipe(128, 0).config(output_dir)
     judged = EvalConfig(methods=METHODS, metrics=("core",), references=1)
@@ -54,13 +54,13 @@ def measured(output_dir: Path) -> list[dict]:
     return [record for label in range(10) for record in Pipeline(replace(config, forget_class=(label,))).eval()]
 
 
-def values(records: Sequence[dict], method: str, metric: str) -> np.ndarray:
+def values(records: Sequence[Record], method: str, metric: str) -> np.ndarray:
     """Return a metric of a method, [number of kappas, number of classes], percent."""
     kappas = sorted({record["kappa"] for record in records})
     return np.array([[r["methods"][method][metric] for r in records if r["kappa"] == kappa] for kappa in kappas])
 
 
-def drawn(records: Sequence[dict]) -> bytes:
+def drawn(records: Sequence[Record]) -> bytes:
     """Draw both panels and return the PNG."""
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""What does one more (topK, kappa) point of a sweep cost, against one full evaluation pass?
+"""What does one more (top_k, kappa) point of a sweep cost, against one full evaluation pass?
 
     uv run benchmarks/sweep.py [--json PATH] [--docs]
 
@@ -31,7 +31,7 @@ def measure() -> dict:
     torch.manual_seed(0)
     data = random_data(IMAGES, BATCH)
     model, theta = HookedResnet(10, 1, 28).eval(), torch.randn(10, 128, 512)
-    evaluation = Eval(Context(model, data, PipelineConfig(), torch.device("cpu"), lambda topK: theta))
+    evaluation = Eval(Context(model, data, PipelineConfig(), torch.device("cpu"), lambda top_k: theta))
     sets = [(split, is_forget) for split in ("test", "val") for is_forget in (True, False)]
 
     def full() -> None:

@@ -248,16 +248,16 @@ def refinement_table(scope: Scope) -> list[Row]:
 
 
 def elbo_table(scope: Scope) -> list[Row]:
-    """The ELBO over topK, with both samplers, learned on the very classifier that is judged; validation images."""
+    """The ELBO over top_k, with both samplers, learned on the very classifier that is judged; validation images."""
     base = GCNConfig(activation=Activations.sigmoid, residual=False, steps=200 if scope.full else 40)
     kappas, rows, folder = (*KAPPAS, 800, 1600), [], scope.output_dir / "trial"
-    for topK in (500, 2000, 4000, 8000) if scope.full else (500,):
+    for top_k in (500, 2000, 4000, 8000) if scope.full else (500,):
         for sampler in (TopKSamplers.gumbel, TopKSamplers.sinkhorn):
             config, scores = replace(base, sampler=sampler), {}
             for one in scope.chosen_on:
-                way = Way("mimu", importances=elbo_importances(one, topK, config, folder))
+                way = Way("mimu", importances=elbo_importances(one, top_k, config, folder))
                 scores[one.recipe.name] = one.measure(way, kappas, SINGLES, "val")
-            rows.append(Row(f"ELBO, topK {topK}, {sampler.value}", scores))
+            rows.append(Row(f"ELBO, top_k {top_k}, {sampler.value}", scores))
     rows.append(row_of("unlearning", by_gcn(Unlearner.load(SHIPPED)[0]), scope.chosen_on, kappas, "val"))
     scope.tables["unlearning_elbo"] = show("The ELBO, validation images, seed 50, both recipes", rows, kappas)
     return rows

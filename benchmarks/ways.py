@@ -60,16 +60,16 @@ def train(teachers: Sequence[FrozenHead], config: GCNConfig, folder: Path, messa
 
 
 def elbo_importances(
-    classifier: TrainedClassifier, topK: int, config: GCNConfig, folder: Path
+    classifier: TrainedClassifier, top_k: int, config: GCNConfig, folder: Path
 ) -> Callable[[int], Tensor]:
-    """Train a graph network for the ELBO on the classifier that is judged; return topK -> theta [C, *graph.shape]."""
+    """Train a graph network for the ELBO on the classifier that is judged; return top_k -> theta [C, *graph.shape]."""
     stages = classifier.stages
     torch.manual_seed(0)
     shape = (config.num_message_passing_rounds, config.hidden_dim, config.aggregation)
     gcn = MaskingGCN(4, *shape, config.activation, config.residual)
     folder.mkdir(parents=True, exist_ok=True)
     shared = (stages.classifier, stages.graphs, stages.config.mask_layer)
-    GCNTrainer(Elbo(gcn, *shared, topK, config, 0, CPU), Tracker(Trackers.none, "elbo", {})).train(folder)
+    GCNTrainer(Elbo(gcn, *shared, top_k, config, 0, CPU), Tracker(Trackers.none, "elbo", {})).train(folder)
     with torch.inference_mode():
         theta = torch.cat([gcn(stages.graphs.class_features(label).unsqueeze(0)) for label in range(10)])
-    return lambda topK: theta
+    return lambda top_k: theta

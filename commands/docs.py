@@ -6,11 +6,12 @@ The example is an extract of one record: without --example the committed one is 
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from core.artifacts import SCHEMA, read_json, write_json, write_text
 from core.config import PROJECT_ROOT, UserError
+from core.records import FIELDS, complaint
 from measure.integrity import COSTS
 from measure.metrics import GROUPS, METRICS, Metric
 from measure.verdicts import meanings
@@ -30,22 +31,9 @@ DIGITS = 4
 Example = Mapping[str, dict]
 
 
-def _of_shape(value: object, holds: Callable[[object], bool]) -> bool:
-    """Tell whether a value is a JSON object and all of its values pass the check."""
-    return isinstance(value, dict) and all(holds(item) for item in value.values())
-
-
-def _sound(record: dict) -> bool:
-    """Tell whether a record has every key that the pages read, with values of the right types."""
-
-    def numbers(of: object) -> bool:
-        return _of_shape(of, lambda value: value is None or isinstance(value, (int, float)))
-
-    def said(of: object) -> bool:
-        return isinstance(of, list) and all(isinstance(one, dict) and {"key", "sentence"} <= set(one) for one in of)
-
-    shapes = {"methods": numbers, "settings": lambda of: of is None or isinstance(of, dict), "verdicts": said}
-    return {*ABOUT, *KEPT} <= set(record) and all(_of_shape(record[key], holds) for key, holds in shapes.items())
+def _sound(example: Mapping[str, object]) -> bool:
+    """Tell whether an extract has every field that the pages read, as records have them."""
+    return all(name in example and not FIELDS[name](example[name]) for name in (*ABOUT, *KEPT))
 
 
 def extract(path: Path) -> dict:
@@ -59,11 +47,13 @@ def extract(path: Path) -> dict:
     """
     if not path.is_file():
         raise UserError(f"there is no {path}: name a record below eval/metrics_and_plots/json")
-    record = {"settings": {}, "verdicts": {}} | read_json(path, foreign=True)  # records from before there were verdicts
-    origin = record.get("provenance")
-    if record.get("schema") != SCHEMA or not isinstance(origin, dict) or not _sound(record):
-        raise UserError(f"{path} is no {SCHEMA} record: name one below eval/metrics_and_plots/json")
-    return {key: record[key] for key in (*ABOUT, *KEPT)} | {"commit": origin.get("commit")}
+    record = read_json(path, foreign=True)
+    wrong = complaint(record)
+    if wrong or record["schema"] != SCHEMA:
+        raise UserError(
+            f"{path} is no {SCHEMA} record ({wrong or record['schema']}): name one below eval/metrics_and_plots/json"
+        )
+    return {key: record[key] for key in (*ABOUT, *KEPT)} | {"commit": record["provenance"]["commit"]}
 
 
 def shown(value: object) -> str:
@@ -103,7 +93,7 @@ def method_section(entry: Method, example: Example) -> str:
         values = ", ".join(f"{name} {shown(measured.get(name))}" for name in SHOWN)
         used = example["settings"].get(entry.name)
         lines.append(f"- example: {values}" + (f"; with {settings(used)}" if used else ""))
-        lines += [f"- verdict: {one['key']} ({one['sentence']})" for one in example["verdicts"].get(entry.name, [])]
+        lines += [f"- verdict: {one['key']} ({one['sentence']})" for one in example["verdicts"][entry.name]]
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -11,6 +11,9 @@ from commands.command_line import Environment, Files, Settings, show
 from core.choices import at_home
 from core.config import PipelineConfig, Trackers, UserError
 from core.observe import be_quiet
+
+if TYPE_CHECKING:  # its module loads numpy, which help pages do not need
+    from core.records import Record
 
 
 def run(here: Environment, settings: Settings, quiet: bool = False, json: bool = False) -> int:
@@ -104,7 +107,7 @@ def _launched(config: PipelineConfig, here: Environment) -> PipelineConfig:
 # --- what a run prints ------------------------------------------------------------------------------------
 
 
-def _print(config: PipelineConfig, records: list[dict], as_json: bool, curves: Path) -> int:
+def _print(config: PipelineConfig, records: list["Record"], as_json: bool, curves: Path) -> int:
     """Print a run's table, answer and paths; return the exit code, which is 1 if `kappa: auto` found no kappa."""
     code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
     places = _places(config, records)
@@ -132,7 +135,7 @@ def _print(config: PipelineConfig, records: list[dict], as_json: bool, curves: P
     return code
 
 
-def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
+def _places(config: PipelineConfig, records: list["Record"]) -> dict[str, str]:
     """Name the folders and files of a run: output, plots, page, and the mask of the chosen point if there is one."""
     from reporter import Reporter
     from reporting.tables import answer_of
@@ -144,7 +147,7 @@ def _places(config: PipelineConfig, records: list[dict]) -> dict[str, str]:
     return {name: str(path) for name, path in (places | {"page": reporter.page}).items()}
 
 
-def _for_programs(records: list[dict], code: int, places: dict[str, str]) -> str:
+def _for_programs(records: list["Record"], code: int, places: dict[str, str]) -> str:
     """Write a run's results as JSON: exit code, answer, remarks, one object for each method, paths of all records."""
     import json
 

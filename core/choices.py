@@ -159,6 +159,9 @@ class Trackers(Choice):
 
 # --- open choices: names under which something is registered ----------------------------------------------------------
 
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,79}"
+"""What a registered name looks like: it becomes part of records and of paths."""
+
 
 class Names(type):
     """The class of an open choice: its names are looked up, counted and listed as those of an enum are."""
@@ -168,6 +171,13 @@ class Names(type):
     def __getitem__(cls, name: str) -> Any:
         """The choice of this name. Raises KeyError: there is none."""
         return cls._known[name]
+
+    def __getattr__(cls, name: str) -> Any:
+        """The same as an attribute, for names that no text has as a method. Raises AttributeError: there is none."""
+        try:
+            return vars(cls)["_known"][name]
+        except KeyError:
+            raise AttributeError(f"{cls.__name__} has no {name}") from None
 
     def __iter__(cls) -> Iterator[Any]:
         return iter(list(cls._known.values()))
@@ -179,8 +189,8 @@ class Names(type):
 class OpenChoice(str, metaclass=Names):
     """A name under which something is registered. NAME equals VALUE, and there is one object for each name.
 
-    The names that a subclass declares are built in: they are known before anything is registered, so that settings are
-    checked, and `--help` answers, without importing torch. `Registry.add` makes others known.
+    The names that the source of one file registers are built in: they are read from its text, so that settings are
+    checked, and `--help` lists them, without importing torch. `Registry.add` makes others known.
 
     Raises:
         ValueError: nothing is registered under the name.
@@ -188,17 +198,24 @@ class OpenChoice(str, metaclass=Names):
 
     __slots__ = ()
     built_in: ClassVar[tuple[str, ...]]
-    """The declared names, in order."""
+    """The names that the project registers, in order."""
     registered_in: ClassVar[str]
     """The module whose import registers what belongs to the project."""
     _known: ClassVar[dict[str, Any]]
     _made: ClassVar[dict[str, Any]]
 
-    def __init_subclass__(cls, registered_in: str) -> None:
+    def __init_subclass__(cls, registered_in: str, how: str) -> None:
+        """Read the built-in names.
+
+        Args:
+            registered_in: the module that registers them. how: what stands before a name there, as a pattern that
+                begins with a line.
+        """
         cls.registered_in, cls._known, cls._made = registered_in, {}, {}
-        cls.built_in = tuple(cls.__annotations__)
+        source = Path(__file__).resolve().parents[1] / f"{registered_in.replace('.', '/')}.py"
+        cls.built_in = tuple(re.findall(rf"^{how}({NAME})", source.read_text(encoding="utf-8"), re.MULTILINE))
         for name in cls.built_in:
-            setattr(cls, name, cls.known(name))
+            cls.known(name)
 
     def __new__(cls, name: str) -> Self:
         if name not in cls._known:
@@ -245,45 +262,25 @@ def _unpickled(kind: type[OpenChoice], name: str) -> OpenChoice:
     return kind.one(name)
 
 
-class SupportedVisionModels(OpenChoice, registered_in="model"):
+class SupportedVisionModels(OpenChoice, registered_in="model", how=r"@vision_model\nclass "):
     """Classifier architectures; `model.vision_model` registers one."""
 
-    HookedMLPClassifier: ClassVar["SupportedVisionModels"]
-    HookedResnet: ClassVar["SupportedVisionModels"]
 
-
-class SupportedDatasets(OpenChoice, registered_in="images.specs"):
+class SupportedDatasets(OpenChoice, registered_in="images.specs", how=r'dataset\(\s*"'):
     """Image datasets; `images.specs.dataset` registers one. FOLDER is any tree of class folders with images."""
 
-    DIGITS: ClassVar["SupportedDatasets"]
-    FASHION_MNIST: ClassVar["SupportedDatasets"]
-    MNIST: ClassVar["SupportedDatasets"]
-    CIFAR10: ClassVar["SupportedDatasets"]
-    CIFAR100: ClassVar["SupportedDatasets"]
-    SVHN: ClassVar["SupportedDatasets"]
-    IMAGENET_SMALL: ClassVar["SupportedDatasets"]
-    PLANT_CLASSIFICATION: ClassVar["SupportedDatasets"]
-    POKEMON_CLASSIFICATION: ClassVar["SupportedDatasets"]
-    FOLDER: ClassVar["SupportedDatasets"]
 
-
-class FeatureSets(OpenChoice, registered_in="unlearn.features"):
+class FeatureSets(OpenChoice, registered_in="unlearn.features", how=r'@feature_set\(\s*"'):
     """Node features of the unlearning objective; `unlearn.features.feature_set` registers a set.
 
     basic: h, z, W, g. contrast: besides, the forgotten classes against the retained. taylor: besides, signed
     first-order importances.
     """
 
-    basic: ClassVar["FeatureSets"]
-    contrast: ClassVar["FeatureSets"]
-    taylor: ClassVar["FeatureSets"]
-
 
 # --- registries -------------------------------------------------------------------------------------------
 
 Entry = TypeVar("Entry")
-NAME = r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,79}"
-"""What a registered name looks like: it becomes part of records and of paths."""
 PLUGIN = "plugin_"
 """What the names of plugins begin with as modules."""
 ENTERED: list[tuple["Registry", str]] = []

@@ -163,8 +163,8 @@ class GCNConfig(Section):
     train_batch_sizes: tuple[Count, ...] = ()
     """... each trained with these batch sizes (empty: that of `train`)."""
     sampler: TopKSamplers = TopKSamplers.sinkhorn
-    """gumbel draws masks at random, which the ELBO's expectation asks for and which saves small topK from a dead start;
-    the shipped configs use it."""
+    """gumbel draws masks at random, which the ELBO's expectation asks for and which saves a small top_k from a dead
+    start; the shipped configs use it."""
     prior: GCNPriorDistribution = GCNPriorDistribution.WEIGHT
     beta: Weight = 0.1
     """ELBO: weight of KL(q || p)."""
@@ -304,7 +304,7 @@ class PipelineConfig(Section):
     graph_dir: Path | None = None
     """Use these graphs instead of making them."""
     gcn_path: Path | None = None
-    """Use this GCN, for every topK, instead of training one."""
+    """Use this GCN, for every top_k, instead of training one."""
     plugins: PluginFiles = ()
     """Python files of your own that register a method, a metric, a dataset, a classifier, node features or a figure
     (docs/extending.md). A plugin is code: it runs with all your rights."""

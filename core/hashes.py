@@ -12,10 +12,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -95,24 +95,34 @@ def _imported() -> dict[str, bytes]:
     return _BEGAN
 
 
-def _files_of(module: str) -> list[str]:
+@cache
+def _files_of(module: str) -> tuple[str, ...]:
     """Name the project's files that run when `module` (or a name in it, such as "data.GraphDataset") is imported."""
     parts = module.split(".")
     stems = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return [name for stem in stems for name in (f"{stem}/__init__.py", f"{stem}.py") if name in _imported()]
+    return tuple(name for stem in stems for name in (f"{stem}/__init__.py", f"{stem}.py") if name in _imported())
 
 
-def _imports_of(name: str) -> list[str]:
+def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Go through statements and those inside them; expressions, which are most of a source, import nothing."""
+    for node in body:
+        yield node
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            yield from _statements(getattr(node, part, ()))
+
+
+@cache
+def _imports_of(name: str) -> tuple[str, ...]:
     """List the dotted names that a file imports at any depth, in functions too; `from a import b` imports a.b."""
-    found = []
-    for node in ast.walk(ast.parse(_imported()[name])):
+    found: list[str] = []
+    for node in _statements(ast.parse(_imported()[name]).body):
         if isinstance(node, ast.Import):
             found += [item.name for item in node.names]
         elif isinstance(node, ast.ImportFrom):
             package = name.split("/")[: -node.level] if node.level else []  # one dot is the file's own folder
             base = [*package, *([node.module] if node.module else [])]
             found += [".".join([*base, item.name]) for item in node.names]
-    return found
+    return tuple(found)
 
 
 @lru_cache

@@ -121,11 +121,11 @@ def attempt(context: Context, point: Point, name: str, before: Tensor) -> Attemp
     )
 
 
-def search(context: Context, topK: int) -> Search:
+def search(context: Context, top_k: int) -> Search:
     """Try kappas in ascending order until one meets the target."""
     config, attempts, before = context.config, [], _right(context, False)
     for kappa in kappas(context.graph.num_vertices, config.auto):
-        attempts.append(attempt(context, Point(topK, kappa, config.seed), config.auto.method, before))
+        attempts.append(attempt(context, Point(top_k, kappa, config.seed), config.auto.method, before))
         if attempts[-1].meets(config.auto):
             return Search(True, kappa, tuple(attempts))
     best = min(attempts, key=lambda one: (one.forget_score + one.retain_drop, one.kappa))

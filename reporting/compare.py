@@ -11,7 +11,7 @@ from pathlib import Path
 
 from core.choices import UserError, at_home
 from core.intervals import Interval, difference, minus, same
-from core.records import read_records
+from core.records import Metric, read_records
 from reporting.families import SHORT, Run, dataset_of, differing, labels_of, runs_of
 from reporting.tables import ARROWS, Best, Estimate, best_points, known, over_runs, shown
 
@@ -27,7 +27,7 @@ class Side:
 
     name: str
     runs: dict[Setting, list[Run]]
-    metrics: dict[str, dict]
+    metrics: dict[str, Metric]
 
 
 @dataclass(frozen=True)

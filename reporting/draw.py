@@ -24,6 +24,7 @@ LEVELS = ((0, (4, 2)), (0, (1, 1.5)), (0, (8, 2)), (0, (5, 1.5, 1, 1.5)))  # das
 COLUMN, HEIGHT = 3.4, 2.5  # inches: the width of one column of a paper, the height of a panel
 SIDE_BY_SIDE = 4  # from as many panels on they stand in two columns
 SMALL, TINY = 7.5, 6.5  # points
+MOST_LETTERS = 40  # of the names below an axis that are written across; of more they are turned
 TITLE = 48  # characters of a title's line that fit into a column
 METADATA: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 SETTINGS: dict[Any, Any] = {"svg.hashsalt": "mimu", "font.size": SMALL, "axes.linewidth": 0.6}
@@ -74,7 +75,7 @@ def _draw_panel(ax: "Axes", panel: Panel) -> None:
         if one.kind != "bars":
             _draw_series(ax, one)
     if panel.ticks:
-        crowded = len(panel.ticks) > 10
+        crowded = len(panel.ticks) > 10 or len("".join(panel.ticks)) > MOST_LETTERS
         ax.set_xticks(
             range(len(panel.ticks)), [*map(_shown, panel.ticks)], fontsize=TINY, rotation=90 if crowded else 0
         )
@@ -169,9 +170,24 @@ def save(panels: Sequence[Panel], folder: Path, name: str, config: ReporterConfi
 
     figure = draw(panels)
     with matplotlib.rc_context(SETTINGS):
-        figure.draw_without_rendering()
+        if layout := figure.get_layout_engine():
+            layout.execute(figure)
         figure.set_layout_engine("none")  # what has been laid out once is not laid out again for every format
         for kind in config.formats:
-            drawn = io.BytesIO()
-            figure.savefig(drawn, format=kind, dpi=config.dpi, metadata=METADATA[kind])
-            write_bytes(folder / f"{name}.{kind}", drawn.getvalue(), lasting=False)
+            write_bytes(folder / f"{name}.{kind}", _drawn(figure, kind, config.dpi), lasting=False)
+
+
+def _drawn(figure: "Figure", kind: str, dpi: int) -> bytes:
+    """A figure's bytes in a format. `Figure.savefig` makes the same, but draws twice, in case the layout changes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    file, figure.dpi = io.BytesIO(), dpi
+    if kind == "png":
+        FigureCanvasAgg(figure).print_png(file, metadata=METADATA[kind])
+    elif kind == "svg":
+        FigureCanvasSVG(figure).print_svg(file, metadata=METADATA[kind])
+    else:
+        FigureCanvasPdf(figure).print_pdf(file, metadata=METADATA[kind])
+    return file.getvalue()

@@ -1,6 +1,6 @@
 """Tell which runs are pooled into a family, and by which settings two families of one name differ.
 
-A *run* is a list of records that differ in topK and kappa alone; a *family* is a list of runs that differ in the seed
+A *run* is a list of records that differ in top_k and kappa alone; a *family* is a list of runs that differ in the seed
 and in the classes to forget alone. Files and folders count by their contents, never by where they lie.
 """
 
@@ -9,8 +9,9 @@ from pathlib import PurePath
 
 from core.hashes import key_of
 from core.observe import log
+from core.records import Record
 
-Run = list[dict]
+Run = list[Record]
 APART = {
     # what runs of a family may differ in
     *("seed", "forget_class"),
@@ -27,22 +28,22 @@ APART = {
 SHORT = 6  # digits of a hash, where people read it
 
 
-def runs_of(records: Iterable[dict]) -> list[Run]:
-    """Group records by run, each run in order of topK and kappa."""
+def runs_of(records: Iterable[Record]) -> list[Run]:
+    """Group records by run, each run in order of top_k and kappa."""
     runs: dict[str, Run] = {}
     for record in records:
         runs.setdefault(record["run"], []).append(record)
     return [sorted(run, key=lambda record: (record["top_k"], record["kappa"])) for run in runs.values()]
 
 
-def labels_of(record: Mapping) -> list[int]:
+def labels_of(record: Record) -> list[int]:
     """Return the classes to forget, in order."""
     return sorted(record["forget_class"])
 
 
-def dataset_of(record: Mapping) -> str:
+def dataset_of(record: Record) -> str:
     """Name a dataset as people do: by its name, a folder of images also by the folder's."""
-    path = (record.get("config") or {}).get("dataset_path")
+    path = record["config"].get("dataset_path")
     return f"{record['dataset']} {PurePath(path).name}" if record["dataset"] == "FOLDER" and path else record["dataset"]
 
 
@@ -59,7 +60,7 @@ def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
 def identity(run: Run) -> dict[str, object]:
     """Everything that defines a run but its seed and its classes to forget, by name."""
     first, about = run[0], run[0]["provenance"]
-    points = {"topK tried": sorted({record["top_k"] for record in run})}
+    points = {"top_k tried": sorted({record["top_k"] for record in run})}
     automatic = first["auto"] is not None  # else its settings have no effect, and the kappas that were tried count
     if not automatic:
         points["kappa tried"] = sorted({record["kappa"] for record in run})

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
 from core.artifacts import write_text
 from core.config import PROJECT_ROOT, plain
 from core.observe import visible
-from core.records import SCORES
+from core.records import SCORES, Record
 from core.yaml_files import load_config
 from reporting.families import Run, dataset_of, family_key, told_apart
 from reporting.panels import Panel, figures_of, forgotten_taken_for
@@ -37,6 +38,9 @@ from reporting.tables import (
     without_records,
 )
 from reporting.write import Lead
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATE = PROJECT_ROOT / "reporting" / "templates" / "report.html"
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
@@ -114,7 +118,7 @@ def _pasted(text: str) -> Markup:
 # --- what the script draws from ---------------------------------------------------------------------------
 
 
-def sentence(record: dict) -> str:
+def sentence(record: Record) -> str:
     """Describe the answer's mask at one point in words."""
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     if not all(known(values.get(score)) for values in (after, before) for score in SCORES):
@@ -133,14 +137,14 @@ def _map_row(row: Sequence[int], most: int) -> str:
     return "".join(str(value if most <= 9 else math.ceil(9 * value / most)) for value in row)
 
 
-def _point(record: dict, metrics: Sequence[str]) -> dict:
+def _point(record: Record, metrics: Sequence[str]) -> dict:
     """Return one point of the sweep, for the slider."""
     answer, layers = record["answer"], record["mask_map"]
-    said = record.get("said_of_samples") or {}
+    said = record["said_of_samples"]
     bars = forgotten_taken_for([[record]])
     return {
         "kappa": record["kappa"],
-        "topK": record["top_k"],
+        "top_k": record["top_k"],
         "sentence": sentence(record),
         "values": {name: [values.get(m) for m in metrics] for name, values in record["methods"].items()},
         "said": {name: said[name] for name in ("default", answer) if said.get(name)},
@@ -151,7 +155,7 @@ def _point(record: dict, metrics: Sequence[str]) -> dict:
     }  # fmt: skip
 
 
-def _shares(record: dict, panel: Panel) -> dict:
+def _shares(record: Record, panel: Panel) -> dict:
     """Bars of one point: by class, for each of some methods."""
     methods = [list(record["labels"])[one.style] for one in panel.series]
     return {"title": panel.title, "ticks": panel.ticks, "methods": methods, "values": [one.y for one in panel.series]}
@@ -168,7 +172,7 @@ def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) ->
         "answer": first["answer"],
         "chosen": [best["kappa"], best["top_k"]],
         "points": [_point(record, metrics) for record in run] if is_answered(run) else [],
-        "samples": first.get("samples"),
+        "samples": first["samples"],
         "layers": [[layer["layer"], *layer["shape"]] for layer in first["mask_map"]],
         "figures": {name: [_slim(panel) for panel in panels] for name, panels in panels.items() if panels},
     }
@@ -190,12 +194,12 @@ def _run_text(run: Run, apart: str) -> dict:
     """Return what the page says of a run in itself; `apart`: what tells its family from others of the same name."""
     first = run[0]
     about = first["provenance"]
-    plugins = about.get("plugins", {})
+    plugins = about["plugins"]
     facts = {
         "commit": f"{about['commit'] or 'unknown'}{' (changed files)' if about['dirty'] else ''}",
         "started": about["started"],
         "device": about["device"],
-        "repeatability": about.get("repeatability", "not recorded"),
+        "repeatability": about["repeatability"],
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in about["seconds"].items()),
         "versions": ", ".join(f"{name} {value}" for name, value in about["versions"].items()),
         **({"plugins": ", ".join(f"{name} (sha256 {value})" for name, value in plugins.items())} if plugins else {}),
@@ -222,25 +226,31 @@ def _visible(value: object) -> object:
     return visible(value) if type(value) is str else value
 
 
+@lru_cache
+def _template() -> "Template":
+    """Compile the page's template, once for this process."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["pasted"] = _pasted
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
 def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Sequence[Panel]]]) -> str:
     """Return the page, as text.
 
     Args:
         groups: families of runs. training: run -> name -> panels of training curves.
     """
-    from jinja2 import Environment, StrictUndefined
-
     runs = [run for group in groups for run in group]
     metrics, apart = metrics_of(runs, every=False), list(zip(groups, told_apart(groups), strict=True))
     data = [_run_data(run, training.get(run[0]["run"], {}), len(runs) <= ALL_FIGURES) for run in runs]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["pasted"] = _pasted
     text = json.dumps(rounded(data), separators=(",", ":"), allow_nan=False)
     for sign in "<>&":  # so that no text in it ends the script element
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         runs=[_run_text(run, differs) for group, differs in apart for run in group],
         families=[
             {"caption": caption(*group, apart=differs), "rows": _bold(table(*group)), "key": family_key(group[0])}

@@ -5,12 +5,12 @@ records.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
 from core.choices import NotRegistered, Registry
-from core.records import SCORES
+from core.records import SCORES, Axis, Metric, Record, axes_of
 from reporting.families import Run
 from reporting.tables import (
     Estimate,
@@ -60,12 +60,12 @@ class Panel:
     ticks: list[str] | None = None
     x_log: bool = False
     y_log: bool = False
-    cells: list[list[float]] | None = None
+    cells: Sequence[Sequence[float]] | None = None
     margins: bool = False
     signed: bool = False
 
 
-def style_of(record: dict, method: str) -> int:
+def style_of(record: Record, method: str) -> int:
     """Choose a method's colour and marker by its place in the record, so that they are the same in every figure."""
     return list(record["labels"]).index(method)
 
@@ -102,12 +102,12 @@ def figure(name: str, *, alone: bool = False) -> Callable[[Draw], Draw]:
 # --- metrics over the sweep -------------------------------------------------------------------------------
 
 
-def _name(about: dict, metric: str) -> str:
+def _name(about: Metric, metric: str) -> str:
     return f"{metric.replace('_', ' ')} [{about['unit']}], {BETTER[about['better']]}"
 
 
-def _at(runs: Sequence[Run], method: str, metric: str, **place: int) -> Estimate | None:
-    """Return a method's value over the runs at one place of the sweep, e.g. kappa=400; None unless some run has it."""
+def _at(runs: Sequence[Run], method: str, metric: str, place: Mapping[Axis, int]) -> Estimate | None:
+    """Return a method's value over the runs at a place such as kappa 400; None unless some run has it there."""
     found = [next((r for r in run if all(r[key] == value for key, value in place.items())), None) for run in runs]
     records = [record for record in found if record and known(record["methods"].get(method, {}).get(metric))]
     if not records:
@@ -127,39 +127,39 @@ def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, st
     return Series(label, [x for x, _ in points], values, kind, style, low, high)  # ty: ignore[invalid-argument-type]
 
 
-def _lines(runs: Sequence[Run], method: str, metric: str, axis: str) -> list[Series]:
-    """Plot a method over kappa (one line per topK it depends on) or over topK (at its chosen kappa)."""
-    first, key = runs[0][0], {"kappa": "kappa", "topK": "top_k"}[axis]
-    style, label = style_of(first, method), first["labels"][method]
-    places = sorted({record[key] for run in runs for record in run})
-    fixed: list[dict[str, int]] = [{}]
-    if axis == "kappa" and "topK" in first["axes"][method]:
+def _lines(runs: Sequence[Run], method: str, metric: str, axis: Axis) -> list[Series]:
+    """Plot a method over kappa (one line per top_k it depends on) or over top_k (at its chosen kappa)."""
+    first = runs[0][0]
+    style, label, axes = style_of(first, method), first["labels"][method], axes_of(first, method)
+    places = sorted({record[axis] for run in runs for record in run})
+    fixed: list[dict[Axis, int]] = [{}]
+    if axis == "kappa" and "top_k" in axes:
         fixed = [{"top_k": k} for k in sorted({record["top_k"] for run in runs for record in run})]
-    elif axis == "topK" and "kappa" in first["axes"][method]:
+    elif axis == "top_k" and "kappa" in axes:
         fixed = [{"kappa": choose(runs[0], method)["kappa"]}]
     found = []
     for number, rest in enumerate(fixed):
-        points = [(x, _at(runs, method, metric, **{key: x}, **rest)) for x in places]
+        points = [(x, _at(runs, method, metric, {axis: x, **rest})) for x in places]
         known = [(float(x), one) for x, one in points if one]
-        name = label + "".join(f", {'topK' if k == 'top_k' else k} {v:,}" for k, v in rest.items())
+        name = label + "".join(f", {k} {v:,}" for k, v in rest.items())
         if known:
             found.append(_with_limits(name, known, "line", style + number * len(first["labels"])))
     return found
 
 
-def over(runs: Sequence[Run], metric: str, axis: str) -> Panel:
-    """Plot a metric over kappa or topK; a method without that axis is a level, at its chosen point."""
+def over(runs: Sequence[Run], metric: str, axis: Axis) -> Panel:
+    """Plot a metric over kappa or top_k; a method without that axis is a level, at its chosen point."""
     first, about, found = runs[0][0], metrics_of(runs)[metric], chosen_in(runs)
     series = []
     for method, points in found.items():
-        if axis in first["axes"][method]:
+        if axis in axes_of(first, method):
             series += _lines(runs, method, metric, axis)
         elif level := estimate(points, metric):
             series.append(_with_limits(points[0].label, [(0.0, level)], "level", style_of(first, method)))
     series = [_within(one, *RANGES.get(about["unit"], (-math.inf, math.inf))) for one in series]
     values = [value for one in series for value in one.y]
     spread = bool(values) and min(values) > 0 and max(values) / min(values) > WIDE and about["unit"] != "probability"
-    what = {"kappa": "kappa (weights switched off)", "topK": "topK (weights held to be important)"}[axis]
+    what = {"kappa": "kappa (weights switched off)", "top_k": "top_k (weights held to be important)"}[axis]
     alt = f"{metric.replace('_', ' ')} of {len(found)} methods over {axis}, {extent(series)}."
     return Panel(_name(about, metric), what, about["unit"], series, alt, y_log=spread)
 
@@ -223,7 +223,7 @@ def _only(series: Series, places: set[float]) -> Series:
 
 
 def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
-    if "kappa" in runs[0][0]["axes"][method]:
+    if "kappa" in axes_of(runs[0][0], method):
         return _lines(runs, method, metric, "kappa")
     points = chosen_in(runs)[method]
     found = estimate(points, metric)
@@ -257,32 +257,32 @@ def _quality(values: dict[str, float], gap: bool) -> float | None:
 # --- classes ----------------------------------------------------------------------------------------------
 
 
-def class_scores(record: dict, method: str) -> list[float | None] | None:
+def class_scores(record: Record, method: str) -> list[float | None] | None:
     """Return every class's accuracy in percent (None: no images of it); None if the record has no such table."""
     table = record["confusion"][method]
     if table:
         return [100 * row[place] / sum(row) if sum(row) else None for place, row in enumerate(table)]
-    return (record.get("class_score") or {}).get(method)
+    return record["class_score"][method]
 
 
-def taken_for(record: dict, method: str) -> list[float] | None:
+def taken_for(record: Record, method: str) -> list[float] | None:
     """Share of the forgotten test images that is taken for each class, percent."""
     table = record["confusion"][method]
     named = record["forget_class"]
     if table:
         counts = [sum(table[row][place] for row in named) for place in range(len(table))]
     else:
-        counts = (record.get("taken_for") or {}).get(method)
+        counts = record["taken_for"][method]
     return [100 * count / sum(counts) for count in counts] if counts and sum(counts) else None
 
 
-def _compared(record: dict) -> list[str]:
+def _compared(record: Record) -> list[str]:
     """Untouched, answer, retrained: as far as they are measured."""
     return [name for name in ("default", record["answer"], "retrain") if name in record["labels"]]
 
 
 def _bars(
-    record: dict, of: dict[str, list], rank: Callable[[int], float], title: str, y_label: str, ranked: str = ""
+    record: Record, of: dict[str, list], rank: Callable[[int], float], title: str, y_label: str, ranked: str = ""
 ) -> list[Panel]:
     """Bars by class; of many classes the forgotten ones and those with the largest `rank`.
 
@@ -320,7 +320,7 @@ def per_class(runs: Sequence[Run]) -> list[Panel]:
     return _bars(record, of, change, "accuracy by class, test images", "accuracy [%]", " change")
 
 
-def _blocks(table: list[list[float]], size: int) -> list[list[float]]:
+def _blocks(table: Sequence[Sequence[int]], size: int) -> list[list[float]]:
     """Sum over blocks of `size` neighbouring rows and columns."""
     places = range(0, len(table), size)
     return [
@@ -336,7 +336,7 @@ def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
     before, after = tables.get("default"), tables.get(record["answer"])
     if not before or not after:
         return []
-    size = math.ceil(len(before) / MOST_BARS)
+    size, count = math.ceil(len(before) / MOST_BARS), len(before)
     before, after = _blocks(before, size), _blocks(after, size)
     cells = [
         [100 * (b - a) / max(1, math.fsum(one)) for a, b in zip(one, two, strict=True)]
@@ -344,7 +344,7 @@ def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
     ]
     ticks = [str(i * size) if size == 1 else f"{i * size}-{i * size + size - 1}" for i in range(len(cells))]
     title = "confusion: after - before [% of a true class]"
-    title += f"\n(blocks of {size} of {len(tables['default'])} classes)" if size > 1 else ""
+    title += f"\n(blocks of {size} of {count} classes)" if size > 1 else ""
     alt = f"{title}; from {min(map(min, cells)):.3g} to {max(map(max, cells)):.3g}."
     return [Panel(title, "predicted class", "true class", alt=alt, ticks=ticks, cells=cells, signed=True)]
 
@@ -395,9 +395,10 @@ def weight_histogram(runs: Sequence[Run]) -> list[Panel]:
     """Plot histograms of the weights that the answer's mask keeps and switches off."""
     record = choose(runs[0], runs[0][0]["answer"])
     data = record["weight_histogram"]
+    parts = {"kept": data["kept"], "switched off": data["switched_off"]}
     series = [
-        Series(name.replace("_", " "), data["edges"], [float(value) for value in data[name]], "steps", place)
-        for place, name in enumerate(("kept", "switched_off"))
+        Series(name, data["edges"], [float(value) for value in values], "steps", place)
+        for place, (name, values) in enumerate(parts.items())
     ]
     label = record["labels"].get(record["answer"], record["answer"])
     title = f"weights under the mask of {label}, kappa {record['kappa']:,}"
@@ -412,7 +413,8 @@ def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
 
     Metrics that are shown first have a figure of their own over each axis that is swept; the others share one.
     """
-    swept = [axis for axis, key in (("kappa", "kappa"), ("topK", "top_k")) if _varies(runs, axis, key)]
+    axes: tuple[Axis, ...] = ("kappa", "top_k")
+    swept = [axis for axis in axes if _varies(runs, axis)]
     first, found = metrics_of(runs, every=False), {}
     for axis in swept:
         found |= {f"{metric}_over_{axis}": [over(runs, metric, axis)] for metric in first}
@@ -422,7 +424,7 @@ def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
     return {name: panels for name, panels in found.items() if panels}
 
 
-def _varies(runs: Sequence[Run], axis: str, key: str) -> bool:
+def _varies(runs: Sequence[Run], axis: Axis) -> bool:
     """Return whether a method depends on an axis and that has several values (kappa: in any case)."""
-    several = len({record[key] for run in runs for record in run}) > 1 or axis == "kappa"
-    return several and any(axis in axes for axes in runs[0][0]["axes"].values())
+    first, several = runs[0][0], len({record[axis] for run in runs for record in run}) > 1 or axis == "kappa"
+    return several and any(axis in axes_of(first, method) for method in first["axes"])

@@ -1,6 +1,6 @@
 """Make tables and sentences of records: chosen points, intervals, which methods lead, one grid over all runs.
 
-A *run* is a list of records that differ in topK and kappa alone; a *family* is a list of runs that differ in the
+A *run* is a list of records that differ in top_k and kappa alone; a *family* is a list of runs that differ in the
 seed and in the classes to forget alone. A cell of type `Lead` holds the best value, or one that cannot be told from it.
 Everything is read from the records, so that a new method or metric appears without a change here.
 """
@@ -13,7 +13,7 @@ from typing import TypeGuard
 from core.config import SupportedDatasets, SupportedVisionModels
 from core.intervals import DUST, minus, same, t_interval
 from core.observe import visible
-from core.records import SCORES
+from core.records import SCORES, Limits, Metric, Record, axes_of
 from reporting.families import Run, dataset_of, labels_of, told_apart
 from reporting.write import Lead
 
@@ -23,21 +23,21 @@ REFERENCES = ("retrain", "default")  # what methods are held against: never the 
 
 @dataclass(frozen=True)
 class Best:
-    """A method's chosen point: topK and kappa as far as it depends on them, and its test values."""
+    """A method's chosen point: top_k and kappa as far as it depends on them, and its test values."""
 
     method: str
     label: str
     top_k: int | None
     kappa: int | None
     values: dict[str, float]
-    record: dict
+    record: Record
 
     @property
     def verdicts(self) -> list[dict[str, str]]:
         """The record's verdicts on the method."""
         return self.record["verdicts"][self.method]
 
-    def interval(self, metric: str) -> dict | None:
+    def interval(self, metric: str) -> Limits | None:
         """Return the metric's own interval {value, low, high, n}, where the record has one."""
         return (self.record["intervals"][self.method] or {}).get(metric)
 
@@ -60,22 +60,22 @@ def known(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def by_gap(records: Iterable[dict]) -> bool:
+def by_gap(records: Iterable[Record]) -> bool:
     """Return whether points are chosen by Avg Gap: some method has one somewhere in the run."""
     return any(known(values.get("avg_gap")) for record in records for values in record["validation"].values())
 
 
-def choose(records: Iterable[dict], method: str) -> dict:
+def choose(records: Iterable[Record], method: str) -> Record:
     """Choose the record where a method does best on *validation* images.
 
     One criterion for the whole run: the smallest Avg Gap to retraining if any method has one anywhere in it, else
     (nothing was retrained) the largest retain minus forget score. A point without the value, e.g. because training
-    diverged there, is the worst. Ties (but for rounding) go to the smaller kappa, then the smaller topK.
+    diverged there, is the worst. Ties (but for rounding) go to the smaller kappa, then the smaller top_k.
     """
     run = list(records)
     gapped = by_gap(run)
 
-    def lost(record: dict) -> float:
+    def lost(record: Record) -> float:
         values = record["validation"][method]
         gap, forget, retain = (values.get(name) for name in ("avg_gap", "forget_score", "retain_score"))
         if gapped:
@@ -94,8 +94,8 @@ def best_points(records: Run) -> list[Best]:
     found = []
     for name in names:
         record = choose(records, name)
-        axes = record["axes"][name]
-        top_k, kappa = (record[key] if axis in axes else None for key, axis in (("top_k", "topK"), ("kappa", "kappa")))
+        axes = axes_of(record, name)
+        top_k, kappa = (record[axis] if axis in axes else None for axis in ("top_k", "kappa"))
         found.append(Best(name, record["labels"][name], top_k, kappa, record["methods"][name], record))
     return found
 
@@ -192,7 +192,7 @@ def shown(found: Estimate | None) -> str:
     return f"{found.value:.4g} [{found.low:.3g}, {found.high:.3g}]"
 
 
-def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, dict]:
+def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, Metric]:
     """Return what the records say of their metrics: all of them, or those that are shown first."""
     found = {name: about for run in runs for name, about in run[0]["metrics"].items()}
     return {name: about for name, about in found.items() if every or about["first"]}
@@ -215,7 +215,7 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
     head = [f"{name} [{about['unit']}, {ARROWS[about['better']]}]" for name, about in metrics.items()]
     bold = {name: leaders(found, name, about["better"]) for name, about in metrics.items()}
     judged = len(runs) == 1 and any(points[0].verdicts for points in found.values())
-    rows = [["method", "topK", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
+    rows = [["method", "top_k", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
     for method, points in found.items():
         texts = {name: shown(estimate(points, name)) for name in metrics}
         marked = [Lead(text) if method in bold[name] else text for name, text in texts.items()]
@@ -268,7 +268,7 @@ def without_records(groups: Sequence[list[Run]]) -> list[str]:
 def as_json(records: Run) -> list[dict]:
     """Return the run's table as objects: names as in the records, numbers as numbers."""
     return [
-        {"method": best.method, "label": best.label, "topK": best.top_k, "kappa": best.kappa, **best.values}
+        {"method": best.method, "label": best.label, "top_k": best.top_k, "kappa": best.kappa, **best.values}
         | {"intervals": best.record["intervals"][best.method], "verdicts": best.verdicts}
         for best in best_points(records)
     ]
@@ -277,12 +277,12 @@ def as_json(records: Run) -> list[dict]:
 # --- in words ---------------------------------------------------------------------------------------------
 
 
-def classes_of(record: dict) -> str:
+def classes_of(record: Record) -> str:
     """ "class 0", or "classes 0 and 3"."""
     return _listed([str(label) for label in labels_of(record)])
 
 
-def named_classes(record: dict) -> str:
+def named_classes(record: Record) -> str:
     """Return the same with their names: "class 0 (zero)"."""
     pairs = zip(map(str, labels_of(record)), map(visible, record["forget_names"]), strict=True)
     return _listed([label if name == label else f"{label} ({name})" for label, name in pairs])
@@ -298,8 +298,8 @@ def remarks(records: Run) -> list[str]:
     for best in best_points(records):
         for one in best.verdicts:
             said.setdefault(one["sentence"], []).append(best.label)
-    near_chance = next((record["footing"]["near_chance"] for record in records if record.get("footing")), None)
-    unfit = (one for one in records[0].get("references") or [] if not one["sane"])
+    near_chance = records[0]["footing"]["near_chance"]
+    unfit = (one for one in records[0]["references"] if not one["sane"])
     left_out = [
         f"Retrained model {one['index']}, not used to choose or to compare with: {one['why']}." for one in unfit
     ]
@@ -320,7 +320,7 @@ def is_answered(records: Run) -> bool:
     return all(map(known, [*needed, record["methods"][answer].get("weights_changed")]))
 
 
-def answer_of(records: Run) -> dict | None:
+def answer_of(records: Run) -> Record | None:
     """Return the record at the chosen point of the answer's method; None if several were not measured."""
     answer = records[0]["answer"]
     if any(answer in record["validation"] for record in records):
@@ -328,7 +328,7 @@ def answer_of(records: Run) -> dict | None:
     return records[0] if len(records) == 1 else None
 
 
-def share_changed(record: dict) -> str:
+def share_changed(record: Record) -> str:
     """Say which share of the masked layers the answer's mask switches off: "20.0 % of the layer"."""
     share = 100 * record["methods"][record["answer"]]["weights_changed"] / record["num_graph_vertices"]
     return f"{share:.1f} % of the {'masked layers' if len(record['mask_layer']) > 1 else 'layer'}"

@@ -45,9 +45,9 @@ class Stages:
         """Make the graphs (or take the given ones); returns their folder."""
         return self.graph_stage.make()
 
-    def run_gcn_training(self, topK: int) -> Path:
-        """Train the GCN (the ELBO: one for each topK), or take the given one; returns its file."""
-        return self.gcn_stage.train(topK)
+    def run_gcn_training(self, top_k: int) -> Path:
+        """Train the GCN (the ELBO: one for each top_k), or take the given one; returns its file."""
+        return self.gcn_stage.train(top_k)
 
     def take_part(self) -> bool:
         """Help the first process of torchrun's to train; False, at once, in that one and where there is just one."""
@@ -112,6 +112,6 @@ class Stages:
         """The classifier from its first masked layer on, with the images by which requests are answered."""
         return self.gcn_stage.head
 
-    def learn_importance(self, topK: int) -> torch.Tensor:
+    def learn_importance(self, top_k: int) -> torch.Tensor:
         """Compute theta [C, *graph.shape] of every class, as if it alone were to be forgotten."""
-        return self.gcn_stage.learn_importance(topK)
+        return self.gcn_stage.learn_importance(top_k)

@@ -24,7 +24,7 @@ from core.config import (
 from core.hashes import code_key, key_of, load_plugins, now, provenance, sha256_file, versions
 from core.intervals import wilson
 from core.observe import log
-from core.records import complaint, read_whole, record_path
+from core.records import Record, checked, read_whole, record_path
 from eval import Eval
 from measure.auto_kappa import Search
 from stages.chain import Stages
@@ -124,7 +124,7 @@ class Evaluation:
 
     @cached_property
     def run_inputs(self) -> dict:
-        """Name all that the values of every point of this run depend on; a point adds topK, kappa and its GCN.
+        """Name all that the values of every point of this run depend on; a point adds top_k, kappa and its GCN.
 
         What is given by path counts by its contents, and so does that it is given: a run that trained a network itself
         and one that was handed it are two runs.
@@ -142,22 +142,22 @@ class Evaluation:
             "code": code_key("stages.evaluation"),
             "versions": versions(),
         }
-        # The ELBO trains a network for each topK: one run has several, and what they are made from is in `inputs`.
+        # The ELBO trains a network for each top_k: one run has several, and what they are made from is in `inputs`.
         if config.gcn_path or self.stages.objective is not Objectives.elbo:
             inputs["network"] = sha256_file(self.stages.run_gcn_training(config.topK_list[0]))
         return inputs
 
-    def measure(self, topK: int, kappa: int, auto: Search | None = None) -> dict:
+    def measure(self, top_k: int, kappa: int, auto: Search | None = None) -> Record:
         """Measure every method at one point; write and return its record (or return the one that is there).
 
         Args:
             auto: the search that chose kappa; its outcome goes into the record and the masks.
         """
-        gcn_path = self.stages.run_gcn_training(topK)
+        gcn_path = self.stages.run_gcn_training(top_k)
         config = self.config
         below_top = [place - self.setup.depth for place in self.setup.layers]
         chosen = auto.facts(config.auto) if auto else None
-        point = {"top_k": topK, "kappa": kappa, "gcn": sha256_file(gcn_path), "chosen": chosen}
+        point = {"top_k": top_k, "kappa": kappa, "gcn": sha256_file(gcn_path), "chosen": chosen}
         record = {
             "schema": SCHEMA,
             "id": key_of(self.run_inputs | point)[:12],
@@ -171,18 +171,18 @@ class Evaluation:
             "mask_layer": below_top,
             "num_graph_vertices": self.setup.graph.num_vertices,
             "num_graph_edges": self.setup.graph.num_edges,
-            "top_k": topK,
+            "top_k": top_k,
             "kappa": kappa,
             "auto": chosen,
             "seed": config.seed,
             "classifier_path": self._relative(self.stages.classifier_path),
             "gcn_path": self._relative(gcn_path),
-            "config": plain(written(replace(config, output_dir=Path(), topK_list=(topK,), kappa_list=(kappa,)))),
+            "config": plain(written(replace(config, output_dir=Path(), topK_list=(top_k,), kappa_list=(kappa,)))),
         }
         path = record_path(config.output_dir, record)
         if found := read_whole(config.output_dir, path):
             return found
-        log(f"evaluation: topK {topK}, kappa {kappa}")
+        log(f"evaluation: top_k {top_k}, kappa {kappa}")
         return self._measure(record, path)
 
     @cached_property
@@ -203,7 +203,7 @@ class Evaluation:
             "code": code_key("stages.evaluation"),
         }
 
-    def _measure(self, record: dict, path: Path) -> dict:
+    def _measure(self, record: dict, path: Path) -> Record:
         """Fill a record, write its masks and, last, the record itself."""
         begun, standing = time.perf_counter(), self.footing
         measured, masks = self.eval.eval(record["top_k"], record["kappa"])
@@ -215,10 +215,9 @@ class Evaluation:
         places = {"mask_path": paths[measured["answer"]], "mask_paths": paths}
         places |= {"mask_sha256": {name: sha256_file(file) for name, file in files.items()}}
         record |= {**places, "provenance": provenance() | run, **measured, **self.stages.data.image_facts, **standing}
-        if wrong := complaint(record):
-            raise RuntimeError(f"this record does not fit core/records.py: {wrong}")
+        whole = checked(record)
         write_json(path, record)
-        return record
+        return whole
 
     @cached_property
     def footing(self) -> dict:

@@ -1,4 +1,4 @@
-"""The third stage: train the graph network on the graphs, for requests or (the ELBO) once for each topK."""
+"""The third stage: train the graph network on the graphs, for requests or (the ELBO) once for each top_k."""
 
 import time
 from dataclasses import replace
@@ -53,30 +53,30 @@ class GCNStage:
         given = setup.config.gcn_path
         self.objective = given_objective(given) if given else setup.config.gcn.objective
 
-    def train(self, topK: int) -> Path:
-        """Train the GCN (the ELBO: one for each topK), or take the given one; returns its file."""
+    def train(self, top_k: int) -> Path:
+        """Train the GCN (the ELBO: one for each top_k), or take the given one; returns its file."""
         if self.setup.config.gcn_path:
             return self.setup.config.gcn_path
         elbo = self.objective is Objectives.elbo
-        return self._train_elbo(topK) if elbo else self._train_unlearner()
+        return self._train_elbo(top_k) if elbo else self._train_unlearner()
 
-    def _train_elbo(self, topK: int) -> Path:
+    def _train_elbo(self, top_k: int) -> Path:
         setup, config = self.setup, self.setup.config.gcn
         inputs = setup.common | self.graphs.source
-        inputs |= {"gcn": plain(config), "topK": topK, "code": code_key("stages.gcn")}
+        inputs |= {"gcn": plain(config), "top_k": top_k, "code": code_key("stages.gcn")}
 
         def make(folder: Path) -> dict:
             seed_weights(setup.config.seed, "gcn", "weights")
             shape = (config.num_message_passing_rounds, config.hidden_dim, config.aggregation)
             gcn = MaskingGCN(len(FEATURES), *shape, config.activation, config.residual)
             model, graphs, layers = self.classifier.model, self.graphs.dataset, setup.config.mask_layer
-            objective = Elbo(gcn, model, graphs, layers, topK, config, setup.config.seed, setup.device)
-            facts = GCNTrainer(objective, setup.tracker(f"gcn_top-{topK}")).train(folder)
-            gcn.save(folder / GCN_FILE, facts | {"topK": topK, "objective": "elbo", "config": plain(config)})
+            objective = Elbo(gcn, model, graphs, layers, top_k, config, setup.config.seed, setup.device)
+            facts = GCNTrainer(objective, setup.tracker(f"gcn_top-{top_k}")).train(folder)
+            gcn.save(folder / GCN_FILE, facts | {"topK": top_k, "objective": "elbo", "config": plain(config)})
             return facts
 
-        label = f"{setup.label}_top-{topK}"
-        return setup.keep(f"gcn_top-{topK}", "checkpoints/gcn", label, inputs, make) / GCN_FILE
+        label = f"{setup.label}_top-{top_k}"
+        return setup.keep(f"gcn_top-{top_k}", "checkpoints/gcn", label, inputs, make) / GCN_FILE
 
     def _train_unlearner(self) -> Path:
         setup, config, teachers = self.setup, self.setup.config.gcn, self._teachers
@@ -139,16 +139,16 @@ class GCNStage:
         unlearner.gcn.to(self.setup.device).eval()
         return unlearner
 
-    def learn_importance(self, topK: int) -> torch.Tensor:
+    def learn_importance(self, top_k: int) -> torch.Tensor:
         """Compute theta [C, *graph.shape] of every class, as if it alone were to be forgotten."""
         classes = range(self.setup.data.num_classes)
         if self.unlearner:
             with torch.no_grad():
-                thetas = [self.unlearner.theta(self.head, Request((label,), topK)) for label in classes]
+                thetas = [self.unlearner.theta(self.head, Request((label,), top_k)) for label in classes]
             return torch.stack(thetas).cpu()
-        gcn, facts = MaskingGCN.load(self.train(topK))
-        if facts.get("topK", topK) != topK:
-            log(f"GCN: {self.setup.config.gcn_path} was trained for topK {facts['topK']}, it is used for {topK}")
+        gcn, facts = MaskingGCN.load(self.train(top_k))
+        if facts.get("topK", top_k) != top_k:
+            log(f"GCN: {self.setup.config.gcn_path} was trained for top_k {facts['topK']}, it is used for {top_k}")
         gcn.to(self.setup.device).eval()
 
         def theta(label: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """How the tests are run: on one thread a process, and whole folders of them in several processes."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,20 @@ import pytest
 from main import set_library_defaults
 from training.processes import reuse_freed_memory
 
+HERE = Path(__file__).parent
+if sys.dont_write_bytecode:
+    # Containers often ask for no bytecode beside the sources. Then each of the hundred processes that tests start would
+    # compile torch anew, which takes seconds: here it is compiled once, into a folder that git ignores.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(HERE.parent / ".pytest_cache" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Before any test file imports torch. Small matrices lose by threads, sums in another order are others, and what a test
 # starts inherits it.
 set_library_defaults()
 os.environ["OMP_NUM_THREADS"] = "1"
 reuse_freed_memory()  # as every command does
 
-HERE = Path(__file__).parent
 MOST_PROCESSES = 4  # each holds torch, and compares small models: more of them cost memory
 # Files that take longest, longest first: begun last, one of them would keep a process busy while the others idle.
 DEAREST = (

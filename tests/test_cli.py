@@ -430,7 +430,7 @@ SENTENCES = {
     "config without file": ("run --config", "--config names no file"),
     "forget class": ("--forget-class 10", "DIGITS has classes 0 to 9"),
     "kappa": ("--kappa-list 8193", "choose from 1 to 8192"),
-    "topK": ("--topK-list 8193", "choose from 1 to 8192"),
+    "top_k": ("--topK-list 8193", "choose from 1 to 8192"),
     "mask layer": ("--mask-layer 7", "choose from -3 to 2"),
     "forget name": ("--forget-class thre", "no class of DIGITS: did you mean 'three'?"),
     "tree missing": ("--vision-dataset FOLDER --dataset-path {material}/none", "there is no folder"),

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from core.choices import FeatureSets, OpenChoice, SupportedDatasets, SupportedVisionModels
 from core.config import EvalConfig, ReporterConfig
+from images.specs import SPECS
 from measure.metrics import METRICS, Evidence, metric
+from model import VISION_MODELS
 from pipeline import Pipeline
 from tests.helpers.common import tiny
 from tests.helpers.records import page_data
+from unlearn.features import FEATURES
 from unlearn.methods import METHODS
 from unlearn.registry import Context, Edit, Point, method
 
@@ -53,5 +57,16 @@ def test_they_are_in_json_tables_figures_and_page(unheard_of, tmp_path):
     (data,) = page_data(page)
     titles = {panel["title"]: panel for panel in data["figures"]["other_metrics_over_kappa"]}
     lines = {one["label"]: one["y"] for one in titles["oddity [furlongs], lower is better"]["series"]}
-    assert lines == {"MIMU (ours), topK 300": [18, 18], "a stranger": [18, 18], "untouched": [18]}
+    assert lines == {"MIMU (ours), top_k 300": [18, 18], "a stranger": [18, 18], "untouched": [18]}
     assert len(records) == 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "registry"),
+    [(SupportedDatasets, SPECS), (SupportedVisionModels, VISION_MODELS), (FeatureSets, FEATURES)],
+)
+def test_help_lists_what_the_source_registers(choice: type[OpenChoice], registry: dict):
+    """The names are read from the text of the file that registers them, which is not imported for it."""
+    assert choice.built_in == tuple(registry)
+    assert [getattr(choice, name) for name in registry] == list(choice) == list(registry)
+    assert not hasattr(choice, "nothing")

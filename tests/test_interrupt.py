@@ -223,7 +223,7 @@ def test_interrupted_run_goes_on(folder, config, reference, tmp_path):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may ignore it
         )
     try:
-        wait_for("GCN, topK 300: ", log, process)
+        wait_for("GCN, top_k 300: ", log, process)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
     finally:
@@ -233,7 +233,7 @@ def test_interrupted_run_goes_on(folder, config, reference, tmp_path):
     *lines, last = text.removesuffix("\n").split("\n")
     assert "\r" not in text
     assert [line for line in lines if not LOG_LINE.match(line)] == []
-    assert re.search(r"GCN, topK 300: \d+/20000, [\d.]+/s, \d+ s left", text)
+    assert re.search(r"GCN, top_k 300: \d+/20000, [\d.]+/s, \d+ s left", text)
     assert last == "interrupted: finished stages are kept, the next run goes on from there"
     assert leftovers(out) == []
     before = made(out)

@@ -122,7 +122,7 @@ def test_rank_one_features_are_those_of_per_sample_autograd(setting, tmp_path):
 
 def test_evidence_takes_the_images_that_are_asked_for(setting):
     model, data = setting
-    context = Context(model, data, PipelineConfig(forget_class=3), torch.device("cpu"), lambda topK: torch.zeros(1))
+    context = Context(model, data, PipelineConfig(forget_class=3), torch.device("cpu"), lambda top_k: torch.zeros(1))
     e = Eval(context).reference("test")
     images, labels = e.images("val", False)
     assert sorted(set(labels.tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
@@ -136,7 +136,7 @@ def test_evidence_takes_the_images_that_are_asked_for(setting):
 
 def test_prefix_cache_is_the_full_forward_pass(setting):
     model, data = setting
-    context = Context(model, data, PipelineConfig(forget_class=3), torch.device("cpu"), lambda topK: torch.zeros(1))
+    context = Context(model, data, PipelineConfig(forget_class=3), torch.device("cpu"), lambda top_k: torch.zeros(1))
     evaluation = Eval(context)
     m, n = model.target(-2).weight.shape
     with masked(model.target(-2).weight, random_mask(layer_graph(m, n), m * n // 3, torch.Generator().manual_seed(0))):

@@ -28,6 +28,7 @@ from core.config import (
     UserError,
     derive_seed,
 )
+from core.records import Record
 from data import GraphGenerator
 from eval import Eval
 from model import save_classifier, vision_model_loader
@@ -73,7 +74,7 @@ MAKERS = ((VisionModelTrainer, "train"), (GraphGenerator, "generate"), (GCNTrain
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[PipelineConfig, list[dict]]:
+def whole(tmp_path_factory) -> tuple[PipelineConfig, list[Record]]:
     """One run of four points; tests only read it."""
     config = tiny(tmp_path_factory.mktemp("whole"))
     return config, Pipeline(config).run()

@@ -1,11 +1,13 @@
 """Reports from hand-made records: what is chosen, what is written, and that nothing is drawn twice."""
 
 import copy
+import io
 import itertools
 import math
 from dataclasses import replace
 from typing import Any
 
+import matplotlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,10 +19,12 @@ from core.records import read_records, record_path
 from reporter import Reporter
 from reporting.compare import compared, find_side, in_words, side
 from reporting.curves import training
-from reporting.draw import COLUMN, draw
-from reporting.families import families, family_key, runs_of, told_apart
+from reporting.draw import COLUMN, METADATA, SETTINGS, draw, save
+from reporting.families import Run, families, family_key, runs_of, told_apart
 from reporting.panels import (
     MOST_BARS,
+    Panel,
+    Series,
     class_probability,
     confusion_difference,
     figures_of,
@@ -60,7 +64,7 @@ def records() -> list[dict]:
     return [
         record(5, 100, validation=(50, 80), test=(0, 99)),  # the best on test images, which must not matter
         record(5, 200, validation=(10, 79), test=(12, 78)),
-        record(9, 200, validation=(10, 79), test=(20, 70)),  # a tie: the smaller topK wins
+        record(9, 200, validation=(10, 79), test=(20, 70)),  # a tie: the smaller top_k wins
     ]
 
 
@@ -104,7 +108,7 @@ def test_the_answers_mask_is_that_of_its_chosen_point(records):
 
 def test_table_and_headline_by_hand(records):
     rows = marked(table(records))
-    assert rows[0][:4] == ["method", "topK", "kappa", "forget_loss [nats, ↑]"]
+    assert rows[0][:4] == ["method", "top_k", "kappa", "forget_loss [nats, ↑]"]
     assert "unheard_of [furlongs, ↓]" in rows[0]
     assert rows[1] == ["MIMU", "5", "200", "**1**", "**2**", "**0.12**", "**12**", "**78**", "**1.5**", "200", "0.500"]
     assert rows[2][3:6] == ["1", "2", "0.9"]  # the untouched classifier is a reference, never the best
@@ -159,7 +163,7 @@ def test_a_method_that_diverged_has_a_row_without_figures_and_no_place_in_figure
     assert choose([half, records[1]], "mimu") is records[1]  # a point that diverged is chosen last
 
 
-def family() -> list[list[dict]]:
+def family() -> list[Run]:
     """Three seeds, two points each; forget scores of the chosen point 10, 12, 14."""
     return runs_of(
         record(5, kappa, (kappa / 20, 79), (score, 78), seed=seed, run=f"run-{seed}")
@@ -366,14 +370,14 @@ def test_curves_by_hand(records):
     panel = over([records], "unheard_of", "kappa")
     drawn = {(one.label, one.kind): (one.x, one.y) for one in panel.series}
     assert drawn == {
-        ("MIMU, topK 5", "line"): ([100, 200], [0, 1.5]),
-        ("MIMU, topK 9", "line"): ([200], [2.5]),
+        ("MIMU, top_k 5", "line"): ([100, 200], [0, 1.5]),
+        ("MIMU, top_k 9", "line"): ([200], [2.5]),
         ("untouched", "level"): ([0], [11.25]),
         ("a novel method", "line"): ([100, 200], [5, 5]),
     }
-    (line,) = [one for one in over([records], "unheard_of", "topK").series if one.kind == "line"]
+    (line,) = [one for one in over([records], "unheard_of", "top_k").series if one.kind == "line"]
     assert (line.label, line.x, line.y) == ("MIMU, kappa 200", [5, 9], [1.5, 2.5])
-    assert {"unheard_of_over_kappa", "unheard_of_over_topK", "trade_off"} <= set(figures_of([records]))
+    assert {"unheard_of_over_kappa", "unheard_of_over_top_k", "trade_off"} <= set(figures_of([records]))
 
 
 def test_bands_span_the_runs():
@@ -389,7 +393,9 @@ def test_bands_span_the_runs():
 def test_trade_off_has_front_and_star(records):
     for one in records:
         one["labels"]["retrain"], one["axes"]["retrain"] = "retrained", []
-        one["verdicts"]["retrain"], one["intervals"]["retrain"], one["confusion"]["retrain"] = [], {}, None
+        one["verdicts"]["retrain"], one["intervals"]["retrain"] = [], {}
+        for field in ("confusion", "class_score", "taken_for"):
+            one[field]["retrain"] = None
         one["methods"]["retrain"] = one["validation"]["retrain"] = values(0, 95, 50)
     (panel,) = figures_of([records])["trade_off"]
     kinds = {one.label: one for one in panel.series}
@@ -481,7 +487,33 @@ def test_labels_are_drawn_as_they_are(records):
         figure.draw_without_rendering()
         named = {text.get_text().strip() for legend in figure.legends for text in legend.get_texts()}
         if name == "retain_score_over_kappa":
-            assert named == {r"\$a_\$, topK 5", r"\$a_\$, topK 9", "_hidden", r"cost \$5\x1b"}
+            assert named == {r"\$a_\$, top_k 5", r"\$a_\$, top_k 9", "_hidden", r"cost \$5\x1b"}
+
+
+@pytest.mark.parametrize("names", [["0", "1", "12"], ["MIMU (ours)", "untouched"], ["boundary shrink"] * 5])
+def test_names_below_bars_lie_over_nothing(names):
+    """Short ones are written across, longer ones upwards: beside each other either way."""
+    places = list(range(len(names)))
+    figure = draw(
+        [Panel("a", "method", "b", [Series("c", [*map(float, places)], [1.0] * len(names), "bars")], ticks=names)]
+    )
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert all(one.x1 <= other.x0 for one, other in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_a_file_is_what_matplotlib_itself_writes(records, kind, tmp_path):
+    """Bit for bit, though each format is drawn once and not twice; heat maps, legends and logarithmic axes included."""
+    every = figures_of([records])
+    for name in ("trade_off", "mask_map", "weight_histogram"):
+        save(every[name], tmp_path, name, ReporterConfig(formats=(kind,), dpi=50))
+        with matplotlib.rc_context(SETTINGS):
+            figure, expected = draw(every[name]), io.BytesIO()
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            figure.savefig(expected, format=kind, dpi=50, metadata=METADATA[kind])
+        assert (tmp_path / f"{name}.{kind}").read_bytes() == expected.getvalue()
 
 
 def test_levels_are_told_apart_in_grey(records):
@@ -576,7 +608,7 @@ def test_no_records_says_what_to_run(tmp_path):
 # --- runs against each other ------------------------------------------------------------------------------
 
 
-def three(run: str, scores: tuple[float, ...], retain: float = 78) -> list[list[dict]]:
+def three(run: str, scores: tuple[float, ...], retain: float = 78) -> list[Run]:
     return runs_of(record(5, 100, (5, 79), (s, retain), seed=i, run=f"{run}{i}") for i, s in enumerate(scores))
 
 

@@ -226,16 +226,16 @@ def top_mask(score: Tensor, kappa: int, graph: WeightGraph) -> Mask:
     return Mask(~hard_topk(score, kappa).cpu(), graph)
 
 
-def set_difference_mask(importance: Tensor, forget_class: int | Sequence[int], topK: int, graph: WeightGraph) -> Mask:
+def set_difference_mask(importance: Tensor, forget_class: int | Sequence[int], top_k: int, graph: WeightGraph) -> Mask:
     """Switch off what is in the top-K mask of a class to forget and in no retained class's.
 
     Args:
         importance: [C, *graph.shape].
 
     Returns:
-        A mask that switches off at most topK weights for each class, possibly none.
+        A mask that switches off at most top_k weights for each class, possibly none.
     """
-    chosen = torch.stack([hard_topk(scores, topK) for scores in importance])
+    chosen = torch.stack([hard_topk(scores, top_k) for scores in importance])
     forget, retain = _sides(chosen, forget_class)
     return Mask(~(forget.any(0) & ~retain.any(0)), graph)
 

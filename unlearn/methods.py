@@ -23,19 +23,19 @@ TAYLOR_LAMBDAS = (0.0, 1.0, 3.0, 9.0)  # what `taylor_mask` chooses from, on val
 def mimu_score(context: Context, point: Point) -> Tensor:
     """What `mimu` ranks, largest switched off first. [*graph.shape]."""
     if context.strategy is not MaskStrategies.direct:
-        return feasibility_score(context.importance(point.topK), context.config.forget_labels)
+        return feasibility_score(context.importance(point.top_k), context.config.forget_labels)
     if context.unlearner is None:
         raise UserError("eval.mask_strategy is direct, but the GCN was trained for the ELBO: choose feasibility")
     with torch.no_grad():
         return context.unlearner.theta(context.known_head, context.request(point.kappa))
 
 
-@mask_method("mimu", "MIMU (ours)", axes=("topK", "kappa"), learned=True)
+@mask_method("mimu", "MIMU (ours)", axes=("top_k", "kappa"), learned=True)
 def mimu(context: Context, point: Point) -> Mask:
     """Switch off the weights that the graph network finds the forgotten classes depend on."""
     if context.strategy is MaskStrategies.set_difference:
         classes = context.config.forget_labels
-        return set_difference_mask(context.importance(point.topK), classes, point.topK, context.graph)
+        return set_difference_mask(context.importance(point.top_k), classes, point.top_k, context.graph)
     return top_mask(mimu_score(context, point), point.kappa, context.graph)
 
 
@@ -53,7 +53,7 @@ def _start(context: Context, point: Point) -> Tensor:
     return (score if direct else centred_rank(score)).to(context.device)  # q has tails that drown the rest
 
 
-@mask_method("mimu_refined", "MIMU refined (ours)", axes=("topK", "kappa", "seed"), learned=True)
+@mask_method("mimu_refined", "MIMU refined (ours)", axes=("top_k", "kappa", "seed"), learned=True)
 def mimu_refined(context: Context, point: Point) -> Mask:
     """The same, improved by a few steps of descent on theta for this request alone."""
     request, config = context.request(point.kappa), context.config.refine

@@ -75,11 +75,11 @@ class Elbo(Objective):
         gcn: trained in place; reads the columns `data.FEATURES`.
         model: the classifier, left as it is.
         graphs: of the classifier's layers `mask_layer`.
-        topK: how many weights a mask keeps.
+        top_k: how many weights a mask keeps.
         config, seed, device: as `Objective`.
 
     Raises:
-        UserError: topK is not in 1..N.
+        UserError: top_k is not in 1..N.
     """
 
     seeds, terms, unit, remedy = "gcn", ("loss", "nll", "kl"), "samples", "gcn.lr or gcn.beta"
@@ -90,15 +90,15 @@ class Elbo(Objective):
         model: HookedModel,
         graphs: GraphDataset,
         mask_layer: MaskLayer,
-        topK: int,
+        top_k: int,
         config: GCNConfig,
         seed: int,
         device: torch.device,
     ):
-        check_budget(topK, graphs.graph.num_vertices, "topK")
+        check_budget(top_k, graphs.graph.num_vertices, "top_k")
         super().__init__(gcn, config, seed, device)
-        self.model, self.graphs, self.mask_layer, self.topK = model, graphs, mask_layer, topK
-        self.label, self.weight, self.batches = f"GCN, topK {topK}", graphs.weight.to(device), self._batches()
+        self.model, self.graphs, self.mask_layer, self.top_k = model, graphs, mask_layer, top_k
+        self.label, self.weight, self.batches = f"GCN, top_k {top_k}", graphs.weight.to(device), self._batches()
 
     def _batches(self) -> Iterator[Tensor]:
         """Yield indices of graphs [B] without end, epoch after epoch in new random orders."""
@@ -114,7 +114,7 @@ class Elbo(Objective):
         """
         vectors, graph = self.graphs.vectors(indices).to(self.device), self.graphs.graph
         theta = self.gcn(self.graphs.features(indices).to(self.device), graph)
-        degrees = SAMPLERS[self.config.sampler](theta.flatten(1), self.topK, temperature, self.noise).view_as(theta)
+        degrees = SAMPLERS[self.config.sampler](theta.flatten(1), self.top_k, temperature, self.noise).view_as(theta)
         with inspecting(self.model):  # no parameter of the classifier enters the autograd graph or collects a gradient
             logits = self.model.head(vectors.h[0], self.mask_layer, graph.split(self.weight * degrees))
         nll = functional.cross_entropy(logits, self.graphs.labels[indices].to(self.device))
@@ -132,7 +132,8 @@ class Elbo(Objective):
         """Say so where the masked classifier only guesses."""
         if means["nll"] <= DEAD_SHARE * math.log(self.model.target(-1).out_features):
             return []
-        return [f"GCN: masks of topK {self.topK} leave nothing that predicts; try gcn.sampler gumbel or a larger topK"]
+        found = f"GCN: masks of top_k {self.top_k} leave nothing that predicts"
+        return [f"{found}; try gcn.sampler gumbel or a larger top_k"]
 
 
 # --- requests to forget -----------------------------------------------------------------------------------

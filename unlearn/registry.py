@@ -36,7 +36,7 @@ class NotApplicable(Exception):
 class Point:
     """One point of the sweep."""
 
-    topK: int
+    top_k: int
     kappa: int
     seed: int
 
@@ -106,7 +106,7 @@ class Context:
     """What every method may read.
 
     Args:
-        learn_importance: topK -> theta [C, *graph.shape], one logit per weight, for the strategies that weigh all
+        learn_importance: top_k -> theta [C, *graph.shape], one logit per weight, for the strategies that weigh all
             classes.
         head: the classifier from its first target layer on, with what a request is answered from. unlearner: the graph
             network that answers a request in a few passes; None: the GCN learned the ELBO.
@@ -149,9 +149,9 @@ class Context:
         """Layout of the target layers' weights."""
         return self.model.weight_graph(self.config.mask_layer)
 
-    def learning_seconds(self, topK: int) -> float | None:
+    def learning_seconds(self, top_k: int) -> float | None:
         """Seconds that training the graph network took, once for all requests; None: unknown, its file was given."""
-        return self.stage_seconds.get(f"gcn_top-{topK}" if self.unlearner is None else "gcn")
+        return self.stage_seconds.get(f"gcn_top-{top_k}" if self.unlearner is None else "gcn")
 
     @property
     def strategy(self) -> MaskStrategies:
@@ -174,23 +174,23 @@ class Context:
         assert self.head is not None, "this method needs Context.head"
         return self.head
 
-    def theta(self, topK: int) -> Tensor:
-        """theta [C, *graph.shape], computed once per topK."""
-        return self.shared.once(("theta", topK), lambda: self.learn_importance(topK)).value
+    def theta(self, top_k: int) -> Tensor:
+        """theta [C, *graph.shape], computed once per top_k."""
+        return self.shared.once(("theta", top_k), lambda: self.learn_importance(top_k)).value
 
-    def importance(self, topK: int) -> Tensor:
+    def importance(self, top_k: int) -> Tensor:
         """Graded importance [C, *graph.shape] as configured: theta, or the mask prior q = softmax(theta)."""
-        theta = self.theta(topK)
+        theta = self.theta(top_k)
         if self.config.eval.importance.value == "theta":
             return theta
         return theta.flatten(1).softmax(1).view_as(theta)
 
-    def class_theta(self, topK: int) -> Tensor:
+    def class_theta(self, top_k: int) -> Tensor:
         """What the GCN holds to be the forgotten classes' own weights. [*graph.shape]."""
         if self.unlearner is not None:
             with torch.no_grad():
-                return self.unlearner.theta(self.known_head, self.request(topK))
-        return self.theta(topK)[list(self.config.forget_labels)].amax(0)
+                return self.unlearner.theta(self.known_head, self.request(top_k))
+        return self.theta(top_k)[list(self.config.forget_labels)].amax(0)
 
     def images(self, split: str, is_forget_set: bool) -> DataLoader:
         """The forget or the retain set of a split, in the evaluation's batch size."""
@@ -265,9 +265,9 @@ class Method:
         return " ".join((self._written.__doc__ or "").split())
 
     def axes_in(self, context: Context) -> tuple[str, ...]:
-        """Its axes in a run: with masks by `direct`, nothing depends on topK."""
+        """Its axes in a run: with masks by `direct`, nothing depends on top_k."""
         direct = context.strategy is MaskStrategies.direct
-        return tuple(axis for axis in self.axes if not (direct and axis == "topK"))
+        return tuple(axis for axis in self.axes if not (direct and axis == "top_k"))
 
     def key(self, context: Context, point: Point) -> tuple:
         """What tells one result of this method from another."""
@@ -289,7 +289,7 @@ class Method:
             timed = context.shared.timed(lambda: self._edited(context, point, settings, stack))
             edit = timed.value
             seconds = timed.seconds if edit.seconds is None else edit.seconds
-            offline = context.learning_seconds(point.topK) if self.learned else edit.seconds_offline
+            offline = context.learning_seconds(point.top_k) if self.learned else edit.seconds_offline
             yield replace(edit, seconds=seconds, seconds_offline=offline)
 
     def _edited(self, context: Context, point: Point, settings: Settings, stack: ExitStack) -> Edit:

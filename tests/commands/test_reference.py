@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,28 +23,27 @@ from commands.docs import (
 from core.artifacts import SCHEMA, read_json
 from core.config import UserError
 from measure.metrics import METRICS
+from tests.helpers.records import whole
 from unlearn.masks import Mask
 from unlearn.methods import METHODS
 from unlearn.registry import Context, Point
 
-RECORD = {
-    "schema": SCHEMA,
-    "model": "M",
-    "dataset": "D",
-    "forget_class": [1, 4],
-    "mask_layer": [-2],
-    "top_k": 5,
-    "kappa": 64,
-    "seed": 3,
-    "provenance": {"commit": "abc"},
-    "methods": {
-        "taylor_mask": {"forget_score": 1.23456, "retain_score": 88.0, "avg_gap": None, "weights_changed": 64},
-        "default": {"forget_score": 90.0},
-    },
-    "settings": {"taylor_mask": {"lr": 0.1}},
-    "verdicts": {"taylor_mask": [{"key": "fine", "sentence": "nothing found"}]},
-    "confusion": {"much": [[1, 2]]},
-}
+WHOLE = whole(64)
+OTHERS = {"mimu": "taylor_mask", "novel": "sft"}  # names of methods that are registered
+
+
+def renamed(value: Any) -> Any:
+    """A part of a record with registered methods instead of the helper's."""
+    return {OTHERS.get(key, key): item for key, item in value.items()} if isinstance(value, dict) else value
+
+
+SCORES = {"forget_score": 1.23456, "retain_score": 88.0, "avg_gap": None, "weights_changed": 64, "seconds": 0.5}
+RECORD: dict[str, Any] = {field: renamed(value) for field, value in WHOLE.items()}
+RECORD |= {"forget_class": [1, 2], "forget_names": ["1", "2"], "seed": 3, "answer": "taylor_mask"}
+RECORD["methods"] = RECORD["methods"] | {"taylor_mask": SCORES}
+RECORD["settings"] = RECORD["settings"] | {"taylor_mask": {"lr": 0.1}}
+RECORD["verdicts"] = RECORD["verdicts"] | {"taylor_mask": [{"key": "fine", "sentence": "nothing found"}]}
+RECORD["provenance"] = RECORD["provenance"] | {"commit": "abc"}
 
 
 def written(folder: Path, record: object) -> Path:
@@ -86,10 +86,10 @@ def test_sections_by_hand(tmp_path):
         "- depends on: kappa\n"
         "- settings: lr = 0.1, steps = 3; lr = 1 (the first is the default)\n"
         "- example: forget_score 1.235, retain_score 88, avg_gap -, weights_changed 64, edit_bytes -, "
-        "seconds -; with lr = 0.1\n"
+        "seconds 0.5; with lr = 0.1\n"
         "- verdict: fine (nothing found)\n"
     )
-    assert "example" not in method_section(METHODS["sft"], example)
+    assert "example" not in method_section(METHODS["random"], example)
     assert metric_section(METRICS["forget_score"], example) == (
         "## `forget_score` [%]\n\n"
         "Accuracy on T's images of the forgotten classes (FA-test), the share with argmax_c p_c = y.\n\n"
@@ -109,15 +109,9 @@ def test_an_example_is_kept_and_used_again(tmp_path):
     kept = read_json(folder / EXAMPLE)
     assert "confusion" not in kept
     assert kept["commit"] == "abc"
-    assert "forgotten class 1, 4, kappa 64, seed 3" in first["methods.md"]
+    assert "forgotten class 1, 2, kappa 64, seed 3" in first["methods.md"]
     (folder / "methods.md").unlink()
     assert {path.name: path.read_text() for path in write_docs(None, folder)} == first
-
-
-def test_old_records_without_verdicts_serve_as_examples(tmp_path):
-    old = {key: value for key, value in RECORD.items() if key != "verdicts"}
-    example = extract(written(tmp_path, old))
-    assert "verdict" not in method_section(METHODS["taylor_mask"], example)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +127,7 @@ def test_old_records_without_verdicts_serve_as_examples(tmp_path):
         (json.dumps(RECORD | {"verdicts": 3}), f"is no {SCHEMA} record"),
         (json.dumps(RECORD | {"verdicts": {"sft": ["fine"]}}), f"is no {SCHEMA} record"),
         (json.dumps(RECORD | {"settings": {"sft": 3}}), f"is no {SCHEMA} record"),
+        (json.dumps({key: value for key, value in RECORD.items() if key != "verdicts"}), "has no verdicts"),
         (json.dumps(RECORD | {"provenance": None}), f"is no {SCHEMA} record"),
     ],
 )

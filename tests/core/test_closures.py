@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from core import hashes
+from core.choices import OpenChoice
 from core.config import PROJECT_ROOT
 
 STAGES = ("stages.classifier", "stages.graphs", "stages.gcn", "stages.evaluation")
@@ -32,8 +33,9 @@ def told(place: Path, code: str) -> list[str]:
 
 
 def write(place: Path, files: dict[str, str]) -> Path:
-    """A project of its own: the files that `core.hashes` needs, and these."""
-    for name in hashes.closure("core.hashes"):
+    """A project of its own: the files that `core.hashes` imports, those that it reads names from, and these."""
+    read = [f"{kind.registered_in.replace('.', '/')}.py" for kind in OpenChoice.__subclasses__()]
+    for name in (*hashes.closure("core.hashes"), *read):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT_ROOT / name, place / name)
     for name, text in files.items():

@@ -24,6 +24,11 @@ def values(forget: float, retain: float, changed: int) -> dict:
     return rest | scores | {"seconds": 0.5, "weights_changed": changed}
 
 
+def about(unit: str, better: str) -> dict:
+    """What a record says of a metric."""
+    return {"unit": unit, "better": better, "target": "", "definition": "By hand.", "first": True}
+
+
 def confusion(forget: int, classes: int) -> list[list[int]]:
     """Ten images of each class, all recognised but those of class 1, of which `forget` are: the rest become class 2."""
     rows = [[10 * (i == j) for j in range(classes)] for i in range(classes)]
@@ -35,9 +40,11 @@ def record(
     top_k: int, kappa: int, validation: tuple, test: tuple, classes: int = 3, seed: int = 0, run: str = "abc"
 ) -> dict[str, Any]:
     others = {"default": values(90, 80, 0), "novel": values(40, 60, 9)}
+    name, methods = f"{top_k}-{kappa}" + (f"-{seed}" if seed else ""), ("mimu", "default", "novel")
+    mask = f"eval/metrics_and_plots/masks/p/{name}_mimu.safetensors"
     return {
         "schema": SCHEMA,
-        "id": f"{top_k}-{kappa}" + (f"-{seed}" if seed else ""),
+        "id": name,
         "run": run,
         "model": "M",
         "dataset": "D",
@@ -52,15 +59,20 @@ def record(
             "device": "cpu",
             "started": f"2026-01-0{seed + 1}",
             "seconds": {"evaluation": 1.5},
+            "repeatability": "to the bit",
             "plugins": {},
         },
         "top_k": top_k,
         "kappa": kappa,
         "mask_layer": [-2],
         "num_graph_vertices": 1000,
+        "num_graph_edges": 9000,
+        "mask_path": mask,
+        "mask_paths": {"mimu": mask},
+        "mask_sha256": {"mimu": "0" * 64},
         "classifier_path": "checkpoints/none/c.safetensors",
         "gcn_path": "checkpoints/none/g.safetensors",
-        "metrics": {name: {"unit": unit, "better": better, "first": True} for name, (unit, better) in METRICS.items()},
+        "metrics": {name: about(unit, better) for name, (unit, better) in METRICS.items()},
         "images": "1f2e3d4c5b",
         "num_classes": classes,
         "split_sizes": {"train": 30, "val": 10, "test": 10},
@@ -75,11 +87,24 @@ def record(
         "methods": {"mimu": values(*test, kappa), **others},
         "validation": {"mimu": values(*validation, kappa), **others},
         "weight_histogram": {"edges": [-1, 0, 1], "kept": [5, 4], "switched_off": [1, 0]},
-        "verdicts": {name: [] for name in ("mimu", "default", "novel")},
-        "intervals": {name: {} for name in ("mimu", "default", "novel")},
+        "verdicts": {name: [] for name in methods},
+        "intervals": {name: {} for name in methods},
         "mask_map": [{"layer": "w", "shape": [4, 2], "cells": [[1, 0], [2, 5]]}],
         "confusion": {"mimu": confusion(2, classes), "default": confusion(9, classes), "novel": confusion(5, classes)},
-        "class_probability": {name: [1 / classes] * classes for name in ("mimu", "default", "novel")},
+        "class_probability": {name: [1 / classes] * classes for name in methods},
+        "samples": {"images": [], "labels": []},
+        "costs": {"seconds": "s per request"},
+        "references": [],
+        "degradation": {name: {"forget_score": -2.0} for name in methods},
+        "mask_efficacy": {"forget_score": 90.0},
+        **{
+            field: dict.fromkeys(methods)
+            for field in ("settings", "tuning", "integrity", "class_score", "taken_for", "said_of_samples")
+        },
+        "skipped_images": [],
+        "duplicates": {},
+        "image_notes": [],
+        "footing": {"accuracy": 90.0, "low": 80.0, "high": 95.0, "chance": 33.3, "near_chance": None},
     }
 
 
@@ -87,35 +112,23 @@ def full(top_k: int, kappa: int, forget: float, **more) -> dict:
     """A record with images to show."""
     one = record(top_k, kappa, (forget, 79), (forget, 78), **more)
     one["samples"] = {"images": [PIXEL, PIXEL], "labels": [1, 1]}
-    one["said_of_samples"] = {"mimu": [[2, 0.9], [0, 0.5]], "default": [[1, 0.99], [1, 0.8]]}
+    one["said_of_samples"] |= {"mimu": [[2, 0.9], [0, 0.5]], "default": [[1, 0.99], [1, 0.8]]}
     return one
 
 
 def whole(kappa: int = 100) -> dict[str, Any]:
-    """A record with every field that there is."""
+    """A record with something in every field."""
     one = record(5, kappa, (10, 70), (12, 69))
-    methods = list(one["labels"])
-    point = f"eval/metrics_and_plots/masks/p/{one['id']}_mimu.safetensors"
     return one | {
-        "num_graph_edges": 9000,
-        "mask_path": point,
-        "mask_paths": {"mimu": point},
-        "mask_sha256": {"mimu": "0" * 64},
-        "costs": {"seconds": "s per request"},
-        "references": [{"index": 0, "sane": False, "why": "it says so"}],
-        "degradation": {name: {"forget_score": -2.0} for name in methods},
-        "mask_efficacy": {"forget_score": 90.0},
+        "references": [{"index": 0, "sane": False, "why": "it says so", "forget_score": 3.0, "retain_score": None}],
         "samples": {"images": ["iVBO"], "labels": [1]},
-        "said_of_samples": {name: [[2, 0.5]] for name in methods},
-        "settings": {"novel": {"lr": 0.1}},
-        "tuning": {"novel": [{"lr": 0.1, "avg_gap": None}]},
-        "integrity": {"mimu": {"restored": True}},
-        "class_score": dict.fromkeys(methods),
-        "taken_for": dict.fromkeys(methods),
+        "said_of_samples": {name: [[2, 0.5]] for name in one["labels"]},
+        "settings": one["settings"] | {"novel": {"lr": 0.1}},
+        "tuning": one["tuning"] | {"novel": [{"lr": 0.1, "avg_gap": None}]},
+        "integrity": one["integrity"] | {"mimu": {"restored": True}},
         "skipped_images": [{"path": "a/b.png", "reason": "empty"}],
         "duplicates": {"train": {"images": 2, "example": ["a", "b"]}},
         "image_notes": ["dark"],
-        "footing": {"accuracy": 90.0, "low": 80.0, "high": 95.0, "chance": 33.3, "near_chance": None},
     }
 
 

@@ -294,7 +294,7 @@ def evaluated() -> tuple[Context, dict]:
     judged = EvalConfig(methods=("mimu", "random", "logit_drop", "default"), metrics=("core", "UA"), references=0)
     config = PipelineConfig(forget_class=(4,), eval=judged)
     theta = torch.rand(10, 64, 128)
-    context = Context(model.eval(), data, config, torch.device("cpu"), lambda topK: theta)
+    context = Context(model.eval(), data, config, torch.device("cpu"), lambda top_k: theta)
     return context, Eval(context).eval(500, 1)[0]
 
 

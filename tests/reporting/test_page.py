@@ -26,7 +26,7 @@ from core.config import KappaModes, PipelineConfig, SupportedDatasets, TrainConf
 from core.yaml_files import load_config
 from reporting.families import families, runs_of
 from reporting.page import DEFAULT_CONFIG, as_page, command, rounded, sentence
-from reporting.panels import figures_of
+from reporting.panels import FIGURES, Panel, Series, figures_of
 from reporting.tables import table
 from reporting.write import as_text
 from tests.helpers.common import settings_of
@@ -319,16 +319,25 @@ def crowded(kappa: int, forgotten: int) -> dict:
         for place, values in enumerate(one[part].values()):
             values |= {"worst_retained_drop": 12.345, "avg_gap": 0.001 + 0.0005 * place}
     one["verdicts"] = {name: [] for name in one["labels"]}
-    one["confusion"] = dict.fromkeys(one["labels"]) | one["confusion"]
+    for field in ("confusion", "class_score", "taken_for", "said_of_samples"):
+        one[field] = dict.fromkeys(one["labels"]) | one[field]
     one["class_probability"] = {name: [c / 44850 for c in range(300)] for name in one["labels"]}
     limits = {"value": 98.76, "low": 97.65, "high": 99.87, "n": 100}
     one["intervals"] = {name: dict.fromkeys(one["metrics"], limits) for name in one["labels"]}
     return one
 
 
+def names_below_bars(runs: Sequence[Sequence[dict]]) -> list[Panel]:
+    """A figure whose bars have the methods' names."""
+    names = list(runs[0][0]["labels"].values())
+    bars = Series("bars", [float(place) for place in range(len(names))], [1.0] * len(names), "bars")
+    return [Panel("named bars", "method", "score [%]", [bars], ticks=names)]
+
+
 @pytest.mark.slow
-def test_crowded_page_in_a_browser(browser, tmp_path):
+def test_crowded_page_in_a_browser(browser, tmp_path, monkeypatch):
     """Nothing written in a figure lies over anything else or outside; tables fit on paper."""
+    monkeypatch.setitem(FIGURES, "named_bars", (names_below_bars, False))
     seen = use(browser, page([crowded(k, c) for c in (1, 2) for k in (100, 200)]), tmp_path, dark=False, width=1280)
     assert (seen["errors"], seen["collisions"], seen["cut"]) == ([], [], [])
     assert seen["offPaper"] <= 0

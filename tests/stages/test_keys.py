@@ -28,6 +28,7 @@ from core.config import (
     TrainConfig,
 )
 from core.hashes import key_of
+from core.records import Record
 from core.store import Stage
 from data import GraphGenerator
 from measure.auto_kappa import Search
@@ -136,12 +137,12 @@ def stand_ins(monkeypatch, tmp_path):
     monkeypatch.setattr(gcn, "check_memory", lambda *_: None)  # of a GPU that is not here
 
 
-def records(config: PipelineConfig) -> list[dict]:
+def records(config: PipelineConfig) -> list[Record]:
     """The records of a run's points, not measured."""
     run, search = Pipeline(config), Search(kappa=100, achieved=True, attempts=())
     if config.kappa is KappaModes.auto:
-        return [run.run_single_evaluation_round(topK, 100, search) for topK in config.topK_list]
-    return [run.run_single_evaluation_round(topK, kappa) for topK in config.topK_list for kappa in config.kappa_list]
+        return [run.run_single_evaluation_round(top_k, 100, search) for top_k in config.topK_list]
+    return [run.run_single_evaluation_round(top_k, kappa) for top_k in config.topK_list for kappa in config.kappa_list]
 
 
 def ids(config: PipelineConfig) -> set[str]:
@@ -234,7 +235,7 @@ def test_a_given_network_is_another_run(given, stand_ins, tmp_path):
 
 
 def test_networks_of_each_topk_are_one_run(given, stand_ins, tmp_path):
-    """The ELBO trains one for each topK, and a sweep over topK is one run all the same."""
+    """The ELBO trains one for each top_k, and a sweep over top_k is one run all the same."""
     config = replace(base(tmp_path, "", given), gcn=GCNConfig(objective=Objectives.elbo), topK_list=(300, 500))
     assert len({record["gcn_path"] for record in records(config)}) == 2
     assert len(runs(config)) == 1

@@ -21,7 +21,7 @@ from unlearn.registry import Context, Edit, Point, Shared
 from unlearn.trained import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
 from utils_data import Images, UnlearningDataset, get_unlearning_dataset
 
-POINT, CPU = Point(topK=1, kappa=1, seed=0), torch.device("cpu")
+POINT, CPU = Point(top_k=1, kappa=1, seed=0), torch.device("cpu")
 TRAINED = [name for name, entry in METHODS.items() if entry.module == baselines.__name__]
 GENTLE = {"gradient_ascent": {"lr": 1e-3}, "scrub": {"lr": 1e-3, "max_epochs": 3}, "bad_teacher": {"lr": 1e-3}}
 
@@ -51,7 +51,7 @@ def context(data) -> Context:
         optimizer.step()
     optimizer.zero_grad()
     config = PipelineConfig(forget_class=(4, 7))
-    return Context(model, data, config, CPU, lambda topK: torch.zeros(1), untrained=lambda: fresh)
+    return Context(model, data, config, CPU, lambda top_k: torch.zeros(1), untrained=lambda: fresh)
 
 
 def engine_of(context: Context, model: HookedModel | None = None, optimizing=None, **more) -> Finetuner:
@@ -183,9 +183,9 @@ def test_a_rival_whose_every_setting_diverges_is_recorded_and_stops_nobody(conte
     config = replace(context.config, eval=replace(judged, references=1))
     monkeypatch.setattr("measure.snapshots.reference_fault", lambda *_: None)
     monkeypatch.setitem(METHODS, "finetune", replace(METHODS["finetune"], grid=grid))
-    made = {"retrain": lambda index: context.untrained(), "learn_importance": lambda topK: torch.rand(10, 64, 128)}
+    made = {"retrain": lambda index: context.untrained(), "learn_importance": lambda top_k: torch.rand(10, 64, 128)}
     judge = Eval(replace(context, config=config, **made))
-    record, masks = judge.eval(POINT.topK, POINT.kappa)
+    record, masks = judge.eval(POINT.top_k, POINT.kappa)
     json.dumps(record, allow_nan=False)
     for part in ("methods", "validation"):
         lost = record[part]["finetune"]
@@ -324,7 +324,7 @@ def test_boundary_labels_of_a_linear_classifier_by_hand(data):
     """One step along sign(W^T (p - e_y)); the step, not the image itself, decides for some."""
     torch.manual_seed(0)
     model = Flat((64, 10))
-    context = Context(model, data, PipelineConfig(forget_class=(4, 7)), CPU, lambda topK: torch.zeros(1))
+    context = Context(model, data, PipelineConfig(forget_class=(4, 7)), CPU, lambda top_k: torch.zeros(1))
     (images, labels), weight = part(context, True), model.linears[0].weight.detach()
     step = 0.1 * 255 / float(data.splits["train"].std)
     wanted, still = [], []

@@ -30,7 +30,7 @@ from unlearn.registry import Context, Point, Shared
 from utils_data import Images, get_unlearning_dataset
 
 CPU = torch.device("cpu")
-POINT = Point(topK=1, kappa=200, seed=0)
+POINT = Point(top_k=1, kappa=200, seed=0)
 WHOLE_MODEL_EDITS = ("head_row_zero", "ssd", "ssd_per_sample", "svd_projection", "damp")
 
 
@@ -43,7 +43,7 @@ def context_of(architecture: SupportedVisionModels, **given) -> Context:
             module.running_var.uniform_(0.5, 1.5)
     few = DataConfig(max_train_samples=200 if architecture is SupportedVisionModels.HookedResnet else None)
     data = get_unlearning_dataset(SupportedDatasets.DIGITS, 32, 4, data=few)
-    return Context(model, data, PipelineConfig(forget_class=(4,), **given), CPU, lambda topK: torch.zeros(0))
+    return Context(model, data, PipelineConfig(forget_class=(4,), **given), CPU, lambda top_k: torch.zeros(0))
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from core.config import (
 )
 from core.intervals import paired_difference, wilson
 from core.observe import Tracker
+from core.records import Record
 from data import GraphDataset, GraphGenerator
 from measure import auto_kappa as budget
 from measure.auto_kappa import Attempt
@@ -265,7 +266,7 @@ def digits(output_dir: Path, **changes) -> PipelineConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[PipelineConfig, list[dict]]:
+def whole(tmp_path_factory) -> tuple[PipelineConfig, list[Record]]:
     """A run on two sweep points; tests only read it."""
     config = digits(tmp_path_factory.mktemp("whole"))
     return config, Pipeline(config).run()
@@ -402,6 +403,7 @@ def test_the_smallest_kappa_that_meets_the_target_is_taken(whole, tmp_path):
     auto = AutoConfig(tau=25, epsilon=6, tries=8, method="mimu_refined")
     config = replace(whole[0], output_dir=tmp_path, kappa=KappaModes.auto, auto=auto)
     (record,) = Pipeline(config).run()
+    assert record["auto"]
     attempts = [Attempt(**one) for one in record["auto"]["attempts"]]
     assert record["auto"]["achieved"]
     assert record["kappa"] == attempts[-1].kappa
