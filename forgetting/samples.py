@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.choices import UserError
-from forgetting.pictures import SEED, Batch, Source
+from forgetting.pictures import NO_IMAGES, SEED, Batch, Folder, Source
 from images.names import TEST, TRAIN, UNSPLIT, VAL
 from images.splits import by_hash
 from model import inspecting
@@ -111,15 +111,27 @@ def read_samples(model: ForeignClassifier, source: Source, most: int = MOST_BYTE
             rows.add(model.prefix(batch.images))
             batches.append(Batch(batch.images[:0], batch.labels, batch.keys, batch.splits))
     if not rows.count:
-        raise UserError("there are no images to forget with: give some of the classes to forget and of the others")
-    h, labels = rows.whole(), torch.cat([batch.labels for batch in batches])
+        raise UserError(NO_IMAGES)
+    labels = torch.cat([batch.labels for batch in batches])
     keys, splits = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("keys", "splits"))
+    return _in_parts(rows.whole(), labels, keys, splits, model.num_classes, source.digest())
+
+
+def foreseen(source: Folder, outputs: int) -> Parts:
+    """Which images each part gets, from their names alone, before any is read: without rows and digest.
+
+    Files that turn out to give no image are still among them.
+    """
+    labels, keys, splits = source.listed()
+    return _in_parts(torch.zeros(len(labels), 0), labels, keys, splits, outputs, "")
+
+
+def _in_parts(h: Tensor, labels: Tensor, keys: np.ndarray, splits: np.ndarray, outputs: int, digest: str) -> Parts:
     places = _parted(labels.numpy(), keys, splits)
     train = _capped(places["train"], labels.numpy(), MOST_TRAIN_BYTES // max(1, h[:1].nbytes))
     chosen = {name: torch.from_numpy(place) for name, place in (places | {"train": train}).items()}
-    counts = torch.bincount(labels, minlength=model.num_classes)
     parts = {name: Samples(h, place, labels[place]) for name, place in chosen.items()}
-    return Parts(**parts, counts=counts, digest=source.digest())
+    return Parts(**parts, counts=torch.bincount(labels, minlength=outputs), digest=digest)
 
 
 def _parted(labels: np.ndarray, keys: np.ndarray, splits: np.ndarray) -> dict[str, np.ndarray]:
