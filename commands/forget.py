@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
 Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
+NO_IMAGES = "images are needed for this: give a folder of them with --images"
 
 
 @contextmanager
@@ -70,6 +71,8 @@ def forget(
     be_quiet(quiet)
     if not class_:
         raise UserError("no class to forget is named: give --class NAME, once for each")
+    if images is None:
+        raise UserError(NO_IMAGES)
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
     from mimu.mask import check_place
@@ -362,6 +365,8 @@ def library(
     from forgetting.scores import check_clean
 
     be_quiet(quiet)
+    if images is None:
+        raise UserError(NO_IMAGES)
     opened = read.opened(spec, images)
     names, target, chosen, missed = opened.loaded.classes, _target(tau, epsilon), _way(way), 0
 

@@ -88,7 +88,7 @@ class Answering:
             if lacking:
                 found = int(self.parts.counts[[names.index(lacking[0])]])
                 raise UserError(f"the class {lacking[0]!r} has {found} images, of which none is left for {part}: "
-                                "give at least 4 of each class to forget")  # fmt: skip
+                                "give at least 3 of each class to forget")  # fmt: skip
             if held <= set(classes):
                 raise UserError(f"the {part} images are all of classes to forget: give some of other classes, "
                                 "which the model is to retain")  # fmt: skip
