@@ -98,3 +98,11 @@ def spec_of(root: Path, file: str = "net.pt", **settings: str) -> str:
     """The model of `trained` as the command line names it."""
     words = "".join(f",{name}={value}" for name, value in settings.items())
     return f"py:{root}/net.py:net{words}@{root}/{file}"
+
+
+def words_for(
+    root: Path, *more: object, images: Path | None = None, file: str = "net.pt", **settings: str
+) -> list[str]:
+    """What every command that reads this model and a folder of images has after its name."""
+    folder = root / "photos" if images is None else images
+    return [spec_of(root, file, **settings), *map(str, more), "--images", str(folder), *FLAGS, "--quiet"]
