@@ -194,7 +194,8 @@ class Folder:
 class Loader:
     """Batches of any loader: (images [B, C, H, W], labels [B]), or single (image [C, H, W], label).
 
-    Parts are drawn by the images' values, so that neither order nor number of images moves one into another part.
+    Parts are drawn by the images' values, so that no order moves an image into another part, and each further
+    image moves two at most.
 
     Args:
         loader: iterated once for each pass; its images are prepared already.

@@ -49,9 +49,11 @@ class Samples:
 
     def logits(self, model: ForeignClassifier, weights: Sequence[Tensor] | None = None) -> Tensor:
         """Logits [S, classes] float32 of a classifier, some weights replaced."""
+        if not len(self):
+            return torch.zeros(0, model.num_classes)
         with torch.no_grad():
             parts = [model.head(self.rows[places], None, weights).float() for places in self.places.split(AT_ONCE)]
-        return torch.cat(parts) if parts else torch.zeros(0, model.num_classes)
+        return torch.cat(parts)
 
 
 class _Rows:
@@ -66,7 +68,7 @@ class _Rows:
         self.bytes += rows.nbytes
         self.parts.append(rows.contiguous())
         if self.file is None and self.bytes > self.most:
-            self.file: BinaryIO | None = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as what is mapped
+            self.file: BinaryIO | None = tempfile.TemporaryFile()  # noqa: SIM115 - `whole` closes it
         if self.file is not None:
             for part in self.parts:
                 self.file.write(memoryview(part.numpy()).cast("B"))
@@ -75,8 +77,9 @@ class _Rows:
     def whole(self) -> Tensor:
         if self.file is None:
             return torch.cat(self.parts)
-        self.file.flush()
-        mapped = mmap.mmap(self.file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+        with self.file:  # the map keeps what it maps
+            self.file.flush()
+            mapped = mmap.mmap(self.file.fileno(), 0, flags=mmap.MAP_PRIVATE)
         return torch.frombuffer(mapped, dtype=self.kind).view(self.count, self.width)
 
 
