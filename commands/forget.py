@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
 Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
+NO_IMAGES = "images are needed for this: give a folder of them with --images"
 
 
 @contextmanager
@@ -70,8 +71,11 @@ def forget(
     be_quiet(quiet)
     if not class_:
         raise UserError("no class to forget is named: give --class NAME, once for each")
-    from forgetting.artefact import answer_to, kappa_of, to_mask
+    if images is None:
+        raise UserError(NO_IMAGES)
+    from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
+    from mimu.mask import check_place
 
     begun = time.monotonic()
     opened = read.opened(spec, images)
@@ -80,11 +84,14 @@ def forget(
     target, chosen = _target(tau, epsilon), _way(way)
     place = out and at_home(out)
     place = place or Path("masks") / _file_name("+".join(names.names[label] for label in labels))
-    answering = opened.answering(layer or ("auto",))
-    answering.check(labels, names.names)
-    number = kappa_of(kappa, answering.model.weight_graph().num_vertices)
-    if number is None:
-        answering.check_target(labels, target)
+    with _masks():
+        check_place(place)
+
+    def weights(asked: "Answering") -> int | None:
+        return _kappa(asked, [labels], names.names, kappa, target)
+
+    answering = opened.answering(layer or ("auto",), weights)
+    number = weights(answering)
     check_clean(answering, names)
     answer = answer_to(answering, labels, number, chosen, target)
     with _masks():
@@ -97,6 +104,24 @@ def forget(
     for line in _warnings(mask, answer.search is not None and not answer.search.achieved):
         show(line)
     return int(answer.search is not None and not answer.search.achieved)
+
+
+def _kappa(
+    asked: "Answering", requests: Iterable[Sequence[int]], names: Sequence[str], kappa: str, target: Any
+) -> int | None:
+    """How many weights, None for as few as meet the target.
+
+    Raises:
+        UserError: the images that there are cannot answer one of the requests, or cannot show the target.
+    """
+    from forgetting.artefact import kappa_of
+
+    number = kappa_of(kappa, asked.model.weight_graph().num_vertices)
+    for labels in requests:
+        asked.check(labels, names)
+        if number is None:
+            asked.check_target(labels, target)
+    return number
 
 
 def _target(tau: float, epsilon: float) -> Any:
@@ -336,21 +361,23 @@ def library(
         epsilon: As of forget.
         quiet: Print nothing about progress on stderr.
     """
-    from forgetting.artefact import answer_to, kappa_of, to_mask
+    from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
 
     be_quiet(quiet)
+    if images is None:
+        raise UserError(NO_IMAGES)
     opened = read.opened(spec, images)
     names, target, chosen, missed = opened.loaded.classes, _target(tau, epsilon), _way(way), 0
-    answering = opened.answering(layer or ("auto",))
-    number = kappa_of(kappa, answering.model.weight_graph().num_vertices)
-    held = [label for label, count in enumerate(answering.parts.counts.tolist()) if count]
-    for label in held:
-        answering.check([label], names.names)
-        if number is None:
-            answering.check_target([label], target)
+
+    def weights(asked: "Answering") -> int | None:
+        return _kappa(asked, [[label] for label in _held(asked)], names.names, kappa, target)
+
+    answering = opened.answering(layer or ("auto",), weights)
+    number, held = weights(answering), _held(answering)
     check_clean(answering, names)
-    show("class\tweights\tforget\tretain\tchange\tseconds\tmask")
+    width = max(len(names.names[label]) for label in held)
+    show(_line(width, "class", "weights", "forget", "retain", "change", "seconds", "mask"))
     for label in held:
         begun, place = time.monotonic(), at_home(out) / _file_name(f"{label}-{names.names[label]}")
         answer = answer_to(answering, [label], number, chosen, target)
@@ -360,10 +387,21 @@ def library(
         reached = answer.search is None or answer.search.achieved
         missed += not reached
         scores = mask.config.scores or {}
-        numbers = f"{scores['forget']:.1f} %\t{scores['retain']:.1f} %\t{scores['retain_change']:+.1f}"
+        numbers = f"{scores['forget']:.1f} %", f"{scores['retain']:.1f} %", f"{scores['retain_change']:+.1f}"
         spent = f"{time.monotonic() - begun:.1f}"
-        note = "" if reached else "\ttarget not met"
-        show(f"{names.names[label]}\t{mask.switched_off:,}\t{numbers}\t{spent}\t{place}{note}")
+        note = "" if reached else ", target not met"
+        show(_line(width, names.names[label], f"{mask.switched_off:,}", *numbers, spent, f"{place}{note}"))
     if absent := len(names) - len(held):
         show(f"{absent} classes have no images: no mask was made for them, nor was any measured on them")
     return int(missed > 0)
+
+
+def _held(asked: "Answering") -> list[int]:
+    """The classes that have images."""
+    return [label for label, count in enumerate(asked.parts.counts.tolist()) if count]
+
+
+def _line(width: int, name: str, *cells: str) -> str:
+    """A line of the library's table: lines are shown as masks are made, so that no width can be taken from them."""
+    *numbers, last = cells
+    return "  ".join([name.ljust(width), *(one.rjust(8) for one in numbers), last])

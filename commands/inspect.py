@@ -52,9 +52,9 @@ class Reading(Group):
 
         if self.ema not in (None, "ema", "plain"):
             raise UserError(f"--ema is {self.ema!r}: choose ema or plain")
-        if self.most is not None and self.most < 4:
+        if self.most is not None and self.most < 3:
             raise UserError(
-                f"--most is {self.most}: give at least 4, for the three parts that a class's images go into"
+                f"--most is {self.most}: give at least 3, for the three parts that a class's images go into"
             )
         given = Given(self.size, self.mean, self.std, self.channels)  # ty: ignore[invalid-argument-type]
         names = self.classes and at_home(self.classes)

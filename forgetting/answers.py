@@ -88,7 +88,7 @@ class Answering:
             if lacking:
                 found = int(self.parts.counts[[names.index(lacking[0])]])
                 raise UserError(f"the class {lacking[0]!r} has {found} images, of which none is left for {part}: "
-                                "give at least 4 of each class to forget")  # fmt: skip
+                                "give at least 3 of each class to forget")  # fmt: skip
             if held <= set(classes):
                 raise UserError(f"the {part} images are all of classes to forget: give some of other classes, "
                                 "which the model is to retain")  # fmt: skip
@@ -127,13 +127,13 @@ class Answering:
         """
         forgotten = torch.isin(self.parts.val.labels, torch.tensor(classes))
         images = int(forgotten.sum()), int((~forgotten).sum())
-        check_provable(target, *images, "--{}", "give more images of these classes, a fifth of which counts here")
+        check_provable(target, *images, "--{}", "give more images of these classes, 28 of 100 of which count here")
 
     def search(self, classes: tuple[int, ...], target: AutoConfig, way: Ways = Ways.refined) -> Answer:
         """Find the smallest kappa whose mask meets the target on validation images, by bisection.
 
-        Of `target.tries` kappas on a log scale: the largest first, since no smaller one would do if it fails by its
-        forget score; then halves, on the assumption that a larger mask forgets no less.
+        Of `target.tries` kappas on a log scale: the one in the middle first, then halves of what is left, on the
+        assumption that a larger mask forgets no less.
         """
         choices, attempts, answers = kappas(self.head.graph.num_vertices, target), {}, {}
         before = self.predictions(self.parts.val)
@@ -141,7 +141,7 @@ class Answering:
         def meets(kappa: int) -> bool:
             answers[kappa] = self.answer(classes, kappa, way)
             attempts[kappa] = one = self._attempt(answers[kappa], before)
-            log(f"kappa {kappa:,}: forget {one.forget_score:.1f} %, retain {-one.retain_drop:+.1f} points (validation)")
+            log(f"kappa {kappa:,}: forget {one.forget_score:.1f} %, loss {one.retain_drop:.1f} points (validation)")
             return one.meets(target)
 
         low, high = 0, len(choices)  # the first that meets it lies in [low, high]; high: none known yet

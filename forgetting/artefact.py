@@ -2,7 +2,9 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,19 @@ from torch import Tensor, nn
 from core.choices import UserError
 from core.config import AutoConfig
 from forgetting.answers import TARGET, Answer, Answering, Ways
-from forgetting.pictures import Folder, Loader, Source, labels_of, open_folder
+from forgetting.pictures import Folder, Loader, Source, examples, labels_of, open_folder
 from forgetting.samples import read_samples
 from forgetting.scores import check_clean, judge
 from mimu import Config, Mask, MaskError, Parent, describe_parent
+from mimu.parent import unwrap
 from models.class_names import ClassNames, choose_names
 from models.foreign import ForeignClassifier
 from models.prefix import PROBE
-from models.specs import logits_of
+from models.specs import ends_in_softmax, logits_of
 from models.targets import AUTO
 
 AUTO_KAPPA = "auto"
+THOUSANDS = re.compile(r"[1-9]\d{0,2}(,\d{3})+")  # no other comma is dropped: "0,3%" would become 3 %
 
 
 def kappa_of(text: str | int, size: int) -> int | None:
@@ -34,7 +38,8 @@ def kappa_of(text: str | int, size: int) -> int | None:
     """
     if text == AUTO_KAPPA:
         return None
-    word = str(text).strip().replace(",", "").replace("_", "")
+    word = str(text).strip().replace("_", "")
+    word = word.replace(",", "") if THOUSANDS.fullmatch(word) else word
     try:
         number = float(word.removesuffix("%"))
     except ValueError:
@@ -137,13 +142,15 @@ def forget(
     tree = open_folder(Path(images)) if isinstance(images, Path | str) else None
     if tree is not None and prepare is None:
         raise UserError("a folder of images needs prepare=, which turns an opened image into a tensor [C, H, W]")
-    working = copy.deepcopy(model).eval()
-    first = _examples(images if tree is None else Folder(tree, range(len(tree.classes)), prepare))  # ty: ignore
-    with torch.no_grad():
-        outputs = logits_of(working(first)).shape[1]
+    working = copy.deepcopy(unwrap(model)).eval()
+    if tree is None:
+        first, images = _looked_at(images)  # ty: ignore[invalid-argument-type]
+    else:
+        first = examples(Folder(tree, range(len(tree.classes)), prepare), PROBE)  # ty: ignore[invalid-argument-type]
+    outputs, logits = _asked(working, first)
     known = _names(outputs, names, tree.classes if tree else None)
     source: Source = Folder(tree, labels_of(tree.classes, known), prepare) if tree else Loader(images, outputs)  # ty: ignore
-    classifier = ForeignClassifier(working, logits_of, first, outputs, layers)
+    classifier = ForeignClassifier(working, logits, first, outputs, layers)
     labels = sorted({known.find(one) for one in classes})
     answering = Answering(classifier, read_samples(classifier, source))
     answering.check(labels, known.names)
@@ -171,18 +178,31 @@ def described(model: nn.Module, names: Iterable[str], **more: Any) -> Parent:
         raise UserError(str(error)) from None
 
 
-def _examples(source: Iterable) -> Tensor:
-    """The first images, as many as a model is looked at with."""
-    found, images = 0, []
-    for batch in source:
-        some = batch.images if hasattr(batch, "images") else batch[0]
-        images.append(some if some.dim() == 4 else some.unsqueeze(0))
-        found += len(images[-1])
-        if found >= PROBE:
-            break
-    if not images:
-        raise UserError("there are no images to forget with: give some of the classes to forget and of the others")
-    return torch.cat(images)[:PROBE]
+def _looked_at(loader: Iterable) -> tuple[Tensor, Iterable]:
+    """The first images of a loader, and what it gives from the first on: some loaders can be gone over once alone."""
+    rest = iter(loader)
+    taken = list(islice(rest, PROBE))
+    return examples(Loader(taken, None), PROBE), chain(taken, rest)
+
+
+def _asked(model: nn.Module, images: Tensor) -> tuple[int, Callable[[Any], Tensor]]:
+    """Ask a model about images: how many outputs it has, and how its logits are found in what it answers.
+
+    Raises:
+        UserError: it does not take them, or answers as no classifier of one class an image does.
+    """
+    try:
+        with torch.enable_grad():
+            answer = model(images.detach().clone().requires_grad_())
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        said, kind = " ".join(str(error).split())[:200], str(images.dtype).removeprefix("torch.")
+        raise UserError(
+            f"the model does not take {kind} images {list(images.shape)} ({said}): give images as in its training, and "
+            "a model of float32"
+        ) from None
+    found = logits_of(answer)
+    probabilities = ends_in_softmax(found, "the model")
+    return found.shape[1], (lambda output: logits_of(output).log()) if probabilities else logits_of
 
 
 def _names(outputs: int, given: Sequence[str] | None, folders: Sequence[str] | None) -> ClassNames:

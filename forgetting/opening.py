@@ -1,7 +1,7 @@
 """A user's model and images from files, ready to be asked to forget."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from core.choices import UserError
 from core.observe import log
 from forgetting.answers import Answering
 from forgetting.artefact import described
-from forgetting.pictures import Folder, labels_of, open_folder
-from forgetting.samples import read_samples
+from forgetting.pictures import Folder, examples, labels_of, open_folder
+from forgetting.samples import foreseen, read_samples
 from mimu import Mask, Parent
 from models.foreign import ForeignClassifier
+from models.prefix import PROBE
 from models.preprocessing import Given
 from models.specs import Loaded, load, parse
 from models.targets import AUTO
+
+Check = Callable[[Answering], object]
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,18 @@ class Opened:
         if self.loaded.dtype != torch.float32:
             log(f"the model's numbers are {str(self.loaded.dtype).removeprefix('torch.')}: computed with in float32")
             module = module.float()
-        first = next(iter(self.images)).images
+        first = examples(self.images, PROBE)
         return ForeignClassifier(module, self.loaded.logits, first, len(self.loaded.classes), layers)
 
-    def answering(self, layers: Sequence[str] = (AUTO,)) -> Answering:
-        """Run the model once over all images, up to its target weights."""
+    def answering(self, layers: Sequence[str] = (AUTO,), check: Check | None = None) -> Answering:
+        """Run the model once over all images, up to its target weights.
+
+        Args:
+            check: is asked before that, about an answering that knows which images there are and has none of them.
+        """
         classifier = self.classifier(layers)
+        if check is not None:
+            check(Answering(classifier, foreseen(self.images, classifier.num_classes)))
         answering = Answering(classifier, read_samples(classifier, self.images))
         for path, reason in self.images.left_out.items():
             log(f"left out: {path} ({reason})")

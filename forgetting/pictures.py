@@ -24,6 +24,7 @@ BATCH = 64
 THREADS = 4
 SHOWN = 3
 SEED = 0  # of the order in which images come, and of their parts
+NO_IMAGES = "there are no images to forget with: give some of the classes to forget and of the others"
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ class Folder:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def listed(self) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Labels, keys and splits of all images, [S] each and as of `Batch`, without opening one."""
+        labels = torch.tensor([self.labels[label] for label in self.tree.labels[self.rows]], dtype=torch.long)
+        return labels, self.tree.hashes[self.rows], self.tree.splits[self.rows]
+
     def _seen(self, row: int) -> Seen | str:
         how = How(0, prepare=lambda image: self.prepare(image).numpy())
         try:
@@ -188,15 +194,16 @@ class Folder:
 class Loader:
     """Batches of any loader: (images [B, C, H, W], labels [B]), or single (image [C, H, W], label).
 
-    Parts are drawn by the images' values, so that neither order nor number of images moves one into another part.
+    Parts are drawn by the images' values, so that no order moves an image into another part, and each further
+    image moves two at most.
 
     Args:
         loader: iterated once for each pass; its images are prepared already.
-        outputs: of the model; labels lie below.
+        outputs: of the model; labels lie below. None: not known yet.
     """
 
     loader: Iterable
-    outputs: int
+    outputs: int | None
     _hash: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -207,12 +214,13 @@ class Loader:
         """
         self._hash = hashlib.sha256()
         single: list[tuple[Tensor, int]] = []
-        for images, labels in self.loader:
+        for item in self.loader:
+            images, labels = _pair(item)
             if not isinstance(images, Tensor) or images.dim() not in (3, 4):
                 what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
                 raise UserError(f"the loader gives {what} for images: give tensors [B, C, H, W] or [C, H, W]")
             if images.dim() == 4:
-                yield self._batch(images, torch.as_tensor(labels))
+                yield self._batch(images, labels)
                 continue
             single.append((images, int(labels)))
             if len(single) == BATCH:
@@ -230,10 +238,9 @@ class Loader:
             raise UserError(
                 f"the loader gives {len(images)} images with labels {list(labels.shape)}: give one for each"
             )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.outputs:
-            raise UserError(
-                f"a label lies outside of 0 to {self.outputs - 1}, the model's outputs: number them as it does"
-            )
+        most = self.outputs
+        if most is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < most:
+            raise UserError(f"a label lies outside of 0 to {most - 1}, the model's outputs: number them as it does")
         plain = images.detach().cpu().contiguous()
         digests = [hashlib.sha256(one.view(torch.uint8).numpy()).digest() for one in plain.flatten(1)]
         for label, digest in zip(labels.tolist(), digests, strict=True):
@@ -244,6 +251,42 @@ class Loader:
     def digest(self) -> str:
         """SHA-256 of the values and labels of all images, in their order."""
         return self._hash.hexdigest()
+
+
+def _pair(item: object) -> tuple[object, Tensor]:
+    """Images and labels in what a loader gives.
+
+    Raises:
+        UserError: it is no pair, or labels are no whole numbers.
+    """
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        what = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
+        raise UserError(f"the loader gives {what}: give pairs of images and labels")
+    try:
+        labels = torch.as_tensor(item[1])
+    except (TypeError, ValueError, RuntimeError):
+        labels = torch.zeros(())
+    if labels.is_floating_point() or labels.is_complex():
+        raise UserError("the loader gives labels that are no whole numbers: give the number of the output of each "
+                        "image")  # fmt: skip
+    return item[0], labels
+
+
+def examples(source: Iterable[Batch], most: int) -> Tensor:
+    """The first images of a source, [B, C, H, W], `most` at most.
+
+    Raises:
+        UserError: there are none, or as the source.
+    """
+    found, count = [], 0
+    for batch in source:
+        found.append(batch.images)
+        count += len(batch.images)
+        if count >= most:
+            break
+    if not count:
+        raise UserError(NO_IMAGES)
+    return torch.cat(found)[:most]
 
 
 PARTS = {TRAIN: "train", VAL: "val", TEST: "test"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.choices import UserError
-from forgetting.pictures import SEED, Batch, Source
+from forgetting.pictures import NO_IMAGES, SEED, Batch, Folder, Source
 from images.names import TEST, TRAIN, UNSPLIT, VAL
 from images.splits import by_hash
 from model import inspecting
@@ -49,9 +49,11 @@ class Samples:
 
     def logits(self, model: ForeignClassifier, weights: Sequence[Tensor] | None = None) -> Tensor:
         """Logits [S, classes] float32 of a classifier, some weights replaced."""
+        if not len(self):
+            return torch.zeros(0, model.num_classes)
         with torch.no_grad():
             parts = [model.head(self.rows[places], None, weights).float() for places in self.places.split(AT_ONCE)]
-        return torch.cat(parts) if parts else torch.zeros(0, model.num_classes)
+        return torch.cat(parts)
 
 
 class _Rows:
@@ -66,7 +68,7 @@ class _Rows:
         self.bytes += rows.nbytes
         self.parts.append(rows.contiguous())
         if self.file is None and self.bytes > self.most:
-            self.file: BinaryIO | None = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as what is mapped
+            self.file: BinaryIO | None = tempfile.TemporaryFile()  # noqa: SIM115 - `whole` closes it
         if self.file is not None:
             for part in self.parts:
                 self.file.write(memoryview(part.numpy()).cast("B"))
@@ -75,8 +77,9 @@ class _Rows:
     def whole(self) -> Tensor:
         if self.file is None:
             return torch.cat(self.parts)
-        self.file.flush()
-        mapped = mmap.mmap(self.file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+        with self.file:  # the map keeps what it maps
+            self.file.flush()
+            mapped = mmap.mmap(self.file.fileno(), 0, flags=mmap.MAP_PRIVATE)
         return torch.frombuffer(mapped, dtype=self.kind).view(self.count, self.width)
 
 
@@ -111,15 +114,27 @@ def read_samples(model: ForeignClassifier, source: Source, most: int = MOST_BYTE
             rows.add(model.prefix(batch.images))
             batches.append(Batch(batch.images[:0], batch.labels, batch.keys, batch.splits))
     if not rows.count:
-        raise UserError("there are no images to forget with: give some of the classes to forget and of the others")
-    h, labels = rows.whole(), torch.cat([batch.labels for batch in batches])
+        raise UserError(NO_IMAGES)
+    labels = torch.cat([batch.labels for batch in batches])
     keys, splits = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("keys", "splits"))
+    return _in_parts(rows.whole(), labels, keys, splits, model.num_classes, source.digest())
+
+
+def foreseen(source: Folder, outputs: int) -> Parts:
+    """Which images each part gets, from their names alone, before any is read: without rows and digest.
+
+    Files that turn out to give no image are still among them.
+    """
+    labels, keys, splits = source.listed()
+    return _in_parts(torch.zeros(len(labels), 0), labels, keys, splits, outputs, "")
+
+
+def _in_parts(h: Tensor, labels: Tensor, keys: np.ndarray, splits: np.ndarray, outputs: int, digest: str) -> Parts:
     places = _parted(labels.numpy(), keys, splits)
     train = _capped(places["train"], labels.numpy(), MOST_TRAIN_BYTES // max(1, h[:1].nbytes))
     chosen = {name: torch.from_numpy(place) for name, place in (places | {"train": train}).items()}
-    counts = torch.bincount(labels, minlength=model.num_classes)
     parts = {name: Samples(h, place, labels[place]) for name, place in chosen.items()}
-    return Parts(**parts, counts=counts, digest=source.digest())
+    return Parts(**parts, counts=torch.bincount(labels, minlength=outputs), digest=digest)
 
 
 def _parted(labels: np.ndarray, keys: np.ndarray, splits: np.ndarray) -> dict[str, np.ndarray]:

@@ -61,7 +61,7 @@ def judge(answering: Answering, answer: Answer) -> dict[str, Any]:
         "retain": recognised(after, samples.labels, ~forgotten),
     }
     change = lost(before, after, samples.labels, ~forgotten)
-    measured["retain_change"] = Interval(-change.value, -change.high, -change.low, change.n)
+    measured["retain_change"] = Interval(0.0 - change.value, -change.high, -change.low, change.n)  # not -0.0
     if (again := recalibrated(answering, answer)) is not None:
         measured["forget_recalibrated"] = recognised(again, samples.labels, forgotten)
         measured["retain_recalibrated"] = recognised(again, samples.labels, ~forgotten)

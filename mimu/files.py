@@ -57,6 +57,18 @@ def must_be_new(path: Path) -> None:
         raise MaskError(f"{path} exists and is not overwritten: remove it or choose another place")
 
 
+def must_be_ours(path: Path, ours: Collection[str]) -> None:
+    """Refuse a place where something else stands than a folder with files of these names alone.
+
+    Raises:
+        MaskError: there is a file, a link, or a folder with other files.
+    """
+    if not (ours and path.is_dir() and not path.is_symlink()):
+        must_be_new(path)
+    elif strange := sorted({entry.name for entry in path.iterdir()} - set(ours)):
+        raise MaskError(f"{path} holds other files ({strange[0]}), which are not overwritten: choose a new folder")
+
+
 @contextmanager
 def new_file(path: Path) -> Generator[Path]:
     """Yield a temporary path that becomes the file `path` when the block ends without an error.
@@ -92,10 +104,7 @@ def new_folder(path: Path, ours: Collection[str] = ()) -> Generator[Path]:
     """
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     temporary = _temporary(path)
-    if not (ours and path.is_dir() and not path.is_symlink()):
-        must_be_new(path)
-    elif strange := sorted({entry.name for entry in path.iterdir()} - set(ours)):
-        raise MaskError(f"{path} holds other files ({strange[0]}), which are not overwritten: choose a new folder")
+    must_be_ours(path, ours)
     try:
         with told(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from mimu import applying
 from mimu.config import Config, card
 from mimu.errors import MaskError
-from mimu.files import attempt, new_folder, packed, put, read
+from mimu.files import attempt, must_be_ours, new_folder, packed, put, read
 from mimu.parent import Fit, Parent, describe_parent, plain_name, sha256_of, state_of, unwrap
 
 FILE, CONFIG, CARD = "mask.safetensors", "mask_config.json", "README.md"
@@ -242,6 +242,15 @@ class Mask:
         if promised != mask.digest:
             raise MaskError(f"{file} is damaged (its content is not what its digest says): give a whole one")
         return mask
+
+
+def check_place(folder: Path | str) -> None:
+    """See that a mask could be saved in a folder, before it is made.
+
+    Raises:
+        MaskError: something else stands there.
+    """
+    must_be_ours(Path(folder), (FILE, CONFIG, CARD))
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

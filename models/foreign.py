@@ -98,7 +98,7 @@ class ForeignClassifier(Classifier):
         return self.logits(self.net(images))
 
     def class_gradient(self, h: Tensor, labels: Tensor, batch: int = 128) -> Tensor:
-        """Mean gradient of the cross-entropy with respect to the target weights, [*graph.shape].
+        """Mean gradient of the cross-entropy with respect to the target weights, [*graph.shape]; of no image: zeros.
 
         A weight that is used at several positions has no gradient of rank 1 for an image, so that no pair of vectors
         stands for it, as in the pipeline's graphs: the mean is made at once, one backward pass for each batch.
@@ -112,12 +112,14 @@ class ForeignClassifier(Classifier):
         pairs = zip(self.weights(), self.targets, strict=True)
         weights = [weight.detach().reshape(target.matrix).requires_grad_() for weight, target in pairs]
         total = [torch.zeros_like(weight) for weight in weights]
+        if not len(labels):  # which not every model can be run on
+            return graph.join(total)
         with torch.enable_grad():
             for rows, true in zip(h.split(batch), labels.split(batch), strict=True):
                 loss = nn.functional.cross_entropy(self.head(rows, None, weights).float(), true, reduction="sum")
                 for sum_, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
                     sum_ += gradient
-        return graph.join([sum_ / max(1, len(labels)) for sum_ in total])
+        return graph.join([sum_ / len(labels) for sum_ in total])
 
     def class_activations(self, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Mean input and output of each target over images and positions, [n] and [m]; zeros where no hook fires.

@@ -227,8 +227,6 @@ def _build(spec: ModelSpec, reading: Reading) -> Built:
 def _asked(model: Built, preprocessing: Preprocessing) -> tuple[Built, bool]:
     """Ask the model about noise: (it with the head that makes its answers, whether these are probabilities).
 
-    The last operation is read off the graph of gradients, since numbers between 0 and 1 may be logits.
-
     Raises:
         UserError: it cannot take such images, or answers with something else than one logit a class.
     """
@@ -245,8 +243,7 @@ def _asked(model: Built, preprocessing: Preprocessing) -> tuple[Built, bool]:
             "--channels as in its training"
         ) from None
     found = logits_of(output)
-    if found.shape[1] == 1:
-        raise UserError(f"{path} is of a model with one output: forgetting a class needs two or more")
+    probabilities = ends_in_softmax(found, f"{path} is of a model that")
     makers = [
         name
         for name, value in model.module.state_dict().items()
@@ -254,14 +251,28 @@ def _asked(model: Built, preprocessing: Preprocessing) -> tuple[Built, bool]:
     ]
     if not makers:
         raise UserError(f"{path}: the model answers with {found.shape[1]} numbers, which no weight of it makes alone")
-    last = type(found.grad_fn).__name__
-    if last.startswith("Sigmoid"):
-        raise UserError(
-            f"{path} is of a model that ends in a sigmoid, for several labels a picture: forgetting a class needs one "
-            "class for each picture"
-        )
     head = model.head if model.head in makers else makers[-1]
-    return replace(model, head=head, outputs=found.shape[1]), last.startswith("Softmax")
+    return replace(model, head=head, outputs=found.shape[1]), probabilities
+
+
+def ends_in_softmax(logits: Tensor, what: str) -> bool:
+    """Whether an answer [B, C] that has a graph of gradients was made by a softmax.
+
+    The last operation is read off that graph, since numbers between 0 and 1 may be logits.
+
+    Args:
+        what: begins the sentence of a refusal.
+
+    Raises:
+        UserError: there is one output, or the last operation is a sigmoid.
+    """
+    if logits.shape[1] == 1:
+        raise UserError(f"{what} has one output: forgetting a class needs two or more")
+    last = type(logits.grad_fn).__name__
+    if last.startswith("Sigmoid"):
+        raise UserError(f"{what} ends in a sigmoid, for several labels a picture: forgetting a class needs one class "
+                        "for each picture")  # fmt: skip
+    return last.startswith("Softmax")
 
 
 # --- what it consists of ----------------------------------------------------------------------------------

@@ -1,0 +1,304 @@
+"""From a user's checkpoint and images to a mask and a sealed file: the oracles are plain torch and PIL, which know no
+MIMU, and bytes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import main
+from core.choices import UserError
+from core.config import AutoConfig
+from forgetting.answers import TARGET, Ways
+from forgetting.artefact import forget
+from forgetting.opening import Opening, open_model
+from measure.auto_kappa import kappas
+from mimu import Mask, state_sha256
+from models.foreign import ForeignClassifier
+from models.preprocessing import Given
+from tests.helpers.foreign import bits
+from tests.helpers.patterns import FLAGS, MEAN, NAMES, SIDE, STD, network, prepared, spec_of, trained, write_folder
+
+WANTED = 2  # the class of most tests
+GIVEN = Given(size=SIDE, mean=MEAN, std=STD)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with net.py, net.pt, photos (a folder for each class), and parted (photos below train, val and test)."""
+    root = tmp_path_factory.mktemp("home")
+    trained(root)
+    write_folder(root / "photos", 60)
+    for seed, part in enumerate(("train", "val", "test"), 10):
+        write_folder(root / "parted" / part, 30, seed=seed)
+    return root
+
+
+@pytest.fixture
+def net(home) -> nn.Module:
+    return plain(home / "net.pt", home)
+
+
+def plain(file: Path, home: Path) -> nn.Module:
+    """A checkpoint in the user's own module, by torch alone."""
+    module = network(home / "net.py")
+    module.load_state_dict(torch.load(file, weights_only=True))
+    return module.eval()
+
+
+def asked(home: Path, images: str = "photos", *more: object) -> list[str]:
+    """The words that every command with images has after its name."""
+    return [spec_of(home), *map(str, more), "--images", str(home / images), *FLAGS, "--quiet"]
+
+
+def card(mask: Mask) -> dict[str, Any]:
+    assert mask.config.scores is not None
+    return dict(mask.config.scores)
+
+
+def forgotten(home: Path, out: Path, *more: object, images: str = "photos", name: str = NAMES[WANTED]) -> Mask:
+    words = ["forget", *asked(home, images), "--class", name, "--out", str(out), *map(str, more)]
+    assert main.main(words) == 0
+    return Mask.load(out)
+
+
+# --- recomputed without MIMU ------------------------------------------------------------------------------
+
+
+def pictures(folder: Path) -> tuple[Tensor, Tensor]:
+    """Every image of a folder of classes, prepared by plain torch, and its label."""
+    found = [
+        (prepared(Image.open(path)), label)
+        for label, name in enumerate(NAMES)
+        for path in sorted((folder / name).iterdir())
+    ]
+    return torch.stack([image for image, _ in found]), torch.tensor([label for _, label in found])
+
+
+def zeroed(net: nn.Module, folder: Path) -> nn.Module:
+    """The module with the positions of a mask's file at zero."""
+    with torch.no_grad():
+        for name, flat in load_file(folder / "mask.safetensors").items():
+            net.get_parameter(name).view(-1)[flat.long()] = 0
+    return net
+
+
+def percent(right: Tensor) -> float:
+    return 100 * (int(right.sum()) / len(right))
+
+
+@pytest.mark.parametrize("way", ["refined", "first_order"])
+def test_the_cards_scores_are_those_of_plain_torch(way, home, net, tmp_path):
+    """Test images are those that the folder calls so; BatchNorm's new statistics are means of retained train images."""
+    forgotten(home, tmp_path / "m", "--kappa", 70, "--way", way, images="parted")
+    scores = json.loads((tmp_path / "m/mask_config.json").read_text())["scores"]
+    images, labels = pictures(home / "parted/test")
+    of = labels == WANTED
+    with torch.no_grad():
+        clean, logits = net(images).argmax(1) == labels, zeroed(net, tmp_path / "m")(images)
+    right = logits.argmax(1) == labels
+    assert (scores["clean_forget"], scores["clean_retain"]) == (percent(clean[of]), percent(clean[~of]))
+    assert (scores["forget"], scores["retain"]) == (percent(right[of]), percent(right[~of]))
+    assert scores["forget"] < scores["clean_forget"]
+    assert scores["retain_change"] == pytest.approx(percent(right[~of]) - percent(clean[~of]), abs=1e-9)
+    assert scores["p_forget"] == pytest.approx(100 * float(logits[of].softmax(1)[:, WANTED].mean()), rel=1e-4)
+    assert (scores["n"]["forget"], scores["n"]["retain"]) == (int(of.sum()), int((~of).sum()))
+    train, train_labels = pictures(home / "parted/train")
+    net.bn2.reset_running_stats()
+    net.bn2.momentum = None
+    net.bn2.train()
+    with torch.no_grad():
+        net(train[train_labels != WANTED])
+        again = net.eval()(images).argmax(1) == labels
+    assert scores["forget_recalibrated"] == pytest.approx(percent(again[of]), abs=100 / int(of.sum()))
+    assert scores["retain_recalibrated"] == pytest.approx(percent(again[~of]), abs=100 / int((~of).sum()))
+
+
+def test_a_change_of_nothing_has_no_sign(home, tmp_path, capsys):
+    mask = forgotten(home, tmp_path / "m", "--kappa", 1)
+    assert str(card(mask)["retain_change"]) == "0.0"
+    assert "-0.0 " not in capsys.readouterr().out
+
+
+# --- the whole of it --------------------------------------------------------------------------------------
+
+
+def test_forget_verify_seal_compose(home, net, tmp_path, capsys):
+    """Masks are lifted bit for bit; the sealed file is an ordinary checkpoint with the masked model's answers."""
+    before = (home / "net.pt").read_bytes()
+    first = forgotten(home, tmp_path / "a", "--kappa", 70)
+    second = forgotten(home, tmp_path / "b", "--kappa", "2%", name="bars")
+    assert (first.switched_off, second.switched_off) == (70, round(0.02 * net.conv2.weight.numel()))
+    assert main.main(["verify", *asked(home, "photos", tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    for line in ("parent: the very one", "70 weights, all zero", "those that the mask was made with", "bit for bit"):
+        assert line in said
+    assert main.main(["seal", spec_of(home), str(tmp_path / "a"), "--out", str(tmp_path / "sealed.pt")]) == 0
+    assert main.main(["compose", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "both")]) == 0
+    both = Mask.load(tmp_path / "both")
+    union = {one for mask in (first, second) for one in mask.positions["conv2.weight"].tolist()}
+    assert both.positions["conv2.weight"].tolist() == sorted(union)
+    assert set(both.forgotten) == {NAMES[WANTED], "bars"}
+    images, _ = pictures(home / "photos")
+    sealed, state = plain(tmp_path / "sealed.pt", home), bits(net)
+    with torch.no_grad():
+        with first.applied(net):
+            masked = net(images)
+        assert torch.equal(sealed(images), masked)
+        assert not torch.equal(net(images), masked)
+    assert bits(net) == state
+    assert (home / "net.pt").read_bytes() == before
+
+
+def test_verify_tells_other_images_and_scores_that_are_not_the_cards(home, tmp_path, capsys):
+    mask = forgotten(home, tmp_path / "m", "--kappa", 70)
+    write_folder(tmp_path / "others", 12, seed=5)
+    words = [spec_of(home), str(tmp_path / "m"), "--images", str(tmp_path / "others"), *FLAGS, "--quiet"]
+    assert main.main(["verify", *words]) == 0
+    assert "others than the mask was made with" in capsys.readouterr().out
+    plainly = mask.config.plain()
+    wrong = {**plainly, "scores": {**plainly["scores"], "retain": plainly["scores"]["retain"] - 20}}
+    Mask(mask.positions, wrong).save(tmp_path / "wrong")
+    assert main.main(["verify", *asked(home, "photos", tmp_path / "wrong")]) == 1
+    assert "NOT the same" in capsys.readouterr().out
+
+
+def test_a_library_has_the_masks_that_forget_finds(home, tmp_path, capsys):
+    words = ["library", *asked(home), "--kappa", "40", "--out", str(tmp_path / "all")]
+    assert main.main(words) == 0
+    said = capsys.readouterr().out
+    assert "\\" not in said
+    folders = [f"{label}-{name}" for label, name in enumerate(NAMES)]
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == folders
+    alone = forgotten(home, tmp_path / "m", "--kappa", 40)
+    one = Mask.load(tmp_path / "all" / folders[WANTED])
+    assert one.positions["conv2.weight"].tolist() == alone.positions["conv2.weight"].tolist()
+    assert one.config == alone.config
+    for name, folder in zip(NAMES, folders, strict=True):
+        assert re.search(rf"^{name}\b.*\b40\b.*{folder}", said, re.MULTILINE)
+
+
+# --- Python -----------------------------------------------------------------------------------------------
+
+
+def loaders(images: Tensor, labels: Tensor) -> Iterator[tuple[str, object]]:
+    data = torch.utils.data.TensorDataset(images, labels)
+    yield "loader", torch.utils.data.DataLoader(data, batch_size=48)
+    yield "dataset", [(image, int(label)) for image, label in data]
+    yield "generator", (pair for pair in torch.utils.data.DataLoader(data, batch_size=48))
+
+
+@pytest.mark.parametrize("kind", ["loader", "dataset", "generator"])
+def test_python_takes_any_loader_and_leaves_the_model_as_it_is(kind, home, net):
+    images, labels = pictures(home / "photos")
+    given = dict(loaders(images, labels))
+    net.train()
+    before, digest = bits(net), state_sha256(net)
+    mask = forget(net, given[kind], [NAMES[WANTED]], names=NAMES, kappa=70)
+    assert net.training
+    assert bits(net) == before
+    assert state_sha256(net) == digest == mask.config.parent.state_sha256
+    assert mask.switched_off == 70
+    usual = forget(net, [(images, labels)], [WANTED], kappa=70)
+    assert mask.positions["conv2.weight"].tolist() == usual.positions["conv2.weight"].tolist()
+    assert mask.config.data_sha256 == usual.config.data_sha256
+    assert mask.config.scores == usual.config.scores
+    assert sum(card(mask)["n"][name] for name in ("forget", "retain")) == 72  # .3 of 240
+
+
+def test_python_and_the_command_line_find_the_same_mask(home, net, tmp_path):
+    ours = forgotten(home, tmp_path / "m", "--kappa", 70)
+    mask = forget(net, home / "photos", [NAMES[WANTED]], prepare=prepared, kappa=70)
+    assert mask.positions["conv2.weight"].tolist() == ours.positions["conv2.weight"].tolist()
+    assert mask.config.scores == ours.config.scores
+    assert mask.config.data_sha256 == ours.config.data_sha256
+    mask.save(tmp_path / "again")
+    images, _ = pictures(home / "photos")
+    with torch.no_grad():
+        with Mask.load(tmp_path / "again").applied(net):
+            masked = net(images)
+        assert torch.equal(masked, zeroed(net, tmp_path / "m")(images))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_python_takes_a_wrapped_model(wrap, home, net):
+    images, labels = pictures(home / "photos")
+    usual = forget(net, [(images, labels)], [WANTED], kappa=70)
+    wrapped = wrap(net)
+    mask = forget(wrapped, [(images, labels)], [WANTED], kappa=70)
+    assert mask.positions["conv2.weight"].tolist() == usual.positions["conv2.weight"].tolist()
+    before = bits(net)
+    with mask.applied(wrapped):
+        assert int((net.conv2.weight == 0).sum()) == 70
+    assert bits(net) == before
+
+
+# --- as few weights as meet a target ----------------------------------------------------------------------
+
+
+def target(tau: float) -> AutoConfig:
+    return replace(TARGET, tau=tau, epsilon=25)
+
+
+@pytest.mark.parametrize("label", [0, 1, 3])
+@pytest.mark.parametrize("tau", [30, 60, 90])
+def test_bisection_finds_what_trying_every_kappa_finds(label, tau, home):
+    """Of these classes a larger mask forgets no less, as the search assumes."""
+    asking = open_model(spec_of(home), home / "photos", Opening(given=GIVEN)).answering()
+    wanted, before = target(tau), asking.predictions(asking.parts.val)
+    every = [
+        asking._attempt(asking.answer((label,), kappa, Ways.first_order), before)
+        for kappa in kappas(asking.head.graph.num_vertices, wanted)
+    ]
+    meets = [one.meets(wanted) for one in every]
+    assert meets == sorted(meets)
+    found = asking.search((label,), wanted, Ways.first_order)
+    assert found.search.achieved == any(meets)
+    if any(meets):
+        assert found.kappa == every[meets.index(True)].kappa
+    assert int(found.off.sum()) == found.kappa == found.search.kappa
+    assert set(found.search.attempts) <= set(every)
+    assert len(found.search.attempts) <= 4  # of 12
+
+
+def test_a_target_that_is_met_and_one_that_is_not(home, tmp_path, capsys):
+    """Not met: the best trade-off is written all the same, says so, and the command ends with 1."""
+    words = ["forget", *asked(home), "--epsilon", "25", "--class"]
+    assert main.main([*words, "rings", "--out", str(tmp_path / "met"), "--tau", "60"]) == 0
+    met = Mask.load(tmp_path / "met")
+    assert "smallest tried that meets forget <= 60 %" in str(met.config.method)
+    assert "not achievable" not in capsys.readouterr().out
+    assert main.main([*words, NAMES[WANTED], "--out", str(tmp_path / "missed"), "--tau", "20"]) == 1
+    missed = Mask.load(tmp_path / "missed")
+    assert "without meeting it" in str(missed.config.method)
+    assert "not achievable: no mask that was tried meets the target" in capsys.readouterr().out
+    assert "without meeting it" in (tmp_path / "missed/README.md").read_text()
+    with pytest.raises(UserError, match=r"no mask meets the target \(best: kappa \d+"):
+        forget(plain(home / "net.pt", home), [pictures(home / "photos")], [WANTED], target=target(20))
+
+
+@pytest.mark.parametrize("command", ["forget", "library"])
+def test_what_images_cannot_show_is_said_before_anything_is_computed(command, home, tmp_path, capsys, monkeypatch):
+    """With none of n recognised, Wilson's interval ends at z^2 / (n + z^2): the smallest n that does is named."""
+
+    def computed(*_, **__):
+        raise AssertionError("the model ran over the images")
+
+    monkeypatch.setattr(ForeignClassifier, "prefix", computed)
+    words = [command, *asked(home), "--tau", "2", "--epsilon", "25", "--out", str(tmp_path / "m")]
+    assert main.main(words + ["--class", "bars"] * (command == "forget")) == 2
+    said = capsys.readouterr().err
+    z2 = 1.959963984540054**2
+    needed = next(n for n in range(1, 1000) if 100 * z2 / (n + z2) <= 2)
+    assert f"--tau is 2 ({needed} would do)" in said
+    assert f"{round(0.4 * (60 - 18))} of the classes to forget show" in said
+    assert not (tmp_path / "m").exists()
