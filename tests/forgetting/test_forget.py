@@ -19,8 +19,8 @@ import main
 from core.choices import UserError
 from core.config import AutoConfig
 from forgetting.answers import TARGET, Ways
-from forgetting.artefact import forget
 from forgetting.opening import Opening, open_model
+from forgetting.python import forget
 from measure.auto_kappa import kappas
 from mimu import Mask, state_sha256
 from models.foreign import ForeignClassifier

@@ -15,7 +15,8 @@ from torchvision.models import squeezenet1_1
 
 import main
 from core.choices import UserError
-from forgetting.artefact import forget, kappa_of
+from forgetting.artefact import kappa_of
+from forgetting.python import forget
 from mimu import Mask
 from tests.helpers.patterns import FLAGS, NAMES, network, pattern, prepared, spec_of, trained, words_for, write_folder
 
