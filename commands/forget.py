@@ -348,7 +348,7 @@ def library(
     read: Read = AS_IT_IS,
     quiet: bool = False,
 ) -> int:
-    """Write one mask for every class that has images; a mask that is there already is kept.
+    """Write one mask for every class that has images; one that was made of the same model, images and flags is kept.
 
     Args:
         spec: Which classifier.
@@ -380,20 +380,49 @@ def library(
     show(_line(width, "class", "weights", "forget", "retain", "change", "seconds", "mask"))
     for label in held:
         begun, place = time.monotonic(), at_home(out) / _file_name(f"{label}-{names.names[label]}")
-        answer = answer_to(answering, [label], number, chosen, target)
-        with _masks():
-            mask = to_mask(answering, answer, names, opened.parent, opened.loaded.preprocessing.describe(), target)
-            mask.save(place)
-        reached = answer.search is None or answer.search.achieved
-        missed += not reached
-        scores = mask.config.scores or {}
-        numbers = f"{scores['forget']:.1f} %", f"{scores['retain']:.1f} %", f"{scores['retain_change']:+.1f}"
-        spent = f"{time.monotonic() - begun:.1f}"
-        note = "" if reached else ", target not met"
-        show(_line(width, names.names[label], f"{mask.switched_off:,}", *numbers, spent, f"{place}{note}"))
+        mask = _kept(place, opened, answering, number, chosen)
+        if mask is None:
+            answer = answer_to(answering, [label], number, chosen, target)
+            reached = answer.search is None or answer.search.achieved
+            missed += not reached
+            with _masks():
+                mask = to_mask(answering, answer, names, opened.parent, opened.loaded.preprocessing.describe(), target)
+                mask.save(place)
+            note = f"{time.monotonic() - begun:.1f}", f"{place}{'' if reached else ', target not met'}"
+        else:
+            note = "-", f"{place}, there already"
+        show(_line(width, names.names[label], *_numbers(mask), *note))
     if absent := len(names) - len(held):
         show(f"{absent} classes have no images: no mask was made for them, nor was any measured on them")
     return int(missed > 0)
+
+
+def _kept(place: Path, opened: "Opened", answering: "Answering", number: int | None, way: str) -> "Mask | None":
+    """A mask that an earlier call made of the same model, images and flags; None: there is none.
+
+    With kappa auto it is made again: its card does not say what all of the search was asked for.
+
+    Raises:
+        UserError: what is there is damaged.
+    """
+    from mimu import Mask, state_sha256
+
+    if number is None or not (place / "mask.safetensors").exists():
+        return None
+    with _masks():
+        mask = Mask.load(place)
+    config = mask.config
+    same = config.data_sha256 == answering.parts.digest and config.kappa == number
+    same &= (config.method or "").startswith(f"{way},")
+    same &= set(config.parent.targets) <= {target.name for target in answering.model.targets}
+    return mask if same and config.parent.state_sha256 == state_sha256(opened.loaded.module) else None
+
+
+def _numbers(mask: "Mask") -> tuple[str, ...]:
+    """A mask's number of weights and scores, for the library's table."""
+    scores = mask.config.scores or {}
+    change = f"{scores['retain_change']:+.1f}"
+    return f"{mask.switched_off:,}", f"{scores['forget']:.1f} %", f"{scores['retain']:.1f} %", change
 
 
 def _held(asked: "Answering") -> list[int]:
