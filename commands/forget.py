@@ -76,6 +76,10 @@ def forget(
         raise UserError("no class to forget is named: give --class NAME, once for each")
     if images is None:
         raise UserError(NO_IMAGES)
+    if methods:
+        from unlearn.methods import chosen_methods
+
+        chosen_methods(methods)  # a wrong name is said before anything is computed
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
     from mimu.mask import check_place
@@ -261,9 +265,10 @@ def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS
         quiet: Print nothing about progress on stderr.
     """
     import copy
+    import warnings
 
     from forgetting.opening import scores_again
-    from mimu import Mask, state_sha256
+    from mimu import Mask, ParentWarning, state_sha256
 
     be_quiet(quiet)
     with _masks():
@@ -271,7 +276,8 @@ def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS
         opened = _opened(read, spec, images)
         module = copy.deepcopy(opened.loaded.module)
         before = state_sha256(module)
-        fit = found.apply(module)
+        with warnings.catch_warnings(action="ignore", category=ParentWarning):  # which the next line says
+            fit = found.apply(module)
         show(f"parent: {'the very one' if fit.grade == 'parent' else fit.note}")
         zero = all(
             not module.get_parameter(fit.names[n]).flatten()[flat.long()].any() for n, flat in found.positions.items()
@@ -287,7 +293,8 @@ def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS
 def _scored(mask: "Mask", counts: Mapping[str, tuple[int, int]], digest: str) -> bool:
     """Print scores that were measured again beside the card's; whether they agree to within one image."""
     scores, same_images = mask.config.scores or {}, digest == mask.config.data_sha256
-    show(f"images: {'those that the mask was made with' if same_images else 'others than the mask was made with'}")
+    made_with = "those" if same_images else "others than those" if mask.config.data_sha256 else "perhaps not those"
+    show(f"images: {made_with} that the mask was made with")
     agree = True
     for name, (right, images) in counts.items():
         value = 100 * right / images if images else float("nan")

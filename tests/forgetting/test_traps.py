@@ -215,6 +215,21 @@ def test_noise_and_removed_values(home, state, tmp_path, capsys):
     assert all(value.numpy().tobytes() in held for value in old[:1])
 
 
+def test_names_that_moved(home, state, images, tmp_path, capsys):
+    """A mask of a program's module, in which the user's stands inside of another: content finds the weights."""
+    net = nn.Sequential(filled(home, state))
+    forget(net, home / "photos", ["rings"], prepare=prepared, kappa=70).save(tmp_path / "m")
+    assert list(load_file(tmp_path / "m/mask.safetensors")) == ["0.conv2.weight"]
+    assert main.main(["verify", *words_for(home, tmp_path / "m")]) == 0
+    said = capsys.readouterr()
+    assert "0.conv2.weight is conv2.weight" in said.out
+    assert "bit for bit" in said.out
+    assert said.err == ""
+    (flat,) = load_file(tmp_path / "m/mask.safetensors").values()
+    found = sealed(home, tmp_path / "m", tmp_path / "s.pt", file="net.pt")
+    assert (found["conv2.weight"].view(-1) == 0).nonzero().flatten().tolist() == flat.tolist()
+
+
 # --- what a model answers, and what is said of it ---------------------------------------------------------
 
 
