@@ -13,15 +13,18 @@ from commands.command_line import Words, show
 from commands.inspect import AS_IT_IS, Read, Spec
 from core.choices import at_home
 from core.config import UserError
-from core.observe import be_quiet
+from core.observe import be_quiet, log
 
 if TYPE_CHECKING:
+    from commands.inspect import Reading
     from forgetting.answers import Answer, Answering
     from forgetting.opening import Opened
     from mimu import Mask
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
 Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
+MOST_NAMES = 5  # of classes, in one line
+AS_FLAG = re.compile(r"ema='(\w+)'")  # how the package names the choice that is --copies here
 NO_IMAGES = "images are needed for this: give a folder of them with --images"
 
 
@@ -33,7 +36,7 @@ def _masks() -> Generator[None]:
     try:
         yield
     except MaskError as error:
-        raise UserError(str(error)) from None
+        raise UserError(AS_FLAG.sub(r"--copies \1", str(error))) from None
 
 
 # --- forget -----------------------------------------------------------------------------------------------
@@ -73,12 +76,16 @@ def forget(
         raise UserError("no class to forget is named: give --class NAME, once for each")
     if images is None:
         raise UserError(NO_IMAGES)
+    if methods:
+        from unlearn.methods import chosen_methods
+
+        chosen_methods(methods)  # a wrong name is said before anything is computed
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
     from mimu.mask import check_place
 
     begun = time.monotonic()
-    opened = read.opened(spec, images)
+    opened = _opened(read, spec, images)
     names = opened.loaded.classes
     labels = sorted({names.find(one) for one in class_})
     target, chosen = _target(tau, epsilon), _way(way)
@@ -104,6 +111,23 @@ def forget(
     for line in _warnings(mask, answer.search is not None and not answer.search.achieved):
         show(line)
     return int(answer.search is not None and not answer.search.achieved)
+
+
+def _opened(read: "Reading", spec: str, images: Path | None) -> "Opened":
+    """Load the model, index the images, and log what classes and preprocessing were taken, and from where.
+
+    Raises:
+        UserError: either cannot be used.
+    """
+    opened = read.opened(spec, images)
+    loaded = opened.loaded
+    more = ", ..." * (len(loaded.classes) > MOST_NAMES)
+    names = f"{', '.join(loaded.classes.names[:MOST_NAMES])}{more} ({len(loaded.classes)})"
+    log(f"classes: {names}; from {loaded.classes.source}")
+    log(f"preprocessing: {loaded.preprocessing.said()}")
+    for note in loaded.notes:
+        log(f"note: {note}")
+    return opened
 
 
 def _kappa(
@@ -241,17 +265,19 @@ def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS
         quiet: Print nothing about progress on stderr.
     """
     import copy
+    import warnings
 
     from forgetting.opening import scores_again
-    from mimu import Mask, state_sha256
+    from mimu import Mask, ParentWarning, state_sha256
 
     be_quiet(quiet)
     with _masks():
         found = Mask.load(at_home(mask))
-        opened = read.opened(spec, images)
+        opened = _opened(read, spec, images)
         module = copy.deepcopy(opened.loaded.module)
         before = state_sha256(module)
-        fit = found.apply(module)
+        with warnings.catch_warnings(action="ignore", category=ParentWarning):  # which the next line says
+            fit = found.apply(module)
         show(f"parent: {'the very one' if fit.grade == 'parent' else fit.note}")
         zero = all(
             not module.get_parameter(fit.names[n]).flatten()[flat.long()].any() for n, flat in found.positions.items()
@@ -267,7 +293,8 @@ def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS
 def _scored(mask: "Mask", counts: Mapping[str, tuple[int, int]], digest: str) -> bool:
     """Print scores that were measured again beside the card's; whether they agree to within one image."""
     scores, same_images = mask.config.scores or {}, digest == mask.config.data_sha256
-    show(f"images: {'those that the mask was made with' if same_images else 'others than the mask was made with'}")
+    made_with = "those" if same_images else "others than those" if mask.config.data_sha256 else "perhaps not those"
+    show(f"images: {made_with} that the mask was made with")
     agree = True
     for name, (right, images) in counts.items():
         value = 100 * right / images if images else float("nan")
@@ -367,7 +394,7 @@ def library(
     be_quiet(quiet)
     if images is None:
         raise UserError(NO_IMAGES)
-    opened = read.opened(spec, images)
+    opened = _opened(read, spec, images)
     names, target, chosen, missed = opened.loaded.classes, _target(tau, epsilon), _way(way), 0
 
     def weights(asked: "Answering") -> int | None:

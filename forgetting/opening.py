@@ -13,8 +13,8 @@ from core.choices import UserError
 from core.observe import log
 from forgetting.answers import Answering
 from forgetting.artefact import described
-from forgetting.pictures import Folder, examples, labels_of, open_folder
-from forgetting.samples import foreseen, read_samples
+from forgetting.pictures import NO_IMAGES, Batch, Folder, examples, labels_of, open_folder
+from forgetting.samples import foreseen, in_parts, read_samples
 from mimu import Mask, Parent
 from models.foreign import ForeignClassifier
 from models.prefix import PROBE
@@ -135,21 +135,21 @@ def scores_again(opened: Opened, mask: Mask, module: nn.Module) -> dict[str, tup
 
     Returns:
         `forget`, `retain`: (recognised, images).
+
+    Raises:
+        UserError: no file gives an image.
     """
-    samples = opened.answering(tuple(mask.positions)).parts
-    wanted = set(samples.test.places.tolist())
-    forgotten = torch.tensor([one.index for one in mask.config.forgotten])
-    right, true, place = list[Tensor](), list[Tensor](), 0
+    right, batches = list[Tensor](), list[Batch]()
     for batch in opened.images:
-        keep = torch.tensor([place + at in wanted for at in range(len(batch.labels))])
-        place += len(batch.labels)
-        if keep.any():
-            with torch.no_grad():
-                answers = opened.loaded.logits(module(batch.images[keep].to(opened.loaded.dtype))).argmax(1)
-            right.append(answers == batch.labels[keep])
-            true.append(batch.labels[keep])
-    correct, labels = torch.cat(right), torch.cat(true)
-    of = torch.isin(labels, forgotten)
+        with torch.no_grad():
+            answers = opened.loaded.logits(module(batch.images.to(opened.loaded.dtype))).argmax(1)
+        right.append(answers == batch.labels)
+        batches.append(Batch(batch.images[:0], batch.labels, batch.keys, batch.splits))
+    if not batches:
+        raise UserError(NO_IMAGES)
+    every = torch.cat(right)
+    test = in_parts(every[:, None], batches, len(opened.loaded.classes), opened.images.digest()).test
+    correct, of = test.h[:, 0], torch.isin(test.labels, torch.tensor([one.index for one in mask.config.forgotten]))
     return {
         "forget": (int(correct[of].sum()), int(of.sum())),
         "retain": (int(correct[~of].sum()), int((~of).sum())),

@@ -17,8 +17,8 @@ from forgetting.artefact import AUTO_KAPPA, answer_to, described, kappa_of, to_m
 from forgetting.pictures import Folder, Loader, Source, examples, labels_of, open_folder
 from forgetting.samples import read_samples
 from forgetting.scores import check_clean
-from mimu import Mask
-from mimu.parent import unwrap
+from mimu import Mask, MaskError
+from mimu.parent import refuse_quantised, unwrap
 from models.class_names import ClassNames, choose_names
 from models.foreign import ForeignClassifier
 from models.prefix import PROBE
@@ -61,7 +61,7 @@ def forget(
     tree = open_folder(Path(images)) if isinstance(images, Path | str) else None
     if tree is not None and prepare is None:
         raise UserError("a folder of images needs prepare=, which turns an opened image into a tensor [C, H, W]")
-    working = copy.deepcopy(unwrap(model)).eval()
+    working = _copied(model)
     if tree is None:
         first, images = _looked_at(images)  # ty: ignore[invalid-argument-type]
     else:
@@ -70,6 +70,7 @@ def forget(
     known = _names(outputs, names, tree.classes if tree else None)
     source: Source = Folder(tree, labels_of(tree.classes, known), prepare) if tree else Loader(images, outputs)  # ty: ignore
     classifier = ForeignClassifier(working, logits, first, outputs, layers)
+    described(model, [target.name for target in classifier.targets])  # before the images are gone over
     labels = sorted({known.find(one) for one in classes})
     answering = Answering(classifier, read_samples(classifier, source))
     answering.check(labels, known.names)
@@ -83,6 +84,21 @@ def forget(
         raise UserError(f"no mask meets the target (best: kappa {best.kappa:,}, forget {best.forget_score:.1f} %, loss "
                         f"{best.retain_drop:.1f} points): raise tau or epsilon, or give kappa")  # fmt: skip
     return to_mask(answering, answer, known, lambda flat: described(model, flat), None, target)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of a model in eval mode, without wrappers.
+
+    Raises:
+        UserError: it is quantised, or cannot be copied.
+    """
+    try:
+        refuse_quantised(model)
+        return copy.deepcopy(unwrap(model)).eval()
+    except (MaskError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        how = ": fold old weight norms first, with torch.nn.utils.remove_weight_norm" if "weight_norm" in said else ""
+        raise UserError(f"the model cannot be copied{how}" if how else said) from None
 
 
 def _looked_at(loader: Iterable) -> tuple[Tensor, Iterable]:

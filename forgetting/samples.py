@@ -115,9 +115,7 @@ def read_samples(model: ForeignClassifier, source: Source, most: int = MOST_BYTE
             batches.append(Batch(batch.images[:0], batch.labels, batch.keys, batch.splits))
     if not rows.count:
         raise UserError(NO_IMAGES)
-    labels = torch.cat([batch.labels for batch in batches])
-    keys, splits = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("keys", "splits"))
-    return _in_parts(rows.whole(), labels, keys, splits, model.num_classes, source.digest())
+    return in_parts(rows.whole(), batches, model.num_classes, source.digest())
 
 
 def foreseen(source: Folder, outputs: int) -> Parts:
@@ -126,10 +124,13 @@ def foreseen(source: Folder, outputs: int) -> Parts:
     Files that turn out to give no image are still among them.
     """
     labels, keys, splits = source.listed()
-    return _in_parts(torch.zeros(len(labels), 0), labels, keys, splits, outputs, "")
+    return in_parts(torch.zeros(len(labels), 0), [Batch(labels[:0], labels, keys, splits)], outputs, "")
 
 
-def _in_parts(h: Tensor, labels: Tensor, keys: np.ndarray, splits: np.ndarray, outputs: int, digest: str) -> Parts:
+def in_parts(h: Tensor, batches: Sequence[Batch], outputs: int, digest: str) -> Parts:
+    """Part images, of which only labels, keys and splits count; `h`: rows of all of them."""
+    labels = torch.cat([batch.labels for batch in batches])
+    keys, splits = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("keys", "splits"))
     places = _parted(labels.numpy(), keys, splits)
     train = _capped(places["train"], labels.numpy(), MOST_TRAIN_BYTES // max(1, h[:1].nbytes))
     chosen = {name: torch.from_numpy(place) for name, place in (places | {"train": train}).items()}

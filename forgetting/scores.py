@@ -69,6 +69,7 @@ def judge(answering: Answering, answer: Answer) -> dict[str, Any]:
     percent = {name: one.times(100) for name, one in measured.items()}
     facts: dict[str, Any] = {name: one.value for name, one in percent.items()}
     facts["p_forget"] = 100 * float(probability)
+    facts["classes_retained"] = len(samples.labels[~forgotten].unique())
     facts["intervals"] = {name: [one.low, one.high] for name, one in percent.items()}
     facts["n"] = {name: one.n for name, one in percent.items()} | {"p_forget": int(forgotten.sum())}
     return facts

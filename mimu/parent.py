@@ -157,7 +157,7 @@ def describe_parent(
 
     Raises:
         MaskError: there is no such parameter, its values are not floating-point, or they are computed anew from others
-            before every forward pass.
+            before every forward pass; or some layer is quantised.
     """
     names = list(targets)
     if isinstance(model, nn.Module):
@@ -171,7 +171,10 @@ def describe_parent(
             near = difflib.get_close_matches(name, state, SHOWN, 0) or ["none"]
             raise MaskError(f"the model has no parameter {name}: choose one of its own, such as {', '.join(near)}")
     described = {name: _described(name, state, names_on_disk or {}) for name in names}
-    return Parent(described, sha256_of_state(state), framework or f"torch {torch.__version__}", load)
+    digest = sha256_of_state(state)
+    if isinstance(model, nn.Module):
+        refuse_quantised(model)
+    return Parent(described, digest, framework or f"torch {torch.__version__}", load)
 
 
 # --- what cannot be masked --------------------------------------------------------------------------------
@@ -219,10 +222,16 @@ def refuse_recomputed(model: nn.Module, names: Iterable[str]) -> None:
             raise MaskError(f"{what}: fold it into the weight first with {how}, and describe that parent")
 
 
-def _quantised(model: nn.Module) -> bool:
+def refuse_quantised(model: nn.Module) -> None:
+    """Refuse a model of which some layer is quantised.
+
+    Raises:
+        MaskError: it is.
+    """
     modules = (module for module in model.modules() if "quantized" in type(module).__module__)
     foreign = (p for p in model.parameters() if not is_plain(p) or not p.dtype.is_floating_point)
-    return next(modules, None) is not None or next(foreign, None) is not None
+    if next(modules, None) is not None or next(foreign, None) is not None:
+        raise MaskError("the model is quantised: mask the float parent, seal it, and quantise that")
 
 
 # --- the check --------------------------------------------------------------------------------------------
@@ -336,9 +345,8 @@ def check_model(
     floats = {key: value for key, value in values.items() if value.dtype.is_floating_point and is_plain(value)}
     try:
         fit = check_parent(parent, floats, state, any_parent)
-    except MaskError as error:
-        if _quantised(model):
-            raise MaskError("the model is quantised: mask the float parent, seal it, and quantise that") from error
+    except MaskError:
+        refuse_quantised(model)
         raise
     refuse_recomputed(model, fit.names.values())
     return fit

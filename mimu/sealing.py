@@ -367,6 +367,10 @@ def _check_found(parent: Path, mask: Mask, found: Mapping[str, _Found]) -> None:
     target = mask.config.parent.targets[lacking[0]]
     shape = "x".join(map(str, target.shape))
     near = [".".join(k) for one in found.values() for k, s in one.container.shapes().items() if s == target.shape]
+    owner, _, tensor = lacking[0].rpartition(".")
+    if made := [key for key in near if f"{owner}.parametrizations.{tensor}." in key or f"{owner}.{tensor}_" in key]:
+        what = f"{parent} has {lacking[0]} in parts ({made[0]} is one), of which it is made anew with every answer"
+        raise MaskError(f"{what}: save the model with plain weights, and seal that")
     same = f"tensors of that shape: {', '.join(near[:3])}" if near else "it has no tensor of that shape"
     raise MaskError(f"{parent} does not hold the parent's {lacking[0]} [{shape}]: give the mask's parent ({same})")
 

@@ -148,6 +148,9 @@ def test_forget_verify_seal_compose(home, net, tmp_path, capsys):
     union = {one for mask in (first, second) for one in mask.positions["conv2.weight"].tolist()}
     assert both.positions["conv2.weight"].tolist() == sorted(union)
     assert set(both.forgotten) == {NAMES[WANTED], "bars"}
+    capsys.readouterr()
+    assert main.main(["verify", *asked(home, "photos", tmp_path / "both")]) == 0
+    assert re.search(r"perhaps not those .*\nforget: [0-9.]+ % of 36 .*the card says nothing", capsys.readouterr().out)
     images, _ = pictures(home / "photos")
     sealed, state = plain(tmp_path / "sealed.pt", home), bits(net)
     with torch.no_grad():
@@ -164,7 +167,7 @@ def test_verify_tells_other_images_and_scores_that_are_not_the_cards(home, tmp_p
     write_folder(tmp_path / "others", 12, seed=5)
     words = [spec_of(home), str(tmp_path / "m"), "--images", str(tmp_path / "others"), *FLAGS, "--quiet"]
     assert main.main(["verify", *words]) == 0
-    assert "others than the mask was made with" in capsys.readouterr().out
+    assert "others than those that the mask was made with" in capsys.readouterr().out
     plainly = mask.config.plain()
     wrong = {**plainly, "scores": {**plainly["scores"], "retain": plainly["scores"]["retain"] - 20}}
     Mask(mask.positions, wrong).save(tmp_path / "wrong")

@@ -73,6 +73,7 @@ REQUESTS: dict[str, tuple[Case, str]] = {
     "layer": (asking("--layer", "conv9"), "no Linear or Conv2d weight 'conv9'.*conv"),
     "layer twice": (asking("--layer", "conv1", "--layer", "conv1.weight"), "names a weight twice"),
     "a norm's weight": (asking("--layer", "bn2"), "no Linear or Conv2d weight 'bn2'"),
+    "method": (asking("--methods", "magic"), "there is no method 'magic'"),
     "tau": (asking("--tau", "101"), "--tau is 101"),
     "few of a class": (asking("--most", "2"), "--most is 2: give at least 3"),
     "no such file": (
@@ -282,14 +283,14 @@ def test_no_pictures_at_all(home, tmp_path, capsys):
 def test_another_parent(command, home, tmp_path, capsys):
     torch.save(of(home).state_dict(), tmp_path / "x.pt")
     spec = f"py:{home}/net.py:net@{tmp_path}/x.pt"
-    more = list(FLAGS) if command == "verify" else ["--out", str(tmp_path / "sealed.pt")]
+    more = [*FLAGS, "--quiet"] if command == "verify" else ["--out", str(tmp_path / "sealed.pt")]
     refused([command, spec, str(home / "mask"), *more], "parent", capsys, tmp_path)
 
 
 def test_another_architecture(home, tmp_path, capsys):
     torch.save(squeezenet1_1(num_classes=4).state_dict(), tmp_path / "x.pt")
     spec, flags = f"torchvision:squeezenet1_1@{tmp_path}/x.pt", ["--size", "64", "--mean", "0.5", "--std", "0.5"]
-    refused(["verify", spec, str(home / "mask"), *flags], "parent", capsys, tmp_path)
+    refused(["verify", spec, str(home / "mask"), *flags, "--quiet"], "parent", capsys, tmp_path)
     refused(["seal", spec, str(home / "mask"), "--out", str(tmp_path / "s.pt")], "does not hold", capsys, tmp_path)
 
 

@@ -240,6 +240,14 @@ def test_a_quantised_parent_is_refused():
         mask.apply(quantised())
 
 
+def test_a_partly_quantised_model_is_not_described():
+    """A layer that is a float still could be masked, but what it stands in is no float parent."""
+    model = quantised()
+    model.append(nn.Linear(4, 3))
+    with pytest.raises(MaskError, match="mask the float parent"):
+        describe_parent(model, ["3.weight"])
+
+
 def test_integers_in_the_place_of_weights_are_called_quantised():
     class Packed(nn.Module):
         def __init__(self):
