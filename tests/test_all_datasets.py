@@ -54,7 +54,7 @@ SETS: dict[str, tuple[Callable[[Path], object], str | int, int]] = {
     "MNIST": (_mnist, 4, 4),
     "CIFAR10": (_cifar10, "airplane", 0),
     "CIFAR100": (
-        lambda root: write_cifar(root, "cifar-100-python", {"train": 600, "test": 200}, "fine_labels", 100),
+        lambda root: write_cifar(root, "cifar-100-python", {"train": 400, "test": 100}, "fine_labels", 100),
         "aquarium fish",
         1,
     ),
@@ -71,7 +71,7 @@ SETS: dict[str, tuple[Callable[[Path], object], str | int, int]] = {
 DRAWN = {("POKEMON_CLASSIFICATION", "HookedMLPClassifier"), ("IMAGENET_SMALL", "HookedMLPClassifier")}
 SHAPES = {"DIGITS": (10, 1, 8), "FASHION_MNIST": (10, 1, 28), "MNIST": (10, 1, 28)}
 SHAPES |= {"CIFAR10": (10, 3, 32), "CIFAR100": (100, 3, 32), "SVHN": (10, 3, 32)}
-SHAPES |= {"IMAGENET_SMALL": (1000, 3, 24), "PLANT_CLASSIFICATION": (6, 3, 24), "POKEMON_CLASSIFICATION": (4, 3, 24)}
+SHAPES |= {"IMAGENET_SMALL": (1000, 3, 12), "PLANT_CLASSIFICATION": (6, 3, 12), "POKEMON_CLASSIFICATION": (4, 3, 12)}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_whole_pipeline(name, model, roots, tmp_path, monkeypatch):
         device="cpu",
         topK_list=(300,),
         kappa_list=(100,),
-        data=DataConfig(image_size=24, num_workers=0, max_train_samples=200 if name == "DIGITS" else None),
+        data=DataConfig(image_size=12, num_workers=0, max_train_samples=200 if name == "DIGITS" else None),
         train=TrainConfig(epochs=1, batch_size=64),
         graph=GraphConfig(num_samples=64, min_per_class=4),
         gcn=GCNConfig(steps=2, hidden_dim=4, passes=1, requests_per_step=2),
