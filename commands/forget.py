@@ -72,14 +72,7 @@ def forget(
         quiet: Print nothing about progress on stderr.
     """
     be_quiet(quiet)
-    if not class_:
-        raise UserError("no class to forget is named: give --class NAME, once for each")
-    if images is None:
-        raise UserError(NO_IMAGES)
-    if methods:
-        from unlearn.methods import chosen_methods
-
-        chosen_methods(methods)  # a wrong name is said before anything is computed
+    _check_words(class_, images, methods)
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
     from mimu.mask import check_place
@@ -128,6 +121,22 @@ def _opened(read: "Reading", spec: str, images: Path | None) -> "Opened":
     for note in loaded.notes:
         log(f"note: {note}")
     return opened
+
+
+def _check_words(classes: Sequence[str], images: Path | None, methods: Sequence[str]) -> None:
+    """See that what is typed can be meant, before anything is computed.
+
+    Raises:
+        UserError: no class or no images are named, or there is no such method.
+    """
+    if not classes:
+        raise UserError("no class to forget is named: give --class NAME, once for each")
+    if images is None:
+        raise UserError(NO_IMAGES)
+    if methods:
+        from unlearn.methods import chosen_methods
+
+        chosen_methods(methods)
 
 
 def _kappa(

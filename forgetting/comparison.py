@@ -27,7 +27,7 @@ class Prepared(Images):
 
     def batch(self, indices: Tensor | list[int] | slice) -> tuple[Tensor, Tensor]:
         """Return images [B, C, H, W] and labels [B]."""
-        return self.pixels[indices].clone(), self.labels[indices]  # ty: ignore[missing-attribute]
+        return self.pixels[indices].clone(), self.labels[indices]
 
 
 class _Dataset(UnlearningDataset):
