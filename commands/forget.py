@@ -205,8 +205,8 @@ def _compare(opened: "Opened", answering: "Answering", answer: "Answer", methods
     show(f"written: {file}")
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+def _number(value: int | float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
 COMPARED = {
