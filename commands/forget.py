@@ -450,7 +450,8 @@ def _kept(place: Path, opened: "Opened", answering: "Answering", number: int | N
     config = mask.config
     same = config.data_sha256 == answering.parts.digest and config.kappa == number
     same &= (config.method or "").startswith(f"{way},")
-    same &= set(config.parent.targets) <= {target.name for target in answering.model.targets}
+    same &= set(config.parent.targets) == {target.name for target in answering.model.targets}
+    same &= config.preprocessing == opened.loaded.preprocessing.describe()
     return mask if same and config.parent.state_sha256 == state_sha256(opened.loaded.module) else None
 
 

@@ -4,6 +4,7 @@ MIMU, and bytes.
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,30 @@ def test_a_library_has_the_masks_that_forget_finds(home, tmp_path, capsys):
     assert main.main(words) == 0
     assert "there already" not in capsys.readouterr().out
     assert Mask.load(tmp_path / "all" / folders[0]).switched_off == 41
+
+
+@pytest.mark.slow
+def test_a_library_keeps_the_masks_of_the_same_request_and_of_no_other(home, tmp_path, capsys):
+    """Whether one is kept is told by its file's time: a mask that is made again has the same bytes."""
+    words = ["library", *asked(home), "--out", str(tmp_path / "all"), "--way", "first_order"]
+    files = [tmp_path / f"all/{label}-{name}/mask.safetensors" for label, name in enumerate(NAMES)]
+
+    def made_again(*more: str) -> list[str]:
+        before = {path: path.stat().st_mtime_ns for path in files if path.exists()}
+        assert main.main([*words, *more]) == 0
+        return [path.parent.name for path in files if before.get(path) != path.stat().st_mtime_ns]
+
+    every = [path.parent.name for path in files]
+    assert made_again("--kappa", "40") == every
+    assert made_again("--kappa", "40") == []
+    assert capsys.readouterr().out.count("there already") == 4
+    shutil.rmtree(files[1].parent)
+    assert made_again("--kappa", "40") == [every[1]]
+    more = ["--kappa", "40"]  # each further flag alone makes it another request
+    for another in (("--kappa", "41"), ("--layer", "conv1"), ("--most", "50"), ("--mean", "0.4"), ("--way", "refined")):
+        more += another
+        assert made_again(*more) == every, more
+    assert made_again(*more, "--layer", "conv2") == every
 
 
 # --- Python -----------------------------------------------------------------------------------------------

@@ -34,11 +34,11 @@ LABELS = torch.arange(30) % OUTPUTS
 
 
 class NarrowResNet(ResNet):
-    """A ResNet-18 an eighth as wide, with one block less in every stage but the last."""
+    """A ResNet an eighth as wide, with one block in every stage but the last, which has two."""
 
-    def __init__(self):
-        super().__init__(BasicBlock, [1, 1, 1, 2])
-        self.fc = nn.Linear(64, OUTPUTS)
+    def __init__(self, block: type[BasicBlock | Bottleneck] = BasicBlock, **more: int):
+        super().__init__(block, [1, 1, 1, 2], **more)
+        self.fc = nn.Linear(64 * block.expansion, OUTPUTS)
 
     def _make_layer(self, block: type, planes: int, *rest: Any, **named: Any) -> nn.Sequential:
         return super()._make_layer(block, planes // 8, *rest, **named)
@@ -52,10 +52,6 @@ class NarrowVGG(VGG):
         self.features, self.avgpool = make_layers([8, "M", 16, "M"], batch_norm=True), nn.AdaptiveAvgPool2d((2, 2))
         wide = [nn.Linear(64, 24), nn.ReLU(True), nn.Dropout(), nn.Linear(24, 24), nn.ReLU(True), nn.Dropout()]
         self.classifier = nn.Sequential(*wide, nn.Linear(24, OUTPUTS))
-
-
-def resnet50(**more: int) -> nn.Module:
-    return ResNet(Bottleneck, [1, 1, 1, 2], num_classes=OUTPUTS, **more)
 
 
 def efficientnet() -> nn.Module:
@@ -81,8 +77,12 @@ def swin() -> nn.Module:
 # Architecture -> (its constructor, the weight that `auto` means, further choices of weights).
 NETS: dict[str, tuple[Callable[[], nn.Module], str, tuple[tuple[str, ...], ...]]] = {
     "resnet18": (NarrowResNet, "layer4.1.conv2.weight", (("fc",), ("layer4.1.conv1", "layer4.1.conv2"), ("all",))),
-    "resnet50": (partial(resnet50, width_per_group=8), "layer4.1.conv3.weight", (("layer4.1.conv2",),)),
-    "resnext": (partial(resnet50, groups=4, width_per_group=4), "layer4.1.conv3.weight", (("layer4.1.conv2",),)),
+    "resnet50": (partial(NarrowResNet, Bottleneck), "layer4.1.conv3.weight", (("layer4.1.conv2",),)),
+    "resnext": (
+        partial(NarrowResNet, Bottleneck, groups=4, width_per_group=16),
+        "layer4.1.conv3.weight",
+        (("layer4.1.conv2",),),
+    ),
     "vgg16_bn": (NarrowVGG, "classifier.3.weight", (("classifier.0", "classifier.3"), ("features.4",), ("all",))),
     "mobilenet_v3_small": (
         partial(models.mobilenet_v3_small, num_classes=OUTPUTS, width_mult=0.25),
