@@ -38,14 +38,14 @@ class ImagesOf(Protocol):
 MOST_VALUES = 2**20  # of the logits of one set that are held at once: 100,000 images of ten classes
 
 
-def blocks(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The rows of batches [b, C] again, in blocks of as many as make MOST_VALUES values; the last may be smaller.
+def blocks(parts: Iterable[Tensor], most: int = MOST_VALUES) -> Iterator[Tensor]:
+    """The rows of batches [b, C] again, in blocks of as many as make `most` values; the last may be smaller.
 
     Two models' blocks of one set fit each other, whatever batches they come from.
     """
     held, rows = [], 0
     for part in parts:
-        size = max(1, MOST_VALUES // part.shape[1])
+        size = max(1, most // part.shape[1])
         held, rows = [*held, part], rows + len(part)
         while rows >= size:
             whole = torch.cat(held)
@@ -88,10 +88,15 @@ class PerImage:
 
 @dataclass(frozen=True)
 class Again:
-    """Logits that are not kept: a function that makes them again, in batches [b, C] in the order of the set."""
+    """Logits that are not kept: a function that makes them again, in batches [b, C] in the order of the set.
+
+    Args:
+        num_classes: C. most: values that a block of them may hold, see `blocks`.
+    """
 
     make: Callable[[], Iterable[Tensor]]
     num_classes: int
+    most: int = MOST_VALUES
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Outputs:
         if isinstance(self.logits, Tensor):
             yield self._log_p
         else:
-            yield from (block.double().log_softmax(1) for block in blocks(self.logits.make()))
+            yield from (block.double().log_softmax(1) for block in blocks(self.logits.make(), self.logits.most))
 
     @cached_property
     def per_image(self) -> PerImage:

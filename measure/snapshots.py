@@ -77,7 +77,14 @@ class Snapshots:
         """Return whether a tensor of the state dict may differ from the original's."""
         return not self.in_prefix(name) or not prefix_unchanged
 
-    def inference(self, model: nn.Module, data_loader: DataLoader, is_forget_set: bool, description: str) -> Outputs:
+    def inference(
+        self,
+        model: nn.Module,
+        data_loader: DataLoader,
+        is_forget_set: bool,
+        description: str,
+        most_values: int = MOST_VALUES,
+    ) -> Outputs:
         """Compute a model's outputs on a whole loader, eval mode; the last batch may be short.
 
         Args:
@@ -85,11 +92,12 @@ class Snapshots:
                 they are read, so model and loader must not change until then.
             is_forget_set: which set it is, for subclasses that treat them apart.
             description: shown while it runs.
+            most_values: of logits that are kept.
         """
         device, logits, labels, made, values, classes = self.context.device, [], [], [], 0, 0
 
         def read(part: Tensor, true: Tensor) -> PerImage:
-            rows = max(1, MOST_VALUES // part.shape[1])
+            rows = max(1, most_values // part.shape[1])
             pairs = zip(part.split(rows), true.split(rows), strict=True)
             return PerImage.joined([PerImage.of(one, one.double().log_softmax(1), two) for one, two in pairs])
 
@@ -98,7 +106,7 @@ class Snapshots:
                 logits.append(model(inputs.to(device)).float())
                 labels.append(true.to(device))
                 values, classes = values + logits[-1].numel(), logits[-1].shape[1]
-                if values > MOST_VALUES:  # keep one number of each kind per image, and drop the logits
+                if values > most_values:  # keep one number of each kind per image, and drop the logits
                     begin = len(labels) - len(logits)
                     made += [read(*pair) for pair in zip(logits, labels[begin:], strict=True)]
                     logits.clear()
@@ -112,7 +120,7 @@ class Snapshots:
                     part = model(inputs.to(device)).float()
                 yield part
 
-        return Outputs(Again(again, classes), torch.cat(labels), PerImage.joined(made))
+        return Outputs(Again(again, classes, most_values), torch.cat(labels), PerImage.joined(made))
 
     def outputs(
         self,

@@ -47,6 +47,7 @@ class ClassStatistics:
         counts: images of each class, [C].
         h, z: mean input and output activations of each class, one [C, n] and [C, m] for each layer.
         gradient: label -> mean dL/dW over the class's images, [*graph.shape].
+        most_kept: values of all classes' gradients, from which on they are computed again for each request.
     """
 
     def __init__(
@@ -57,19 +58,26 @@ class ClassStatistics:
         h: list[Tensor],
         z: list[Tensor],
         gradient: Callable[[int], Tensor],
+        most_kept: int = MOST_KEPT,
     ):
         self.graph, self.weight, self.counts, self.h, self.z = graph, weight, counts, h, z
         self.num_classes, self._gradient = len(counts), gradient
-        few = self.num_classes * graph.num_vertices <= MOST_KEPT
+        few = self.num_classes * graph.num_vertices <= most_kept
         self._kept = [gradient(label) for label in range(self.num_classes)] if few else []
 
     @classmethod
-    def of_graphs(cls, graphs: GraphDataset, num_classes: int, device: torch.device | str = "cpu") -> "ClassStatistics":
+    def of_graphs(
+        cls,
+        graphs: GraphDataset,
+        num_classes: int,
+        device: torch.device | str = "cpu",
+        most_kept: int = MOST_KEPT,
+    ) -> "ClassStatistics":
         """Compute the statistics of a classifier's graphs.
 
         Args:
             num_classes: of the dataset.
-            device: where columns are computed.
+            device: where columns are computed. most_kept: as in the constructor.
 
         Raises:
             UserError: a class has no graph, or a graph is of no class.
@@ -88,7 +96,7 @@ class ClassStatistics:
             return graphs.graph.join([delta.T @ h / len(indices) for delta, h in pairs])
 
         h, z = [members @ h for h in vectors.h], [members @ z for z in vectors.z]
-        return cls(graphs.graph, graphs.weight.to(device), counts, h, z, gradient)
+        return cls(graphs.graph, graphs.weight.to(device), counts, h, z, gradient, most_kept)
 
     def gradients(self) -> Iterator[Tensor]:
         """Mean dL/dW of every class, in order. [*graph.shape] each."""

@@ -81,7 +81,7 @@ def gumbel_topk(theta: Tensor, k: int, temperature: float, generator: torch.Gene
     return threshold_topk(theta + noise.to(theta.dtype), k, temperature)
 
 
-def _budget_degrees(u: Tensor, k: int) -> Tensor:
+def _budget_degrees(u: Tensor, k: int, tolerance: float) -> Tensor:
     """d = sigmoid(u - tau) [..., N] with tau such that sum(d) = k, by Newton steps kept inside a shrinking bracket.
 
     N sigmoid(min u - tau) <= sum <= N sigmoid(max u - tau) brackets the root. Values are centred on the k-th
@@ -95,7 +95,7 @@ def _budget_degrees(u: Tensor, k: int) -> Tensor:
     degrees = torch.sigmoid(centred - tau)
     for _ in range(NEWTON_STEPS):
         excess = degrees.sum(-1, keepdim=True, dtype=torch.float64) - k
-        if float(excess.abs().max()) <= BUDGET_TOLERANCE * k:
+        if float(excess.abs().max()) <= tolerance * k:
             break
         low, high = torch.where(excess > 0, tau, low), torch.where(excess > 0, high, tau)
         slope = (degrees * (1 - degrees)).sum(-1, keepdim=True, dtype=torch.float64)
@@ -109,18 +109,27 @@ class _ExactBudget(torch.autograd.Function):
     """d = sigmoid((theta - tau) / T) with sum(d) = k; implicit gradient s (g - <s g> / <s>) / T."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, k: int, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, k: int, scale: Tensor, tolerance: float) -> Tensor:
         u = (theta / scale).to(torch.promote_types(theta.dtype, torch.float32))
-        degrees = _budget_degrees(u, k)
+        degrees = _budget_degrees(u, k, tolerance)
         ctx.save_for_backward(degrees, scale)
         return degrees.to(theta.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # ty: ignore[incompatible-method-override]
         degrees, scale = ctx.saved_tensors
         slope = degrees * (1 - degrees)
         weighted = (slope * grad).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp_min(1e-30)
-        return ((grad - weighted) * slope / scale).to(grad.dtype), None, None
+        return ((grad - weighted) * slope / scale).to(grad.dtype), None, None, None
+
+
+def exact_budget(theta: Tensor, k: int, scale: Tensor, tolerance: float = BUDGET_TOLERANCE) -> Tensor:
+    """d = sigmoid((theta - tau) / scale) [..., N] with sum(d) = k; scale [..., 1] is constant for the gradient.
+
+    Args:
+        tolerance: of k, on the sum.
+    """
+    return _ExactBudget.apply(theta, k, scale, tolerance)
 
 
 @_sampler(TopKSamplers.sinkhorn)
@@ -133,7 +142,7 @@ def sinkhorn_topk(theta: Tensor, k: int, temperature: float, generator: torch.Ge
     check_budget(k, theta.shape[-1])
     if k == theta.shape[-1]:
         return torch.ones_like(theta) + 0 * theta  # the only subset there is
-    return _ExactBudget.apply(theta, k, _scale(theta, temperature))
+    return exact_budget(theta, k, _scale(theta, temperature))
 
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from core.config import (
     PROJECT_ROOT,
+    DataConfig,
     EvalConfig,
     GCNConfig,
     MaskStrategies,
@@ -52,7 +53,7 @@ POINT = Point(top_k=500, kappa=200, seed=0)
 def context(request, tmp_path_factory) -> Context:
     torch.manual_seed(0)
     model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval()
-    data = get_unlearning_dataset(SupportedDatasets.DIGITS, 32, 4)
+    data = get_unlearning_dataset(SupportedDatasets.DIGITS, 32, 4, data=DataConfig(max_train_samples=400))
     theta = torch.randn(10, 64, 128, generator=torch.Generator().manual_seed(1))
     config = PipelineConfig(forget_class=(4,), sft=SFTConfig(steps=3), refine=RefineConfig(steps=3))
     folder, device = tmp_path_factory.mktemp("graphs"), torch.device("cpu")
