@@ -5,6 +5,8 @@ MIMU, and bytes.
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +163,34 @@ def test_forget_verify_seal_compose(home, net, tmp_path, capsys):
         assert not torch.equal(net(images), masked)
     assert bits(net) == state
     assert (home / "net.pt").read_bytes() == before
+
+
+FRESH = """
+import sys
+from pathlib import Path
+import torch
+import net
+module = net.net()
+module.load_state_dict(torch.load("sealed.pt", weights_only=True))
+with torch.no_grad():
+    torch.save(module.eval()(torch.load("images.pt")), "logits.pt")
+print(sorted({"mimu", "forgetting", "models", "core"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.slow
+def test_a_sealed_file_needs_nothing_of_this_project(home, net, tmp_path):
+    """In a process of its own, in a folder with the user's files alone."""
+    mask = forgotten(home, tmp_path / "m", "--kappa", 70)
+    assert main.main(["seal", spec_of(home), str(tmp_path / "m"), "--out", str(tmp_path / "sealed.pt")]) == 0
+    shutil.copy(home / "net.py", tmp_path)
+    images, _ = pictures(home / "photos")
+    torch.save(images, tmp_path / "images.pt")
+    (tmp_path / "fresh.py").write_text(FRESH)
+    done = subprocess.run([sys.executable, "fresh.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    with torch.no_grad(), mask.applied(net):
+        assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), net(images))
 
 
 def test_verify_tells_other_images_and_scores_that_are_not_the_cards(home, tmp_path, capsys):
