@@ -101,7 +101,7 @@ def forget(
     show(f"written: {place} ({_kilobytes(place)}), in {time.monotonic() - begun:.0f} s")
     if methods:
         _compare(opened, answering, answer, methods, place)
-    for line in _warnings(mask, answer.search is not None and not answer.search.achieved):
+    for line in _warnings(mask, len(names), answer.search is not None and not answer.search.achieved):
         show(line)
     return int(answer.search is not None and not answer.search.achieved)
 
@@ -253,10 +253,13 @@ def _show(mask: "Mask") -> None:
     show(f"method: {mask.config.method}")
 
 
-def _warnings(mask: "Mask", missed: bool) -> list[str]:
+def _warnings(mask: "Mask", outputs: int, missed: bool) -> list[str]:
     scores: Mapping[str, Any] = mask.config.scores or {}
-    absent = scores.get("classes_without_images", 0)
-    lines = [f"{absent} classes have no images: what the mask does to them was not measured"] if absent else []
+    absent, lines = scores.get("classes_without_images", 0), []
+    if scores["intervals"]["clean_forget"][0] <= 100 / outputs:
+        lines.append(f"the untouched model recognises {scores['clean_forget']:.1f} % of these images, no more than "
+                     "chance: see that the class is the one that is meant")  # fmt: skip
+    lines += [f"{absent} classes have no images: what the mask does to them was not measured"] if absent else []
     lines += ["not achievable: no mask that was tried meets the target; this is the best trade-off"] if missed else []
     return [*lines, "the mask makes nothing smaller or faster, and whoever has the parent can lift it"]
 

@@ -191,6 +191,18 @@ def test_another_order_of_classes(home, tmp_path, capsys):
     assert said.endswith("with --classes FILE")
 
 
+def test_a_class_that_is_not_recognised_is_told(home, tmp_path, capsys):
+    """Two names exchanged leave the model better than chance, but not in these two classes."""
+    (tmp_path / "names").write_text("\n".join([NAMES[1], NAMES[0], *NAMES[2:]]))
+    words = [*asking("--classes", str(tmp_path / "names"))(home, tmp_path), "--out"]
+    assert main.main([*words, str(tmp_path / "m")]) == 0
+    message = "the untouched model recognises 0.0 % of these images, no more than chance"
+    assert message in capsys.readouterr().out
+    words[words.index("bars")] = "dots"
+    assert main.main([*words, str(tmp_path / "n")]) == 0
+    assert message not in capsys.readouterr().out
+
+
 def test_folders_in_another_order_than_the_outputs(home, tmp_path, capsys):
     """Sorted names of folders are taken for the outputs' unless a file names these."""
     folders = ("d_bars", "a_checks", "b_dots", "c_rings")
