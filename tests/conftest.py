@@ -27,17 +27,19 @@ MOST_PROCESSES = 4  # each holds torch, and compares small models: more of them 
 # Files that take longest, longest first: begun last, one of them would keep a process busy while the others idle.
 DEAREST = (
     "training/test_distributed.py",
-    "test_all_datasets.py",
-    "test_faults.py",
-    "test_readme.py",
     "test_cli.py",
+    "test_faults.py",
+    "commands/test_sweep.py",
+    "test_all_datasets.py",
     "unlearn/test_unlearning.py",
     "test_pipeline.py",
+    "test_plugins.py",
+    "test_interrupt.py",
+    "training/test_resume.py",
+    "test_readme.py",
     "test_reporter.py",
     "core/test_records.py",
     "graphs/test_whole_models.py",
-    "test_interrupt.py",
-    "commands/test_sweep.py",
 )
 
 
