@@ -326,7 +326,7 @@ def seal(
     copies: str | None = None,
     seed: int | None = None,
 ) -> None:
-    """Write a checkpoint in which a mask's weights are gone: the parent's container and loader, nothing of ours.
+    """Write a checkpoint in which a mask's weights are gone, in the parent's container.
 
     Args:
         spec: Which classifier, as for forget; its file or folder is copied.
@@ -387,7 +387,7 @@ def library(
     read: Read = AS_IT_IS,
     quiet: bool = False,
 ) -> int:
-    """Write one mask for every class that has images; one that was made of the same model, images and flags is kept.
+    """Write one mask for every class that has images; what an earlier call made alike is kept.
 
     Args:
         spec: Which classifier.

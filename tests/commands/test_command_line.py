@@ -4,14 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import pytest
 import tyro
 
 import main
-from commands.command_line import SHORT, Environment, Files, Settings, call
-from core.choices import Choice
+from commands.command_line import SHORT, Environment, Files, Group, Settings, _described, call
+from core.choices import Choice, bare, hints
 from core.config import PROJECT_ROOT, PipelineConfig, UserError
 
 HERE = Environment(lambda folder: folder / "curves")
@@ -54,7 +54,11 @@ def test_every_flag_of_a_command_says_what_it_is(name):
     """Parameters of commands; fields of the configuration are described where they stand."""
     command = main.COMMANDS[name]
     described = (command.__doc__ or "").partition("Args:")[2]
-    own = [one for one in command.__annotations__ if one not in ("here", "rest", "settings", "reporter", "return")]
+    kinds = {one: bare(hint) for one, hint in get_type_hints(command, include_extras=True).items()}
+    groups = {one: kind for one, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Group)}
+    assert [field for kind in groups.values() for field in hints(kind) if not _described(kind, field)] == []
+    apart = {"here", "rest", "settings", "reporter", "return", *groups}
+    own = [one for one in command.__annotations__ if one not in apart]
     assert [one for one in own if f"{one}:" not in described] == []
     first = (command.__doc__ or "").partition("\n")[0]
     assert first.endswith(".")
