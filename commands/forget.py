@@ -402,6 +402,7 @@ def library(
     """
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
+    from mimu.mask import check_place
 
     be_quiet(quiet)
     if images is None:
@@ -409,7 +410,13 @@ def library(
     opened = _opened(read, spec, images)
     names, target, chosen, missed = opened.loaded.classes, _target(tau, epsilon), _way(way), 0
 
+    def place_of(label: int) -> Path:
+        return at_home(out) / _file_name(f"{label}-{names.names[label]}")
+
     def weights(asked: "Answering") -> int | None:
+        with _masks():
+            for label in _held(asked):
+                check_place(place_of(label))
         return _kappa(asked, [[label] for label in _held(asked)], names.names, kappa, target)
 
     answering = opened.answering(layer or ("auto",), weights)
@@ -418,7 +425,7 @@ def library(
     width = max(len(names.names[label]) for label in held)
     show(_line(width, "class", "weights", "forget", "retain", "change", "seconds", "mask"))
     for label in held:
-        begun, place = time.monotonic(), at_home(out) / _file_name(f"{label}-{names.names[label]}")
+        begun, place = time.monotonic(), place_of(label)
         mask = _kept(place, opened, answering, number, chosen)
         if mask is None:
             answer = answer_to(answering, [label], number, chosen, target)
