@@ -25,7 +25,6 @@ Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
 Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
 MOST_NAMES = 5  # of classes, in one line
 AS_FLAG = re.compile(r"ema='(\w+)'")  # how the package names the choice that is --copies here
-NO_IMAGES = "images are needed for this: give a folder of them with --images"
 
 
 @contextmanager
@@ -72,13 +71,13 @@ def forget(
         quiet: Print nothing about progress on stderr.
     """
     be_quiet(quiet)
-    _check_words(class_, images, methods)
+    _check_words(class_, methods)
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
     from mimu.mask import check_place
 
     begun = time.monotonic()
-    opened = _opened(read, spec, images)
+    opened = _opened(read, spec, _given(images))
     names = opened.loaded.classes
     labels = sorted({names.find(one) for one in class_})
     target, chosen = _target(tau, epsilon), _way(way)
@@ -106,6 +105,17 @@ def forget(
     return int(answer.search is not None and not answer.search.achieved)
 
 
+def _given(images: Path | None) -> Path:
+    """The folder of images, for a command that cannot do without.
+
+    Raises:
+        UserError: none is named.
+    """
+    if images is None:
+        raise UserError("images are needed for this: give a folder of them with --images")
+    return images
+
+
 def _opened(read: "Reading", spec: str, images: Path | None) -> "Opened":
     """Load the model, index the images, and log what classes and preprocessing were taken, and from where.
 
@@ -123,16 +133,14 @@ def _opened(read: "Reading", spec: str, images: Path | None) -> "Opened":
     return opened
 
 
-def _check_words(classes: Sequence[str], images: Path | None, methods: Sequence[str]) -> None:
+def _check_words(classes: Sequence[str], methods: Sequence[str]) -> None:
     """See that what is typed can be meant, before anything is computed.
 
     Raises:
-        UserError: no class or no images are named, or there is no such method.
+        UserError: no class is named, or there is no such method.
     """
     if not classes:
         raise UserError("no class to forget is named: give --class NAME, once for each")
-    if images is None:
-        raise UserError(NO_IMAGES)
     if methods:
         from unlearn.methods import chosen_methods
 
@@ -402,14 +410,19 @@ def library(
     """
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
+    from mimu.mask import check_place
 
     be_quiet(quiet)
-    if images is None:
-        raise UserError(NO_IMAGES)
-    opened = _opened(read, spec, images)
+    opened = _opened(read, spec, _given(images))
     names, target, chosen, missed = opened.loaded.classes, _target(tau, epsilon), _way(way), 0
 
+    def place_of(label: int) -> Path:
+        return at_home(out) / _file_name(f"{label}-{names.names[label]}")
+
     def weights(asked: "Answering") -> int | None:
+        with _masks():
+            for label in _held(asked):
+                check_place(place_of(label))
         return _kappa(asked, [[label] for label in _held(asked)], names.names, kappa, target)
 
     answering = opened.answering(layer or ("auto",), weights)
@@ -418,7 +431,7 @@ def library(
     width = max(len(names.names[label]) for label in held)
     show(_line(width, "class", "weights", "forget", "retain", "change", "seconds", "mask"))
     for label in held:
-        begun, place = time.monotonic(), at_home(out) / _file_name(f"{label}-{names.names[label]}")
+        begun, place = time.monotonic(), place_of(label)
         mask = _kept(place, opened, answering, number, chosen)
         if mask is None:
             answer = answer_to(answering, [label], number, chosen, target)

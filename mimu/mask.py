@@ -248,9 +248,12 @@ def check_place(folder: Path | str) -> None:
     """See that a mask could be saved in a folder, before it is made.
 
     Raises:
-        MaskError: something else stands there.
+        MaskError: something else stands there, or on the way there.
     """
     must_be_ours(Path(folder), (FILE, CONFIG, CARD))
+    nearest = next(path for path in Path(folder).absolute().parents if path.exists())
+    if not nearest.is_dir():
+        raise MaskError(f"{nearest} is a file, in which there is no room for {folder}: choose another place")
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

@@ -85,6 +85,7 @@ REQUESTS: dict[str, tuple[Case, str]] = {
         "there is no folder .*gone",
     ),
     "taken place": (asking("--out", "{photos}"), "photos holds other files .*choose a new folder"),
+    "place in a file": (asking("--out", "{photos}/bars/0.png/m"), "0.png is a file, .*choose another place"),
 }
 
 
@@ -94,6 +95,14 @@ def test_requests(name, home, tmp_path, capsys):
     words = [word.replace("{photos}", str(home / "photos")) for word in make(home, tmp_path)]
     words += [] if "--out" in words else ["--out", str(tmp_path / "m")]
     refused(words, message, capsys, home, tmp_path)
+
+
+def test_a_library_whose_last_place_is_taken(home, tmp_path, capsys):
+    """It is seen before the first mask is made."""
+    (tmp_path / "3-rings").mkdir()
+    (tmp_path / "3-rings/notes").touch()
+    words = ["library", *words_for(home), "--kappa", "9", "--out", str(tmp_path)]
+    refused(words, "3-rings holds other files", capsys, tmp_path)
 
 
 @pytest.mark.parametrize("kappa", ["0", "-3", "1.5", "200%", "0%", "0.001%", "few", "nan", "inf", "1e9", "0,3%", "1,5"])

@@ -172,6 +172,20 @@ def test_the_digest_follows_content_and_class_and_nothing_else(photos, tmp_path)
     assert digest(copy) != whole
 
 
+def test_the_digest_of_a_loader_follows_values_and_labels():
+    images, labels = drawn(12)
+
+    def digest(images: Tensor, labels: Tensor, batch: int = 5) -> str:
+        source = Loader(list(zip(images.split(batch), labels.split(batch), strict=True)), 5)
+        assert sum(len(one.labels) for one in source) == 12
+        return source.digest()
+
+    whole = digest(images, labels)
+    assert digest(images, labels, batch=12) == whole
+    assert digest(images, (labels + 1) % 5) != whole
+    assert digest(images + 1, labels) != whole
+
+
 def test_the_same_images_come_in_the_same_order_and_at_most_so_many_of_a_class(photos):
     whole, some = folder(photos), folder(photos, most=7)
     passes = [torch.cat([batch.images for batch in whole]) for _ in range(2)]

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, weight_norm
 
 import main
 from core.choices import UserError
-from forgetting.python import forget
+from forgetting.python import _asked, forget
 from mimu import Mask, describe_parent, state_sha256
 from tests.helpers.foreign import bits
 from tests.helpers.patterns import FLAGS, NAMES, network, prepared, spec_of, trained, words_for, write_folder
@@ -246,6 +246,9 @@ def test_probabilities_are_answers_too(home, state, images, labels, tmp_path):
     net.load_state_dict(state)
     python = forget(net.eval(), [(images, labels)], [LABEL], kappa=70)
     assert len(ours & set(python.positions["conv2.weight"].tolist())) > 35
+    outputs, logits = _asked(net, images[:4])
+    assert outputs == len(NAMES)
+    assert torch.equal(logits(answers(net, images)), answers(net, images).log())
 
 
 class Answering(nn.Module):
