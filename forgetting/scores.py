@@ -83,7 +83,7 @@ def recalibrated(answering: Answering, answer: Answer) -> Tensor | None:
 
     A mask shifts the activations behind it, to which the statistics of a BatchNorm layer no longer fit; computing them
     anew may bring a class back (arXiv 2609.08901). Layers ahead of the mask see what they saw before, and stay as they
-    are. None: no such layer is behind the mask.
+    are, save in a model whose pass cannot be resumed: there all of them count as behind it. None: none is behind it.
     """
     model, weights = answering.model, answering.masked(answer.off)
     inside = model.in_prefix()

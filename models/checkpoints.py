@@ -223,7 +223,7 @@ def _chosen(names: list[str], ema: Ema | None, path: Path) -> str:
     fitting = averaged if ema == "ema" else [name for name in names if name not in averaged]
     if len(names) == 1 or (ema and len(fitting) == 1):
         return (fitting or names)[0]
-    which = " (or say which: ema='ema' takes the average over training, ema='plain' the weights themselves)"
+    which = " (or say which with --ema: ema takes the average over training, plain the weights themselves)"
     said = ", ".join(sorted(name or "at its top" for name in names))
     needed = f"save the one that is meant, by itself{which if len(averaged) == 1 and len(names) == 2 else ''}"
     raise UserError(f"{path} holds several models ({said}): {needed}")
@@ -315,7 +315,7 @@ def _check_choice(stored: Stored, disk_names: Mapping[str, str], ema: Ema | None
     averaged = any(AVERAGED.search(part) for part in (stored.container, *before))
     if ema is not None and averaged != (ema == "ema"):
         has = "an average over training alone" if averaged else "no average over training"
-        raise UserError(f"{stored.path} holds {has}, and ema={ema} asks for the other: leave ema out")
+        raise UserError(f"{stored.path} holds {has}, and --ema {ema} asks for the other: leave it out")
 
 
 def _renamed(

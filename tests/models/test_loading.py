@@ -206,7 +206,7 @@ def test_of_a_model_and_its_average_one_must_be_chosen(kind, tmp_path):
     torch.save(with_ema(kind, plain, average), tmp_path / "x.pt")
     said = refusal(f"torchvision:{SMALL}@{tmp_path}/x.pt")
     assert "holds several models" in said
-    assert "ema='ema' takes the average over training, ema='plain' the weights themselves" in said
+    assert "with --ema: ema takes the average over training, plain the weights themselves" in said
     assert same(given(SMALL, tmp_path / "x.pt", ema="plain"), plain)
     loaded = given(SMALL, tmp_path / "x.pt", ema="ema")
     assert same(loaded, average.module)
@@ -215,7 +215,7 @@ def test_of_a_model_and_its_average_one_must_be_chosen(kind, tmp_path):
 
 def test_a_choice_that_a_file_does_not_offer(tmp_path):
     torch.save({"state_dict": network().state_dict()}, tmp_path / "x.pt")
-    assert "holds no average over training, and ema=ema asks for the other" in refusal(
+    assert "holds no average over training, and --ema ema asks for the other" in refusal(
         f"torchvision:{SMALL}@{tmp_path}/x.pt", ema="ema"
     )
     assert same(given(SMALL, tmp_path / "x.pt", ema="plain"), network())
