@@ -10,6 +10,7 @@ photographs: there is one of a class, so that no score is claimed, only what hap
 """
 
 import contextlib
+import importlib
 import io
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def weights() -> Path:
 
 def trunk(classes: int = 1000) -> nn.Module:
     """Lite0 of timm with the package's weights, and a head of so many classes; tensors are taken in their order."""
-    import timm
+    timm = importlib.import_module("timm")
 
     model: Any = timm.create_model(NAME)
     found = torch.load(weights(), weights_only=True)
@@ -119,7 +120,7 @@ def said(*words: str) -> tuple[int, str]:
 
 def clip_art_forgotten(place: Path) -> list[dict[str, Any]]:
     """Forget each class; judge by the card, and by timm alone on the sealed file."""
-    import timm
+    timm = importlib.import_module("timm")
 
     names = clip_art(place / "art")
     new_head(place / "art", place / "mine.pt")

@@ -10,6 +10,7 @@ over the same images. `library`: seconds for each class of ten and of a thousand
 Which number of weights is used is chosen on validation images: of KAPPAS the smallest that leaves LEFT % of the class.
 """
 
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,14 +47,14 @@ Make = Callable[[], nn.Module]
 
 def timm_vit() -> nn.Module:
     """A tiny ViT of timm with patches of 4 pixels."""
-    import timm
+    timm = importlib.import_module("timm")
 
     return timm.create_model("vit_tiny_patch16_224", img_size=28, patch_size=4, num_classes=10, depth=6)
 
 
 def hf_vit() -> nn.Module:
     """A small ViT of transformers."""
-    import transformers
+    transformers = importlib.import_module("transformers")
 
     shape = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
     config = transformers.ViTConfig.from_dict({"image_size": 28, "patch_size": 4, "num_labels": 10, **shape})
@@ -225,7 +226,7 @@ def seconds(what: Callable[[], object]) -> float:
 
 def efficientnet() -> nn.Module:
     """EfficientNet-Lite0 of timm."""
-    import timm
+    timm = importlib.import_module("timm")
 
     return timm.create_model("tf_efficientnet_lite0")
 

@@ -2,10 +2,12 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from core.observe import be_quiet
 from main import set_library_defaults
 from training.processes import reuse_freed_memory
 
@@ -55,6 +57,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     option.numprocesses = min(MOST_PROCESSES, os.cpu_count() or 1)
     option.dist, option.loadscopereorder = "loadfile", False
+
+
+@pytest.fixture(autouse=True)
+def the_log_is_heard_again() -> Iterator[None]:
+    """A command with --quiet silences its process, in which other tests listen."""
+    yield
+    be_quiet(False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -51,6 +51,7 @@ from unlearn.requests import (
     noise_start,
     refine,
     soft_mask,
+    tail_start,
     taylor_start,
 )
 from utils_data import Images, UnlearningDataset
@@ -529,6 +530,7 @@ def test_refinement_starts_where_it_is_told(whole, start):
     wanted = {
         Starts.gcn: ~mask_of("mimu", context, point).keep,
         Starts.taylor: hard_topk(taylor_start(context.known_head, (0,)), 100),
+        Starts.taylor_tail: hard_topk(tail_start(context.known_head, (0,)), 100),
         Starts.noise: hard_topk(noise_start(context.known_head, request, 0), 100),
     }[start]
     assert int((~found & ~wanted).sum()) <= 2  # standardising may swap a tie
