@@ -5,8 +5,9 @@
 
 EfficientNet-Lite0 (timm, `tf_efficientnet_lite0`) with its ImageNet weights gets a new linear head, trained on frozen
 features of clip art at 224 px: eight folders of the Debian package, three of ten images kept for the test. What is
-asked then goes through the command line. After that the same weights with their own 1,000 classes, on foolbox's twenty
-photographs: there is one of a class, so that no score is claimed, only what happens to the answers.
+asked then goes through the command line; kappa is the smallest of KAPPAS that leaves 2 % of the test images. After
+that the same weights with their own 1,000 classes, on foolbox's twenty photographs: there is one of a class, so that no
+score is claimed, only what happens to the answers.
 """
 
 import contextlib
