@@ -17,7 +17,7 @@ from imagenet_classes import IMAGENET2012_CLASSES
 from images.decode import BadImageError, How, Seen, examine
 from images.index import Tree, mix, scan_tree
 from images.layouts import NoTreeError, innermost
-from images.names import TEST, TRAIN, UNSPLIT, VAL, same_form
+from images.names import TEST, UNSPLIT, same_form
 from models.class_names import IMAGENET, ClassNames
 
 BATCH = 64
@@ -287,6 +287,3 @@ def examples(source: Iterable[Batch], most: int) -> Tensor:
     if not count:
         raise UserError(NO_IMAGES)
     return torch.cat(found)[:most]
-
-
-PARTS = {TRAIN: "train", VAL: "val", TEST: "test"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.choices import UserError
 from core.intervals import Interval
 from forgetting.answers import Answer, Answering, lost, recognised
-from forgetting.samples import AT_ONCE, Samples
+from forgetting.samples import AT_ONCE
 from models.class_names import ClassNames, clean_accuracy, is_at_chance, permutation_that_fits
 
 NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -104,11 +104,7 @@ def recalibrated(answering: Answering, answer: Answer) -> Tensor | None:
                     model.head(retained.rows[places], None, weights)
         for module in norms.values():
             module.eval()
-        return _answers(answering, answering.parts.test, weights)
-
-
-def _answers(answering: Answering, samples: Samples, weights: list[Tensor]) -> Tensor:
-    return samples.logits(answering.model, weights).argmax(1)
+        return answering.predictions(answering.parts.test, answer.off)
 
 
 @contextmanager
