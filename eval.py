@@ -13,6 +13,7 @@ from core.choices import Diverged
 from core.config import KappaModes
 from core.observe import log
 from core.records import SCORES, axes_as_written
+from graphs.subsets import hard_topk
 from measure.comparisons import avg_gap
 from measure.exhibits import TABLES, intervals_of, mask_map, tables_of, thumbnails
 from measure.integrity import COSTS, changed_outside, extent, unchanged
@@ -20,7 +21,7 @@ from measure.metrics import chosen_metrics
 from measure.snapshots import Snapshots
 from measure.verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
 from models.classifier import as_matrices
-from unlearn.masks import Mask, hard_topk, masked
+from unlearn.masks import Mask, masked
 from unlearn.methods import METHODS, mask_of
 from unlearn.registry import Context, Edit, Point, Settings
 

@@ -46,10 +46,11 @@ import torch
 from data import FEATURES
 from graphs.edge_list import edge_index
 from graphs.layout import layer_graph
+from graphs.subsets import hard_topk, sinkhorn_topk
 from main import SPIN_COUNT
 from model import MaskingGCN
 from training.processes import reuse_freed_memory
-from unlearn.masks import Mask, hard_topk, sinkhorn_topk
+from unlearn.masks import Mask
 
 ROUNDS, WIDTH = 3, 32
 SMALL, LARGE, HEAD = (64, 128), (128, 512), (1000, 2048)

@@ -13,10 +13,10 @@ from core.config import AutoConfig, RefineConfig, Starts
 from core.intervals import Interval, paired_difference, wilson
 from core.observe import log
 from forgetting.samples import Parts, Samples
+from graphs.subsets import hard_topk
 from measure.auto_kappa import Attempt, Search, check_provable, kappas
 from models.foreign import ForeignClassifier
 from unlearn.features import ClassStatistics
-from unlearn.masks import hard_topk
 from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail_start
 
 REFINE = RefineConfig(start=Starts.taylor_tail, steps=15, lr=0.3, lambda_retain=1.0)

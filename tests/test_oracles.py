@@ -22,12 +22,13 @@ from data import GraphDataset, GraphGenerator, Vectors
 from eval import Eval
 from graphs.edge_list import edge_index
 from graphs.layout import layer_graph
+from graphs.subsets import SAMPLERS, exact_budget, hard_topk
 from measure.metrics import Outputs, chosen_metrics
 from model import HookedModel, MaskingGCN, vision_model_loader
 from tests.helpers.common import APART, MIXED, NET_5432, evidence, held
 from trainer import GCNTrainer
 from unlearn import masks
-from unlearn.masks import SAMPLERS, Mask, exact_budget, hard_topk, masked, random_mask
+from unlearn.masks import Mask, masked, random_mask
 from unlearn.objectives import Elbo, categorical_kl, log_prior
 from unlearn.registry import Context
 from utils_data import Images, UnlearningDataset

@@ -16,9 +16,9 @@ from torch.nn import functional
 from core.config import GCNConfig, GCNPriorDistribution
 from data import GraphDataset, Vectors
 from graphs.layout import WeightGraph, check_budget
+from graphs.subsets import SAMPLERS
 from model import HookedModel, MaskingGCN, MaskLayer, inspecting
 from trainer import Objective, Part
-from unlearn.masks import SAMPLERS
 from unlearn.requests import FrozenHead, Request, Unlearner
 
 PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0

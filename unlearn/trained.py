@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graphs.subsets import hard_topk
 from model import apply_linear, capture, inspecting
 from unlearn.finetuning import RETAINED, Finetuner, Optimizing
-from unlearn.masks import hard_topk
 from unlearn.registry import Context, Edit, NotApplicable, Point, method
 
 EPOCHS = 3

@@ -11,11 +11,11 @@ from forgetting.answers import Answering
 from forgetting.pictures import Loader
 from forgetting.samples import Samples, read_samples
 from graphs.layout import WeightGraph
+from graphs.subsets import hard_topk
 from models.foreign import ForeignClassifier
 from tests.helpers.foreign import resnet
 from unlearn import features
 from unlearn.features import ClassStatistics
-from unlearn.masks import hard_topk
 from unlearn.requests import FrozenHead, Request, _refine_among, refine, tail_start
 
 CONFIG = RefineConfig(steps=6, lr=0.3)

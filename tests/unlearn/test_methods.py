@@ -27,20 +27,12 @@ from core.config import (
 )
 from data import GraphDataset, GraphGenerator
 from graphs.layout import layer_graph
+from graphs.subsets import hard_topk
 from measure.integrity import changed_outside, extent, unchanged
 from mimu import state_sha256
 from model import vision_model_loader
 from unlearn.finetuning import Finetuner
-from unlearn.masks import (
-    Mask,
-    feasibility_score,
-    hard_topk,
-    masked,
-    random_mask,
-    set_difference_mask,
-    top_mask,
-    weights_sha256,
-)
+from unlearn.masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask, weights_sha256
 from unlearn.methods import METHODS, MODULES, chosen_methods, mask_of
 from unlearn.registry import Context, Edit, Point, Shared, mask_method, method
 from unlearn.requests import FrozenHead, Request, Unlearner

@@ -9,7 +9,8 @@ from beartype import beartype
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
-from unlearn.masks import SAMPLERS, feasibility_score
+from graphs.subsets import SAMPLERS
+from unlearn.masks import feasibility_score
 
 Points = Float[Tensor, "batch weights"]
 

@@ -1,0 +1,105 @@
+"""The mask of an erasing edit: an exact number of weights over all target layers, by descent on a score of each."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from core.config import derive_seed
+from erasing.terms import Sides, Weights
+from graphs.layout import check_budget
+from graphs.subsets import hard_topk, sinkhorn_topk
+
+MEMORY = 0.8  # of the running mean of what features tell
+WIDTH = 0.02  # above the target, in shares of the variance: from there on features are pushed in full
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a mask is sought.
+
+    Args:
+        steps: of Adam, at rate `lr`. hot, cold: temperatures of the soft mask, first and last, annealed geometrically.
+        start: batches that the first-order start is averaged over. by: weights of the loss's terms.
+    """
+
+    steps: int = 300
+    lr: float = 0.3
+    hot: float = 0.5
+    cold: float = 0.05
+    start: int = 4
+    by: Weights = field(default_factory=Weights)
+
+    def temperature(self, step: int) -> float:
+        """Of the soft mask at a step."""
+        return self.hot * (self.cold / self.hot) ** (step / max(1, self.steps - 1))
+
+
+def tail_scores(values: Tensor) -> Tensor:
+    """-log(share of values that are larger), standardised: few stand out, whatever the number of all. [N] -> [N]."""
+    order = values.argsort(descending=True, stable=True)
+    places = torch.arange(len(order), device=values.device)
+    scores = torch.empty_like(values)
+    scores[order] = -torch.log((places + 0.5) / len(order))
+    return (scores - scores.mean()) / scores.std()
+
+
+class Descent:
+    """Seeks the weights to switch off for one request.
+
+    Args:
+        sides: its images. target: most that features may tell, [stages]. seed: of the batches.
+        barred: weights that may not be switched off, bool [*graph.shape].
+    """
+
+    def __init__(self, sides: Sides, target: Tensor, seed: int, schedule: Schedule, barred: Tensor):
+        self.sides, self.target, self.how = sides, target, schedule
+        self.told: Tensor | None = None
+        """Running mean of what features tell, [stages]."""
+        self.places = (~barred).flatten().nonzero().flatten()
+        model = sides.stages.model
+        self.graph = model.weight_graph()
+        pairs = zip(model.weights(), model.targets, strict=True)
+        self.weight = self.graph.join([value.detach().reshape(one.matrix) for value, one in pairs])
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, "erasing", *sides.classes))
+
+    def _loss(self, degrees: Tensor) -> Tensor:
+        """Of one batch; degrees: of the weights at `places`.
+
+        The term of features is pushed down in full while their running mean is WIDTH above the target, not at all once
+        it is below: a hinge on single batches would be pushed by their noise, and end lower than asked.
+        """
+        every = torch.zeros(self.weight.numel()).index_put((self.places,), degrees)
+        weights = self.graph.split(self.weight * (1 - every.view(self.weight.shape)))
+        said, tell = self.sides.loss(weights, self.generator, self.how.by)
+        now = tell.detach()
+        self.told = now if self.told is None else MEMORY * self.told + (1 - MEMORY) * now
+        push = ((self.told - self.target) / WIDTH).clamp(0, 1)
+        return said + self.how.by.features * (push * tell).sum()
+
+    def first_order(self) -> Tensor:
+        """How fast the loss falls when a weight is switched off, at the untouched classifier. [places]."""
+        degrees, total = torch.zeros(len(self.places), requires_grad=True), torch.zeros(len(self.places))
+        with torch.enable_grad():
+            for _ in range(self.how.start):
+                total -= torch.autograd.grad(self._loss(degrees), degrees)[0]
+        return total
+
+    def run(self, kappa: int) -> Tensor:
+        """Choose kappa weights, bool [*graph.shape].
+
+        Raises:
+            UserError: there are fewer.
+        """
+        check_budget(kappa, len(self.places), "kappa")
+        theta = tail_scores(self.first_order()).requires_grad_()
+        optimizer = torch.optim.Adam([theta], self.how.lr)
+        with torch.enable_grad():
+            for step in range(self.how.steps):
+                loss = self._loss(sinkhorn_topk(theta, kappa, self.how.temperature(step)))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        off = torch.zeros(self.weight.numel(), dtype=torch.bool)
+        off[self.places[hard_topk(theta.detach(), kappa)]] = True
+        return off.view(self.weight.shape)

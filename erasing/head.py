@@ -1,0 +1,85 @@
+"""The forgotten classes' rows of the last layer, as a network that never saw the classes would have them.
+
+A mask alone leaves the old row, whose remaining weights still rank forgotten images above others, and ten images bring
+it back. New rows are drawn and trained on retained images alone, features fixed: that is all that retraining would
+ever tell them.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from core.config import derive_seed
+from erasing.stages import Stages
+from models.targets import find_targets, head_of
+
+EPOCHS, BATCH, RATE = 8, 512, 3e-3
+
+
+class NoLinearHead(Exception):
+    """The logits do not come from a linear layer with a row for each class, so that no row can be drawn anew."""
+
+
+def head_name(stages: Stages) -> str:
+    """Name of the module that gives the logits.
+
+    Raises:
+        NoLinearHead: it is no linear layer, or the logits are not its output.
+    """
+    model = stages.model
+    name = head_of(find_targets(model.net, model.examples), model.num_classes).name.rpartition(".")[0]
+    if type(model.net.get_submodule(name)) is not nn.Linear:
+        raise NoLinearHead(f"{name} is no linear layer")
+    return name
+
+
+@contextmanager
+def _reading(module: nn.Module) -> Generator[list[Tensor]]:
+    """What a module reads in each call within the block."""
+    heard: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0].detach()))
+    try:
+        yield heard
+    finally:
+        handle.remove()
+
+
+def new_rows(
+    stages: Stages, weights: Sequence[Tensor], h: Tensor, labels: Tensor, classes: Sequence[int], seed: int
+) -> dict[str, Tensor]:
+    """Draw the classes' rows anew and train them on retained images, Adam, everything else fixed.
+
+    Args:
+        stages: the classifier. weights: of its targets, masked, [m, n] each. h: rows of retained images, [S, numbers].
+        labels: [S].
+
+    Returns:
+        Name of the last layer's weight -> [classes, d], and of its bias, if it has one, -> [classes].
+
+    Raises:
+        NoLinearHead: there are no such rows.
+    """
+    name = head_name(stages)
+    layer = stages.model.net.get_submodule(name)
+    with torch.no_grad(), _reading(layer) as heard:
+        logits = torch.cat([stages.model.head(part, None, weights).float() for part in h.split(1024)])
+    features = torch.cat(heard).float()
+    if features.dim() != 2 or logits.shape[1] != layer.out_features:
+        raise NoLinearHead(f"{name} reads {list(features.shape)}, and gives {layer.out_features} of the logits")
+    generator = torch.Generator().manual_seed(derive_seed(seed, "erasing", "rows", *classes))
+    bound, chosen = features.shape[1] ** -0.5, torch.tensor(classes)
+    row = (bound * (2 * torch.rand(len(classes), features.shape[1], generator=generator) - 1)).requires_grad_()
+    bias = torch.zeros(len(classes), requires_grad=layer.bias is not None)
+    optimizer = torch.optim.Adam([one for one in (row, bias) if one.requires_grad], RATE)
+    with torch.enable_grad():
+        for _ in range(EPOCHS):
+            for part in torch.randperm(len(labels), generator=generator).split(BATCH):
+                said = logits[part].index_copy(1, chosen, features[part] @ row.T + bias)
+                loss = nn.functional.cross_entropy(said, labels[part])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    found = {f"{name}.weight": row.detach().to(layer.weight.dtype)}
+    return found | ({f"{name}.bias": bias.detach().to(layer.bias.dtype)} if layer.bias is not None else {})
