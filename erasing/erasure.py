@@ -4,15 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config import derive_seed
 from erasing.descent import Descent, Schedule
-from erasing.head import head_name, new_rows
+from erasing.head import last_layer, new_rows
 from erasing.proxies import DRAWS, Proxies
 from erasing.stages import Stages
 from erasing.terms import Sides
 from models.foreign import ForeignClassifier
+
+SHARE = 0.02  # of the target weights, which an edit switches off where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -20,23 +22,39 @@ class Erasure:
     """What an erasing edit does to a classifier.
 
     Args:
-        off: weights that are switched off, bool [*graph.shape]; none in the rows that are drawn anew.
+        off: parameter -> which of its weights are switched off, bool [*shape]; none in the rows that are drawn anew.
         rows: parameter of the last layer -> what stands in the classes' rows, [classes, ...].
         before, target, after: what features tell after each stage but the last, see `terms.explained`: untouched, the
             most that they may, and with the edit. [stages] each.
     """
 
     classes: tuple[int, ...]
-    off: Tensor
+    off: Mapping[str, Tensor]
     rows: Mapping[str, Tensor]
     before: Tensor
     target: Tensor
     after: Tensor
 
     @property
-    def changed(self) -> int:
-        """Numbers that differ from the untouched classifier's: weights off, and the new rows."""
-        return int(self.off.sum()) + sum(value.numel() for value in self.rows.values())
+    def switched_off(self) -> int:
+        """How many weights are switched off."""
+        return sum(int(part.sum()) for part in self.off.values())
+
+    def write(self, module: nn.Module) -> dict[str, Tensor]:
+        """Put the edit into the classifier that it was made for, or a copy of it.
+
+        Returns:
+            Parameter -> which of its entries may differ now, bool [*shape].
+        """
+        touched = {name: part.clone() for name, part in self.off.items()}
+        with torch.no_grad():
+            for name, part in self.off.items():
+                module.get_parameter(name).masked_fill_(part, 0)
+            for name, values in self.rows.items():
+                parameter = module.get_parameter(name)
+                parameter[list(self.classes)] = values
+                touched.setdefault(name, torch.zeros(parameter.shape, dtype=torch.bool))[list(self.classes)] = True
+        return touched
 
 
 class Eraser:
@@ -48,7 +66,7 @@ class Eraser:
     """
 
     def __init__(self, model: ForeignClassifier, h: Tensor, labels: Tensor, seed: int):
-        self.stages, self.h, self.labels, self.seed = Stages(model), h, labels, seed
+        self.model, self.stages, self.h, self.labels, self.seed = model, Stages(model), h, labels, seed
         self.proxies = Proxies(model, h, labels, seed)
 
     def erase(self, classes: Sequence[int], kappa: int, schedule: Schedule | None = None) -> Erasure:
@@ -58,24 +76,25 @@ class Eraser:
             UserError: kappa is not between 1 and all weights. NoLinearHead: there are no rows to draw anew.
         """
         sides = Sides(self.stages, self.h, self.labels, classes)
-        target = self.proxies.targets(sides)
-        descent = Descent(sides, target, self.seed, schedule or Schedule(), self._rows(sides.classes))
+        target, barred = self.proxies.targets(sides), self._rows(sides.classes)
+        descent = Descent(sides, target, self.seed, schedule or Schedule(), barred)
         off = descent.run(kappa)
-        weights = descent.graph.split(descent.weight.masked_fill(off, 0))
-        kept = sides.retain
+        weights, kept = descent.graph.split(descent.weight.masked_fill(off, 0)), sides.retain
         rows = new_rows(self.stages, weights, self.h[kept], self.labels[kept], sides.classes, self.seed)
 
         def told(instead: Sequence[Tensor] | None) -> Tensor:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "proxies", "judged"))
             return sides.tells(self.stages, generator, DRAWS, instead)
 
-        return Erasure(sides.classes, off, rows, told(None), target, told(weights))
+        pairs = zip(self.model.targets, descent.graph.split(off), strict=True)
+        where = {one.name: part.view(one.shape) for one, part in pairs if bool(part.any())}
+        return Erasure(sides.classes, where, rows, told(None), target, told(weights))
 
     def _rows(self, classes: Sequence[int]) -> Tensor:
         """Which target weights lie in the rows that are drawn anew, bool [*graph.shape]."""
-        model, name = self.stages.model, f"{head_name(self.stages)}.weight"
-        parts = [torch.zeros(target.matrix, dtype=torch.bool) for target in model.targets]
-        for part, target in zip(parts, model.targets, strict=True):
+        name = f"{last_layer(self.stages)[0]}.weight"
+        parts = [torch.zeros(target.matrix, dtype=torch.bool) for target in self.model.targets]
+        for part, target in zip(parts, self.model.targets, strict=True):
             if target.name == name:
                 part[list(classes)] = True
-        return model.weight_graph().join(parts)
+        return self.model.weight_graph().join(parts)

@@ -16,23 +16,25 @@ from erasing.stages import Stages
 from models.targets import find_targets, head_of
 
 EPOCHS, BATCH, RATE = 8, 512, 3e-3
+LEAST_STEPS = 200  # more epochs where there are few images
 
 
 class NoLinearHead(Exception):
     """The logits do not come from a linear layer with a row for each class, so that no row can be drawn anew."""
 
 
-def head_name(stages: Stages) -> str:
-    """Name of the module that gives the logits.
+def last_layer(stages: Stages) -> tuple[str, nn.Linear]:
+    """Name of the module that gives the logits, and the module.
 
     Raises:
         NoLinearHead: it is no linear layer, or the logits are not its output.
     """
     model = stages.model
     name = head_of(find_targets(model.net, model.examples), model.num_classes).name.rpartition(".")[0]
-    if type(model.net.get_submodule(name)) is not nn.Linear:
+    layer = model.net.get_submodule(name)
+    if type(layer) is not nn.Linear:  # of a subclass the weight may not be what the layer multiplies with
         raise NoLinearHead(f"{name} is no linear layer")
-    return name
+    return name, layer
 
 
 @contextmanager
@@ -47,13 +49,13 @@ def _reading(module: nn.Module) -> Generator[list[Tensor]]:
 
 
 def new_rows(
-    stages: Stages, weights: Sequence[Tensor], h: Tensor, labels: Tensor, classes: Sequence[int], seed: int
+    stages: Stages, weights: Sequence[Tensor] | None, h: Tensor, labels: Tensor, classes: Sequence[int], seed: int
 ) -> dict[str, Tensor]:
     """Draw the classes' rows anew and train them on retained images, Adam, everything else fixed.
 
     Args:
-        stages: the classifier. weights: of its targets, masked, [m, n] each. h: rows of retained images, [S, numbers].
-        labels: [S].
+        stages: the classifier. weights: of its targets, masked, [m, n] each; None: as they are.
+        h: rows of retained images, [S, numbers]. labels: [S].
 
     Returns:
         Name of the last layer's weight -> [classes, d], and of its bias, if it has one, -> [classes].
@@ -61,8 +63,7 @@ def new_rows(
     Raises:
         NoLinearHead: there are no such rows.
     """
-    name = head_name(stages)
-    layer = stages.model.net.get_submodule(name)
+    name, layer = last_layer(stages)
     with torch.no_grad(), _reading(layer) as heard:
         logits = torch.cat([stages.model.head(part, None, weights).float() for part in h.split(1024)])
     features = torch.cat(heard).float()
@@ -74,7 +75,7 @@ def new_rows(
     bias = torch.zeros(len(classes), requires_grad=layer.bias is not None)
     optimizer = torch.optim.Adam([one for one in (row, bias) if one.requires_grad], RATE)
     with torch.enable_grad():
-        for _ in range(EPOCHS):
+        for _ in range(max(EPOCHS, -(-LEAST_STEPS * BATCH // len(labels)))):
             for part in torch.randperm(len(labels), generator=generator).split(BATCH):
                 said = logits[part].index_copy(1, chosen, features[part] @ row.T + bias)
                 loss = nn.functional.cross_entropy(said, labels[part])

@@ -38,9 +38,9 @@ def explained(forget: Tensor, partners: Tensor, retained: Tensor, groups: Tensor
     both = both - both.mean(0)
     group = torch.cat([groups, groups])
     kernel = both @ both.T / both.shape[1] * (1 + OWN * (group[:, None] == group[None]))
-    side = torch.ones(len(both), device=both.device)
+    side = torch.ones_like(both[:, 0])
     side[len(forget) :] = -1
-    diagonal = RIDGE * torch.eye(len(both), device=both.device)
+    diagonal = RIDGE * torch.eye(len(both), dtype=both.dtype, device=both.device)
     return 1 - RIDGE * (side @ torch.linalg.solve(kernel + diagonal, side)) / len(both)
 
 

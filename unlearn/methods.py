@@ -3,6 +3,7 @@
 Each method is one decorated function; its docstring is its definition.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor
 
 from core.config import MaskStrategies, Starts, UserError, derive_seed
+from erasing.erasure import SHARE, Eraser, Erasure
+from erasing.head import NoLinearHead, new_rows
+from erasing.stages import deep_layers, rows_of
+from model import inspecting
+from models.foreign import INSIDE, ForeignClassifier
 from unlearn import closed_form, trained
 from unlearn.features import centred_rank
 from unlearn.finetuning import Finetuner
@@ -60,6 +66,60 @@ def mimu_refined(context: Context, point: Point) -> Mask:
     candidates = CANDIDATES * point.kappa if config.start is Starts.taylor_tail else None
     theta = refine(context.known_head, _start(context, point), request, config, candidates)
     return top_mask(theta, point.kappa, context.graph)
+
+
+@method("mimu_deep", "MIMU deep (ours)", axes=("seed",))
+def mimu_deep(context: Context, point: Point) -> Edit:
+    """Switch off 2 % of the weights of the last stages (which hold nine tenths of all), such that the features there
+    tell the forgotten classes from the classes that they are to be taken for no better than two small proxies say that
+    retraining would leave it; then draw the classes' rows of the last layer anew and train them on D_r alone.
+    """
+    eraser = eraser_of(context, point.seed)
+    kappa = max(1, round(SHARE * eraser.model.weight_graph().num_vertices))
+    try:
+        erasure = eraser.erase(context.config.forget_labels, kappa)
+    except NoLinearHead as reason:
+        raise NotApplicable(f"draws rows of the last layer anew, and {reason}") from None
+    return _written(context, erasure)
+
+
+@method("head_row_new", "last layer's row anew", axes=("seed",), source="control: what the head alone can hide")
+def head_row_new(context: Context, point: Point) -> Edit:
+    """Draw the forgotten classes' rows of the last layer anew and train them on D_r alone; no other weight changes."""
+    eraser, classes = eraser_of(context, point.seed), context.config.forget_labels
+    kept = ~torch.isin(eraser.labels, torch.tensor(classes))
+    try:
+        rows = new_rows(eraser.stages, None, eraser.h[kept], eraser.labels[kept], classes, point.seed)
+    except NoLinearHead as reason:
+        raise NotApplicable(f"draws rows of the last layer anew, and {reason}") from None
+    nothing = torch.zeros(0)
+    return _written(context, Erasure(classes, {}, rows, nothing, nothing, nothing))
+
+
+def eraser_of(context: Context, seed: int) -> Eraser:
+    """What answers requests to erase, of a context's classifier and training images; made once for a seed."""
+
+    def make() -> Eraser:
+        model = context.model
+        net, logits = (model.net, model.logits) if isinstance(model, ForeignClassifier) else (model, lambda said: said)
+        sides = [context.images("train", side) for side in (True, False)]
+        first = next(iter(sides[1]))[0][:4].to(context.device)
+        with inspecting(net):
+            layers = deep_layers(net, first, context.data.num_classes)
+            deep = ForeignClassifier(net, logits, first, context.data.num_classes, layers)
+            pairs = [(rows_of(deep, [images.to(context.device)]), true) for side in sides for images, true in side]
+        rows, labels = zip(*pairs, strict=True)
+        return Eraser(deep, torch.cat(rows), torch.cat(labels).to(context.device), seed)
+
+    return context.shared.once(("eraser", seed), make).value
+
+
+def _written(context: Context, erasure: Erasure) -> Edit:
+    """A copy of the classifier with the edit in it."""
+    edited = copy.deepcopy(context.model)
+    inside = INSIDE if isinstance(edited, ForeignClassifier) else ""
+    module = edited.net if isinstance(edited, ForeignClassifier) else edited
+    return Edit(edited.eval(), {inside + name: part for name, part in erasure.write(module).items()})
 
 
 @mask_method("taylor_mask", "signed Taylor", axes=("kappa",), source="first-order saliency, e.g. 1611.06440")
