@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import main
 from core.choices import UserError
-from core.config import AutoConfig
+from core.config import PROJECT_ROOT, AutoConfig
 from forgetting.answers import TARGET, Ways
 from forgetting.opening import Opening, open_model
 from forgetting.python import forget
@@ -251,6 +251,78 @@ def test_a_library_keeps_the_masks_of_the_same_request_and_of_no_other(home, tmp
         more += another
         assert made_again(*more) == every, more
     assert made_again(*more, "--layer", "conv2") == every
+
+
+def check_engine(engine: str, home: Path, folder: Path, capsys, *more: str) -> None:
+    """Two workers leave byte for byte what one process leaves, and what is there is kept."""
+    words = ["library", *asked(home), "--kappa", "40", "--out"]
+    assert main.main([*words, str(folder / "one")]) == 0
+    usual = sorted(capsys.readouterr().out.replace("/one/", "/many/").splitlines())
+    words += [str(folder / "many"), "--engine", engine, *more]
+    assert main.main(words) == 0
+    said = capsys.readouterr().out.splitlines()
+    without_seconds = [re.sub(r" +[0-9.]+  ", "  ", line) for line in usual]
+    assert sorted(re.sub(r" +[0-9.]+  ", "  ", line) for line in said) == without_seconds
+    ours, theirs = ({p.relative_to(folder / name): p.read_bytes() for p in (folder / name).glob("[!.]*/*")}
+                    for name in ("one", "many"))  # fmt: skip
+    assert len(ours) == 3 * len(NAMES)
+    assert ours == theirs
+    shutil.rmtree(folder / "many" / f"1-{NAMES[1]}")
+    assert main.main(words) == 0
+    assert capsys.readouterr().out.count("there already") == len(NAMES) - 1
+    assert {p.relative_to(folder / "many"): p.read_bytes() for p in (folder / "many").glob("[!.]*/*")} == ours
+
+
+@pytest.mark.slow
+def test_a_library_of_several_processes_has_the_masks_of_one(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.engines._threads", lambda _: torch.get_num_threads())  # else sums differ in order
+    check_engine("local", home, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_a_library_by_slurm_has_the_masks_of_one_process(home, tmp_path, capsys, monkeypatch):
+    """By submitit's own executor for one machine."""
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(PROJECT_ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    check_engine("slurm", home, tmp_path, capsys, "--slurm", "cluster=local", "--slurm", "timeout_min=5")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_library_by_ray_has_the_masks_of_one_process(home, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
+    monkeypatch.setattr("training.engines._threads", lambda _: torch.get_num_threads())
+    check_engine("ray", home, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_what_a_worker_cannot_do_is_said_and_the_rest_is_made(home, tmp_path, capsys):
+    """A damaged mask stops the worker that meets it; the other's masks are there."""
+    words = ["library", *asked(home)[:-1], "--kappa", "40", "--out", str(tmp_path), "--engine", "local"]
+    (tmp_path / f"3-{NAMES[3]}").mkdir()
+    (tmp_path / f"3-{NAMES[3]}/mask.safetensors").write_bytes(b"x")
+    assert main.main(words) == 1
+    out, err = capsys.readouterr()
+    assert re.search(r"library: failed: 2 classes from 1 on: UserError: .*3-rings/mask.safetensors", err)
+    assert "1 masks are lacking" in out
+    made = sorted(path.parent.name for path in tmp_path.glob("*/mask_config.json"))
+    assert made == [f"{label}-{NAMES[label]}" for label in (0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--engine", "cloud"], "--engine is 'cloud': choose from none, local, slurm, ray"),
+        (["--engine", "local", "--workers", "0"], "--workers is 0: give a number >= 1"),
+        (["--engine", "slurm", "--slurm", "partition"], "--slurm is 'partition': write it as NAME=VALUE"),
+    ],
+)
+def test_an_engine_that_there_is_not_is_refused(words, message, home, tmp_path, capsys):
+    assert main.main(["library", *asked(home), "--kappa", "40", "--out", str(tmp_path / "m"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
 
 
 # --- Python -----------------------------------------------------------------------------------------------
