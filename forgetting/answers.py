@@ -60,20 +60,24 @@ class Answering:
     def head(self) -> FrozenHead:
         """The classifier from its first target on, with per-class statistics of the images that masks are sought with.
 
-        The gradient of a class is computed from its rows when it is asked for; where all of them fit they are kept.
+        The gradient of a class is computed from its rows when it is asked for, and the sum over all classes in one pass
+        over all rows: no table of classes by weights is ever made, and a class costs the same among ten and a thousand.
         """
         model, samples = self.model, self.parts.train
-        members = [samples.only(samples.labels == label) for label in range(model.num_classes)]
-        counts = torch.tensor([len(one) for one in members])
+        counts = torch.bincount(samples.labels, minlength=model.num_classes)
         graph = model.weight_graph()
         pairs = zip(model.weights(), model.targets, strict=True)
         weight = graph.join([value.detach().reshape(target.matrix) for value, target in pairs])
 
         def gradient(label: int) -> Tensor:
-            return model.class_gradient(members[label].h, members[label].labels)
+            own = samples.only(samples.labels == label)
+            return model.class_gradient(own.h, own.labels)
 
-        statistics = ClassStatistics(graph, weight, counts, [], [], gradient)
-        return FrozenHead(model, None, statistics, samples.h, samples.labels)
+        def total() -> Tensor:
+            return model.gradient_sum((rows, true, 1 / counts[true]) for rows, true in samples.batches())
+
+        statistics = ClassStatistics(graph, weight, counts, [], [], gradient, most_kept=0, total=total)
+        return FrozenHead(model, None, statistics, samples, samples.labels)
 
     def check(self, classes: Sequence[int], names: Sequence[str]) -> None:
         """See that a request can be answered and judged with these images.
