@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mimu import Mask
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
+Push = Annotated[str | None, tyro.conf.arg(metavar="REPO")]
 Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
 MOST_NAMES = 5  # of classes, in one line
 AS_FLAG = re.compile(r"ema='(\w+)'")  # how the package names the choice that is --copies here
@@ -128,6 +129,7 @@ def forget(
     class_: Classes = (),
     out: Path | None = None,
     methods: Words = (),
+    push: Push = None,
     asking: Asked = AS_USUAL,
     read: Read = AS_IT_IS,
 ) -> int:
@@ -138,9 +140,11 @@ def forget(
         class_: Class to forget, by name or number; once for each.
         out: Folder for the mask; without it masks/ and the classes' names.
         methods: Method to compare with on this model (docs/methods.md), once for each; or all.
+        push: Upload the mask to this model repository of the Hugging Face Hub, if it meets its target.
     """
     be_quiet(asking.quiet)
     _check_words(class_, methods)
+    _check_push(push)
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
     from mimu.mask import check_place
@@ -169,9 +173,38 @@ def forget(
     show(f"written: {place} ({_kilobytes(place)}), in {time.monotonic() - begun:.0f} s")
     if methods:
         _compare(found, answering, answer, methods, place)
-    for line in _warnings(mask, len(names), answer.search is not None and not answer.search.achieved):
+    missed = answer.search is not None and not answer.search.achieved
+    for line in _warnings(mask, len(names), missed):
         show(line)
-    return int(answer.search is not None and not answer.search.achieved)
+    if push and missed:
+        show("not pushed: the target is not met")
+    else:
+        _push(place, push)
+    return int(missed)
+
+
+def _check_push(repository: str | None) -> None:
+    """See that what is to be pushed has a place to go, before anything is computed.
+
+    Raises:
+        UserError: no repository can have this name.
+    """
+    if repository is not None:
+        from forgetting.hub import check_repository
+
+        check_repository(repository)
+
+
+def _push(place: Path, repository: str | None) -> None:
+    """Upload what was written, if a repository is named.
+
+    Raises:
+        UserError: the hub does not take it.
+    """
+    if repository is not None:
+        from forgetting.hub import push
+
+        show(f"pushed: {push(place, repository)}")
 
 
 def opened(read: "Reading", spec: str, images: Path | None) -> "Opened":
@@ -355,6 +388,7 @@ def seal(
     removed: Path | None = None,
     copies: str | None = None,
     seed: int | None = None,
+    push: Push = None,
 ) -> None:
     """Write a checkpoint in which a mask's weights are gone, in the parent's container.
 
@@ -366,12 +400,16 @@ def seal(
         removed: File for the removed values, to be locked away or destroyed: without it nothing can be restored.
         copies: What happens to averaged copies (EMA) of the weights in the file: seal or drop.
         seed: Of the noise; drawn if it is not given.
+        push: Upload the sealed checkpoint, and nothing else, to this model repository of the Hugging Face Hub.
     """
     import mimu
     from models.specs import parse
 
     if out is None:
         raise UserError("seal needs a place for the sealed checkpoint: give --out")
+    _check_push(push)
+    if push and removed and at_home(removed).resolve().is_relative_to(at_home(out).resolve()):
+        raise UserError(f"--removed {removed} lies in what is to be pushed: put the removed values elsewhere")
     parent = parse(spec).path
     with as_user_errors():
         loaded = mimu.Mask.load(at_home(mask))
@@ -383,16 +421,24 @@ def seal(
         show(f"left out: {name}")
     show(f"written: {done.out}; load it as the parent is loaded")
     show(f"the removed values are in {kept}" if kept else "the removed values are kept nowhere but in the parent")
+    _push(target, push)
 
 
-def compose(masks: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MASK")], out: Path) -> None:
+def compose(
+    masks: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MASK")],
+    out: Path,
+    push: Push = None,
+) -> None:
     """Join masks of one parent: what any of them switches off is off.
 
     Args:
         masks: Folders of masks.
         out: Folder for the joint mask.
+        push: Upload it to this model repository of the Hugging Face Hub.
     """
     import mimu
+
+    _check_push(push)
 
     with as_user_errors():
         joint = mimu.compose(*(mimu.Mask.load(at_home(one)) for one in masks))
@@ -400,3 +446,4 @@ def compose(masks: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.a
     shared = (joint.config.composition or {})["shared"]
     show(f"forgets {', '.join(joint.forgotten)}: {joint.switched_off:,} weights, {shared:,} of them in several masks")
     show(f"written: {out}; nothing was measured with all of them on: `verify` does")
+    _push(at_home(out), push)

@@ -38,7 +38,7 @@ STAIRCASE = {
     "unlearn": "masks features requests objectives registry finetuning closed_form trained methods",
     "measure": "attacks integrity metrics comparisons exhibits probes verdicts snapshots auto_kappa",
     "eval": "",
-    "forgetting": "pictures samples answers scores artefact python opening comparison",
+    "forgetting": "pictures samples answers scores artefact python opening comparison hub",
     "reporting": "write families tables terminal panels curves compare draw page",
     "reporter": "",
     "stages": "setup limits crew classifier graphs gcn chain evaluation preflight",
