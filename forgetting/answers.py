@@ -1,12 +1,14 @@
 """The answer to a request: which weights of a user's model to switch off so that classes are forgotten."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.choices import UserError
 from core.config import AutoConfig, RefineConfig, Starts
@@ -21,6 +23,8 @@ from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail_start
 
 REFINE = RefineConfig(start=Starts.taylor_tail, steps=15, lr=0.3, lambda_retain=1.0)
 TARGET = AutoConfig(smallest_share=1e-4, largest_share=0.02, tries=12)
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+RECALIBRATED = 2000  # retained images, at most, that BatchNorm statistics are computed anew with
 
 
 class Ways(StrEnum):
@@ -121,6 +125,44 @@ class Answering:
         """What the model answers, int [S]; `off`: with these weights at zero."""
         return samples.logits(self.model, None if off is None else self.masked(off)).argmax(1)
 
+    # --- BatchNorm ---
+
+    @cached_property
+    def norms(self) -> dict[str, nn.Module]:
+        """BatchNorm layers behind the target weights, by name.
+
+        Layers ahead of a mask see what they saw before. Of a model whose pass cannot be resumed, all count as behind.
+        """
+        inside = self.model.in_prefix()
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, NORMS) and module.track_running_stats and not inside(f"{name}.running_mean")
+        }
+
+    def anew(self, samples: Samples, off: Tensor | None, classes: Sequence[int]) -> Tensor | None:
+        """What the model answers, int [S], with BatchNorm statistics that were computed anew with retained images.
+
+        A mask shifts the activations behind it, to which the statistics of a BatchNorm layer no longer fit; computing
+        them anew may bring a class back (arXiv 2609.08901). None: no such layer is behind the mask.
+
+        Args:
+            off: with these weights at zero, bool [*graph.shape]. classes: to forget; images of all others are retained.
+        """
+        train, weights = self.parts.train, None if off is None else self.masked(off)
+        retained = train.only(~torch.isin(train.labels, torch.tensor(classes)))
+        retained = retained.only(torch.arange(len(retained)) < RECALIBRATED)
+        if not self.norms or len(retained) < 2:
+            return None
+        with _learning(self.norms):
+            for rows, _ in retained.batches():
+                if len(rows) > 1:
+                    with torch.no_grad():
+                        self.model.head(rows, None, weights)
+            for module in self.norms.values():
+                module.eval()
+            return self.predictions(samples, off)
+
     # --- the smallest kappa that meets a target ---
 
     def check_target(self, classes: Sequence[int], target: AutoConfig) -> None:
@@ -136,16 +178,20 @@ class Answering:
     def search(self, classes: tuple[int, ...], target: AutoConfig, way: Ways = Ways.refined) -> Answer:
         """Find the smallest kappa whose mask meets the target on validation images, by bisection.
 
+        Where a BatchNorm layer is behind the mask, the target is to be met twice: with the model's own statistics, and
+        with statistics computed anew, in the masked model and in the untouched one that it is held against.
+
         Of `target.tries` kappas on a log scale: the one in the middle first, then halves of what is left, on the
         assumption that a larger mask forgets no less.
         """
         choices, attempts, answers = kappas(self.head.graph.num_vertices, target), {}, {}
         before = self.predictions(self.parts.val)
+        before_anew = self.anew(self.parts.val, None, classes)
 
         def meets(kappa: int) -> bool:
             answers[kappa] = self.answer(classes, kappa, way)
-            attempts[kappa] = one = self._attempt(answers[kappa], before)
-            log(f"kappa {kappa:,}: forget {one.forget_score:.1f} %, loss {one.retain_drop:.1f} points (validation)")
+            attempts[kappa] = one = self.attempt(answers[kappa], before, before_anew)
+            log(f"kappa {kappa:,}: {one.said} (validation)")
             return one.meets(target)
 
         low, high = 0, len(choices)  # the first that meets it lies in [low, high]; high: none known yet
@@ -153,23 +199,66 @@ class Answering:
             middle = (low + high) // 2
             if meets(choices[middle]):
                 high = middle
-            elif attempts[choices[middle]].forget_score_most > target.tau:
+            elif attempts[choices[middle]].most_left > target.tau:
                 low = middle + 1
             else:  # forgotten, but too much was lost: only a smaller mask may do
                 high = middle
         tried = tuple(attempts[kappa] for kappa in sorted(attempts))
         fitting = [one.kappa for one in tried if one.meets(target)]
-        best = min(tried, key=lambda one: (one.forget_score + one.retain_drop, one.kappa)).kappa
+        best = min(tried, key=lambda one: (one.trade_off, one.kappa)).kappa
         kappa = min(fitting) if fitting else best
         return Answer(classes, answers[kappa].off, kappa, way, Search(bool(fitting), kappa, tried))
 
-    def _attempt(self, answer: Answer, before: Tensor) -> Attempt:
+    def attempt(self, answer: Answer, before: Tensor, before_anew: Tensor | None) -> "Twice":
+        """Judge an answer on validation images; `before`, `before_anew`: what the untouched model answers, int [S]."""
         samples = self.parts.val
-        after = self.predictions(samples, answer.off)
-        forgotten = torch.isin(samples.labels, torch.tensor(answer.classes))
-        forget, change = recognised(after, samples.labels, forgotten), lost(before, after, samples.labels, ~forgotten)
+        plain = self._scored(answer, before, self.predictions(samples, answer.off))
+        if before_anew is None:
+            return Twice(**vars(plain))
+        after = self.anew(samples, answer.off, answer.classes)
+        assert after is not None
+        return Twice(**vars(plain), anew=self._scored(answer, before_anew, after))
+
+    def _scored(self, answer: Answer, before: Tensor, after: Tensor) -> Attempt:
+        labels = self.parts.val.labels
+        forgotten = torch.isin(labels, torch.tensor(answer.classes))
+        forget, change = recognised(after, labels, forgotten), lost(before, after, labels, ~forgotten)
         forget, change = forget.times(100), change.times(100)
         return Attempt(answer.kappa, forget.value, forget.high, change.value, change.high)
+
+
+@dataclass(frozen=True)
+class Twice(Attempt):
+    """An attempt with the model's own statistics, and `anew` with BatchNorm statistics computed anew.
+
+    None: no BatchNorm layer is behind the mask.
+    """
+
+    anew: Attempt | None = None
+
+    def meets(self, auto: AutoConfig) -> bool:
+        """Return whether the target is met both times."""
+        return super().meets(auto) and (self.anew is None or self.anew.meets(auto))
+
+    @property
+    def both(self) -> tuple[Attempt, ...]:
+        """The one attempt, or both."""
+        return (self, self.anew) if self.anew else (self,)
+
+    @property
+    def most_left(self) -> float:
+        """The upper end of the forget score's interval, where more is left."""
+        return max(one.forget_score_most for one in self.both)
+
+    @property
+    def trade_off(self) -> float:
+        """What is left of the classes to forget and lost of the others, together, where that is worse."""
+        return max(one.forget_score + one.retain_drop for one in self.both)
+
+    @property
+    def said(self) -> str:
+        """The scores in words."""
+        return super().said + (f"; BatchNorm anew: {self.anew.said}" if self.anew else "")
 
 
 def recognised(predictions: Tensor, labels: Tensor, among: Tensor) -> Interval:
@@ -181,3 +270,21 @@ def lost(before: Tensor, after: Tensor, labels: Tensor, among: Tensor) -> Interv
     """Share of right answers that are lost, less those that are gained, with its 95 % interval; all [S]."""
     was, now = (before == labels)[among], (after == labels)[among]
     return paired_difference(int((was & ~now).sum()), int((~was & now).sum()), int(among.sum()))
+
+
+@contextmanager
+def _learning(norms: Mapping[str, Any]) -> Generator[None]:
+    """Let BatchNorm layers take the mean of what passes as their statistics; afterwards all is as before."""
+    kept = {name: {key: value.clone() for key, value in norm.state_dict().items()} for name, norm in norms.items()}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    try:
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over batches
+            norm.train()
+        yield
+    finally:
+        for name, norm in norms.items():
+            norm.eval()
+            norm.momentum = momenta[name]
+            norm.load_state_dict(kept[name])

@@ -81,8 +81,9 @@ def forget(
     answer = answer_to(answering, labels, number, way, target)
     if answer.search is not None and not answer.search.achieved:
         best = min(answer.search.attempts, key=lambda one: abs(one.kappa - answer.kappa))
-        raise UserError(f"no mask meets the target (best: kappa {best.kappa:,}, forget {best.forget_score:.1f} %, loss "
-                        f"{best.retain_drop:.1f} points): raise tau or epsilon, or give kappa")  # fmt: skip
+        raise UserError(
+            f"no mask meets the target (best: kappa {best.kappa:,}, {best.said}): raise tau or epsilon, or give kappa"
+        )
     return to_mask(answering, answer, known, lambda flat: described(model, flat), None, target)
 
 

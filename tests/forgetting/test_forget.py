@@ -24,7 +24,7 @@ from core.config import PROJECT_ROOT, AutoConfig
 from forgetting.answers import TARGET, Ways
 from forgetting.opening import Opening, open_model
 from forgetting.python import forget
-from measure.auto_kappa import kappas
+from measure.auto_kappa import Attempt, kappas
 from mimu import Mask, state_sha256
 from models.foreign import ForeignClassifier
 from models.preprocessing import Given
@@ -116,12 +116,8 @@ def test_the_cards_scores_are_those_of_plain_torch(way, home, net, tmp_path):
     assert scores["p_forget"] == pytest.approx(100 * float(logits[of].softmax(1)[:, WANTED].mean()), rel=1e-4)
     assert (scores["n"]["forget"], scores["n"]["retain"]) == (int(of.sum()), int((~of).sum()))
     train, train_labels = pictures(home / "parted/train")
-    net.bn2.reset_running_stats()
-    net.bn2.momentum = None
-    net.bn2.train()
     with torch.no_grad():
-        net(train[train_labels != WANTED])
-        again = net.eval()(images).argmax(1) == labels
+        again = renewed(net, train[train_labels != WANTED])(images).argmax(1) == labels
     assert scores["forget_recalibrated"] == pytest.approx(percent(again[of]), abs=100 / int(of.sum()))
     assert scores["retain_recalibrated"] == pytest.approx(percent(again[~of]), abs=100 / int((~of).sum()))
 
@@ -393,8 +389,9 @@ def test_bisection_finds_what_trying_every_kappa_finds(label, tau, home):
     """Of these classes a larger mask forgets no less, as the search assumes."""
     asking = open_model(spec_of(home), home / "photos", Opening(given=GIVEN)).answering()
     wanted, before = target(tau), asking.predictions(asking.parts.val)
+    before_anew = asking.anew(asking.parts.val, None, (label,))
     every = [
-        asking._attempt(asking.answer((label,), kappa, Ways.first_order), before)
+        asking.attempt(asking.answer((label,), kappa, Ways.first_order), before, before_anew)
         for kappa in kappas(asking.head.graph.num_vertices, wanted)
     ]
     meets = [one.meets(wanted) for one in every]
@@ -406,6 +403,41 @@ def test_bisection_finds_what_trying_every_kappa_finds(label, tau, home):
     assert int(found.off.sum()) == found.kappa == found.search.kappa
     assert set(found.search.attempts) <= set(every)
     assert len(found.search.attempts) <= 4  # of 12
+
+
+def renewed(net: nn.Module, train: Tensor) -> nn.Module:
+    """The module with the statistics of its second BatchNorm computed anew with some images, by plain torch."""
+    net.bn2.reset_running_stats()
+    net.bn2.momentum = None
+    net.bn2.train()
+    with torch.no_grad():
+        net(train)
+    return net.eval()
+
+
+def test_a_target_is_held_against_new_statistics_too(home, net, tmp_path):
+    """By plain torch: what a mask does beside the untouched model, which has its statistics anew as well."""
+    rings = 3
+    asking = open_model(spec_of(home), home / "parted", Opening(given=GIVEN)).answering()
+    answer, val = asking.answer((rings,), 104), asking.parts.val
+    found = asking.attempt(answer, asking.predictions(val), asking.anew(val, None, (rings,)))
+    train, train_labels = pictures(home / "parted/train")
+    images, labels = pictures(home / "parted/val")
+    forgotten(home, tmp_path / "m", "--kappa", 104, images="parted", name=NAMES[rings])
+    right = {}
+    for name, module in (("before", net), ("after", zeroed(plain(home / "net.pt", home), tmp_path / "m"))):
+        with torch.no_grad():
+            right[name] = renewed(module, train[train_labels != rings])(images).argmax(1) == labels
+    of, one = labels == rings, 100 / 30
+    assert found.anew is not None
+    assert found.anew.forget_score == pytest.approx(percent(right["after"][of]), abs=one)
+    lost = percent(right["before"][~of]) - percent(right["after"][~of])
+    assert found.anew.retain_drop == pytest.approx(lost, abs=one)
+    assert found.anew.forget_score > found.forget_score + 20, "new statistics bring the class back"
+    wanted = target(found.forget_score_most)
+    assert Attempt.meets(found, wanted)
+    assert not found.meets(wanted)
+    assert found.most_left == found.anew.forget_score_most > wanted.tau
 
 
 def test_a_target_that_is_met_and_one_that_is_not(home, tmp_path, capsys):
