@@ -1,6 +1,6 @@
 """The answer to a request: which weights of a user's model to switch off so that classes are forgotten."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from core.choices import UserError
-from core.config import AutoConfig, RefineConfig, Starts
+from core.config import AutoConfig, ForgetLosses, RefineConfig, Starts
 from core.intervals import Interval, paired_difference, wilson
 from core.observe import log
 from forgetting.samples import Parts, Samples
 from measure.auto_kappa import Attempt, Search, check_provable, kappas
+from model import inspecting
 from models.foreign import ForeignClassifier
-from unlearn.features import ClassStatistics
+from unlearn.features import TAYLOR_LAMBDA, ClassStatistics
 from unlearn.masks import hard_topk
-from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail_start
+from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail, tail_start
 
 REFINE = RefineConfig(start=Starts.taylor_tail, steps=15, lr=0.3, lambda_retain=1.0)
 TARGET = AutoConfig(smallest_share=1e-4, largest_share=0.02, tries=12)
@@ -28,9 +29,13 @@ RECALIBRATED = 2000  # retained images, at most, that BatchNorm statistics are c
 
 
 class Ways(StrEnum):
-    """How the weights are chosen: by first-order importance alone, or improved by descent for this request."""
+    """How the weights are chosen: by first-order importance alone, or improved by descent for this request.
+
+    robust: improved so that the class stays forgotten when BatchNorm statistics are computed anew.
+    """
 
     refined = "refined"
+    robust = "robust"
     first_order = "first_order"
 
 
@@ -83,6 +88,11 @@ class Answering:
         statistics = ClassStatistics(graph, weight, counts, [], [], gradient, most_kept=0, total=total)
         return FrozenHead(model, None, statistics, samples, samples.labels)
 
+    @cached_property
+    def robust_head(self) -> FrozenHead:
+        """The head whose losses count both statistics of BatchNorm layers; `head` where none is behind the targets."""
+        return RobustHead(self.head, list(self.norms.values())) if self.norms else self.head
+
     def check(self, classes: Sequence[int], names: Sequence[str]) -> None:
         """See that a request can be answered and judged with these images.
 
@@ -112,9 +122,10 @@ class Answering:
         size = self.head.graph.num_vertices
         if not 1 <= kappa <= size:
             raise UserError(f"kappa is {kappa:,}, the target weights are {size:,}: choose from 1 to {size:,}")
-        theta = tail_start(self.head, classes)
-        if way is Ways.refined:
-            theta = refine(self.head, theta, Request(classes, kappa), REFINE, CANDIDATES * kappa)
+        head = self.robust_head if way is Ways.robust else self.head
+        theta = head.start(classes) if isinstance(head, RobustHead) else tail_start(head, classes)
+        if way is not Ways.first_order:
+            theta = refine(head, theta, Request(classes, kappa), REFINE, CANDIDATES * kappa)
         return Answer(classes, hard_topk(theta, kappa), kappa, way)
 
     def masked(self, off: Tensor) -> list[Tensor]:
@@ -179,12 +190,14 @@ class Answering:
         """Find the smallest kappa whose mask meets the target on validation images, by bisection.
 
         Where a BatchNorm layer is behind the mask, the target is to be met twice: with the model's own statistics, and
-        with statistics computed anew, in the masked model and in the untouched one that it is held against.
+        with statistics computed anew, in the masked model and in the untouched one that it is held against. What is
+        refined is then refined for both (`Ways.robust`).
 
         Of `target.tries` kappas on a log scale: the one in the middle first, then halves of what is left, on the
         assumption that a larger mask forgets no less.
         """
         choices, attempts, answers = kappas(self.head.graph.num_vertices, target), {}, {}
+        way = Ways.robust if way is Ways.refined and self.norms else way
         before = self.predictions(self.parts.val)
         before_anew = self.anew(self.parts.val, None, classes)
 
@@ -288,3 +301,69 @@ def _learning(norms: Mapping[str, Any]) -> Generator[None]:
             norm.eval()
             norm.momentum = momenta[name]
             norm.load_state_dict(kept[name])
+
+
+class RobustHead(FrozenHead):
+    """A head whose losses are means over two passes: with BatchNorm's own statistics, and with those of retained rows.
+
+    New statistics undo what a mask does to all images alike. A mask that is found with both does less of that.
+
+    Args:
+        head: the classifier and its samples. norms: BatchNorm layers behind the targets.
+    """
+
+    def __init__(self, head: FrozenHead, norms: Sequence[Any]):
+        super().__init__(head.model, None, head.statistics, head.h, head.labels)
+        self.norms = norms
+
+    def losses(self, degrees: Tensor, classes: tuple[int, ...], how: ForgetLosses) -> tuple[Tensor, Tensor]:
+        """As `FrozenHead.losses`, means over both statistics."""
+        return self._mean(classes, lambda: super(RobustHead, self).losses(degrees, classes, how))
+
+    def start(self, classes: tuple[int, ...]) -> Tensor:
+        """As `tail_start`, by the signed Taylor score of the mean over both statistics, at a request's samples."""
+        sides = self.sides(classes)
+        degrees = torch.zeros_like(self.weight).requires_grad_()
+
+        def entropies() -> tuple[Tensor, Tensor]:
+            logits = self.model.head(sides.h, None, self.graph.split(self.weight * (1 - degrees)))
+            pairs = zip(logits.tensor_split([sides.forget]), sides.labels.tensor_split([sides.forget]), strict=True)
+            forget, retain = (nn.functional.cross_entropy(found.float(), true) for found, true in pairs)
+            return forget, retain
+
+        with torch.enable_grad(), inspecting(self.model):
+            forget, retain = self._mean(classes, entropies)
+            (t_forget,) = torch.autograd.grad(forget, degrees, retain_graph=True)
+            (t_retain,) = torch.autograd.grad(retain, degrees)
+        return tail(t_forget - TAYLOR_LAMBDA * t_retain.clamp_min(0))
+
+    def _mean(self, classes: tuple[int, ...], compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        own = compute()
+        with _standing_on(self.norms, self.sides(classes).forget):
+            new = compute()
+        return (own[0] + new[0]) / 2, (own[1] + new[1]) / 2
+
+
+@contextmanager
+def _standing_on(norms: Sequence[Any], first: int) -> Generator[None]:
+    """Let BatchNorm layers use mean and variance of the rows from `first` on, for all rows; nothing is written to them.
+
+    Differentiable in these statistics, which torch's own layer is in training mode alone, over all rows.
+    """
+
+    def forward_of(norm: Any) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+            variance, mean = torch.var_mean(x[first:], dims, correction=0)
+            scaled = (x - mean.view(shape)) * (variance + norm.eps).rsqrt().view(shape)
+            return scaled * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else scaled
+
+        return forward
+
+    try:
+        for norm in norms:
+            norm.forward = forward_of(norm)
+        yield
+    finally:
+        for norm in norms:
+            norm.__dict__.pop("forward", None)

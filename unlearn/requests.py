@@ -188,10 +188,15 @@ def tail_start(head: FrozenHead, classes: tuple[int, ...]) -> Tensor:
     temperature. Here the number of weights within a distance of the kappa-th is a share of kappa, whatever N is.
     [*graph.shape].
     """
-    order = head.statistics.signed_taylor(classes).flatten().argsort(descending=True, stable=True)
-    theta = torch.empty(len(order), device=head.device)
-    theta[order] = -torch.log((torch.arange(len(order), device=head.device) + 0.5) / len(order))
-    return theta.view(head.graph.shape)
+    return tail(head.statistics.signed_taylor(classes))
+
+
+def tail(scores: Tensor) -> Tensor:
+    """Compute -log(share of weights with a larger score). [*shape] -> [*shape]."""
+    order = scores.flatten().argsort(descending=True, stable=True)
+    theta = torch.empty(len(order), device=scores.device)
+    theta[order] = -torch.log((torch.arange(len(order), device=scores.device) + 0.5) / len(order))
+    return theta.view(scores.shape)
 
 
 def check_scores(theta: Tensor, given: Path | None) -> Tensor:

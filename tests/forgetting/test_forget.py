@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import main
 from core.choices import UserError
 from core.config import PROJECT_ROOT, AutoConfig
-from forgetting.answers import TARGET, Ways
+from forgetting.answers import TARGET, Ways, _standing_on
 from forgetting.opening import Opening, open_model
 from forgetting.python import forget
 from measure.auto_kappa import Attempt, kappas
@@ -386,17 +386,19 @@ def target(tau: float) -> AutoConfig:
 @pytest.mark.parametrize("label", [0, 1, 3])
 @pytest.mark.parametrize("tau", [30, 60, 90])
 def test_bisection_finds_what_trying_every_kappa_finds(label, tau, home):
-    """Of these classes a larger mask forgets no less, as the search assumes."""
+    """Of these classes a larger mask forgets no less, with either statistics, as the search assumes."""
     asking = open_model(spec_of(home), home / "photos", Opening(given=GIVEN)).answering()
-    wanted, before = target(tau), asking.predictions(asking.parts.val)
+    wanted, before = replace(target(tau), largest_share=0.3), asking.predictions(asking.parts.val)
     before_anew = asking.anew(asking.parts.val, None, (label,))
     every = [
-        asking.attempt(asking.answer((label,), kappa, Ways.first_order), before, before_anew)
+        asking.attempt(asking.answer((label,), kappa, Ways.robust), before, before_anew)
         for kappa in kappas(asking.head.graph.num_vertices, wanted)
     ]
     meets = [one.meets(wanted) for one in every]
     assert meets == sorted(meets)
-    found = asking.search((label,), wanted, Ways.first_order)
+    assert any(meets) == ((label, tau) != (3, 30))
+    found = asking.search((label,), wanted)
+    assert found.way is Ways.robust
     assert found.search.achieved == any(meets)
     if any(meets):
         assert found.kappa == every[meets.index(True)].kappa
@@ -407,9 +409,10 @@ def test_bisection_finds_what_trying_every_kappa_finds(label, tau, home):
 
 def renewed(net: nn.Module, train: Tensor) -> nn.Module:
     """The module with the statistics of its second BatchNorm computed anew with some images, by plain torch."""
-    net.bn2.reset_running_stats()
-    net.bn2.momentum = None
-    net.bn2.train()
+    norm: Any = net.bn2
+    norm.reset_running_stats()
+    norm.momentum = None
+    norm.train()
     with torch.no_grad():
         net(train)
     return net.eval()
@@ -440,12 +443,48 @@ def test_a_target_is_held_against_new_statistics_too(home, net, tmp_path):
     assert found.most_left == found.anew.forget_score_most > wanted.tau
 
 
-def test_a_target_that_is_met_and_one_that_is_not(home, tmp_path, capsys):
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_a_robust_mask_stays_where_new_statistics_undo_a_refined_one(label, home):
+    """At equal kappa; neither leaves more of the class with the model's own statistics."""
+    asking = open_model(spec_of(home), home / "photos", Opening(given=GIVEN)).answering()
+    before = asking.predictions(asking.parts.val), asking.anew(asking.parts.val, None, (label,))
+    found = [asking.attempt(asking.answer((label,), 1500, way), *before) for way in (Ways.refined, Ways.robust)]
+    refined, robust = [one.anew.forget_score for one in found if one.anew]
+    assert [one.forget_score for one in found] == [0, 0]
+    assert refined > 80
+    assert robust < 20
+    assert found[1].retain_drop < 10
+
+
+def test_statistics_of_retained_rows_are_what_torch_takes_in_training(home, net):
+    """Of a head that sees retained rows alone, training mode is the oracle; nothing is left on the layers."""
+    asking = open_model(spec_of(home), home / "photos", Opening(given=GIVEN)).answering()
+    rows, norms = asking.parts.train.h, list(asking.norms.values())
+    assert list(asking.norms) == ["net.bn2"]
+    state = bits(asking.model)
+    with torch.no_grad():
+        with _standing_on(norms, 20):
+            found = asking.model.head(rows)
+        assert bits(asking.model) == state
+        plainly = asking.model.head(rows)
+        for norm in norms:
+            norm.train()
+        expected = asking.model.head(rows[20:])
+    assert torch.allclose(found[20:], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, plainly, atol=1e-2)
+
+
+def test_a_target_that_is_met_and_one_that_is_not(home, tmp_path, capsys, monkeypatch):
     """Not met: the best trade-off is written all the same, says so, and the command ends with 1."""
     words = ["forget", *asked(home), "--epsilon", "25", "--class"]
-    assert main.main([*words, "rings", "--out", str(tmp_path / "met"), "--tau", "60"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("forgetting.answers.TARGET", replace(TARGET, largest_share=0.3))
+        assert main.main([*words, "bars", "--out", str(tmp_path / "met"), "--tau", "60"]) == 0
     met = Mask.load(tmp_path / "met")
-    assert "smallest tried that meets forget <= 60 %" in str(met.config.method)
+    wanted = (
+        "forget <= 60 % and loss <= 25 points with 95 % confidence, with the model's BatchNorm statistics and with new"
+    )
+    assert f"robust, kappa auto: smallest tried that meets {wanted}" in str(met.config.method)
     assert "not achievable" not in capsys.readouterr().out
     assert main.main([*words, NAMES[WANTED], "--out", str(tmp_path / "missed"), "--tau", "20"]) == 1
     missed = Mask.load(tmp_path / "missed")
