@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dotenv import load_dotenv
 
-from commands import forget, inspect, report, run, sets
+from commands import forget, inspect, library, report, run, sets
 from commands.command_line import Environment, call, show
 from core.choices import MachineError
 from core.config import PROJECT_ROOT, UserError
@@ -38,7 +38,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "prepare": sets.prepare,
     "inspect": inspect.inspect,
     "forget": forget.forget,
-    "library": forget.library,
+    "library": library.library,
     "verify": forget.verify,
     "seal": forget.seal,
     "compose": forget.compose,

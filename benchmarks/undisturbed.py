@@ -32,13 +32,14 @@ from PIL import Image
 
 import main as program
 import reporter
-from commands.sweep import EXECUTORS, Job, SweepConfig, run_job
+from commands.sweep import Job, SweepConfig, run_job
 from core.artifacts import read_tensors
 from core.config import UserError
 from core.hashes import code_key, provenance, sha256_arrays
 from core.yaml_files import load_config
 from reporting.families import Run
 from reporting.panels import Panel
+from training.engines import EXECUTORS
 
 PIPELINE = """
 device: cpu
@@ -322,7 +323,7 @@ def warm_up(folder: Path) -> None:
     vars(reporter).update(figures_of=two_figures, training=one_panel)
     vars(drawing).update(draw=sketch)
     Figure().savefig(io.BytesIO(), format="svg")  # fonts and the rest of matplotlib
-    EXECUTORS["local"] = one_by_one
+    EXECUTORS["local"] = one_by_one  # ty: ignore[invalid-assignment] - it is for jobs of sweeps alone
 
 
 @dataclass

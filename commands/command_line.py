@@ -181,10 +181,15 @@ def _switches(command: Callable[..., Any]) -> Iterator[str]:
                 yield f"--{prefix}{name}".replace("_", "-")
                 yield from [SHORT[prefix + name]] if prefix + name in SHORT else []
             elif is_dataclass(bare(hint)):
-                yield from within(hints(bare(hint)), "" if hint == Settings else f"{prefix}{name}.")
+                yield from within(hints(bare(hint)), "" if _is_bare(hint) else f"{prefix}{name}.")
 
     parameters = get_type_hints(command, include_extras=True)
     return within({name: hint for name, hint in parameters.items() if name not in ("here", "return")}, "")
+
+
+def _is_bare(hint: Any) -> bool:
+    """Whether the flags of a section or group stand without its name before them."""
+    return any(getattr(extra, "name", None) == "" for extra in get_args(hint)[1:])
 
 
 def _without_values(words: Sequence[str], switches: set[str]) -> Iterator[str]:

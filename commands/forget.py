@@ -1,15 +1,16 @@
-"""Forget a class of a classifier that a user already has: `forget`, `library`, `verify`, `seal`, `compose`."""
+"""Forget a class of a classifier that a user already has: `forget`, `verify`, `seal`, `compose`."""
 
 import re
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from commands.command_line import Words, show
+from commands.command_line import Group, Words, show
 from commands.inspect import AS_IT_IS, Read, Spec
 from core.choices import at_home
 from core.config import UserError
@@ -17,18 +18,20 @@ from core.observe import be_quiet, log
 
 if TYPE_CHECKING:
     from commands.inspect import Reading
-    from forgetting.answers import Answer, Answering
+    from core.config import AutoConfig
+    from forgetting.answers import Answer, Answering, Ways
     from forgetting.opening import Opened
     from mimu import Mask
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
+Push = Annotated[str | None, tyro.conf.arg(metavar="REPO")]
 Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
 MOST_NAMES = 5  # of classes, in one line
 AS_FLAG = re.compile(r"ema='(\w+)'")  # how the package names the choice that is --copies here
 
 
 @contextmanager
-def _masks() -> Generator[None]:
+def as_user_errors() -> Generator[None]:
     """Turn what the package `mimu` refuses into what the command line says."""
     from mimu import MaskError
 
@@ -38,99 +41,187 @@ def _masks() -> Generator[None]:
         raise UserError(AS_FLAG.sub(r"--copies \1", str(error))) from None
 
 
+@dataclass(frozen=True)
+class Asking(Group):
+    """What is asked of a model: in which weights a mask is sought, how, and of what size."""
+
+    images: Path | None = None
+    """Folder with a subfolder of images for each class."""
+    layer: Words = ()
+    """Weight to mask, by name; once for each. Without it auto, the last one before the head; or all."""
+    kappa: str = "auto"
+    """How many weights: auto (as few as meet the target), a number, or a share such as 0.3%."""
+    way: str = "refined"
+    """refined, robust (against new BatchNorm statistics; refined with kappa auto is this) or first_order."""
+    tau: float = 2.0
+    """Target of auto: forget score at most, percent, with 95 % confidence."""
+    epsilon: float = 1.0
+    """Target of auto: loss of retain score at most, points, with 95 % confidence."""
+    quiet: bool = False
+    """Print nothing about progress on stderr."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the weights to mask."""
+        return self.layer or ("auto",)
+
+    def opened(self, read: "Reading", spec: str) -> "Opened":
+        """Load the model, and index the images.
+
+        Raises:
+            UserError: no images are named, or either cannot be used.
+        """
+        if self.images is None:
+            raise UserError("images are needed for this: give a folder of them with --images")
+        return opened(read, spec, self.images)
+
+    def target(self) -> "AutoConfig":
+        """What `auto` asks of a mask.
+
+        Raises:
+            UserError: a limit is no share.
+        """
+        from forgetting.answers import TARGET
+
+        if not (0 <= self.tau <= 100 and 0 <= self.epsilon <= 100):
+            raise UserError(
+                f"--tau is {self.tau:g} and --epsilon {self.epsilon:g}: give percent and points from 0 to 100"
+            )
+        return replace(TARGET, tau=self.tau, epsilon=self.epsilon)
+
+    def chosen(self) -> "Ways":
+        """How the weights are chosen.
+
+        Raises:
+            UserError: there is no such way.
+        """
+        from forgetting.answers import Ways
+
+        if self.way not in list(Ways):
+            raise UserError(f"--way is {self.way!r}: choose from {', '.join(Ways)}")
+        return Ways(self.way)
+
+    def number(self, asked: "Answering", requests: Iterable[Sequence[int]], names: Sequence[str]) -> int | None:
+        """How many weights, None for as few as meet the target.
+
+        Raises:
+            UserError: the images that there are cannot answer one of the requests, or cannot show the target.
+        """
+        from forgetting.artefact import kappa_of
+
+        number, target = kappa_of(self.kappa, asked.model.weight_graph().num_vertices), self.target()
+        for labels in requests:
+            asked.check(labels, names)
+            if number is None:
+                asked.check_target(labels, target)
+        return number
+
+
+Asked = Annotated[Asking, tyro.conf.arg(name="")]
+AS_USUAL = Asking()
+
+
 # --- forget -----------------------------------------------------------------------------------------------
 
 
 def forget(
     spec: Spec,
-    images: Path | None = None,
     class_: Classes = (),
     out: Path | None = None,
-    layer: Words = (),
-    kappa: str = "auto",
-    way: str = "refined",
-    tau: float = 2.0,
-    epsilon: float = 1.0,
     methods: Words = (),
+    push: Push = None,
+    asking: Asked = AS_USUAL,
     read: Read = AS_IT_IS,
-    quiet: bool = False,
 ) -> int:
     """Find the few weights that a class depends on, and write them down as a mask.
 
     Args:
         spec: Which classifier.
-        images: Folder with a subfolder of images for each class.
         class_: Class to forget, by name or number; once for each.
         out: Folder for the mask; without it masks/ and the classes' names.
-        layer: Weight to mask, by name; once for each. Without it auto, the last one before the head; or all.
-        kappa: How many weights: auto (as few as meet the target), a number, or a share such as 0.3%.
-        way: refined or first_order.
-        tau: Target of auto: forget score at most, percent, with 95 % confidence.
-        epsilon: Target of auto: loss of retain score at most, points, with 95 % confidence.
         methods: Method to compare with on this model (docs/methods.md), once for each; or all.
-        quiet: Print nothing about progress on stderr.
+        push: Upload the mask to this model repository of the Hugging Face Hub, if it meets its target.
     """
-    be_quiet(quiet)
+    be_quiet(asking.quiet)
     _check_words(class_, methods)
+    _check_push(push)
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
     from mimu.mask import check_place
 
     begun = time.monotonic()
-    opened = _opened(read, spec, _given(images))
-    names = opened.loaded.classes
+    found = asking.opened(read, spec)
+    names = found.loaded.classes
     labels = sorted({names.find(one) for one in class_})
-    target, chosen = _target(tau, epsilon), _way(way)
+    target, chosen = asking.target(), asking.chosen()
     place = out and at_home(out)
-    place = place or Path("masks") / _file_name("+".join(names.names[label] for label in labels))
-    with _masks():
+    place = place or Path("masks") / file_name("+".join(names.names[label] for label in labels))
+    with as_user_errors():
         check_place(place)
 
     def weights(asked: "Answering") -> int | None:
-        return _kappa(asked, [labels], names.names, kappa, target)
+        return asking.number(asked, [labels], names.names)
 
-    answering = opened.answering(layer or ("auto",), weights)
+    answering = found.answering(asking.layers, weights)
     number = weights(answering)
     check_clean(answering, names)
     answer = answer_to(answering, labels, number, chosen, target)
-    with _masks():
-        mask = to_mask(answering, answer, names, opened.parent, opened.loaded.preprocessing.describe(), target)
+    with as_user_errors():
+        mask = to_mask(answering, answer, names, found.parent, found.loaded.preprocessing.describe(), target)
         mask.save(place)
     _show(mask)
     show(f"written: {place} ({_kilobytes(place)}), in {time.monotonic() - begun:.0f} s")
     if methods:
-        _compare(opened, answering, answer, methods, place)
-    for line in _warnings(mask, len(names), answer.search is not None and not answer.search.achieved):
+        _compare(found, answering, answer, methods, place)
+    missed = answer.search is not None and not answer.search.achieved
+    for line in _warnings(mask, len(names), missed):
         show(line)
-    return int(answer.search is not None and not answer.search.achieved)
+    if push and missed:
+        show("not pushed: the target is not met")
+    else:
+        _push(place, push)
+    return int(missed)
 
 
-def _given(images: Path | None) -> Path:
-    """The folder of images, for a command that cannot do without.
+def _check_push(repository: str | None) -> None:
+    """See that what is to be pushed has a place to go, before anything is computed.
 
     Raises:
-        UserError: none is named.
+        UserError: no repository can have this name.
     """
-    if images is None:
-        raise UserError("images are needed for this: give a folder of them with --images")
-    return images
+    if repository is not None:
+        from forgetting.hub import check_repository
+
+        check_repository(repository)
 
 
-def _opened(read: "Reading", spec: str, images: Path | None) -> "Opened":
+def _push(place: Path, repository: str | None) -> None:
+    """Upload what was written, if a repository is named.
+
+    Raises:
+        UserError: the hub does not take it.
+    """
+    if repository is not None:
+        from forgetting.hub import push
+
+        show(f"pushed: {push(place, repository)}")
+
+
+def opened(read: "Reading", spec: str, images: Path | None) -> "Opened":
     """Load the model, index the images, and log what classes and preprocessing were taken, and from where.
 
     Raises:
         UserError: either cannot be used.
     """
-    opened = read.opened(spec, images)
-    loaded = opened.loaded
+    found = read.opened(spec, images)
+    loaded = found.loaded
     more = ", ..." * (len(loaded.classes) > MOST_NAMES)
     names = f"{', '.join(loaded.classes.names[:MOST_NAMES])}{more} ({len(loaded.classes)})"
     log(f"classes: {names}; from {loaded.classes.source}")
     log(f"preprocessing: {loaded.preprocessing.said()}")
     for note in loaded.notes:
         log(f"note: {note}")
-    return opened
+    return found
 
 
 def _check_words(classes: Sequence[str], methods: Sequence[str]) -> None:
@@ -147,43 +238,7 @@ def _check_words(classes: Sequence[str], methods: Sequence[str]) -> None:
         chosen_methods(methods)
 
 
-def _kappa(
-    asked: "Answering", requests: Iterable[Sequence[int]], names: Sequence[str], kappa: str, target: Any
-) -> int | None:
-    """How many weights, None for as few as meet the target.
-
-    Raises:
-        UserError: the images that there are cannot answer one of the requests, or cannot show the target.
-    """
-    from forgetting.artefact import kappa_of
-
-    number = kappa_of(kappa, asked.model.weight_graph().num_vertices)
-    for labels in requests:
-        asked.check(labels, names)
-        if number is None:
-            asked.check_target(labels, target)
-    return number
-
-
-def _target(tau: float, epsilon: float) -> Any:
-    from dataclasses import replace
-
-    from forgetting.answers import TARGET
-
-    if not (0 <= tau <= 100 and 0 <= epsilon <= 100):
-        raise UserError(f"--tau is {tau:g} and --epsilon {epsilon:g}: give percent and points from 0 to 100")
-    return replace(TARGET, tau=tau, epsilon=epsilon)
-
-
-def _way(text: str) -> Any:
-    from forgetting.answers import Ways
-
-    if text not in list(Ways):
-        raise UserError(f"--way is {text!r}: choose from {', '.join(Ways)}")
-    return Ways(text)
-
-
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
     """A class's name as that of a folder."""
     return re.sub(r"[^\w+.-]+", "-", text).strip(".-")[:80] or "class"
 
@@ -192,23 +247,23 @@ def _kilobytes(folder: Path) -> str:
     return f"{sum(file.stat().st_size for file in folder.iterdir()) / 1000:.1f} kB"
 
 
-def _compare(opened: "Opened", answering: "Answering", answer: "Answer", methods: Sequence[str], place: Path) -> None:
+def _compare(found: "Opened", answering: "Answering", answer: "Answer", methods: Sequence[str], place: Path) -> None:
     """Print every method's scores on this model; all that was measured goes into a file beside the mask."""
     from core.artifacts import write_json
     from forgetting.comparison import compare, levels_of
     from reporting.write import as_text
 
-    how, names = opened.loaded.preprocessing, opened.loaded.classes.names
+    how, names = found.loaded.preprocessing, found.loaded.classes.names
     level = levels_of(how.mean, how.std, how.scale)
-    found = list(compare(answering, answer, opened.images, names, methods, level))
+    compared = list(compare(answering, answer, found.images, names, methods, level))
     rows = [["method", *COMPARED.values()]]
-    rows += [[one["label"], *(_number(one.get(name)) for name in COMPARED)] for one in found if "why" not in one]
+    rows += [[one["label"], *(_number(one.get(name)) for name in COMPARED)] for one in compared if "why" not in one]
     show(as_text(rows))
-    for one in found:
+    for one in compared:
         if "why" in one:
             show(f"{one['label']}: not here, it {one['why']}")
     file = place.with_name(f"{place.name}-methods.json")
-    write_json(file, {"kappa": answer.kappa, "methods": found})
+    write_json(file, {"kappa": answer.kappa, "methods": compared})
     show("nothing is compared with a model retrained without the class: there is none")
     show(f"written: {file}")
 
@@ -291,20 +346,20 @@ def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS
     from mimu import Mask, ParentWarning, state_sha256
 
     be_quiet(quiet)
-    with _masks():
-        found = Mask.load(at_home(mask))
-        opened = _opened(read, spec, images)
-        module = copy.deepcopy(opened.loaded.module)
+    with as_user_errors():
+        loaded = Mask.load(at_home(mask))
+        found = opened(read, spec, images)
+        module = copy.deepcopy(found.loaded.module)
         before = state_sha256(module)
         with warnings.catch_warnings(action="ignore", category=ParentWarning):  # which the next line says
-            fit = found.apply(module)
+            fit = loaded.apply(module)
         show(f"parent: {'the very one' if fit.grade == 'parent' else fit.note}")
         zero = all(
-            not module.get_parameter(fit.names[n]).flatten()[flat.long()].any() for n, flat in found.positions.items()
+            not module.get_parameter(fit.names[n]).flatten()[flat.long()].any() for n, flat in loaded.positions.items()
         )
-        show(f"switched off: {found.switched_off:,} weights, {'all zero' if zero else 'NOT all zero'}")
-        agree = _scored(found, scores_again(opened, found, module), opened.images.digest()) if images else True
-        found.lift(module)
+        show(f"switched off: {loaded.switched_off:,} weights, {'all zero' if zero else 'NOT all zero'}")
+        agree = _scored(loaded, scores_again(found, loaded, module), found.images.digest()) if images else True
+        loaded.lift(module)
         same = state_sha256(module) == before
     show(f"lifted: {'the parent, bit for bit' if same else 'NOT the parent again'}")
     return int(not (zero and same and agree))
@@ -333,6 +388,7 @@ def seal(
     removed: Path | None = None,
     copies: str | None = None,
     seed: int | None = None,
+    push: Push = None,
 ) -> None:
     """Write a checkpoint in which a mask's weights are gone, in the parent's container.
 
@@ -344,14 +400,18 @@ def seal(
         removed: File for the removed values, to be locked away or destroyed: without it nothing can be restored.
         copies: What happens to averaged copies (EMA) of the weights in the file: seal or drop.
         seed: Of the noise; drawn if it is not given.
+        push: Upload the sealed checkpoint, and nothing else, to this model repository of the Hugging Face Hub.
     """
     import mimu
     from models.specs import parse
 
     if out is None:
         raise UserError("seal needs a place for the sealed checkpoint: give --out")
+    _check_push(push)
+    if push and removed and at_home(removed).resolve().is_relative_to(at_home(out).resolve()):
+        raise UserError(f"--removed {removed} lies in what is to be pushed: put the removed values elsewhere")
     parent = parse(spec).path
-    with _masks():
+    with as_user_errors():
         loaded = mimu.Mask.load(at_home(mask))
         target, kept = at_home(out), removed and at_home(removed)
         done = mimu.seal(parent, loaded, target, fill, kept, copies, seed)  # ty: ignore[invalid-argument-type]
@@ -361,129 +421,29 @@ def seal(
         show(f"left out: {name}")
     show(f"written: {done.out}; load it as the parent is loaded")
     show(f"the removed values are in {kept}" if kept else "the removed values are kept nowhere but in the parent")
+    _push(target, push)
 
 
-def compose(masks: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MASK")], out: Path) -> None:
+def compose(
+    masks: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MASK")],
+    out: Path,
+    push: Push = None,
+) -> None:
     """Join masks of one parent: what any of them switches off is off.
 
     Args:
         masks: Folders of masks.
         out: Folder for the joint mask.
+        push: Upload it to this model repository of the Hugging Face Hub.
     """
     import mimu
 
-    with _masks():
+    _check_push(push)
+
+    with as_user_errors():
         joint = mimu.compose(*(mimu.Mask.load(at_home(one)) for one in masks))
         joint.save(at_home(out))
     shared = (joint.config.composition or {})["shared"]
     show(f"forgets {', '.join(joint.forgotten)}: {joint.switched_off:,} weights, {shared:,} of them in several masks")
     show(f"written: {out}; nothing was measured with all of them on: `verify` does")
-
-
-# --- library ----------------------------------------------------------------------------------------------
-
-
-def library(
-    spec: Spec,
-    images: Path | None = None,
-    out: Path = Path("masks"),
-    layer: Words = (),
-    kappa: str = "auto",
-    way: str = "refined",
-    tau: float = 2.0,
-    epsilon: float = 1.0,
-    read: Read = AS_IT_IS,
-    quiet: bool = False,
-) -> int:
-    """Write one mask for every class that has images; what an earlier call made alike is kept.
-
-    Args:
-        spec: Which classifier.
-        images: Folder with a subfolder of images for each class.
-        out: Folder for the masks, one folder for each class.
-        layer: As of forget.
-        kappa: As of forget, for each class.
-        way: As of forget.
-        tau: As of forget.
-        epsilon: As of forget.
-        quiet: Print nothing about progress on stderr.
-    """
-    from forgetting.artefact import answer_to, to_mask
-    from forgetting.scores import check_clean
-    from mimu.mask import check_place
-
-    be_quiet(quiet)
-    opened = _opened(read, spec, _given(images))
-    names, target, chosen, missed = opened.loaded.classes, _target(tau, epsilon), _way(way), 0
-
-    def place_of(label: int) -> Path:
-        return at_home(out) / _file_name(f"{label}-{names.names[label]}")
-
-    def weights(asked: "Answering") -> int | None:
-        with _masks():
-            for label in _held(asked):
-                check_place(place_of(label))
-        return _kappa(asked, [[label] for label in _held(asked)], names.names, kappa, target)
-
-    answering = opened.answering(layer or ("auto",), weights)
-    number, held = weights(answering), _held(answering)
-    check_clean(answering, names)
-    width = max(len(names.names[label]) for label in held)
-    show(_line(width, "class", "weights", "forget", "retain", "change", "seconds", "mask"))
-    for label in held:
-        begun, place = time.monotonic(), place_of(label)
-        mask = _kept(place, opened, answering, number, chosen)
-        if mask is None:
-            answer = answer_to(answering, [label], number, chosen, target)
-            reached = answer.search is None or answer.search.achieved
-            missed += not reached
-            with _masks():
-                mask = to_mask(answering, answer, names, opened.parent, opened.loaded.preprocessing.describe(), target)
-                mask.save(place)
-            note = f"{time.monotonic() - begun:.1f}", f"{place}{'' if reached else ', target not met'}"
-        else:
-            note = "-", f"{place}, there already"
-        show(_line(width, names.names[label], *_numbers(mask), *note))
-    if absent := len(names) - len(held):
-        show(f"{absent} classes have no images: no mask was made for them, nor was any measured on them")
-    return int(missed > 0)
-
-
-def _kept(place: Path, opened: "Opened", answering: "Answering", number: int | None, way: str) -> "Mask | None":
-    """A mask that an earlier call made of the same model, images and flags; None: there is none.
-
-    With kappa auto it is made again: its card does not say what all of the search was asked for.
-
-    Raises:
-        UserError: what is there is damaged.
-    """
-    from mimu import Mask, state_sha256
-
-    if number is None or not (place / "mask.safetensors").exists():
-        return None
-    with _masks():
-        mask = Mask.load(place)
-    config = mask.config
-    same = config.data_sha256 == answering.parts.digest and config.kappa == number
-    same &= (config.method or "").startswith(f"{way},")
-    same &= set(config.parent.targets) == {target.name for target in answering.model.targets}
-    same &= config.preprocessing == opened.loaded.preprocessing.describe()
-    return mask if same and config.parent.state_sha256 == state_sha256(opened.loaded.module) else None
-
-
-def _numbers(mask: "Mask") -> tuple[str, ...]:
-    """A mask's number of weights and scores, for the library's table."""
-    scores = mask.config.scores or {}
-    change = f"{scores['retain_change']:+.1f}"
-    return f"{mask.switched_off:,}", f"{scores['forget']:.1f} %", f"{scores['retain']:.1f} %", change
-
-
-def _held(asked: "Answering") -> list[int]:
-    """The classes that have images."""
-    return [label for label, count in enumerate(asked.parts.counts.tolist()) if count]
-
-
-def _line(width: int, name: str, *cells: str) -> str:
-    """A line of the library's table: lines are shown as masks are made, so that no width can be taken from them."""
-    *numbers, last = cells
-    return "  ".join([name.ljust(width), *(one.rjust(8) for one in numbers), last])
+    _push(at_home(out), push)

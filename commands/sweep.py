@@ -6,45 +6,34 @@ A job is a whole `PipelineConfig`. A stage that several jobs share is made once:
 wait for its product. Each finished job leaves one JSON file; a second call runs only jobs that are missing or failed.
 """
 
-import multiprocessing
-import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from core.artifacts import DamagedError, read_json, told, write_json
 from core.choices import MachineError, did_you_mean
-from core.config import GIVEN, PROJECT_ROOT, PipelineConfig, UserError, plain
+from core.config import GIVEN, PipelineConfig, UserError, plain
 from core.hashes import check_same_code, key_of, sha256_file, versions, whole_code
 from core.observe import log
 from core.records import read_whole
 from core.store import running, sha256_folder
 from core.yaml_files import load_config, read_words, resolved, typed
 from reporting.write import as_text
-from training.processes import end_with_parent
+from training.engines import Engine, carry_out
 
 SECTION = "sweep"
 SWEEPS = Path("eval/sweeps")
-SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Engine):
     """How jobs are made and carried out: the section `sweep` of a configuration file."""
 
     over: dict[str, list]
     """Field (dotted, as on the command line) -> its values; jobs are all combinations."""
-    executor: str = "local"
-    """local (processes of this machine), slurm (submitit) or ray."""
-    workers: int = 2
-    """Jobs at the same time; local and ray share this machine's cores out among them."""
-    slurm: dict[str, Any] = field(default_factory=dict)
-    """Parameters of submitit's executor, e.g. slurm_partition, timeout_min; cluster: local tries it without Slurm."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.over, dict) or not self.over:
@@ -54,10 +43,7 @@ class SweepConfig:
             raise UserError(f"sweep.over.{bad[0]} is no list of values: write it as [value, value]")
         if "plugins" in self.over:
             raise UserError("sweep.over.plugins: name plugins once, for all jobs, as `plugins: [FILE]` at the margin")
-        if self.executor not in EXECUTORS:
-            raise UserError(f"sweep.executor is {self.executor}: choose from {', '.join(EXECUTORS)}")
-        if not isinstance(self.workers, int) or self.workers < 1:
-            raise UserError(f"sweep.workers is {self.workers}: give a number >= 1")
+        self.check("sweep.{}")
 
 
 @dataclass(frozen=True)
@@ -81,12 +67,26 @@ class Job:
     @property
     def path(self) -> Path:
         """The JSON file that says how the job ended."""
-        return self.config.output_dir / SWEEPS / f"{self.key[:16]}.json"
+        return self.folder / f"{self.key[:16]}.json"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all such files; engines keep their own there, too."""
+        return self.config.output_dir / SWEEPS
 
     @property
     def label(self) -> str:
         """The job's settings in one line of text."""
         return ", ".join(f"{name} {value}" for name, value in self.settings.items())
+
+    def run(self, threads: int | None = None) -> dict:
+        """As `run_job`."""
+        return run_job(self, threads)
+
+    def lost(self, error: str) -> dict:
+        """Write and return the outcome of a job whose process died before it could."""
+        outcome = {"key": self.key, "settings": plain_settings(self), "status": "failed", "records": [], "error": error}
+        return _leave(self, outcome | {"seconds": 0.0})
 
 
 # --- jobs -------------------------------------------------------------------------------------------------
@@ -245,120 +245,7 @@ def _leave(job: Job, outcome: dict) -> dict:
     return outcome
 
 
-def _lost(job: Job, error: str) -> dict:
-    """Write and return the outcome of a job whose process died before it could."""
-    outcome = {"key": job.key, "settings": plain_settings(job), "status": "failed", "records": [], "error": error}
-    return _leave(job, outcome | {"seconds": 0.0})
-
-
-# --- executors: each yields (job, outcome) as jobs end ----------------------------------------------------
-
-Outcomes = Iterator[tuple[Job, dict]]
-
-
-def _threads(workers: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // workers)
-
-
-def _pool(jobs: list[Job], workers: int, threads: int) -> Outcomes:
-    """Carry out jobs in a pool of processes; jobs that had not ended when a process died are left out."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.fork_server", "torch"])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
-    try:
-        futures = {pool.submit(run_job, job, threads): job for job in jobs}
-        for future in as_completed(futures):
-            if not isinstance(future.exception(), BrokenProcessPool):
-                yield futures[future], future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def local(jobs: list[Job], sweep: SweepConfig) -> Outcomes:
-    """Carry out jobs in a pool of processes on this machine.
-
-    A process that is killed breaks the whole pool. The jobs that were left run again, each in a pool of its own, so
-    that only the job that kills its process fails.
-    """
-    workers = min(sweep.workers, len(jobs))
-    done = set()
-    for job, outcome in _pool(jobs, workers, _threads(workers)):
-        done.add(job.key)
-        yield job, outcome
-    for job in jobs:
-        if job.key not in done:
-            ended = list(_pool([job], 1, _threads(1)))
-            yield ended[0] if ended else (job, _lost(job, "its process died (killed, or out of memory)"))
-
-
-def _import(name: str, extra: str) -> Any:
-    try:
-        return __import__(name)
-    except ImportError:
-        raise UserError(f"sweep.executor needs {name}, which is not here: uv sync --extra {extra}") from None
-
-
-def slurm(jobs: list[Job], sweep: SweepConfig) -> Outcomes:
-    """Carry out jobs as a Slurm array, by submitit, at most `workers` at once."""
-    submitit = _import("submitit", "slurm")
-    if Path.cwd() != PROJECT_ROOT:
-        raise UserError(f"jobs of Slurm start where they were sent from: call this in {PROJECT_ROOT}")
-    parameters = dict(sweep.slurm)
-    cluster = parameters.pop("cluster", "slurm")
-    try:
-        folder = jobs[0].config.output_dir / SWEEPS / "slurm"
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        limit = {"slurm_array_parallelism": sweep.workers} if cluster == "slurm" else {}
-        executor.update_parameters(name="mimu", **limit, **parameters)
-        handed = executor.map_array(run_job, jobs)
-    except (RuntimeError, ValueError, NameError, TypeError, submitit.core.utils.FailedSubmissionError) as error:
-        raise UserError(f"Slurm does not take the jobs ({' '.join(str(error).split())}): see sweep.slurm") from None
-    waiting = dict(zip(handed, jobs, strict=True))
-    while waiting:
-        for task in [task for task in waiting if task.done()]:
-            job, error = waiting.pop(task), task.exception()
-            yield job, (task.result() if error is None else _lost(job, " ".join(str(error).split())[-300:]))
-        time.sleep(0.2)
-
-
-def ray(jobs: list[Job], sweep: SweepConfig) -> Outcomes:
-    """Carry out jobs as tasks of Ray, on the cluster that Ray is connected to, or else on this machine."""
-    engine = _import("ray", "ray")
-    workers = min(sweep.workers, len(jobs))
-    engine.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        task = engine.remote(num_cpus=1, max_retries=0)(run_job)
-        waiting = {task.remote(job, _threads(workers)): job for job in jobs}
-        while waiting:
-            (ended, *_), _ = engine.wait(list(waiting), num_returns=1)
-            job = waiting.pop(ended)
-            try:
-                outcome = engine.get(ended)
-            except engine.exceptions.RayError as error:
-                outcome = _lost(job, " ".join(str(error).split())[:300])
-            yield job, outcome
-    finally:
-        engine.shutdown()
-
-
-EXECUTORS = {"local": local, "slurm": slurm, "ray": ray}
-
-
 # --- the whole --------------------------------------------------------------------------------------------
-
-
-def _carried_out(jobs: list[Job], sweep: SweepConfig, output_dir: Path) -> Outcomes:
-    """Yield jobs as they end, with the output folder marked as one in which a run works (clean.sh then keeps off)."""
-    with running(output_dir):
-        yield from EXECUTORS[sweep.executor](jobs, sweep)
-
-
-def progress_line(done: int, failed: int, left: int, workers: int, seconds: float) -> str:
-    """Say how far a sweep is; the estimate assumes that the jobs left take as long as those that have ended."""
-    running = min(workers, left)
-    ended = done + failed
-    rest = f", about {seconds / ended * left:.0f} s to go" if ended and left else ""
-    return f"sweep: {done} done, {running} running, {failed} failed, {left - running} left{rest}"
 
 
 def run_sweep(sweep: SweepConfig, base: PipelineConfig) -> list[tuple[Job, dict]]:
@@ -372,16 +259,9 @@ def run_sweep(sweep: SweepConfig, base: PipelineConfig) -> list[tuple[Job, dict]
     todo = [job for job in jobs if job.key not in outcomes]
     todo = [replace(job, speaks=job is todo[0]) for job in todo]
     log(f"sweep: {len(jobs)} jobs, {len(outcomes)} of them are there already")
-    begun, said, done, failed = time.monotonic(), -SECONDS_BETWEEN_LINES, 0, 0
-    for job, outcome in _carried_out(todo, sweep, base.output_dir) if todo else ():
-        outcomes[job.key] = outcome
-        failed, done = failed + (outcome["status"] == "failed"), done + (outcome["status"] == "done")
-        left = len(todo) - done - failed
-        if outcome["status"] == "failed":
-            log(f"sweep: failed: {job.label}: {outcome['error']}")
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES or not left:
-            said = time.monotonic()
-            log(progress_line(done, failed, left, sweep.workers, said - begun))
+    if todo:
+        with running(base.output_dir):  # clean.sh then keeps off
+            outcomes |= {job.key: outcome for job, outcome in carry_out(todo, sweep, "sweep")}
     return [(job, outcomes[job.key]) for job in jobs]
 
 

@@ -1,32 +1,41 @@
 """The answer to a request: which weights of a user's model to switch off so that classes are forgotten."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.choices import UserError
-from core.config import AutoConfig, RefineConfig, Starts
+from core.config import AutoConfig, ForgetLosses, RefineConfig, Starts
 from core.intervals import Interval, paired_difference, wilson
 from core.observe import log
 from forgetting.samples import Parts, Samples
 from graphs.subsets import hard_topk
 from measure.auto_kappa import Attempt, Search, check_provable, kappas
+from model import inspecting
 from models.foreign import ForeignClassifier
-from unlearn.features import ClassStatistics
-from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail_start
+from unlearn.features import TAYLOR_LAMBDA, ClassStatistics
+from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail, tail_start
 
 REFINE = RefineConfig(start=Starts.taylor_tail, steps=15, lr=0.3, lambda_retain=1.0)
 TARGET = AutoConfig(smallest_share=1e-4, largest_share=0.02, tries=12)
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+RECALIBRATED = 2000  # retained images, at most, that BatchNorm statistics are computed anew with
 
 
 class Ways(StrEnum):
-    """How the weights are chosen: by first-order importance alone, or improved by descent for this request."""
+    """How the weights are chosen: by first-order importance alone, or improved by descent for this request.
+
+    robust: improved so that the class stays forgotten when BatchNorm statistics are computed anew.
+    """
 
     refined = "refined"
+    robust = "robust"
     first_order = "first_order"
 
 
@@ -60,20 +69,29 @@ class Answering:
     def head(self) -> FrozenHead:
         """The classifier from its first target on, with per-class statistics of the images that masks are sought with.
 
-        The gradient of a class is computed from its rows when it is asked for; where all of them fit they are kept.
+        The gradient of a class is computed from its rows when it is asked for, and the sum over all classes in one pass
+        over all rows: no table of classes by weights is ever made, and a class costs the same among ten and a thousand.
         """
         model, samples = self.model, self.parts.train
-        members = [samples.only(samples.labels == label) for label in range(model.num_classes)]
-        counts = torch.tensor([len(one) for one in members])
+        counts = torch.bincount(samples.labels, minlength=model.num_classes)
         graph = model.weight_graph()
         pairs = zip(model.weights(), model.targets, strict=True)
         weight = graph.join([value.detach().reshape(target.matrix) for value, target in pairs])
 
         def gradient(label: int) -> Tensor:
-            return model.class_gradient(members[label].h, members[label].labels)
+            own = samples.only(samples.labels == label)
+            return model.class_gradient(own.h, own.labels)
 
-        statistics = ClassStatistics(graph, weight, counts, [], [], gradient)
-        return FrozenHead(model, None, statistics, samples.h, samples.labels)
+        def total() -> Tensor:
+            return model.gradient_sum((rows, true, 1 / counts[true]) for rows, true in samples.batches())
+
+        statistics = ClassStatistics(graph, weight, counts, [], [], gradient, most_kept=0, total=total)
+        return FrozenHead(model, None, statistics, samples, samples.labels)
+
+    @cached_property
+    def robust_head(self) -> FrozenHead:
+        """The head whose losses count both statistics of BatchNorm layers; `head` where none is behind the targets."""
+        return RobustHead(self.head, list(self.norms.values())) if self.norms else self.head
 
     def check(self, classes: Sequence[int], names: Sequence[str]) -> None:
         """See that a request can be answered and judged with these images.
@@ -104,9 +122,10 @@ class Answering:
         size = self.head.graph.num_vertices
         if not 1 <= kappa <= size:
             raise UserError(f"kappa is {kappa:,}, the target weights are {size:,}: choose from 1 to {size:,}")
-        theta = tail_start(self.head, classes)
-        if way is Ways.refined:
-            theta = refine(self.head, theta, Request(classes, kappa), REFINE, CANDIDATES * kappa)
+        head = self.robust_head if way is Ways.robust else self.head
+        theta = head.start(classes) if isinstance(head, RobustHead) else tail_start(head, classes)
+        if way is not Ways.first_order:
+            theta = refine(head, theta, Request(classes, kappa), REFINE, CANDIDATES * kappa)
         return Answer(classes, hard_topk(theta, kappa), kappa, way)
 
     def masked(self, off: Tensor) -> list[Tensor]:
@@ -116,6 +135,44 @@ class Answering:
     def predictions(self, samples: Samples, off: Tensor | None = None) -> Tensor:
         """What the model answers, int [S]; `off`: with these weights at zero."""
         return samples.logits(self.model, None if off is None else self.masked(off)).argmax(1)
+
+    # --- BatchNorm ---
+
+    @cached_property
+    def norms(self) -> dict[str, nn.Module]:
+        """BatchNorm layers behind the target weights, by name.
+
+        Layers ahead of a mask see what they saw before. Of a model whose pass cannot be resumed, all count as behind.
+        """
+        inside = self.model.in_prefix()
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, NORMS) and module.track_running_stats and not inside(f"{name}.running_mean")
+        }
+
+    def anew(self, samples: Samples, off: Tensor | None, classes: Sequence[int]) -> Tensor | None:
+        """What the model answers, int [S], with BatchNorm statistics that were computed anew with retained images.
+
+        A mask shifts the activations behind it, to which the statistics of a BatchNorm layer no longer fit; computing
+        them anew may bring a class back (arXiv 2609.08901). None: no such layer is behind the mask.
+
+        Args:
+            off: with these weights at zero, bool [*graph.shape]. classes: to forget; images of all others are retained.
+        """
+        train, weights = self.parts.train, None if off is None else self.masked(off)
+        retained = train.only(~torch.isin(train.labels, torch.tensor(classes)))
+        retained = retained.only(torch.arange(len(retained)) < RECALIBRATED)
+        if not self.norms or len(retained) < 2:
+            return None
+        with _learning(self.norms):
+            for rows, _ in retained.batches():
+                if len(rows) > 1:
+                    with torch.no_grad():
+                        self.model.head(rows, None, weights)
+            for module in self.norms.values():
+                module.eval()
+            return self.predictions(samples, off)
 
     # --- the smallest kappa that meets a target ---
 
@@ -132,16 +189,22 @@ class Answering:
     def search(self, classes: tuple[int, ...], target: AutoConfig, way: Ways = Ways.refined) -> Answer:
         """Find the smallest kappa whose mask meets the target on validation images, by bisection.
 
+        Where a BatchNorm layer is behind the mask, the target is to be met twice: with the model's own statistics, and
+        with statistics computed anew, in the masked model and in the untouched one that it is held against. What is
+        refined is then refined for both (`Ways.robust`).
+
         Of `target.tries` kappas on a log scale: the one in the middle first, then halves of what is left, on the
         assumption that a larger mask forgets no less.
         """
         choices, attempts, answers = kappas(self.head.graph.num_vertices, target), {}, {}
+        way = Ways.robust if way is Ways.refined and self.norms else way
         before = self.predictions(self.parts.val)
+        before_anew = self.anew(self.parts.val, None, classes)
 
         def meets(kappa: int) -> bool:
             answers[kappa] = self.answer(classes, kappa, way)
-            attempts[kappa] = one = self._attempt(answers[kappa], before)
-            log(f"kappa {kappa:,}: forget {one.forget_score:.1f} %, loss {one.retain_drop:.1f} points (validation)")
+            attempts[kappa] = one = self.attempt(answers[kappa], before, before_anew)
+            log(f"kappa {kappa:,}: {one.said} (validation)")
             return one.meets(target)
 
         low, high = 0, len(choices)  # the first that meets it lies in [low, high]; high: none known yet
@@ -149,23 +212,66 @@ class Answering:
             middle = (low + high) // 2
             if meets(choices[middle]):
                 high = middle
-            elif attempts[choices[middle]].forget_score_most > target.tau:
+            elif attempts[choices[middle]].most_left > target.tau:
                 low = middle + 1
             else:  # forgotten, but too much was lost: only a smaller mask may do
                 high = middle
         tried = tuple(attempts[kappa] for kappa in sorted(attempts))
         fitting = [one.kappa for one in tried if one.meets(target)]
-        best = min(tried, key=lambda one: (one.forget_score + one.retain_drop, one.kappa)).kappa
+        best = min(tried, key=lambda one: (one.trade_off, one.kappa)).kappa
         kappa = min(fitting) if fitting else best
         return Answer(classes, answers[kappa].off, kappa, way, Search(bool(fitting), kappa, tried))
 
-    def _attempt(self, answer: Answer, before: Tensor) -> Attempt:
+    def attempt(self, answer: Answer, before: Tensor, before_anew: Tensor | None) -> "Twice":
+        """Judge an answer on validation images; `before`, `before_anew`: what the untouched model answers, int [S]."""
         samples = self.parts.val
-        after = self.predictions(samples, answer.off)
-        forgotten = torch.isin(samples.labels, torch.tensor(answer.classes))
-        forget, change = recognised(after, samples.labels, forgotten), lost(before, after, samples.labels, ~forgotten)
+        plain = self._scored(answer, before, self.predictions(samples, answer.off))
+        if before_anew is None:
+            return Twice(**vars(plain))
+        after = self.anew(samples, answer.off, answer.classes)
+        assert after is not None
+        return Twice(**vars(plain), anew=self._scored(answer, before_anew, after))
+
+    def _scored(self, answer: Answer, before: Tensor, after: Tensor) -> Attempt:
+        labels = self.parts.val.labels
+        forgotten = torch.isin(labels, torch.tensor(answer.classes))
+        forget, change = recognised(after, labels, forgotten), lost(before, after, labels, ~forgotten)
         forget, change = forget.times(100), change.times(100)
         return Attempt(answer.kappa, forget.value, forget.high, change.value, change.high)
+
+
+@dataclass(frozen=True)
+class Twice(Attempt):
+    """An attempt with the model's own statistics, and `anew` with BatchNorm statistics computed anew.
+
+    None: no BatchNorm layer is behind the mask.
+    """
+
+    anew: Attempt | None = None
+
+    def meets(self, auto: AutoConfig) -> bool:
+        """Return whether the target is met both times."""
+        return super().meets(auto) and (self.anew is None or self.anew.meets(auto))
+
+    @property
+    def both(self) -> tuple[Attempt, ...]:
+        """The one attempt, or both."""
+        return (self, self.anew) if self.anew else (self,)
+
+    @property
+    def most_left(self) -> float:
+        """The upper end of the forget score's interval, where more is left."""
+        return max(one.forget_score_most for one in self.both)
+
+    @property
+    def trade_off(self) -> float:
+        """What is left of the classes to forget and lost of the others, together, where that is worse."""
+        return max(one.forget_score + one.retain_drop for one in self.both)
+
+    @property
+    def said(self) -> str:
+        """The scores in words."""
+        return super().said + (f"; BatchNorm anew: {self.anew.said}" if self.anew else "")
 
 
 def recognised(predictions: Tensor, labels: Tensor, among: Tensor) -> Interval:
@@ -177,3 +283,87 @@ def lost(before: Tensor, after: Tensor, labels: Tensor, among: Tensor) -> Interv
     """Share of right answers that are lost, less those that are gained, with its 95 % interval; all [S]."""
     was, now = (before == labels)[among], (after == labels)[among]
     return paired_difference(int((was & ~now).sum()), int((~was & now).sum()), int(among.sum()))
+
+
+@contextmanager
+def _learning(norms: Mapping[str, Any]) -> Generator[None]:
+    """Let BatchNorm layers take the mean of what passes as their statistics; afterwards all is as before."""
+    kept = {name: {key: value.clone() for key, value in norm.state_dict().items()} for name, norm in norms.items()}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    try:
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over batches
+            norm.train()
+        yield
+    finally:
+        for name, norm in norms.items():
+            norm.eval()
+            norm.momentum = momenta[name]
+            norm.load_state_dict(kept[name])
+
+
+class RobustHead(FrozenHead):
+    """A head whose losses are means over two passes: with BatchNorm's own statistics, and with those of retained rows.
+
+    New statistics undo what a mask does to all images alike. A mask that is found with both does less of that.
+
+    Args:
+        head: the classifier and its samples. norms: BatchNorm layers behind the targets.
+    """
+
+    def __init__(self, head: FrozenHead, norms: Sequence[Any]):
+        super().__init__(head.model, None, head.statistics, head.h, head.labels)
+        self.norms = norms
+
+    def losses(self, degrees: Tensor, classes: tuple[int, ...], how: ForgetLosses) -> tuple[Tensor, Tensor]:
+        """As `FrozenHead.losses`, means over both statistics."""
+        return self._mean(classes, lambda: super(RobustHead, self).losses(degrees, classes, how))
+
+    def start(self, classes: tuple[int, ...]) -> Tensor:
+        """As `tail_start`, by the signed Taylor score of the mean over both statistics, at a request's samples."""
+        sides = self.sides(classes)
+        degrees = torch.zeros_like(self.weight).requires_grad_()
+
+        def entropies() -> tuple[Tensor, Tensor]:
+            logits = self.model.head(sides.h, None, self.graph.split(self.weight * (1 - degrees)))
+            pairs = zip(logits.tensor_split([sides.forget]), sides.labels.tensor_split([sides.forget]), strict=True)
+            forget, retain = (nn.functional.cross_entropy(found.float(), true) for found, true in pairs)
+            return forget, retain
+
+        with torch.enable_grad(), inspecting(self.model):
+            forget, retain = self._mean(classes, entropies)
+            (t_forget,) = torch.autograd.grad(forget, degrees, retain_graph=True)
+            (t_retain,) = torch.autograd.grad(retain, degrees)
+        return tail(t_forget - TAYLOR_LAMBDA * t_retain.clamp_min(0))
+
+    def _mean(self, classes: tuple[int, ...], compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        own = compute()
+        with _standing_on(self.norms, self.sides(classes).forget):
+            new = compute()
+        return (own[0] + new[0]) / 2, (own[1] + new[1]) / 2
+
+
+@contextmanager
+def _standing_on(norms: Sequence[Any], first: int) -> Generator[None]:
+    """Let BatchNorm layers use mean and variance of the rows from `first` on, for all rows; nothing is written to them.
+
+    Differentiable in these statistics, which torch's own layer is in training mode alone, over all rows.
+    """
+
+    def forward_of(norm: Any) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+            variance, mean = torch.var_mean(x[first:], dims, correction=0)
+            scaled = (x - mean.view(shape)) * (variance + norm.eps).rsqrt().view(shape)
+            return scaled * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else scaled
+
+        return forward
+
+    try:
+        for norm in norms:
+            norm.forward = forward_of(norm)
+        yield
+    finally:
+        for norm in norms:
+            norm.__dict__.pop("forward", None)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from core.choices import UserError
 from core.config import AutoConfig
-from forgetting.answers import Answer, Answering, Ways
+from forgetting.answers import Answer, Answering, Twice, Ways
 from forgetting.scores import judge
 from mimu import Config, Mask, MaskError, Parent, describe_parent
 from models.class_names import ClassNames
@@ -84,6 +84,8 @@ def _method(answer: Answer, target: AutoConfig) -> str:
     met = "meets" if answer.search.achieved else "comes nearest to, without meeting it,"
     kind = "smallest tried that" if answer.search.achieved else "the one tried that"
     wanted = f"forget <= {target.tau:g} % and loss <= {target.epsilon:g} points with 95 % confidence"
+    if any(isinstance(one, Twice) and one.anew for one in answer.search.attempts):
+        wanted += ", with the model's BatchNorm statistics and with new ones,"
     return f"{answer.way}, kappa auto: {kind} {met} {wanted} on validation images"
 
 

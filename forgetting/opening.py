@@ -68,15 +68,21 @@ class Opened:
         first = examples(self.images, PROBE)
         return ForeignClassifier(module, self.loaded.logits, first, len(self.loaded.classes), layers)
 
+    def foreseen(self, layers: Sequence[str] = (AUTO,)) -> Answering:
+        """An answering that knows which images there are, and has none of them: the model does not run over them."""
+        classifier = self.classifier(layers)
+        return Answering(classifier, foreseen(self.images, classifier.num_classes))
+
     def answering(self, layers: Sequence[str] = (AUTO,), check: Check | None = None) -> Answering:
         """Run the model once over all images, up to its target weights.
 
         Args:
             check: is asked before that, about an answering that knows which images there are and has none of them.
         """
-        classifier = self.classifier(layers)
+        asked = self.foreseen(layers)
         if check is not None:
-            check(Answering(classifier, foreseen(self.images, classifier.num_classes)))
+            check(asked)
+        classifier = asked.model
         answering = Answering(classifier, read_samples(classifier, self.images))
         for path, reason in self.images.left_out.items():
             log(f"left out: {path} ({reason})")

@@ -50,7 +50,8 @@ def forget(
         prepare: opened image -> tensor [C, H, W], as at test time; needed for a folder.
         layers: names of the weights to mask; `auto`, the last one before the head; `all`.
         kappa: how many weights: a number, a share such as "0.3%", or "auto", as few as meet `target`.
-        way: how they are chosen. target: limits on validation images, percent and points, for `auto`.
+        way: how they are chosen; with `auto`, refined is robust where BatchNorm is behind the weights.
+        target: limits on validation images, percent and points, for `auto`.
 
     Returns:
         A mask with scores on held-out images. `mask.applied(model)` forgets for the length of a block.
@@ -81,8 +82,9 @@ def forget(
     answer = answer_to(answering, labels, number, way, target)
     if answer.search is not None and not answer.search.achieved:
         best = min(answer.search.attempts, key=lambda one: abs(one.kappa - answer.kappa))
-        raise UserError(f"no mask meets the target (best: kappa {best.kappa:,}, forget {best.forget_score:.1f} %, loss "
-                        f"{best.retain_drop:.1f} points): raise tau or epsilon, or give kappa")  # fmt: skip
+        raise UserError(
+            f"no mask meets the target (best: kappa {best.kappa:,}, {best.said}): raise tau or epsilon, or give kappa"
+        )
     return to_mask(answering, answer, known, lambda flat: described(model, flat), None, target)
 
 

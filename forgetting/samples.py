@@ -2,7 +2,7 @@
 
 import mmap
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from core.choices import UserError
 from forgetting.pictures import NO_IMAGES, SEED, Batch, Folder, Source
 from images.names import TEST, TRAIN, UNSPLIT, VAL
-from images.splits import by_hash
+from images.splits import by_hash, mix
 from model import inspecting
 from models.foreign import ForeignClassifier
 
@@ -42,6 +42,21 @@ class Samples:
     def h(self) -> Tensor:
         """All of the rows, [S, numbers]."""
         return self.rows[self.places]
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are."""
+        return self.rows.device
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Some of the rows, [index, numbers]."""
+        return self.rows[self.places[index]]
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows [B, numbers] and labels [B], all of them in turn."""
+        for places, labels in zip(self.places.split(AT_ONCE), self.labels.split(AT_ONCE), strict=True):
+            if len(labels):
+                yield self.rows[places], labels
 
     def only(self, keep: Tensor) -> "Samples":
         """The subset where `keep` [S] holds."""
@@ -132,7 +147,9 @@ def in_parts(h: Tensor, batches: Sequence[Batch], outputs: int, digest: str) -> 
     labels = torch.cat([batch.labels for batch in batches])
     keys, splits = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("keys", "splits"))
     places = _parted(labels.numpy(), keys, splits)
-    train = _capped(places["train"], labels.numpy(), MOST_TRAIN_BYTES // max(1, h[:1].nbytes))
+    # A loader may come class by class, and a request retains the first rows alone: an order drawn by the keys is fair.
+    drawn = places["train"][np.argsort(mix(keys[places["train"]] ^ np.uint64(SEED)), kind="stable")]
+    train = _capped(drawn, labels.numpy(), MOST_TRAIN_BYTES // max(1, h[:1].nbytes))
     chosen = {name: torch.from_numpy(place) for name, place in (places | {"train": train}).items()}
     parts = {name: Samples(h, place, labels[place]) for name, place in chosen.items()}
     return Parts(**parts, counts=torch.bincount(labels, minlength=outputs), digest=digest)

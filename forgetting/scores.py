@@ -1,21 +1,14 @@
 """How well a mask forgets, on images that had no part in making it."""
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from core.choices import UserError
 from core.intervals import Interval
 from forgetting.answers import Answer, Answering, lost, recognised
-from forgetting.samples import AT_ONCE
 from models.class_names import ClassNames, clean_accuracy, is_at_chance, permutation_that_fits
-
-NORMS = (nn.modules.batchnorm._BatchNorm,)
-RECALIBRATED = 2000  # retained images, at most, that BatchNorm statistics are computed anew with
 
 
 def check_clean(answering: Answering, names: ClassNames) -> Interval:
@@ -62,7 +55,7 @@ def judge(answering: Answering, answer: Answer) -> dict[str, Any]:
     }
     change = lost(before, after, samples.labels, ~forgotten)
     measured["retain_change"] = Interval(0.0 - change.value, -change.high, -change.low, change.n)  # not -0.0
-    if (again := recalibrated(answering, answer)) is not None:
+    if (again := answering.anew(samples, answer.off, answer.classes)) is not None:
         measured["forget_recalibrated"] = recognised(again, samples.labels, forgotten)
         measured["retain_recalibrated"] = recognised(again, samples.labels, ~forgotten)
     probability = logits[forgotten].softmax(1)[:, list(answer.classes)].sum(1).mean()
@@ -73,53 +66,3 @@ def judge(answering: Answering, answer: Answer) -> dict[str, Any]:
     facts["intervals"] = {name: [one.low, one.high] for name, one in percent.items()}
     facts["n"] = {name: one.n for name, one in percent.items()} | {"p_forget": int(forgotten.sum())}
     return facts
-
-
-# --- BatchNorm --------------------------------------------------------------------------------------------
-
-
-def recalibrated(answering: Answering, answer: Answer) -> Tensor | None:
-    """What the masked model answers on test images, int [S], with BatchNorm statistics of retained images.
-
-    A mask shifts the activations behind it, to which the statistics of a BatchNorm layer no longer fit; computing them
-    anew may bring a class back (arXiv 2609.08901). Layers ahead of the mask see what they saw before, and stay as they
-    are, save in a model whose pass cannot be resumed: there all of them count as behind it. None: none is behind it.
-    """
-    model, weights = answering.model, answering.masked(answer.off)
-    inside = model.in_prefix()
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, NORMS) and module.track_running_stats and not inside(f"{name}.running_mean")
-    }
-    train = answering.parts.train
-    retained = train.only(~torch.isin(train.labels, torch.tensor(answer.classes)))
-    retained = retained.only(torch.arange(len(retained)) < RECALIBRATED)
-    if not norms or len(retained) < 2:
-        return None
-    with _learning(norms):
-        for places in retained.places.split(AT_ONCE):
-            if len(places) > 1:
-                with torch.no_grad():
-                    model.head(retained.rows[places], None, weights)
-        for module in norms.values():
-            module.eval()
-        return answering.predictions(answering.parts.test, answer.off)
-
-
-@contextmanager
-def _learning(norms: Mapping[str, Any]) -> Generator[None]:
-    """Let BatchNorm layers take the mean of what passes as their statistics; afterwards all is as before."""
-    kept = {name: {key: value.clone() for key, value in norm.state_dict().items()} for name, norm in norms.items()}
-    momenta = {name: norm.momentum for name, norm in norms.items()}
-    try:
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over batches
-            norm.train()
-        yield
-    finally:
-        for name, norm in norms.items():
-            norm.eval()
-            norm.momentum = momenta[name]
-            norm.load_state_dict(kept[name])

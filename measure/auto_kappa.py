@@ -35,6 +35,11 @@ class Attempt:
         """Return whether the upper ends of both intervals are within the target."""
         return self.forget_score_most <= auto.tau and self.retain_drop_most <= auto.epsilon
 
+    @property
+    def said(self) -> str:
+        """The scores in words."""
+        return f"forget {self.forget_score:.1f} %, loss {self.retain_drop:.1f} points"
+
 
 @dataclass(frozen=True)
 class Search:

@@ -15,6 +15,16 @@ from mimu.errors import MaskError
 FORMAT = "mimu-mask"
 VERSION = 1
 TOOL = "mimu 0.1.0"
+FRONT_MATTER = (
+    "---",
+    "library_name: mimu",
+    "tags:",
+    "- machine-unlearning",
+    "- image-classification",
+    "---",
+    "",
+)
+"""What a hub of models reads of a card. It has no value of the user's, whose names could mean something in YAML."""
 MAX_TEXT = 10_000  # characters of one text: a class name or a path is shorter
 Check = Callable[[object], bool]
 
@@ -246,6 +256,7 @@ def card(config: Config, counts: Mapping[str, int]) -> str:
     ]
     source = (config.preprocessing or {}).get("source", "not recorded")
     lines = [
+        *FRONT_MATTER,
         *(f"# Mask: forgets {names}", ""),
         f"This folder holds no model. It lists {sum(counts.values()):,} weights of another model, the parent; with",
         "those weights at zero, the parent no longer recognises the class.",

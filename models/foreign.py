@@ -7,7 +7,7 @@ meant is settled here when the classifier is made; so where the pipeline names t
 is asked for all of its own (`mask_layer=None`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -108,18 +108,25 @@ class ForeignClassifier(Classifier):
             labels: [S].
             batch: images at once.
         """
-        graph = self.weight_graph()
+        shares = torch.ones(len(labels))
+        parts = zip(h.split(batch), labels.split(batch), shares.split(batch), strict=True) if len(labels) else ()
+        return self.gradient_sum(parts) / max(1, len(labels))
+
+    def gradient_sum(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """Sum of share * dL/dW over images, by the target weights, [*graph.shape]; one backward pass for each batch.
+
+        Args:
+            batches: rows [B, numbers], labels [B], and the share of each image in the sum, [B].
+        """
         pairs = zip(self.weights(), self.targets, strict=True)
         weights = [weight.detach().reshape(target.matrix).requires_grad_() for weight, target in pairs]
         total = [torch.zeros_like(weight) for weight in weights]
-        if not len(labels):  # which not every model can be run on
-            return graph.join(total)
         with torch.enable_grad():
-            for rows, true in zip(h.split(batch), labels.split(batch), strict=True):
-                loss = nn.functional.cross_entropy(self.head(rows, None, weights).float(), true, reduction="sum")
-                for sum_, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
+            for rows, true, share in batches:
+                losses = nn.functional.cross_entropy(self.head(rows, None, weights).float(), true, reduction="none")
+                for sum_, gradient in zip(total, torch.autograd.grad((losses * share).sum(), weights), strict=True):
                     sum_ += gradient
-        return graph.join([sum_ / len(labels) for sum_ in total])
+        return self.weight_graph().join(total)
 
     def class_activations(self, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Mean input and output of each target over images and positions, [n] and [m]; zeros where no hook fires.

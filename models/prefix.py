@@ -203,7 +203,13 @@ class Prefix:
         """Calls that are not run again: each has ended, and what called it has not."""
         self.image_shape = tuple(images.shape[1:])
         self._plan(model, images)
-        self._check(model, images)
+        self.thin = True
+        """Whether outputs that nothing depends on are one zero, expanded: written zeros took a quarter of a pass."""
+        try:
+            self._check(model, images)
+        except RuntimeError:  # code between the modules writes to such an output in place, or views it
+            self.thin = False
+            self._check(model, images)
 
     @property
     def size(self) -> int:
@@ -298,7 +304,7 @@ class Prefix:
         given: dict[Call, list] = {(): [rows.new_zeros(1).expand(len(rows), *self.image_shape)]}
         given |= {call: [None] * tree.num_leaves for call, tree in self.trees.items() if call}
         for (call, place), constant in self.constants.items():
-            given[call][place] = constant.of(len(rows)) if isinstance(constant, _Absent) else constant
+            given[call][place] = constant.of(len(rows), self.thin) if isinstance(constant, _Absent) else constant
         for part, value in zip(self.parts, values, strict=True):
             given[part.call][part.leaf] = part.unpack(value)
         return self._run(model, given, weights)
@@ -337,9 +343,9 @@ class _Absent:
     value: Tensor
     count: int
 
-    def of(self, count: int) -> Tensor:
-        """Zeros for a batch of this many images."""
+    def of(self, count: int, thin: bool) -> Tensor:
+        """Zeros for a batch of this many images; thin: all of them are one in memory, which cannot be written to."""
         shape = list(self.value.shape)
         if shape and shape[0] % self.count == 0:
             shape[0] = shape[0] // self.count * count
-        return torch.zeros(shape, dtype=self.value.dtype, device=self.value.device)
+        return self.value.new_zeros(()).expand(shape) if thin else self.value.new_zeros(shape)

@@ -29,7 +29,7 @@ STAIRCASE = {
     "core": "choices config observe hashes artifacts store records intervals yaml_files",
     "images": "specs decode archives names layouts pixel_cache index splits fetch",
     "graphs": "layout subsets edge_list message_passing",
-    "training": "processes fork_server distributed resume",
+    "training": "processes fork_server engines distributed resume",
     "models": "classifier checkpoints class_names preprocessing frameworks specs prefix targets foreign",
     "utils_data": "",
     "model": "",
@@ -39,12 +39,12 @@ STAIRCASE = {
     "unlearn": "masks features requests objectives registry finetuning closed_form trained methods",
     "measure": "attacks integrity metrics comparisons exhibits probes verdicts snapshots auto_kappa",
     "eval": "",
-    "forgetting": "pictures samples answers scores artefact python opening comparison",
+    "forgetting": "pictures samples answers scores artefact python opening comparison hub",
     "reporting": "write families tables terminal panels curves compare draw page",
     "reporter": "",
     "stages": "setup limits crew classifier graphs gcn chain evaluation preflight",
     "pipeline": "",
-    "commands": "command_line docs sweep run report sets inspect forget",
+    "commands": "command_line docs sweep run report sets inspect forget library",
     "main": "",
 }
 ROWS = [f"{step}.{file}" if file else step for step, files in STAIRCASE.items() for file in files.split() or [""]]
@@ -109,7 +109,7 @@ ALLOWED_TO_RUN = {
     ("tests.images.test_pixel_cache", "pickle"),  # what a worker process gets
     ("tests.test_utils_data", "pickle"),  # the oracle of the reader of those files, which needs no pickle
     ("tests.test_plugins", "pickle"),  # what a worker process gets
-    ("commands.sweep", "__import__"),  # names of two engines, written beside it
+    ("training.engines", "__import__"),  # names of two engines, written beside it
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 Node = TypeVar("Node", bound=ast.AST)

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 import main
+from commands.forget import AS_USUAL, Asked
+from commands.inspect import AS_IT_IS, Read
 from core.artifacts import write_tensors
 from core.choices import Choice, OpenChoice, bare, hints
 from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
@@ -676,6 +678,18 @@ def test_switches_of_commands_take_an_equals_sign(monkeypatch, capsys):
     assert said == [(True, True), (False, False), (True, False)]
     assert main.main(["run", "--quiet=perhaps"]) == 2
     assert "--quiet is 'perhaps': give true or false" in capsys.readouterr().err
+
+
+def test_switches_of_groups_take_an_equals_sign(monkeypatch):
+    """A group's flags stand without its name."""
+    said = []
+
+    def command(asking: Asked = AS_USUAL, read: Read = AS_IT_IS) -> None:
+        said.append((asking.quiet, read.by_order, read.skip_bad_images))
+
+    monkeypatch.setitem(main.COMMANDS, "forget", command)
+    assert main.main(["forget", "--quiet=true", "--by-order=yes", "--skip_bad_images=false"]) == 0
+    assert said == [(True, True, False)]
 
 
 # --- streams that are not what one thinks -----------------------------------------------------------------

@@ -40,7 +40,7 @@ RUN_NOT_IMPORTED = {
 
 @cache  # three tests read the whole tree
 def imported(source: str) -> frozenset[str]:
-    """First words of all absolute imports of a source text, at any depth; `_import` of commands/sweep.py is one."""
+    """First words of all absolute imports of a source text, at any depth; `_import` of training/engines.py is one."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

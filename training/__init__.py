@@ -1,4 +1,4 @@
-"""Processes that train together, and what an interrupted training goes on from.
+"""Processes that train together, engines for many tasks, and what an interrupted training goes on from.
 
 Only this room knows torch.distributed. The loops themselves are in `trainer.py`.
 """

@@ -48,6 +48,7 @@ class ClassStatistics:
         h, z: mean input and output activations of each class, one [C, n] and [C, m] for each layer.
         gradient: label -> mean dL/dW over the class's images, [*graph.shape].
         most_kept: values of all classes' gradients, from which on they are computed again for each request.
+        total: computes the sum of all classes' gradients at once, [*graph.shape]; None: they are added up.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class ClassStatistics:
         z: list[Tensor],
         gradient: Callable[[int], Tensor],
         most_kept: int = MOST_KEPT,
+        total: Callable[[], Tensor] | None = None,
     ):
         self.graph, self.weight, self.counts, self.h, self.z = graph, weight, counts, h, z
-        self.num_classes, self._gradient = len(counts), gradient
+        self.num_classes, self._gradient, self._sum = len(counts), gradient, total
         few = self.num_classes * graph.num_vertices <= most_kept
         self._kept = [gradient(label) for label in range(self.num_classes)] if few else []
 
@@ -109,6 +111,8 @@ class ClassStatistics:
     @cached_property
     def _total(self) -> Tensor:
         """Sum of t over all classes. [*graph.shape]."""
+        if self._sum is not None:
+            return -self.weight * self._sum()
         total = torch.zeros_like(self.weight)
         for gradient in self.gradients():
             total -= self.weight * gradient

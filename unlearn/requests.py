@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,19 @@ class _Sides:
         return sum(tensor.nbytes for tensor in (self.h, self.labels, self.target))
 
 
+class Rows(Protocol):
+    """Rows of numbers that are gathered when they are asked for, as a tensor's are."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        ...
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        """Some of them, [index, n]."""
+        ...
+
+
 class FrozenHead:
     """A classifier from its first masked layer on, with weights that nothing changes and images to judge masks by.
 
@@ -75,7 +89,7 @@ class FrozenHead:
     """
 
     def __init__(
-        self, model: Classifier, mask_layer: MaskLayer, statistics: ClassStatistics, h: Tensor, labels: Tensor
+        self, model: Classifier, mask_layer: MaskLayer, statistics: ClassStatistics, h: Tensor | Rows, labels: Tensor
     ):
         self.model, self.mask_layer, self.statistics, self.h, self.labels = model, mask_layer, statistics, h, labels
         self.graph, self.num_classes, self.weight = statistics.graph, statistics.num_classes, statistics.weight
@@ -174,10 +188,15 @@ def tail_start(head: FrozenHead, classes: tuple[int, ...]) -> Tensor:
     temperature. Here the number of weights within a distance of the kappa-th is a share of kappa, whatever N is.
     [*graph.shape].
     """
-    order = head.statistics.signed_taylor(classes).flatten().argsort(descending=True, stable=True)
-    theta = torch.empty(len(order), device=head.device)
-    theta[order] = -torch.log((torch.arange(len(order), device=head.device) + 0.5) / len(order))
-    return theta.view(head.graph.shape)
+    return tail(head.statistics.signed_taylor(classes))
+
+
+def tail(scores: Tensor) -> Tensor:
+    """Compute -log(share of weights with a larger score). [*shape] -> [*shape]."""
+    order = scores.flatten().argsort(descending=True, stable=True)
+    theta = torch.empty(len(order), device=scores.device)
+    theta[order] = -torch.log((torch.arange(len(order), device=scores.device) + 0.5) / len(order))
+    return theta.view(scores.shape)
 
 
 def check_scores(theta: Tensor, given: Path | None) -> Tensor:

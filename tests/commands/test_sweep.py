@@ -14,10 +14,10 @@ from PIL import Image
 
 import commands.sweep as room
 import main
-from commands.sweep import EXECUTORS, SweepConfig, expand, load_sweep, plain_settings, progress_line, run_sweep
+from commands.sweep import SweepConfig, expand, load_sweep, plain_settings, run_sweep
 from core.artifacts import write_json, write_text
 from core.choices import Objectives, SupportedDatasets
-from core.config import PipelineConfig, UserError, plain
+from core.config import PROJECT_ROOT, PipelineConfig, UserError, plain
 from core.hashes import sha256_file
 from core.records import read_records, record_path
 from core.store import locked
@@ -25,6 +25,7 @@ from core.yaml_files import load_config
 from pipeline import Pipeline
 from tests.helpers.common import TINY
 from tests.helpers.records import whole
+from training.engines import EXECUTORS, local, progress_line
 
 OVER = "over: {kappa_list: [[100], [9000], [400]]}"
 
@@ -37,7 +38,7 @@ def written(folder: Path, section: str, more: str = "") -> Path:
 
 def fresh(monkeypatch) -> None:
     """Jobs in threads of this process's settings must not meet a fork server of another test."""
-    monkeypatch.chdir(room.PROJECT_ROOT)
+    monkeypatch.chdir(PROJECT_ROOT)
 
 
 def measured(record: dict) -> dict:
@@ -104,7 +105,7 @@ def test_ray(tmp_path, expected, capsys, monkeypatch):
     """A real Ray on this machine."""
     pytest.importorskip("ray")
     fresh(monkeypatch)
-    monkeypatch.setenv("PYTHONPATH", str(room.PROJECT_ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
     check("ray", tmp_path, expected, capsys)
 
 
@@ -165,13 +166,13 @@ def test_absent_engine_is_one_sentence(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     executor = {"submitit": "slurm", "ray": "ray"}[name]
     with pytest.raises(UserError, match=f"needs {name}, which is not here: uv sync --extra {executor}"):
-        list(EXECUTORS[executor]([], SweepConfig({"seed": [0]}, executor)))
+        list(EXECUTORS[executor]([], SweepConfig({"seed": [0]}, executor=executor)))
 
 
 def test_progress():
     """By hand: 6 of 10 ended in 30 s, so 4 take 20 s more."""
-    assert progress_line(5, 1, 4, 3, 30.0) == "sweep: 5 done, 3 running, 1 failed, 1 left, about 20 s to go"
-    assert progress_line(0, 0, 2, 4, 1.0) == "sweep: 0 done, 2 running, 0 failed, 0 left"
+    assert progress_line(5, 1, 4, 3, 30.0) == "5 done, 3 running, 1 failed, 1 left, about 20 s to go"
+    assert progress_line(0, 0, 2, 4, 1.0) == "0 done, 2 running, 0 failed, 0 left"
 
 
 # --- a process that is killed, a lock ---------------------------------------------------------------------
@@ -195,7 +196,7 @@ def test_killed_job_does_not_take_the_others_along(tmp_path, expected):
     settings, base = load_sweep([written(tmp_path, "sweep: {over: {kappa_list: [[100], [400]]}}")])
     good, bad = expand(settings, base)
     deadly = Deadly(**vars(bad), parent=os.getpid())
-    outcomes = {job.key: outcome for job, outcome in room.local([deadly, good], settings)}
+    outcomes = {job.key: outcome for job, outcome in local([deadly, good], settings)}
     assert outcomes[good.key]["status"] == "done"
     assert outcomes[bad.key]["error"] == "its process died (killed, or out of memory)"
     assert json.loads(bad.path.read_text())["status"] == "failed"

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from forgetting import samples
+from forgetting.answers import Answering
 from forgetting.pictures import Folder, Loader, open_folder
 from forgetting.samples import Parts, foreseen, read_samples
 from images.names import TEST, TRAIN, UNSPLIT, VAL
 from models.foreign import ForeignClassifier
 from tests.helpers.foreign import resnet
 from tests.helpers.patterns import NAMES, prepared, write_folder
+from unlearn.features import TAYLOR_LAMBDA
 
 PARTS = ("train", "val", "test")
 
@@ -67,6 +69,18 @@ def test_rows_in_a_file_are_those_in_memory(batch):
         assert torch.allclose(mapped.logits(model), full[mapped.places], rtol=1e-5, atol=1e-5)
     assert (memory.digest, memory.counts.tolist()) == (file.digest, file.counts.tolist())
     assert memory.counts.tolist() == torch.bincount(labels, minlength=5).tolist()
+
+
+def test_a_loader_that_comes_class_by_class_gives_the_same_rows_in_the_same_order():
+    """A request retains the first rows alone: of sorted ones these are the first classes."""
+    images, labels = drawn(60)
+    model, order = classifier(images), labels.argsort()
+    usual, ordered = (
+        read_samples(model, Loader([(images[at], labels[at])], 5)).train for at in (torch.arange(60), order)
+    )
+    assert torch.equal(usual.labels, ordered.labels)
+    assert torch.allclose(usual.h, ordered.h, rtol=1e-5, atol=1e-5)
+    assert len(set(ordered.labels[:10].tolist())) > 2
 
 
 def test_what_masks_are_sought_with_is_capped_for_each_class_alike(monkeypatch):
@@ -195,3 +209,53 @@ def test_the_same_images_come_in_the_same_order_and_at_most_so_many_of_a_class(p
     assert set(some.rows.tolist()) <= set(whole.rows.tolist())
     again = folder(photos, most=9)
     assert set(some.rows.tolist()) <= set(again.rows.tolist())
+
+
+# --- statistics of classes --------------------------------------------------------------------------------
+
+
+def naive_taylor(model: ForeignClassifier, parts: Parts, forgotten: set[int]) -> Tensor:
+    """-W dL/dW of every class by autograd on the whole model, one after the other; then their means on either side."""
+    (weight,), graph = model.weights(), model.weight_graph()
+    sides: dict[bool, list[Tensor]] = {True: [], False: []}
+    for label in range(5):
+        rows = parts.train.rows[parts.train.places[parts.train.labels == label]]
+        changed = weight.detach().clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(model.head(rows, None, [changed]), torch.full((len(rows),), label))
+        (gradient,) = torch.autograd.grad(loss, changed)
+        sides[label in forgotten].append(-(weight.detach() * gradient).reshape(graph.shapes[0]))
+    forget, retain = (graph.join([torch.stack(sides[side]).mean(0)]) for side in (True, False))
+    return forget - TAYLOR_LAMBDA * retain.clamp_min(0)
+
+
+@pytest.mark.parametrize("batch", [7, 256])
+def test_scores_in_one_pass_over_all_rows_are_those_of_a_pass_for_each_class(batch, monkeypatch):
+    monkeypatch.setattr(samples, "AT_ONCE", batch)
+    images, labels = drawn(150)
+    labels[labels == 3] = 1  # one class with many images and ...
+    labels[:6] = 3  # ... one with few
+    model = classifier(images)
+    parts = read_samples(model, Loader([(images, labels)], 5))
+    statistics = Answering(model, parts).head.statistics
+    for classes in ((0,), (3,), (1, 4)):
+        expected = naive_taylor(model, parts, set(classes))
+        assert torch.allclose(statistics.signed_taylor(classes), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [5, 300])
+def test_a_class_among_many_costs_what_it_costs_among_few(outputs, monkeypatch):
+    """Passes through the head: one over all rows for the first request, then one over the class's own for each."""
+    images, labels = drawn(100)
+    net = resnet()
+    net.fc = torch.nn.Linear(net.fc.in_features, outputs)
+    model = ForeignClassifier(net, lambda output: output, images, outputs)
+    parts, rows = read_samples(model, Loader([(images, labels)], outputs)), []
+    plain = model.head
+    monkeypatch.setattr(model, "head", lambda h, *more: rows.append(len(h)) or plain(h, *more))
+    statistics = Answering(model, parts).head.statistics
+    for label in (0, 1):
+        rows.clear()
+        statistics.signed_taylor((label,))
+        own = int((parts.train.labels == label).sum())
+        assert sum(rows) == own + len(parts.train) * (label == 0)
+        assert len(rows) == 1 + (label == 0)

@@ -131,6 +131,32 @@ def test_code_between_modules_runs_again_and_spoils_nothing() -> None:
         assert torch.equal(h, kept)
 
 
+class Writing(nn.Module):
+    """Writes, before it takes the last layer, to an output on which no logit depends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.second, self.last = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        aside, x = self.early(images.flatten(1)), self.second(images.flatten(1))
+        aside += 1
+        return self.last(x)
+
+
+def test_an_output_that_is_written_to_in_place_is_stood_in_for_by_real_zeros() -> None:
+    torch.manual_seed(0)
+    net, images = Writing().eval().requires_grad_(False), torch.randn(4, 3, 2, 2)
+    model = ForeignClassifier(net, lambda output: output, images, CLASSES, ("last",))
+    assert model.plan is not None
+    assert not model.plan.thin
+    usual = ForeignClassifier(small("resnet18"), lambda output: output, torch.randn(4, 3, 32, 32), CLASSES)
+    assert usual.plan is not None
+    assert usual.plan.thin
+    with torch.no_grad():
+        assert torch.equal(model.head(model.prefix(images)), net(images))
+
+
 class Sneaky(nn.Module):
     """Uses a layer's weight by itself, ahead of the layer."""
 
