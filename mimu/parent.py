@@ -1,4 +1,4 @@
-"""By what a parent is known: hashes of tensors and of a whole state, and the check that a model is the parent."""
+"""By what a parent is known: its bits and their hashes, and the check that a model is the parent."""
 
 import ctypes
 import difflib
@@ -119,6 +119,41 @@ def state_sha256(model: nn.Module) -> str:
     It is the same on every device, in channels_last, and inside DataParallel or a compiled module.
     """
     return sha256_of_state(state_of(model))
+
+
+# --- bits ----------------------------------------------------------------------------------------------------
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(value: Tensor) -> Tensor:
+    """View a tensor's bits as integers, so that -0.0 differs from 0.0 and every NaN stays the one it was."""
+    return value.detach().view(INTEGERS[value.element_size()])
+
+
+def _at(value: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+    """Return indices for flat C-order places: `.view(-1)` fails on channels_last, and flattening would copy."""
+    return torch.unravel_index(places.to(value.device), value.shape)
+
+
+def read_bits(value: Tensor, places: Tensor) -> Tensor:
+    """Copy the bits at flat C-order places. [k] -> [k] integers."""
+    return bits_of(value)[_at(value, places)].clone()
+
+
+def write_bits(value: Tensor, places: Tensor, bits: Tensor | int) -> None:
+    """Set the bits at flat C-order places; a tensor made under inference_mode is written in that mode."""
+    # Outside inference_mode torch refuses to write such a tensor; inside it, an ordinary one stays ordinary.
+    mode = torch.inference_mode() if value.is_inference() else torch.no_grad()
+    new = bits.to(value.device) if isinstance(bits, Tensor) else bits
+    with mode:
+        bits_of(value)[_at(value, places)] = new
+
+
+def checksum(value: Tensor) -> int:
+    """Sum of all bits as integers, which may wrap around: the same for every layout, and it costs one fast pass."""
+    dtype = torch.int64 if value.element_size() == 8 else torch.int32
+    return int(bits_of(value).sum(dtype=dtype))
 
 
 # --- describing a parent ----------------------------------------------------------------------------------

@@ -19,12 +19,22 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mimu import files
-from mimu.applying import bits_of, read_bits, write_bits
 from mimu.config import Target
-from mimu.containers import DAMAGE, Container, Edit, Path_, TorchFile, copy_prefix, kind_of, parts_of, stem
+from mimu.containers import (
+    DAMAGE,
+    Container,
+    Edit,
+    Path_,
+    TorchFile,
+    check_quantised,
+    copy_prefix,
+    kind_of,
+    stem,
+    write_checked,
+)
 from mimu.errors import MaskError
 from mimu.mask import Mask
-from mimu.parent import find, is_plain, sha256_of
+from mimu.parent import bits_of, find, is_plain, read_bits, sha256_of
 
 Fill = Literal["zero", "noise"]
 Averaged = Literal["seal", "drop"]
@@ -133,16 +143,6 @@ def _sort(result: _Found, name: str, same: list[Path_], others: list[Path_]) -> 
     result.copies |= {key: name for key in (*same, *others) if key not in own}
 
 
-def _check_quantised(container: Container) -> None:
-    packed = [key for key in container.shapes() if not _is_storable(container, key)]
-    if packed or any("_packed_params" in ".".join(key) for key in container.shapes()):
-        raise MaskError(f"{container.path} is quantised: mask the float parent, seal it, and quantise that")
-
-
-def _is_storable(container: Container, key: Path_) -> bool:
-    return not container.load(key).is_quantized if isinstance(container, TorchFile) else True
-
-
 # --- what is written in their place -----------------------------------------------------------------------
 
 
@@ -191,29 +191,6 @@ def _check_averaged(found: _Found, averaged: Averaged | None) -> None:
     if found.parent_is_copy:
         what = f"the mask was made for the averaged copy ({', '.join(where)}) in {found.container.path}"
         raise MaskError(f"{what}, which cannot be dropped: say ema='seal' to seal both")
-
-
-# --- one file ---------------------------------------------------------------------------------------------
-
-
-def _write(container: Container, target: Path, edits: Mapping[Path_, Edit], dropped: set[Path_]) -> None:
-    """Write a sealed copy of one file to a temporary path, and read it back.
-
-    Raises:
-        MaskError: what was read back is not the parent with the edits, bit for bit.
-    """
-    container.write(target, edits, dropped)
-    written = type(container)(target)
-    stays = [key for key in container.shapes() if not any(parts_of(key)[: len(one)] == one for one in dropped)]
-    if sorted(written.shapes()) != sorted(stays):
-        raise MaskError(f"the copy of {container.path} has other tensors than it: nothing was written")
-    for key in stays:
-        value, copy = container.load(key), written.load(key)
-        if key in edits:
-            value = value.clone()
-            write_bits(value, edits[key].places, edits[key].bits)
-        if (value.dtype, value.shape) != (copy.dtype, copy.shape) or sha256_of(value) != sha256_of(copy):
-            raise MaskError(f"the copy of {'.'.join(key)} of {container.path} was not read back: nothing was written")
 
 
 def _sha256_of_file(path: Path) -> str:
@@ -329,7 +306,7 @@ def seal(
     with ExitStack() as stack:
         place = stack.enter_context(files.new_folder(out) if parent.is_dir() else files.new_file(out))
         for name, container in weights.items():
-            _write(container, place / name if name else place, edits[name], dropped[name])
+            write_checked(container, place / name if name else place, edits[name], dropped[name])
         for name, path in others.items():
             files.copy(path, place / name)
         if removed:
@@ -363,7 +340,7 @@ def _check_found(parent: Path, mask: Mask, found: Mapping[str, _Found]) -> None:
     if not lacking:
         return
     for one in found.values():
-        _check_quantised(one.container)
+        check_quantised(one.container)
     target = mask.config.parent.targets[lacking[0]]
     shape = "x".join(map(str, target.shape))
     near = [".".join(k) for one in found.values() for k, s in one.container.shapes().items() if s == target.shape]
@@ -441,7 +418,7 @@ def _put_back(path: Path, target: Path, rows: list[tuple[int, dict[str, Any]]], 
     kind = kind_of(path)
     assert kind is not None, "a file of removed values names files of weights alone"
     edits = {tuple(row["key"]): Edit(tensors[f"{n}.places"], tensors[f"{n}.bits"]) for n, row in rows}
-    _write(kind(path), target, edits, set())
+    write_checked(kind(path), target, edits, set())
     written = kind(target)
     for _, row in rows:
         if sha256_of(written.load(tuple(row["key"]))) != row["sha256"]:
