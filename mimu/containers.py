@@ -10,7 +10,6 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from mimu import files
 from mimu.errors import MaskError
-from mimu.parent import read_bits, sha256_of, write_bits
+from mimu.parent import Edit, read_bits, sha256_of, write_bits
 
 Path_ = tuple[str, ...]
 HOLDERS = {"state_dict", "model", "model_state_dict", "module", "_orig_mod", "net"}
@@ -40,14 +39,6 @@ DAMAGE = (
     *(UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError, AssertionError),
     *(ArithmeticError, struct.error, zipfile.BadZipFile, SafetensorError),
 )
-
-
-@dataclass(frozen=True)
-class Edit:
-    """New bits at flat C-order places of one tensor. places [k] int64, bits [k] integers as `bits_of` gives."""
-
-    places: Tensor
-    bits: Tensor
 
 
 class Container(Protocol):

@@ -4,7 +4,7 @@ import ctypes
 import difflib
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -148,6 +148,48 @@ def write_bits(value: Tensor, places: Tensor, bits: Tensor | int) -> None:
     new = bits.to(value.device) if isinstance(bits, Tensor) else bits
     with mode:
         bits_of(value)[_at(value, places)] = new
+
+
+@dataclass(frozen=True)
+class Edit:
+    """New bits at flat C-order places of one tensor. places [k] int64, bits [k] integers as `bits_of` gives."""
+
+    places: Tensor
+    bits: Tensor
+
+
+def edit_of(name: str, flat: Tensor, new: Tensor | None, dtype: torch.dtype) -> Edit:
+    """Say which bits a mask puts into a tensor that may have another dtype than the parent.
+
+    Args:
+        flat: positions [k]. new: values [k] in the parent's dtype; None: zeros.
+
+    Raises:
+        MaskError: a value is too large for the dtype.
+    """
+    places = flat.to(torch.int64)
+    if new is None:
+        return Edit(places, torch.zeros(len(places), dtype=INTEGERS[dtype.itemsize]))
+    cast = new.to(dtype)
+    if large := int((~cast.double().isfinite()).sum()):
+        what = f"{large:,} of the mask's values in {name} are too large for {_short(dtype)}"
+        raise MaskError(f"{what}: use the model in the parent's dtype, {_short(new.dtype)}")
+    return Edit(places, bits_of(cast))
+
+
+def join(name: str, edits: Sequence[Edit], advice: str) -> Edit:
+    """Make one edit of several edits of one tensor, which agree wherever they meet; its places are sorted.
+
+    Raises:
+        MaskError: they put different bits in the same places.
+    """
+    places, index = torch.cat([edit.places for edit in edits]).unique(return_inverse=True)
+    bits = torch.cat([edit.bits.cpu() for edit in edits])
+    joined = bits.new_zeros(len(places))
+    joined[index] = bits  # where two edits meet, either may win; the next line finds it if the other differs
+    if count := len(index[joined[index] != bits].unique()):
+        raise MaskError(f"{count:,} weights of {name} would have to hold two different values: {advice}")
+    return Edit(places, joined)
 
 
 def checksum(value: Tensor) -> int:

@@ -451,7 +451,7 @@ def test_a_pickled_masked_model_has_no_removed_value_and_needs_no_mimu(tmp_path)
     assert done.stdout.split() == ["60", "False"]
     again = pickle.loads(pickle.dumps(model))
     assert status(again) == []
-    with pytest.raises(MaskError, match="their values are not kept here: load the parent"):
+    with pytest.raises(MaskError, match="the old ones are not kept here: load the parent"):
         mask.lift(again)
 
 

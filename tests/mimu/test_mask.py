@@ -189,7 +189,7 @@ def other_format(positions, config):
 
 
 def newer(positions, config):
-    config["version"] = 2
+    config["version"] = 3
 
 
 def unknown_field(positions, config):
@@ -243,7 +243,7 @@ BAD = {
     lacking: "describes 2.weight, in which the mask has no positions",
     empty: "no weight off",
     other_format: '"adapter" as format',
-    newer: "2 as version",
+    newer: "3 as version",
     unknown_field: "unknown field 'run_me'",
     no_parent: "lacks fields in the config .*parent",
     no_class: "as forgotten",
