@@ -95,6 +95,8 @@ class Held:
 
     def hold(self, value: Tensor, edit: Edit) -> None:
         """Write what one more mask puts in its places."""
+        if value.dtype != self.dtype:
+            self._follow(value)
         fresh = ~torch.isin(edit.places, self.places)
         places, new = edit.places[fresh], edit.bits[fresh]
         old = read_bits(value, places)
@@ -105,6 +107,11 @@ class Held:
         self.count = torch.cat([self.count, torch.zeros_like(places)])[order]
         self.places = merged
         self.count[torch.searchsorted(self.places, edit.places)] += 1
+
+    def _follow(self, value: Tensor) -> None:
+        """Take the parameter's present dtype: bits of two dtypes cannot stand in one table."""
+        self.whole = checksum(self.original(value))
+        self.bits, self.new, self.dtype = self._as(value, self.bits), self._as(value, self.new), value.dtype
 
     def release(self, value: Tensor, places: Tensor, keep: bool) -> None:
         """Give places up for one mask, and put back what no mask holds any longer.

@@ -406,6 +406,17 @@ def test_moving_a_masked_model_to_another_layout_or_type():
     assert bits(small) == bits(mlp().bfloat16())
 
 
+def test_a_second_mask_after_a_change_of_type():
+    """The first mask's removed values are then of another type than the second's."""
+    model = mlp()
+    first, second = mask_on(model, "2.weight"), mask_on(model, "2.weight", 9, 1)
+    first.apply(model, "first")
+    second.apply(model.bfloat16(), "second")
+    for name, mask in (("first", first), ("second", second)):
+        mask.lift(model, name)
+    assert bits(model) == bits(mlp().bfloat16())
+
+
 # --- copies -----------------------------------------------------------------------------------------------
 
 
