@@ -181,9 +181,8 @@ class Mask:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of positions, values and config."""
-        places, new = ({n: sha256_of(one) for n, one in some.items()} for some in (self.positions, self.values))
-        known = {"positions": places, "config": self.config.plain()}
-        return _sha256_of_json(known | {"values": new} if new else known)
+        known = {"positions": _hashes(self.positions), "config": self.config.plain()}
+        return _sha256_of_json(known | {"values": _hashes(self.values)} if self.values else known)
 
     @cached_property
     def _key(self) -> tuple[str, str]:
@@ -331,7 +330,7 @@ class Mask:
         for name, flat in positions.items():
             if flat.dtype != mask.positions[name].dtype:
                 raise MaskError(f"{file} has {flat.dtype} positions in {name}: give {mask.positions[name].dtype}")
-        if promised != mask.digest:
+        if promised != mask.digest or _hashes(values) != _hashes(mask.values):
             raise MaskError(f"{file} is damaged (its content is not what its digest says): give a whole one")
         return mask
 
@@ -380,6 +379,10 @@ def from_prune(model: nn.Module, config: Mapping[str, Any], load: str | None = N
     }
     parent = describe_parent(whole, pruned, load)
     return Mask.from_keep(pruned, dict(config) | {"parent": parent})
+
+
+def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: sha256_of(value) for name, value in tensors.items()}
 
 
 def _sha256_of_json(value: Mapping[str, Any]) -> str:
