@@ -356,7 +356,8 @@ def seal(
         done = mimu.seal(parent, loaded, target, fill, kept, copies, seed)  # ty: ignore[invalid-argument-type]
     for name, count in done.weights.items():
         new = done.replaced.get(name, 0)
-        show(f"{name}: {count - new:,} weights are {fill}" + f", {new:,} are replaced" * bool(new))
+        kinds = ((count - new, fill), (new, "replaced"))
+        show(f"{name}: {', '.join(f'{number:,} weights are {how}' for number, how in kinds if number or not count)}")
     for name in done.left_out:
         show(f"left out: {name}")
     show(f"written: {done.out}; load it as the parent is loaded")

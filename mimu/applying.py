@@ -91,7 +91,8 @@ class Held:
         Raises:
             MaskError: it puts other values in some of them.
         """
-        join(name, [Edit(self.places, self._as(value, self.new)), edit], "lift the mask that is on first")
+        if len(self.places):
+            join(name, [Edit(self.places, self._as(value, self.new)), edit], "lift the mask that is on first")
 
     def hold(self, value: Tensor, edit: Edit) -> None:
         """Write what one more mask puts in its places."""
