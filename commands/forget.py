@@ -311,8 +311,7 @@ def _show(mask: "Mask") -> None:
     show(as_text(rows))
     low, high = scores["intervals"]["retain_change"]
     show(f"retain score changes by {scores['retain_change']:+.1f} points ({low:+.1f} to {high:+.1f})")
-    where = ", ".join(f"{len(flat):,} of {name}" for name, flat in mask.positions.items())
-    show(f"forgotten: {', '.join(mask.forgotten)}; switched off: {where}")
+    show(f"forgotten: {', '.join(mask.forgotten)}; {mask.summary()}")
     show(f"method: {mask.config.method}")
 
 
@@ -354,15 +353,15 @@ def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS
         with warnings.catch_warnings(action="ignore", category=ParentWarning):  # which the next line says
             fit = loaded.apply(module)
         show(f"parent: {'the very one' if fit.grade == 'parent' else fit.note}")
-        zero = all(
-            not module.get_parameter(fit.names[n]).flatten()[flat.long()].any() for n, flat in loaded.positions.items()
-        )
-        show(f"switched off: {loaded.switched_off:,} weights, {'all zero' if zero else 'NOT all zero'}")
+        off, new = loaded.differing(module, fit)
+        show(f"switched off: {loaded.switched_off:,} weights, {'NOT all zero' if off else 'all zero'}")
+        if loaded.replaced:
+            show(f"replaced: {loaded.replaced:,} weights, {'NOT all' if new else 'all'} as the mask says")
         agree = _scored(loaded, scores_again(found, loaded, module), found.images.digest()) if images else True
         loaded.lift(module)
         same = state_sha256(module) == before
     show(f"lifted: {'the parent, bit for bit' if same else 'NOT the parent again'}")
-    return int(not (zero and same and agree))
+    return int(not (off == new == 0 and same and agree))
 
 
 def _scored(mask: "Mask", counts: Mapping[str, tuple[int, int]], digest: str) -> bool:
@@ -396,7 +395,7 @@ def seal(
         spec: Which classifier, as for forget; its file or folder is copied.
         mask: Folder of the mask.
         out: Where the sealed checkpoint goes; nothing may be there.
-        fill: What stands in place of the weights: zero, or noise of the layer's scale (zeros show what was removed).
+        fill: What stands where weights are off: zero, or noise of the layer's scale (zeros show what was removed).
         removed: File for the removed values, to be locked away or destroyed: without it nothing can be restored.
         copies: What happens to averaged copies (EMA) of the weights in the file: seal or drop.
         seed: Of the noise; drawn if it is not given.
@@ -416,7 +415,9 @@ def seal(
         target, kept = at_home(out), removed and at_home(removed)
         done = mimu.seal(parent, loaded, target, fill, kept, copies, seed)  # ty: ignore[invalid-argument-type]
     for name, count in done.weights.items():
-        show(f"{name}: {count:,} weights are {'zero' if fill == 'zero' else 'noise'}")
+        new = done.replaced.get(name, 0)
+        kinds = ((count - new, fill), (new, "replaced"))
+        show(f"{name}: {', '.join(f'{number:,} weights are {how}' for number, how in kinds if number or not count)}")
     for name in done.left_out:
         show(f"left out: {name}")
     show(f"written: {done.out}; load it as the parent is loaded")
@@ -429,7 +430,7 @@ def compose(
     out: Path,
     push: Push = None,
 ) -> None:
-    """Join masks of one parent: what any of them switches off is off.
+    """Join masks of one parent: what any of them switches off is off, and what any replaces is replaced.
 
     Args:
         masks: Folders of masks.
@@ -444,6 +445,6 @@ def compose(
         joint = mimu.compose(*(mimu.Mask.load(at_home(one)) for one in masks))
         joint.save(at_home(out))
     shared = (joint.config.composition or {})["shared"]
-    show(f"forgets {', '.join(joint.forgotten)}: {joint.switched_off:,} weights, {shared:,} of them in several masks")
+    show(f"forgets {', '.join(joint.forgotten)}: {joint.changed:,} weights, {shared:,} of them in several masks")
     show(f"written: {out}; nothing was measured with all of them on: `verify` does")
     _push(at_home(out), push)

@@ -207,7 +207,7 @@ def _numbers(mask: "Mask") -> tuple[str, ...]:
     """A mask's number of weights and scores, for the library's table."""
     scores = mask.config.scores or {}
     change = f"{scores['retain_change']:+.1f}"
-    return f"{mask.switched_off:,}", f"{scores['forget']:.1f} %", f"{scores['retain']:.1f} %", change
+    return f"{mask.changed:,}", f"{scores['forget']:.1f} %", f"{scores['retain']:.1f} %", change
 
 
 # --- over an engine ---------------------------------------------------------------------------------------

@@ -1,56 +1,48 @@
-"""Switching weights off in a model and on again: in place, by bits, several masks at a time.
+"""Switching weights off in a model, or replacing them, and back again: in place, by bits, several masks at a time.
 
-Of what a mask switches off only the old values are kept, in a ledger in the model's `__dict__`: the model has no hook,
-no wrapper and no new key, and `state_dict()` holds plain zeros. A deep copy takes its ledger along and can be lifted. A
-pickle does not: whoever gets a pickled masked model gets no removed value with it.
+Of what a mask changes only the old values and the new ones are kept, in a ledger in the model's `__dict__`: the model
+has no hook, no wrapper and no new key, and `state_dict()` holds plain numbers. A deep copy takes its ledger along and
+can be lifted. A pickle does not: whoever gets a pickled masked model gets no removed value with it.
 """
 
 import warnings
 import weakref
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mimu.config import Config
 from mimu.errors import MaskError, ParentWarning
-from mimu.parent import Fit, check_model, is_plain, parameters, state_of, tell, unwrap
+from mimu.parent import (
+    Edit,
+    Fit,
+    bits_of,
+    check_model,
+    checksum,
+    edit_of,
+    is_plain,
+    join,
+    parameters,
+    read_bits,
+    state_of,
+    tell,
+    unwrap,
+    write_bits,
+)
 
 LEDGER = "_mimu_ledger"
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def bits_of(value: Tensor) -> Tensor:
-    """View a tensor's bits as integers, so that -0.0 differs from 0.0 and every NaN stays the one it was."""
-    return value.detach().view(INTEGERS[value.element_size()])
+class Changes(Protocol):
+    """What a mask changes. parameter -> positions [k], and -> values [k] of those that do not get zeros."""
 
-
-def _at(value: Tensor, places: Tensor) -> tuple[Tensor, ...]:
-    """Return indices for flat C-order places: `.view(-1)` fails on channels_last, and flattening would copy."""
-    return torch.unravel_index(places.to(value.device), value.shape)
-
-
-def read_bits(value: Tensor, places: Tensor) -> Tensor:
-    """Copy the bits at flat C-order places. [k] -> [k] integers."""
-    return bits_of(value)[_at(value, places)].clone()
-
-
-def write_bits(value: Tensor, places: Tensor, bits: Tensor | int) -> None:
-    """Set the bits at flat C-order places; a tensor made under inference_mode is written in that mode."""
-    # Outside inference_mode torch refuses to write such a tensor; inside it, an ordinary one stays ordinary.
-    mode = torch.inference_mode() if value.is_inference() else torch.no_grad()
-    new = bits.to(value.device) if isinstance(bits, Tensor) else bits
-    with mode:
-        bits_of(value)[_at(value, places)] = new
-
-
-def checksum(value: Tensor) -> int:
-    """Sum of all bits as integers, which may wrap around: the same for every layout, and it costs one fast pass."""
-    dtype = torch.int64 if value.element_size() == 8 else torch.int32
-    return int(bits_of(value).sum(dtype=dtype))
+    config: Config
+    positions: dict[str, Tensor]
+    values: dict[str, Tensor]
 
 
 def writes(model: nn.Module) -> dict[int, int | None]:
@@ -66,20 +58,22 @@ def _version(value: Tensor) -> int | None:
     return None if value.is_inference() else value._version
 
 
-# --- what is held at zero ---------------------------------------------------------------------------------
+# --- what is held -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Held:
-    """The places of one parameter that some mask holds at zero.
+    """The places of one parameter in which some mask holds a zero or a value of its own.
 
     Args:
-        places: flat, sorted [h]. bits: the removed values [h]. count: how many masks hold each [h].
+        places: flat, sorted [h]. bits: the removed values [h]. new: the bits that stand there [h]; masks that share
+            a place agree on it. count: how many masks hold each [h].
         whole: checksum of the unmasked parameter. dtype: its type.
     """
 
     places: Tensor
     bits: Tensor
+    new: Tensor
     count: Tensor
     whole: int
     dtype: torch.dtype
@@ -88,34 +82,62 @@ class Held:
     def nothing(cls, value: Tensor) -> "Held":
         """Begin with a parameter in which nothing is switched off yet."""
         none = torch.zeros(0, dtype=torch.int64)
-        return cls(none, read_bits(value, none), none.clone(), checksum(value), value.dtype)
+        bits = read_bits(value, none)
+        return cls(none, bits, bits.cpu(), none.clone(), checksum(value), value.dtype)
 
-    def hold(self, value: Tensor, places: Tensor) -> None:
-        """Switch places off for one more mask."""
-        fresh = places[~torch.isin(places, self.places)]
-        old = read_bits(value, fresh)
-        write_bits(value, fresh, 0)
-        merged, order = torch.cat([self.places, fresh]).sort()
+    def check(self, name: str, value: Tensor, edit: Edit) -> None:
+        """See that one more mask agrees with those that hold places already.
+
+        Raises:
+            MaskError: it puts other values in some of them.
+        """
+        if len(self.places):
+            join(name, [Edit(self.places, self._as(value, self.new)), edit], "lift the mask that is on first")
+
+    def hold(self, value: Tensor, edit: Edit) -> None:
+        """Write what one more mask puts in its places."""
+        if value.dtype != self.dtype:
+            self._follow(value)
+        fresh = ~torch.isin(edit.places, self.places)
+        places, new = edit.places[fresh], edit.bits[fresh]
+        old = read_bits(value, places)
+        write_bits(value, places, new)
+        merged, order = torch.cat([self.places, places]).sort()
         self.bits = torch.cat([self.bits.to(old.device), old])[order.to(old.device)]
-        self.count = torch.cat([self.count, torch.zeros_like(fresh)])[order]
+        self.new = torch.cat([self.new, new])[order]
+        self.count = torch.cat([self.count, torch.zeros_like(places)])[order]
         self.places = merged
-        self.count[torch.searchsorted(self.places, places)] += 1
+        self.count[torch.searchsorted(self.places, edit.places)] += 1
+
+    def _follow(self, value: Tensor) -> None:
+        """Take the parameter's present dtype: bits of two dtypes cannot stand in one table."""
+        self.whole = checksum(self.original(value))
+        self.bits, self.new, self.dtype = self._as(value, self.bits), self._as(value, self.new), value.dtype
 
     def release(self, value: Tensor, places: Tensor, keep: bool) -> None:
-        """Give places up for one mask, and put back what no mask holds any longer; `keep`: only where it is zero."""
+        """Give places up for one mask, and put back what no mask holds any longer.
+
+        Args:
+            keep: leave alone what somebody else wrote.
+        """
         self.count[torch.searchsorted(self.places, places)] -= 1
         gone = self.count == 0
         free, old = self.places[gone], self.bits[gone.to(self.bits.device)]
         if keep:
-            still = (read_bits(value, free) == 0).cpu()
+            still = self._stands(value, free)
             free, old = free[still], old[still.to(old.device)]
         write_bits(value, free, self._as(value, old))
-        self.places, self.count = self.places[~gone], self.count[~gone]
+        self.places, self.new, self.count = self.places[~gone], self.new[~gone], self.count[~gone]
         self.bits = self.bits[(~gone).to(self.bits.device)]
 
+    def _stands(self, value: Tensor, places: Tensor) -> Tensor:
+        """Tell for held places [k] whether they hold what the masks put there. Bool [k]."""
+        new = self._as(value, self.new[torch.searchsorted(self.places, places)])
+        return read_bits(value, places).cpu() == new
+
     def changed(self, value: Tensor, places: Tensor) -> int:
-        """Count places that are no longer zero, and so were written by somebody else."""
-        return int(read_bits(value, places).count_nonzero())
+        """Count places that no longer hold what the masks put there, and so were written by somebody else."""
+        return int((~self._stands(value, places)).sum())
 
     def _as(self, value: Tensor, bits: Tensor) -> Tensor:
         """Return bits of the parameter's present dtype, which `model.half()` may have changed."""
@@ -159,7 +181,9 @@ class Ledger:
 
     def __deepcopy__(self, memo: dict) -> "Ledger":
         held = {
-            name: Held(one.places.clone(), one.bits.clone(), one.count.clone(), one.whole, one.dtype)
+            name: replace(
+                one, places=one.places.clone(), bits=one.bits.clone(), new=one.new.clone(), count=one.count.clone()
+            )
             for name, one in self.held.items()
         }
         return Ledger(dict(self.masks), held)
@@ -214,7 +238,7 @@ def _names(values: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _originals(model: nn.Module, ledger: Ledger) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the unmasked (parameters, state) by plain name; what is held at zero is restored in a copy."""
+    """Return the unmasked (parameters, state) by plain name; what masks hold is restored in a copy."""
     found = parameters(model).items()
     values: dict[str, Tensor] = {name: value.detach() if is_plain(value) else value for name, value in found}
     if not ledger.held:
@@ -283,29 +307,35 @@ def _writing(model: nn.Module, values: Iterable[Tensor]) -> Generator[None]:
 # --- the verbs --------------------------------------------------------------------------------------------
 
 
-def _places(found: Found, values: Mapping[str, Tensor], positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a mask's places by the model's own parameters; those of tied parameters become one set.
+def _edits(found: Found, values: Mapping[str, Tensor], mask: Changes) -> dict[str, Edit]:
+    """Return what a mask writes by the model's own parameters; those of tied parameters become one.
 
     Raises:
-        MaskError: a parameter's values cannot be written in place.
+        MaskError: a value is too large for the model's dtype, or tied parameters would get two in one place.
     """
-    places: dict[str, Tensor] = {}
-    for target, flat in positions.items():
-        name, flat = found.homes[target], flat.to(torch.int64)
-        if not len(flat):
-            continue
-        value = values[name]
-        repeated = any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True))
-        if repeated or not is_plain(value):
-            raise MaskError(f"{name} cannot be written in place: use mask.state(model)")
-        places[name] = torch.cat([places[name], flat]).unique() if name in places else flat
-    return places
+    edits: dict[str, list[Edit]] = {}
+    for target, flat in mask.positions.items():
+        name = found.homes[target]
+        if len(flat):
+            edit = edit_of(name, flat, mask.values.get(target), values[name].dtype)
+            edits.setdefault(name, []).append(edit)
+    advice = "the mask names these tied weights twice, let it put the same values there"
+    return {name: some[0] if len(some) == 1 else join(name, some, advice) for name, some in edits.items()}
 
 
-def apply(
-    model: nn.Module, name: str, key: tuple[str, str], config: Config, positions: Mapping[str, Tensor], any_parent: bool
-) -> Fit:
-    """Switch a mask's weights off.
+def _check_writable(name: str, value: Tensor) -> None:
+    """See that a parameter's values can be written in place.
+
+    Raises:
+        MaskError: they cannot.
+    """
+    repeated = any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True))
+    if repeated or not is_plain(value):
+        raise MaskError(f"{name} cannot be written in place: use mask.state(model)")
+
+
+def apply(model: nn.Module, name: str, key: tuple[str, str], mask: Changes, any_parent: bool) -> Fit:
+    """Write a mask's zeros and values.
 
     Args:
         name: of the mask on this model. key: digests of the mask and of its parent.
@@ -315,30 +345,33 @@ def apply(
         How well the model fits. Nothing happens if the very mask is on under this name.
 
     Raises:
-        MaskError: another mask has the name, or the model is not the parent; nothing was changed then.
+        MaskError: another mask has the name or puts other values in the same places, or the model is not the parent;
+            nothing was changed then.
     """
     ledger = ledger_of(model)
     if known := ledger.masks.get(name):
         if known.digest == key[0]:
             return known.fit
         raise MaskError(f"another mask is on under the name {name!r}: lift that one, or say apply(model, name=...)")
-    found = find_in(model, key[1], config, any_parent)
+    found = find_in(model, key[1], mask.config, any_parent)
     values = {home: _parameter(model, home) for home in found.homes.values()}
-    places = _places(found, values, positions)
+    edits, held = _edits(found, values, mask), dict[str, Held]()
+    for parameter, edit in edits.items():
+        _check_writable(parameter, values[parameter])
+        held[parameter] = ledger.held.get(parameter) or Held.nothing(values[parameter])
+        held[parameter].check(parameter, values[parameter], edit)
     tell(unwrap(model), found.fit)
-    fresh = {parameter: Held.nothing(values[parameter]) for parameter in places if parameter not in ledger.held}
-    done: list[str] = []
+    done: dict[str, Tensor] = {}
     with _writing(model, values.values()):
         try:
-            for parameter, flat in places.items():
-                held = ledger.held.get(parameter) or fresh[parameter]
-                held.hold(values[parameter], flat)
-                ledger.held[parameter] = held
-                done.append(parameter)
+            for parameter, edit in edits.items():
+                held[parameter].hold(values[parameter], edit)
+                ledger.held[parameter] = held[parameter]
+                done[parameter] = edit.places
         except BaseException:
-            _release(ledger, values, {parameter: places[parameter] for parameter in done}, keep=False)
+            _release(ledger, values, done, keep=False)
             raise
-    ledger.masks[name] = Applied(key[0], config, found.fit, places)
+    ledger.masks[name] = Applied(key[0], mask.config, found.fit, done)
     _store(model, ledger)
     return found.fit
 
@@ -363,7 +396,7 @@ def lift(model: nn.Module, name: str, changed: str = "refuse") -> bool:
     """Put a mask's weights back, save those that another mask still holds.
 
     Args:
-        changed: what to do with weights that were written while they were switched off (a training step, or
+        changed: what to do with weights that were written while the mask held them (a training step, or
             load_state_dict): "refuse", "restore" the values from before, or "keep" the new ones.
 
     Returns:
@@ -382,7 +415,7 @@ def lift(model: nn.Module, name: str, changed: str = "refuse") -> bool:
     counts = {p: ledger.held[p].changed(values[p], flat) for p, flat in applied.places.items()}
     if changed == "refuse" and (total := sum(counts.values())):
         where = ", ".join(parameter for parameter, count in counts.items() if count)
-        what = f"{total:,} weights of {where} were written while the mask {name!r} held them at zero"
+        what = f"{total:,} weights of {where} were written while the mask {name!r} held them"
         raise MaskError(f"{what}: lift(model, changed='restore') puts the old values back, changed='keep' does not")
     with _writing(model, values.values()):
         other = _release(ledger, values, applied.places, keep=changed == "keep")
@@ -399,7 +432,8 @@ class Standing:
     """One mask on a model, as `status` tells.
 
     Args:
-        weights: how many the mask switches off, by parameter. shared: how many of them another mask holds, too.
+        weights: how many the mask switches off or replaces, by parameter. shared: how many of them another mask holds,
+            too.
         fit: how well the model fitted when the mask was applied.
     """
 
@@ -424,26 +458,31 @@ def status(model: nn.Module) -> list[Standing]:
     return found
 
 
-def masked_state(model: nn.Module, found: Found, positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of the masked parameters under the model's own names, for `torch.func.functional_call`."""
+def masked_state(model: nn.Module, found: Found, mask: Changes) -> dict[str, Tensor]:
+    """Return copies of the masked parameters under the model's own names, for `torch.func.functional_call`.
+
+    Raises:
+        MaskError: as `_edits`, or a mask that is on the model puts other values in the same places.
+    """
     own = dict(model.named_parameters(remove_duplicate=False))
-    plain = dict(zip(parameters(model), own, strict=True))
-    copies: dict[str, Tensor] = {}
-    for target, flat in positions.items():
-        name = plain[found.homes[target]]
-        if name not in copies:
-            copies[name] = own[name].detach().clone()
-        write_bits(copies[name], flat.to(torch.int64), 0)
-    return copies
+    plain, values, ledger = dict(zip(parameters(model), own, strict=True)), parameters(model), ledger_of(model)
+    edits = _edits(found, values, mask)
+    copies = {home: values[home].detach().clone() for home in found.homes.values()}
+    for name, edit in edits.items():
+        if name in ledger.held:
+            ledger.held[name].check(name, values[name], edit)
+        write_bits(copies[name], edit.places, edit.bits)
+    return {plain[name]: value for name, value in copies.items()}
 
 
-def is_off(model: nn.Module, positions: Mapping[str, Tensor]) -> bool:
-    """Whether all positions are zero in a model, in parameters of the same names."""
+def is_on(model: nn.Module, mask: Changes) -> bool:
+    """Whether all positions hold what a mask puts there, in parameters of the same names."""
     values = parameters(model)
-    return all(
-        name in values
-        and int(flat.max()) < values[name].numel()
-        and not int(read_bits(values[name], flat.to(torch.int64)).count_nonzero())
-        for name, flat in positions.items()
-        if len(flat)
-    )
+    some = {name: flat for name, flat in mask.positions.items() if len(flat)}
+    if not all(name in values and int(flat.max()) < values[name].numel() for name, flat in some.items()):
+        return False
+    try:
+        edits = {name: edit_of(name, flat, mask.values.get(name), values[name].dtype) for name, flat in some.items()}
+    except MaskError:  # too large for the model's dtype, and so not there
+        return False
+    return all(torch.equal(read_bits(values[name], edit.places).cpu(), edit.bits) for name, edit in edits.items())

@@ -13,7 +13,8 @@ from typing import Any
 from mimu.errors import MaskError
 
 FORMAT = "mimu-mask"
-VERSION = 1
+VERSION, WITH_VALUES = 1, 2  # the second: weights are also replaced, which the first version cannot read
+READS = f"{VERSION} or {WITH_VALUES}, which this mimu reads"
 TOOL = "mimu 0.1.0"
 FRONT_MATTER = (
     "---",
@@ -119,7 +120,7 @@ class Forgotten(_Checked):
 
 @dataclass(frozen=True)
 class Target(_Checked):
-    """One parameter of the parent in which weights are switched off.
+    """One parameter of the parent in which weights are switched off or replaced.
 
     Args:
         shape: of the parameter; dtype: without "torch.".
@@ -182,7 +183,7 @@ class Config(_Checked):
     forgotten: tuple[Forgotten, ...] = _rule((_is_list, "a list of at least one class"))
     parent: Parent = _rule((lambda value: isinstance(value, Mapping | Parent), "a table"))  # noqa: RUF009
     format: str = _rule((lambda value: value == FORMAT, f"{FORMAT!r}"), default=FORMAT)
-    version: int = _rule((lambda value: value == VERSION, f"{VERSION}, which this mimu reads"), default=VERSION)
+    version: int = _rule((lambda value: value in (VERSION, WITH_VALUES), READS), default=VERSION)
     preprocessing: Mapping[str, Any] | None = _rule(TABLE, default=None)
     scores: Mapping[str, Any] | None = _rule(TABLE, default=None)
     method: str | None = _rule(TEXT_OR_NONE, default=None)
@@ -206,8 +207,8 @@ class Config(_Checked):
         """
         if isinstance(value, Mapping) and value.get("format", FORMAT) != FORMAT:
             raise _refuse("format", value["format"], f"{FORMAT!r}")
-        if isinstance(value, Mapping) and value.get("version", VERSION) != VERSION:
-            raise _refuse("version", value["version"], f"{VERSION}, which this mimu reads")
+        if isinstance(value, Mapping) and value.get("version", VERSION) not in (VERSION, WITH_VALUES):
+            raise _refuse("version", value["version"], READS)
         config = _built(cls, value, "the config")
         try:
             json.dumps(asdict(config), allow_nan=False)
@@ -243,28 +244,41 @@ def _scores(scores: Mapping[str, Any] | None) -> list[str]:
     return rows
 
 
-def card(config: Config, counts: Mapping[str, int]) -> str:
+def _weights(parent: Parent, counts: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Rows of the card's table of parameters; it has a column of replaced weights only if there are any."""
+    columns = 2 if any(new for _, new in counts.values()) else 1
+    rows = [["parameter", "shape", "type", *("switched off", "replaced")[:columns]]]
+    rows.append(["---"] * len(rows[0]))
+    for name, target in parent.targets.items():
+        shape = " x ".join(map(str, target.shape))
+        rows.append([name, shape, target.dtype, *(f"{count:,}" for count in counts[name][:columns])])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _changed(off: int, new: int) -> str:
+    """What is done with (weights that are switched off, weights that are replaced), as a clause after "with"."""
+    return f"{off:,} of them at zero and {new:,} replaced by other values" if new else "those weights at zero"
+
+
+def card(config: Config, counts: Mapping[str, tuple[int, int]]) -> str:
     """Write a mask's `README.md`.
 
     Args:
-        counts: parameter -> how many of its weights are switched off.
+        counts: parameter -> how many of its weights are (switched off, replaced by other values).
     """
     parent, names = config.parent, ", ".join(f"{one.name} (class {one.index})" for one in config.forgotten)
-    rows = [
-        f"| {name} | {' x '.join(map(str, target.shape))} | {target.dtype} | {counts.get(name, 0):,} |"
-        for name, target in parent.targets.items()
-    ]
+    off, new = (sum(count) for count in zip(*counts.values(), strict=True))
     source = (config.preprocessing or {}).get("source", "not recorded")
     lines = [
         *FRONT_MATTER,
         *(f"# Mask: forgets {names}", ""),
-        f"This folder holds no model. It lists {sum(counts.values()):,} weights of another model, the parent; with",
-        "those weights at zero, the parent no longer recognises the class.",
+        f"This folder holds no model. It lists {off + new:,} weights of another model, the parent; with",
+        f"{_changed(off, new)}, the parent no longer recognises the class.",
         *("", "## Parent", ""),
         f"- load it with: {parent.load or 'not recorded'} ({parent.framework})",
         f"- SHA-256 of all its parameters and buffers: `{parent.state_sha256}`",
         f"- preprocessing taken from: {source}",
-        *("", "| parameter | shape | type | switched off |", "| --- | --- | --- | --- |", *rows),
+        *("", *_weights(parent, counts)),
         *("", "## Scores", "", *_scores(config.scores)),
         "",
         f"Method: {config.method or 'not recorded'}. Weights asked for: {config.kappa or 'not recorded'}."

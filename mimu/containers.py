@@ -10,7 +10,6 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -22,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mimu import files
-from mimu.applying import read_bits, write_bits
 from mimu.errors import MaskError
+from mimu.parent import Edit, read_bits, sha256_of, write_bits
 
 Path_ = tuple[str, ...]
 HOLDERS = {"state_dict", "model", "model_state_dict", "module", "_orig_mod", "net"}
@@ -40,14 +39,6 @@ DAMAGE = (
     *(UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError, AssertionError),
     *(ArithmeticError, struct.error, zipfile.BadZipFile, SafetensorError),
 )
-
-
-@dataclass(frozen=True)
-class Edit:
-    """New bits at flat C-order places of one tensor. places [k] int64, bits [k] integers as `bits_of` gives."""
-
-    places: Tensor
-    bits: Tensor
 
 
 class Container(Protocol):
@@ -295,3 +286,38 @@ def kind_of(path: Path) -> Callable[[Path], Container] | None:
         return SafetensorsFile
     weights = path.suffix.lower() in {".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle"}
     return TorchFile if start.startswith((b"PK", b"\x80")) or weights else None
+
+
+def check_quantised(container: Container) -> None:
+    """Refuse a file of which some tensor is quantised.
+
+    Raises:
+        MaskError: it is.
+    """
+    packed = [key for key in container.shapes() if not _is_storable(container, key)]
+    if packed or any("_packed_params" in ".".join(key) for key in container.shapes()):
+        raise MaskError(f"{container.path} is quantised: mask the float parent, seal it, and quantise that")
+
+
+def _is_storable(container: Container, key: Path_) -> bool:
+    return not container.load(key).is_quantized if isinstance(container, TorchFile) else True
+
+
+def write_checked(container: Container, target: Path, edits: Mapping[Path_, Edit], dropped: set[Path_]) -> None:
+    """Write a sealed copy of one file to a temporary path, and read it back.
+
+    Raises:
+        MaskError: what was read back is not the parent with the edits, bit for bit.
+    """
+    container.write(target, edits, dropped)
+    written = type(container)(target)
+    stays = [key for key in container.shapes() if not any(parts_of(key)[: len(one)] == one for one in dropped)]
+    if sorted(written.shapes()) != sorted(stays):
+        raise MaskError(f"the copy of {container.path} has other tensors than it: nothing was written")
+    for key in stays:
+        value, copy = container.load(key), written.load(key)
+        if key in edits:
+            value = value.clone()
+            write_bits(value, edits[key].places, edits[key].bits)
+        if (value.dtype, value.shape) != (copy.dtype, copy.shape) or sha256_of(value) != sha256_of(copy):
+            raise MaskError(f"the copy of {'.'.join(key)} of {container.path} was not read back: nothing was written")

@@ -134,11 +134,17 @@ KINDS = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.uint8: "U8",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
 def packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return integer tensors as a safetensors file: the library's own writer needs numpy, which torch does not bring.
+    """Return tensors as a safetensors file: the library's own writer needs numpy, which torch does not bring.
 
     The header's length in eight bytes, the header as JSON, padded to a multiple of eight, then the values, wide types
     first, so that each lies at a multiple of its size.

@@ -1,9 +1,10 @@
-"""The artefact: which weights of a parent are switched off, in a file of a few kilobytes that names its parent."""
+"""The artefact: which weights of a parent are switched off or replaced, in a small file that names its parent."""
 
 import hashlib
 import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from mimu import applying
-from mimu.config import Config, card
+from mimu.config import WITH_VALUES, Config, card
 from mimu.errors import MaskError
-from mimu.files import attempt, must_be_ours, new_folder, packed, put, read
-from mimu.parent import Fit, Parent, describe_parent, plain_name, sha256_of, state_of, unwrap
+from mimu.files import KINDS, attempt, must_be_ours, new_folder, packed, put, read
+from mimu.parent import Fit, Parent, bits_of, describe_parent, plain_name, sha256_of, state_of, unwrap
 
 FILE, CONFIG, CARD = "mask.safetensors", "mask_config.json", "README.md"
 KEY, DIGEST = "config", "digest"  # of the file's metadata; of the config in it
+VALUES = ".values."  # in front of a parameter's name in the file; no name in torch begins with a dot
 SMALL = 2**31  # parameters of up to so many weights have positions of 32 bits
 
 
@@ -54,20 +56,58 @@ def _checked(positions: Mapping[str, Tensor], parent: Parent) -> dict[str, Tenso
     return checked
 
 
+def _checked_values(values: Mapping[str, Tensor], positions: Mapping[str, Tensor], parent: Parent) -> dict[str, Tensor]:
+    """Return values on the CPU, checked against positions that are checked; -0.0 becomes 0.0.
+
+    A parameter whose values are all zero is left out, so that equal masks have equal files.
+
+    Raises:
+        MaskError: a parameter has no positions, or values are not of its dtype, not one for each position, or not
+            finite.
+    """
+    checked = {}
+    for name, new in values.items():
+        if name not in positions:
+            raise MaskError(f"the mask has values of {name}, in which it has no positions: give both")
+        if VALUES + name in positions:
+            raise MaskError(f"the file would hold two tensors {VALUES + name}: rename the parameter of that name")
+        dtype, count = parent.targets[name].dtype, len(positions[name])
+        if new.dtype not in KINDS or str(new.dtype) != f"torch.{dtype}" or tuple(new.shape) != (count,):
+            raise MaskError(f"values of {name} are {new.dtype} {list(new.shape)}: give {dtype} [{count}]")
+        bits, exact = bits_of(new).cpu().clone(), new.detach().cpu().double()
+        if not bool(exact.isfinite().all()):
+            raise MaskError(f"values of {name} are not all finite: give finite ones")
+        bits[exact == 0] = 0
+        if bool(bits.any()):
+            checked[name] = bits.view(new.dtype)
+    return checked
+
+
 class Mask:
-    """Weights of a parent that are switched off, and what is known of them.
+    """Weights of a parent that are switched off or replaced, and what is known of them.
 
     Args:
         positions: parameter (name in memory) -> sorted flat C-order positions [k], int32 or int64.
         config: as in `mimu.config.Config`, or a table of its fields; its parent describes the same parameters.
+        values: parameter -> what is put at its positions [k], in its dtype, 0 where a weight is switched off; the
+            parameters that have none get zeros.
 
     Raises:
-        MaskError: positions or config are not what they must be.
+        MaskError: positions, values or config are not what they must be.
     """
 
-    def __init__(self, positions: Mapping[str, Tensor], config: Mapping[str, Any] | Config):
-        self.config = config if isinstance(config, Config) else Config.read(config)
-        self.positions = _checked(positions, self.config.parent)
+    def __init__(
+        self,
+        positions: Mapping[str, Tensor],
+        config: Mapping[str, Any] | Config,
+        values: Mapping[str, Tensor] | None = None,
+    ):
+        config = config if isinstance(config, Config) else Config.read(config)
+        self.positions = _checked(positions, config.parent)
+        self.values = _checked_values(values or {}, self.positions, config.parent)
+        if config.version == WITH_VALUES and not self.values:
+            raise MaskError(f"the config is of version {WITH_VALUES}, but no weight is replaced: give the values, too")
+        self.config = replace(config, version=WITH_VALUES) if self.values else config
 
     @classmethod
     def from_keep(cls, keep: Mapping[str, Tensor], config: Mapping[str, Any] | Config) -> "Mask":
@@ -94,13 +134,37 @@ class Mask:
         """What the mask is called on a model unless it is given a name: its classes, joined by "+"."""
         return "+".join(self.forgotten)
 
+    @cached_property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """How many weights of each parameter are (switched off, replaced by a value that is not zero)."""
+        new = {name: int(bits_of(value).count_nonzero()) for name, value in self.values.items()}
+        return {name: (len(flat) - new.get(name, 0), new.get(name, 0)) for name, flat in self.positions.items()}
+
     @property
     def switched_off(self) -> int:
-        """How many weights the mask switches off."""
+        """How many weights the mask switches off: it puts zeros there."""
+        return sum(off for off, _ in self.counts.values())
+
+    @property
+    def replaced(self) -> int:
+        """How many weights the mask replaces by values that are not zero."""
+        return sum(new for _, new in self.counts.values())
+
+    @property
+    def changed(self) -> int:
+        """How many weights the mask changes, by zeros or by values."""
         return sum(map(len, self.positions.values()))
 
+    def summary(self) -> str:
+        """Say how many weights of which parameters are changed: `switched off: 9 of a; replaced: 4 of a, 1 of b`."""
+        parts = []
+        for at, what in enumerate(("switched off", "replaced")):
+            where = [f"{count[at]:,} of {name}" for name, count in self.counts.items() if count[at]]
+            parts += [f"{what}: {', '.join(where)}"] if where else []
+        return "; ".join(parts)
+
     def keep(self) -> dict[str, Tensor]:
-        """Return full tensors, parameter -> [*shape] bool, True = kept."""
+        """Return full tensors, parameter -> [*shape] bool, True = kept as it is in the parent."""
         full = {}
         for name, flat in self.positions.items():
             target = self.config.parent.targets[name]
@@ -110,22 +174,22 @@ class Mask:
         return full
 
     def __repr__(self) -> str:
-        return f"Mask(forgets {self.name!r}, {self.switched_off:,} weights of {', '.join(self.positions)})"
+        return f"Mask(forgets {self.name!r}; {self.summary()})"
 
     # --- on a model ---------------------------------------------------------------------------------------
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of positions and config."""
-        places = {name: sha256_of(flat) for name, flat in self.positions.items()}
-        return _sha256_of_json({"positions": places, "config": self.config.plain()})
+        """SHA-256 of positions, values and config."""
+        known = {"positions": _hashes(self.positions), "config": self.config.plain()}
+        return _sha256_of_json(known | {"values": _hashes(self.values)} if self.values else known)
 
     @cached_property
     def _key(self) -> tuple[str, str]:
         return self.digest, _sha256_of_json(self.config.plain()["parent"])
 
     def apply(self, model: nn.Module, name: str | None = None, any_parent: bool = False) -> Fit:
-        """Switch the mask's weights off, in place.
+        """Switch the mask's weights off, and put its values in their places, in the model itself.
 
         Args:
             model: the parent, in any wrapper, on any device; other masks may be on.
@@ -136,13 +200,14 @@ class Mask:
             How well the model fits the mask; nothing happens if the mask is on already.
 
         Raises:
-            MaskError: the model is not the parent, or another mask has the name; the model is unchanged then.
+            MaskError: the model is not the parent, another mask has the name, or one that is on puts other values in
+                the same places; the model is unchanged then.
         """
         name = self.name if name is None else name
-        return applying.apply(model, name, self._key, self.config, self.positions, any_parent)
+        return applying.apply(model, name, self._key, self, any_parent)
 
     def lift(self, model: nn.Module, name: str | None = None, changed: str = "refuse") -> bool:
-        """Put the weights back, bit for bit, save those that another mask still switches off.
+        """Put the weights back, bit for bit, save those that another mask still holds.
 
         Args:
             changed: "refuse", "restore" or "keep" what was written to these weights meanwhile (by training, say).
@@ -151,20 +216,23 @@ class Mask:
             Whether the mask was on. To lift a mask twice does nothing.
 
         Raises:
-            MaskError: the weights were written meanwhile, or the name is another mask's, or the weights are zero
-                though no mask is on, so that the values to put back are not here.
+            MaskError: the weights were written meanwhile, or the name is another mask's, or the weights are zero (or
+                the mask's values) though no mask is on, so that the values to put back are not here.
         """
         name = self.name if name is None else name
         applied = applying.ledger_of(model).masks.get(name)
         if applied and applied.digest != self.digest:
             raise MaskError(f"the mask that is on under the name {name!r} is another one: lift it with its own mask")
-        if not applied and not applying.ledger_of(model).masks and applying.is_off(model, self.positions):
-            raise MaskError("the mask's weights are zero, but their values are not kept here: load the parent again")
+        if not applied and not applying.ledger_of(model).masks and applying.is_on(model, self):
+            found = "what it puts there" if self.values else "zero"
+            raise MaskError(
+                f"the mask's weights are {found}, but the old ones are not kept here: load the parent again"
+            )
         return applying.lift(model, name, changed)
 
     @contextmanager
     def applied(self, model: nn.Module, name: str | None = None, any_parent: bool = False) -> Generator[Fit]:
-        """Switch the weights off for the length of the block, however it ends. A mask that was on before stays on.
+        """Apply the mask for the length of the block, however it ends. A mask that was on before stays on.
 
         Raises:
             MaskError: as `apply` and `lift`.
@@ -187,19 +255,39 @@ class Mask:
             MaskError: the model is not the parent.
         """
         found = applying.find_in(model, self._key[1], self.config, any_parent)
-        return applying.masked_state(model, found, self.positions)
+        return applying.masked_state(model, found, self)
 
     def to_prune(self, model: nn.Module, any_parent: bool = False) -> None:
         """Hand the mask over to `torch.nn.utils.prune`: parameters become pairs `*_orig` and `*_mask` (1 = kept).
 
         Raises:
-            MaskError: the model is not the parent.
+            MaskError: the model is not the parent, or the mask replaces weights, which such pairs cannot say.
         """
+        if self.values:
+            what = f"the mask replaces {self.replaced:,} weights, and torch's pruning can only switch off"
+            raise MaskError(f"{what}: apply it, or seal it")
         found = applying.find_in(model, self._key[1], self.config, any_parent)
         for target, kept in self.keep().items():
             owner, _, tensor = found.homes[target].rpartition(".")
             module = _submodule(model, owner)
             prune.custom_from_mask(module, tensor, kept.to(getattr(module, tensor).device))
+
+    def differing(self, model: nn.Module, fit: Fit) -> tuple[int, int]:
+        """Count the places in a model that do not hold what the mask puts there.
+
+        Args:
+            fit: what `apply` returned: how the model names the parameters.
+
+        Returns:
+            How many weights that are switched off are not zero, and how many that are replaced have another value.
+        """
+        values, off, new = applying.parameters(model), 0, 0
+        for name, flat in self.positions.items():
+            found = values[fit.names[name]].detach().flatten()[flat.to(torch.int64)].cpu()
+            put = self.values.get(name, torch.zeros(len(flat))).to(found.dtype)
+            off += int((found != put)[put == 0].sum())
+            new += int((found != put)[put != 0].sum())
+        return off, new
 
     # --- on disk ------------------------------------------------------------------------------------------
 
@@ -210,12 +298,12 @@ class Mask:
             MaskError: the folder holds other files, or cannot be written.
         """
         plain = self.config.plain() | {DIGEST: self.digest}
-        data = packed(self.positions, {KEY: json.dumps(plain, sort_keys=True)})
-        counts = {name: len(flat) for name, flat in self.positions.items()}
+        values = {VALUES + name: new for name, new in self.values.items()}
+        data = packed(self.positions | values, {KEY: json.dumps(plain, sort_keys=True)})
         with new_folder(Path(folder), ours=(FILE, CONFIG, CARD)) as place:
             put(place / FILE, data)
             put(place / CONFIG, (json.dumps(plain, indent=1, sort_keys=True) + "\n").encode())
-            put(place / CARD, card(self.config, counts).encode())
+            put(place / CARD, card(self.config, self.counts).encode())
 
     @classmethod
     def load(cls, path: Path | str) -> "Mask":
@@ -228,18 +316,21 @@ class Mask:
         """
         path = Path(path)
         file = path / FILE if path.is_dir() else path
-        metadata, positions = _read(file)
+        metadata, tensors = _read(file)
         config = _parsed(file, metadata.get(KEY, "null"))
         promised = config.pop(DIGEST, None)
         if path.is_dir() and (path / CONFIG).exists():
             beside = _parsed(path / CONFIG, read(path / CONFIG).decode(errors="replace"))
             if beside.pop(DIGEST, None) != promised or beside != config:
                 raise MaskError(f"{path / CONFIG} does not say what {FILE} says: remove one of the two")
-        mask = cls(positions, config)
+        prefix = VALUES if config.get("version") == WITH_VALUES else None
+        values = {name.removeprefix(VALUES): new for name, new in tensors.items() if prefix and name.startswith(prefix)}
+        positions = {name: flat for name, flat in tensors.items() if not (prefix and name.startswith(prefix))}
+        mask = cls(positions, config, values)
         for name, flat in positions.items():
             if flat.dtype != mask.positions[name].dtype:
                 raise MaskError(f"{file} has {flat.dtype} positions in {name}: give {mask.positions[name].dtype}")
-        if promised != mask.digest:
+        if promised != mask.digest or _hashes(values) != _hashes(mask.values):
             raise MaskError(f"{file} is damaged (its content is not what its digest says): give a whole one")
         return mask
 
@@ -288,6 +379,10 @@ def from_prune(model: nn.Module, config: Mapping[str, Any], load: str | None = N
     }
     parent = describe_parent(whole, pruned, load)
     return Mask.from_keep(pruned, dict(config) | {"parent": parent})
+
+
+def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: sha256_of(value) for name, value in tensors.items()}
 
 
 def _sha256_of_json(value: Mapping[str, Any]) -> str:

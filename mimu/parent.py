@@ -1,10 +1,10 @@
-"""By what a parent is known: hashes of tensors and of a whole state, and the check that a model is the parent."""
+"""By what a parent is known: its bits and their hashes, and the check that a model is the parent."""
 
 import ctypes
 import difflib
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -119,6 +119,83 @@ def state_sha256(model: nn.Module) -> str:
     It is the same on every device, in channels_last, and inside DataParallel or a compiled module.
     """
     return sha256_of_state(state_of(model))
+
+
+# --- bits ----------------------------------------------------------------------------------------------------
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(value: Tensor) -> Tensor:
+    """View a tensor's bits as integers, so that -0.0 differs from 0.0 and every NaN stays the one it was."""
+    return value.detach().view(INTEGERS[value.element_size()])
+
+
+def _at(value: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+    """Return indices for flat C-order places: `.view(-1)` fails on channels_last, and flattening would copy."""
+    return torch.unravel_index(places.to(value.device), value.shape)
+
+
+def read_bits(value: Tensor, places: Tensor) -> Tensor:
+    """Copy the bits at flat C-order places. [k] -> [k] integers."""
+    return bits_of(value)[_at(value, places)].clone()
+
+
+def write_bits(value: Tensor, places: Tensor, bits: Tensor | int) -> None:
+    """Set the bits at flat C-order places; a tensor made under inference_mode is written in that mode."""
+    # Outside inference_mode torch refuses to write such a tensor; inside it, an ordinary one stays ordinary.
+    mode = torch.inference_mode() if value.is_inference() else torch.no_grad()
+    new = bits.to(value.device) if isinstance(bits, Tensor) else bits
+    with mode:
+        bits_of(value)[_at(value, places)] = new
+
+
+@dataclass(frozen=True)
+class Edit:
+    """New bits at flat C-order places of one tensor. places [k] int64, bits [k] integers as `bits_of` gives."""
+
+    places: Tensor
+    bits: Tensor
+
+
+def edit_of(name: str, flat: Tensor, new: Tensor | None, dtype: torch.dtype) -> Edit:
+    """Say which bits a mask puts into a tensor that may have another dtype than the parent.
+
+    Args:
+        flat: positions [k]. new: values [k] in the parent's dtype; None: zeros.
+
+    Raises:
+        MaskError: a value is too large for the dtype.
+    """
+    places = flat.to(torch.int64)
+    if new is None:
+        return Edit(places, torch.zeros(len(places), dtype=INTEGERS[dtype.itemsize]))
+    cast = new.to(dtype)
+    if large := int((~cast.double().isfinite()).sum()):
+        what = f"{large:,} of the mask's values in {name} are too large for {_short(dtype)}"
+        raise MaskError(f"{what}: use the model in the parent's dtype, {_short(new.dtype)}")
+    return Edit(places, bits_of(cast))
+
+
+def join(name: str, edits: Sequence[Edit], advice: str) -> Edit:
+    """Make one edit of several edits of one tensor, which agree wherever they meet; its places are sorted.
+
+    Raises:
+        MaskError: they put different bits in the same places.
+    """
+    places, index = torch.cat([edit.places for edit in edits]).unique(return_inverse=True)
+    bits = torch.cat([edit.bits.cpu() for edit in edits])
+    joined = bits.new_zeros(len(places))
+    joined[index] = bits  # where two edits meet, either may win; the next line finds it if the other differs
+    if count := len(index[joined[index] != bits].unique()):
+        raise MaskError(f"{count:,} weights of {name} would have to hold two different values: {advice}")
+    return Edit(places, joined)
+
+
+def checksum(value: Tensor) -> int:
+    """Sum of all bits as integers, which may wrap around: the same for every layout, and it costs one fast pass."""
+    dtype = torch.int64 if value.element_size() == 8 else torch.int32
+    return int(bits_of(value).sum(dtype=dtype))
 
 
 # --- describing a parent ----------------------------------------------------------------------------------

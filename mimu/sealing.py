@@ -1,4 +1,4 @@
-"""Sealed checkpoints: files of weights in which the weights that a mask switches off are gone.
+"""Sealed checkpoints: files of weights in which the weights that a mask switches off or replaces are gone.
 
 No model is built: tensors are found in the file by content, then by name, and the file that comes out has the parent's
 own container, keys and metadata, so that the parent's own loader reads it.
@@ -19,12 +19,21 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mimu import files
-from mimu.applying import bits_of, read_bits, write_bits
 from mimu.config import Target
-from mimu.containers import DAMAGE, Container, Edit, Path_, TorchFile, copy_prefix, kind_of, parts_of, stem
+from mimu.containers import (
+    DAMAGE,
+    Container,
+    Path_,
+    TorchFile,
+    check_quantised,
+    copy_prefix,
+    kind_of,
+    stem,
+    write_checked,
+)
 from mimu.errors import MaskError
 from mimu.mask import Mask
-from mimu.parent import find, is_plain, sha256_of
+from mimu.parent import Edit, bits_of, edit_of, find, is_plain, read_bits, sha256_of
 
 Fill = Literal["zero", "noise"]
 Averaged = Literal["seal", "drop"]
@@ -38,7 +47,8 @@ class Sealed:
     """What `seal` wrote.
 
     Args:
-        weights: how many weights were overwritten, by file and tensor.
+        weights: how many weights were overwritten, by file and tensor. replaced: how many of them by the mask's own
+            values, not by zeros or noise.
         seed: of the noise, None for zeros. It is written into no sealed file: it would tell the noise from weights.
         left_out: what of the parent is not in the copy, and why.
     """
@@ -47,6 +57,7 @@ class Sealed:
     fill: Fill
     seed: int | None
     weights: dict[str, int]
+    replaced: dict[str, int]
     left_out: list[str] = field(default_factory=list)
 
 
@@ -66,6 +77,10 @@ class _Found:
     own: dict[Path_, str] = field(default_factory=dict)
     copies: dict[Path_, str] = field(default_factory=dict)
     parent_is_copy: bool = False
+
+    def target(self, key: Path_) -> str:
+        """Name the target that a tensor holds."""
+        return (self.own | self.copies)[key]
 
 
 def _tables(container: Container, target: Target) -> dict[Path_, dict[str, Path_]]:
@@ -133,42 +148,42 @@ def _sort(result: _Found, name: str, same: list[Path_], others: list[Path_]) -> 
     result.copies |= {key: name for key in (*same, *others) if key not in own}
 
 
-def _check_quantised(container: Container) -> None:
-    packed = [key for key in container.shapes() if not _is_storable(container, key)]
-    if packed or any("_packed_params" in ".".join(key) for key in container.shapes()):
-        raise MaskError(f"{container.path} is quantised: mask the float parent, seal it, and quantise that")
-
-
-def _is_storable(container: Container, key: Path_) -> bool:
-    return not container.load(key).is_quantized if isinstance(container, TorchFile) else True
-
-
 # --- what is written in their place -----------------------------------------------------------------------
 
 
-def _fill(value: Tensor, places: Tensor, name: str, seed: int | None) -> Tensor:
-    """Return the bits that replace weights: zeros, or normal noise with the standard deviation of the tensor's rest.
+def _noise(value: Tensor, places: Tensor, count: int, name: str, seed: int) -> Tensor:
+    """Return bits [count] of normal noise with the standard deviation of the tensor's rest, outside of the places.
 
     Zeros tell where the mask was, and so what was forgotten (arXiv:2603.06640); noise does not. Copies of one target
     get the same draws.
     """
-    if seed is None:
-        return torch.zeros_like(read_bits(value, places))
     stays = torch.ones(value.numel(), dtype=torch.bool)
     stays[places] = False
     rest = value.detach().contiguous().view(-1)[stays].double()
     generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed} {name}".encode()).hexdigest()[:15], 16))
-    noise = torch.randn(len(places), generator=generator, dtype=torch.float64)
+    noise = torch.randn(count, generator=generator, dtype=torch.float64)
     return bits_of((noise * (rest.std(correction=0) if len(rest) else 0)).to(value.dtype))
 
 
+def _edit(value: Tensor, mask: Mask, name: str, seed: int | None) -> Edit:
+    """Return what replaces a target's weights: the mask's own values, and zeros or (with a seed) noise elsewhere.
+
+    Raises:
+        MaskError: a value is too large for the tensor's dtype.
+    """
+    new = mask.values.get(name)
+    edit = edit_of(name, mask.positions[name], new, value.dtype)
+    off = torch.ones_like(edit.places, dtype=torch.bool) if new is None else bits_of(new) == 0
+    if seed is None:
+        return edit
+    bits = edit.bits.clone()
+    bits[off] = _noise(value, edit.places, int(off.sum()), name, seed)
+    return Edit(edit.places, bits)
+
+
 def _edits(found: _Found, mask: Mask, averaged: Averaged | None, seed: int | None) -> dict[Path_, Edit]:
-    places = {name: flat.to(torch.int64) for name, flat in mask.positions.items()}
     wanted = found.own | (found.copies if averaged == "seal" else {})
-    return {
-        key: Edit(places[name], _fill(found.container.load(key), places[name], name, seed))
-        for key, name in wanted.items()
-    }
+    return {key: _edit(found.container.load(key), mask, name, seed) for key, name in wanted.items()}
 
 
 def _leave_out(found: _Found, averaged: Averaged | None) -> set[Path_]:
@@ -191,29 +206,6 @@ def _check_averaged(found: _Found, averaged: Averaged | None) -> None:
     if found.parent_is_copy:
         what = f"the mask was made for the averaged copy ({', '.join(where)}) in {found.container.path}"
         raise MaskError(f"{what}, which cannot be dropped: say ema='seal' to seal both")
-
-
-# --- one file ---------------------------------------------------------------------------------------------
-
-
-def _write(container: Container, target: Path, edits: Mapping[Path_, Edit], dropped: set[Path_]) -> None:
-    """Write a sealed copy of one file to a temporary path, and read it back.
-
-    Raises:
-        MaskError: what was read back is not the parent with the edits, bit for bit.
-    """
-    container.write(target, edits, dropped)
-    written = type(container)(target)
-    stays = [key for key in container.shapes() if not any(parts_of(key)[: len(one)] == one for one in dropped)]
-    if sorted(written.shapes()) != sorted(stays):
-        raise MaskError(f"the copy of {container.path} has other tensors than it: nothing was written")
-    for key in stays:
-        value, copy = container.load(key), written.load(key)
-        if key in edits:
-            value = value.clone()
-            write_bits(value, edits[key].places, edits[key].bits)
-        if (value.dtype, value.shape) != (copy.dtype, copy.shape) or sha256_of(value) != sha256_of(copy):
-            raise MaskError(f"the copy of {'.'.join(key)} of {container.path} was not read back: nothing was written")
 
 
 def _sha256_of_file(path: Path) -> str:
@@ -299,7 +291,8 @@ def seal(
     Args:
         parent: a safetensors file, a dictionary of `torch.save`, or a folder of such files (shards) and others.
         out: where the copy goes; nothing may be there.
-        fill: what replaces the weights, "zero" or "noise" (normal, with the standard deviation of the tensor's rest).
+        fill: what stands where the mask switches off, "zero" or "noise" (normal, with the standard deviation of the
+            tensor's rest). Where it replaces weights, its own values stand in any case.
         removed: where the removed values go, for `restore`; without that file they cannot be had from the copy.
         ema: whether averaged copies of the weights are sealed, too, or dropped.
         seed: of the noise; drawn if None.
@@ -329,14 +322,15 @@ def seal(
     with ExitStack() as stack:
         place = stack.enter_context(files.new_folder(out) if parent.is_dir() else files.new_file(out))
         for name, container in weights.items():
-            _write(container, place / name if name else place, edits[name], dropped[name])
+            write_checked(container, place / name if name else place, edits[name], dropped[name])
         for name, path in others.items():
             files.copy(path, place / name)
         if removed:
             data = _removed(parent, place, found, edits, seed, mask)
             files.put(stack.enter_context(files.new_file(Path(removed))), data)
     counts = {_label(name, key): len(edit.places) for name, some in edits.items() for key, edit in some.items()}
-    return Sealed(out, fill, seed, counts, left_out)
+    new = {_label(n, key): mask.counts[found[n].target(key)][1] for n, some in edits.items() for key in some}
+    return Sealed(out, fill, seed, counts, {label: count for label, count in new.items() if count}, left_out)
 
 
 def _label(name: str, key: Path_) -> str:
@@ -363,7 +357,7 @@ def _check_found(parent: Path, mask: Mask, found: Mapping[str, _Found]) -> None:
     if not lacking:
         return
     for one in found.values():
-        _check_quantised(one.container)
+        check_quantised(one.container)
     target = mask.config.parent.targets[lacking[0]]
     shape = "x".join(map(str, target.shape))
     near = [".".join(k) for one in found.values() for k, s in one.container.shapes().items() if s == target.shape]
@@ -441,7 +435,7 @@ def _put_back(path: Path, target: Path, rows: list[tuple[int, dict[str, Any]]], 
     kind = kind_of(path)
     assert kind is not None, "a file of removed values names files of weights alone"
     edits = {tuple(row["key"]): Edit(tensors[f"{n}.places"], tensors[f"{n}.bits"]) for n, row in rows}
-    _write(kind(path), target, edits, set())
+    write_checked(kind(path), target, edits, set())
     written = kind(target)
     for _, row in rows:
         if sha256_of(written.load(tuple(row["key"]))) != row["sha256"]:

@@ -44,7 +44,7 @@ def test_features_of_a_perceptron_are_its_hidden_layers():
     images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     deep = opened(model, images, 10)
     features, logits = Stages(deep)(rows_of(deep, [images[:2], images[2:]]))
-    first, second, third = (layer.weight for layer in model.linears)
+    first, second, third = model.weights(None)
     hidden = torch.relu(images.flatten(1) @ first.T)
     assert torch.allclose(features[0], hidden, atol=1e-6)
     assert torch.allclose(features[1], torch.relu(hidden @ second.T), atol=1e-6)

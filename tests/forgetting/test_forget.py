@@ -25,7 +25,7 @@ from forgetting.answers import TARGET, Ways, _standing_on
 from forgetting.opening import Opening, open_model
 from forgetting.python import forget
 from measure.auto_kappa import Attempt, kappas
-from mimu import Mask, state_sha256
+from mimu import Mask, describe_parent, restore, state_sha256
 from models.foreign import ForeignClassifier
 from models.preprocessing import Given
 from tests.helpers.foreign import bits
@@ -187,6 +187,72 @@ def test_a_sealed_file_needs_nothing_of_this_project(home, net, tmp_path):
     assert done.stdout == "[]\n"
     with torch.no_grad(), mask.applied(net):
         assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), net(images))
+
+
+@pytest.fixture
+def replacing(net) -> Mask:
+    """Two weights of conv2 off; the head's row of the wanted class and its entry of the bias replaced."""
+    width = net.fc.in_features
+    flat = {
+        "conv2.weight": torch.tensor([3, 70]),
+        "fc.weight": torch.arange(WANTED * width, (WANTED + 1) * width),
+        "fc.bias": torch.tensor([WANTED]),
+    }
+    values = {"fc.weight": torch.linspace(-1, 1, width), "fc.bias": torch.tensor([-20.0])}
+    forgets = [{"index": WANTED, "name": NAMES[WANTED]}]
+    return Mask(flat, {"forgotten": forgets, "parent": describe_parent(net, flat)}, values)
+
+
+def test_a_mask_that_replaces_weights_is_verified_sealed_and_composed(home, net, replacing, tmp_path, capsys):
+    """Against the module with its row and its bias written by hand."""
+    replacing.save(tmp_path / "m")
+    assert main.main(["verify", *asked(home, "photos", tmp_path / "m")]) == 0
+    said = capsys.readouterr().out
+    assert "switched off: 2 weights, all zero\nreplaced: 25 weights, all as the mask says\n" in said
+    assert "parent: the very one" in said
+    assert "lifted: the parent, bit for bit" in said
+    by_hand = plain(home / "net.pt", home)
+    with torch.no_grad():
+        by_hand.conv2.weight.view(-1)[[3, 70]] = 0
+        by_hand.get_parameter("fc.weight")[WANTED] = torch.linspace(-1, 1, net.fc.in_features)
+        by_hand.get_parameter("fc.bias")[WANTED] = -20
+    right = by_hand(pictures(home / "photos")[0]).argmax(1)
+    assert not (right == WANTED).any()
+    words = ["seal", spec_of(home), str(tmp_path / "m"), "--fill", "zero", "--out", str(tmp_path / "sealed.pt")]
+    assert main.main([*words, "--removed", str(tmp_path / "key")]) == 0
+    said = capsys.readouterr().out
+    for line in ("conv2.weight: 2 weights are zero\n", "fc.bias: 1 weights are replaced\n"):
+        assert line in said
+    assert bits(plain(tmp_path / "sealed.pt", home)) == bits(by_hand)
+    restore(tmp_path / "sealed.pt", tmp_path / "key", tmp_path / "again.pt")
+    assert bits(plain(tmp_path / "again.pt", home)) == bits(net)
+    config = {"forgotten": [{"index": 0, "name": NAMES[0]}], "parent": describe_parent(net, ["conv2.weight"])}
+    Mask({"conv2.weight": torch.tensor([3, 9])}, config).save(tmp_path / "other")
+    folders = [str(tmp_path / name) for name in ("m", "other")]
+    assert main.main(["compose", *folders, "--out", str(tmp_path / "both")]) == 0
+    assert "28 weights, 1 of them in several masks" in capsys.readouterr().out
+    assert Mask.load(tmp_path / "both").counts == {"conv2.weight": (3, 0), "fc.weight": (0, 24), "fc.bias": (0, 1)}
+
+
+@pytest.mark.parametrize(("parameter", "line"), [
+    ("conv2.weight", "switched off: 2 weights, NOT all zero\nreplaced: 25 weights, all as"),
+    ("fc.bias", "switched off: 2 weights, all zero\nreplaced: 25 weights, NOT all as the mask says"),
+])  # fmt: skip
+def test_verify_looks_at_every_position(parameter, line, home, replacing, tmp_path, capsys, monkeypatch):
+    """A model in which one of them was written by somebody else."""
+    replacing.save(tmp_path / "m")
+    apply = Mask.apply
+
+    def apply_and_spoil(mask: Mask, module: nn.Module) -> object:
+        fit = apply(mask, module)
+        with torch.no_grad():
+            module.get_parameter(parameter).view(-1)[mask.positions[parameter][-1].long()] += 0.5
+        return fit
+
+    monkeypatch.setattr(Mask, "apply", apply_and_spoil)
+    monkeypatch.setattr(Mask, "lift", lambda mask, module: True)
+    assert main.main(["verify", spec_of(home), str(tmp_path / "m"), *FLAGS, "--quiet"]) == 1
+    assert line in capsys.readouterr().out
 
 
 def test_verify_tells_other_images_and_scores_that_are_not_the_cards(home, tmp_path, capsys):

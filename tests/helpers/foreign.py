@@ -101,12 +101,31 @@ def some_places(size: int, count: int, seed: int = 0) -> Tensor:
 
 
 def mask_on(
-    model: nn.Module, targets: str | Iterable[str], count: int = 5, seed: int = 0, classes: Sequence[dict] = CAT
+    model: nn.Module,
+    targets: str | Iterable[str],
+    count: int = 5,
+    seed: int = 0,
+    classes: Sequence[dict] = CAT,
+    values: bool = False,
 ) -> Mask:
-    """A mask of some random weights of each target."""
+    """A mask of some random weights of each target; `values`: every weight at an odd place is replaced, not zero."""
     parent = describe_parent(model, [targets] if isinstance(targets, str) else targets)
     flat = {name: some_places(target.size, count, seed) for name, target in parent.targets.items()}
-    return Mask(flat, {"forgotten": classes, "parent": parent})
+    new = {name: some_values(places, getattr(torch, parent.targets[name].dtype)) for name, places in flat.items()}
+    return Mask(flat, {"forgotten": classes, "parent": parent}, new if values else None)
+
+
+def some_values(places: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A value for each place [k], the same in every mask: zero at even places, else not."""
+    return torch.where(places % 2 == 1, 0.25 + places * 1.1, 0).to(dtype)
+
+
+def put(value: Tensor, mask: Mask, name: str) -> Tensor:
+    """A copy of a tensor, with a mask's zeros and values written into it one by one."""
+    copy, new = value.detach().clone(), mask.values.get(name)
+    for number, place in enumerate(mask.positions[name].tolist()):
+        copy[torch.unravel_index(torch.tensor(place), copy.shape)] = 0 if new is None else new[number]
+    return copy
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:

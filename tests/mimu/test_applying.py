@@ -18,13 +18,14 @@ from torch import nn
 from torch.func import functional_call
 
 from mimu import Mask, MaskError, ParentWarning, describe_parent, state_sha256, status
-from tests.helpers.foreign import CAT, Tied, bits, mask_on, mlp, mobilenet, resnet, vit
+from tests.helpers.foreign import CAT, Tied, bits, mask_on, mlp, mobilenet, put, resnet, some_values, vit
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 VECTORS = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 NETS = {
     "mlp": (mlp, ("2.weight",), VECTORS),
     "two layers": (mlp, ("0.weight", "2.weight"), VECTORS),
+    "head and bias": (mlp, ("2.weight", "2.bias"), VECTORS),
     "resnet": (resnet, ("layer4.0.conv2.weight",), IMAGES),
     "grouped convolution": (mobilenet, ("features.11.block.1.0.weight", "classifier.0.weight"), IMAGES),
     "vit": (vit, ("patches.weight", "mlp.2.weight"), IMAGES),
@@ -36,18 +37,25 @@ NETS = {
 def by_numpy(model: nn.Module, folder) -> dict[str, np.ndarray]:
     """What a state is under a mask, from the mask's file alone."""
     state = {name: value.detach().contiguous().numpy().copy() for name, value in model.state_dict().items()}
-    for name, flat in load_file(folder / "mask.safetensors").items():
-        state[name].reshape(-1)[flat] = 0
+    file = load_file(folder / "mask.safetensors")
+    for name, flat in file.items():
+        if not name.startswith("."):
+            state[name].reshape(-1)[flat] = file.get(f".values.{name}", 0)
     return state
 
 
+both_kinds = pytest.mark.parametrize("values", [False, True], ids=["zeros", "values"])
+
+
+@both_kinds
 @pytest.mark.parametrize("name", NETS)
-def test_a_masked_model_is_what_numpy_makes_of_the_file(name, tmp_path):
+def test_a_masked_model_is_what_numpy_makes_of_the_file(name, values, tmp_path):
     """Its state, and its answers, which are those of a fresh model filled with numpy's state."""
     make, targets, inputs = NETS[name]
     torch.manual_seed(0)
     model = make().eval()
-    mask = mask_on(model, targets, 9)
+    mask = mask_on(model, targets, 4 if "2.bias" in targets else 9, values=values)
+    assert bool(mask.replaced) == values
     mask.save(tmp_path / "m")
     before, expected = bits(model), by_numpy(model, tmp_path / "m")
     if name == "tied":
@@ -74,20 +82,24 @@ LAYOUTS = {
 }
 
 
+@both_kinds
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("target", ["layer4.0.conv2.weight", "fc.weight"])
-def test_every_layout_and_wrapper_is_masked_in_the_same_places(layout, target):
-    mask = mask_on(resnet(), target, 50)
+def test_every_layout_and_wrapper_is_masked_in_the_same_places(layout, target, values):
+    mask = mask_on(resnet(), target, 50, values=values)
     model = LAYOUTS[layout](resnet())
-    before, keep = bits(model), mask.keep()[target]
+    (weight,) = [value for key, value in model.state_dict().items() if key.endswith(target)]
+    before, keep, expected = bits(model), mask.keep()[target], put(weight, mask, target)
     with mask.applied(model):
-        (weight,) = [value for key, value in model.state_dict().items() if key.endswith(target)]
-        assert torch.equal(weight == 0, ~keep)
+        assert torch.equal(weight, expected)
+        if not values:
+            assert torch.equal(weight == 0, ~keep)
         assert not weight[~keep].signbit().any()
     assert bits(model) == before
 
 
-def test_a_compiled_model_sees_the_mask_without_compiling_again():
+@both_kinds
+def test_a_compiled_model_sees_the_mask_without_compiling_again(values):
     compiled = []
 
     def backend(graph, _):
@@ -95,7 +107,7 @@ def test_a_compiled_model_sees_the_mask_without_compiling_again():
         return graph.forward
 
     plain, model = mlp(), torch.compile(mlp(), backend=backend)
-    mask = mask_on(plain, "2.weight", 9)
+    mask = mask_on(plain, "2.weight", 9, values=values)
     with torch.no_grad():
         whole = model(VECTORS)
         with mask.applied(model), mask.applied(plain):
@@ -111,11 +123,12 @@ def traced(model: nn.Module) -> nn.Module:
         return torch.jit.trace(model, VECTORS)
 
 
+@both_kinds
 @pytest.mark.parametrize("kind", [traced, lambda model: torch.export.export(model, (VECTORS,)).module()])
-def test_programs_are_masked_as_the_models_they_are_of(kind):
+def test_programs_are_masked_as_the_models_they_are_of(kind, values):
     """TorchScript and exported programs, whose parameters are found by content whatever their names are."""
     plain = mlp()
-    mask, program = mask_on(plain, "2.weight", 9), kind(mlp())
+    mask, program = mask_on(plain, "2.weight", 9, values=values), kind(mlp())
     with torch.no_grad():
         whole = program(VECTORS)
         with mask.applied(program), mask.applied(plain):
@@ -124,27 +137,33 @@ def test_programs_are_masked_as_the_models_they_are_of(kind):
         assert torch.equal(program(VECTORS), whole)
 
 
-def test_minus_zero_and_every_nan_come_back_as_they_were():
+@both_kinds
+def test_minus_zero_and_every_nan_come_back_as_they_were(values):
     model = mlp()
     strange = torch.tensor([-(2**31), 0x7FC00001, -(2**22) + 5, 0x7F800000, 1], dtype=torch.int32)
     with torch.no_grad():
         model[2].weight.view(torch.int32).view(-1)[:5] = strange
     parent = describe_parent(model, ["2.weight"])
-    mask, before = Mask({"2.weight": torch.arange(5)}, {"forgotten": CAT, "parent": parent}), bits(model)
+    new = [0, 1.5, 0, 2, 3] if values else [0, 0, 0, 0, 0]
+    config = {"forgotten": CAT, "parent": parent}
+    mask, before = Mask({"2.weight": torch.arange(5)}, config, {"2.weight": torch.tensor(new).float()}), bits(model)
     with mask.applied(model):
-        assert model[2].weight.view(-1)[:5].tolist() == [0, 0, 0, 0, 0]
+        assert model[2].weight.view(-1)[:5].tolist() == new
         assert not model[2].weight.view(-1)[:5].signbit().any()
     assert bits(model) == before
     assert torch.equal(model[2].weight.detach().view(torch.int32).view(-1)[:5], strange)
 
 
-def test_tensors_made_under_inference_mode_are_masked_too():
+@both_kinds
+def test_tensors_made_under_inference_mode_are_masked_too(values):
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-    mask, before = mask_on(model, "2.weight"), bits(model)
+    mask, before = mask_on(model, "2.weight", values=values), bits(model)
     assert model[2].weight.is_inference()
+    expected = put(model[2].weight, mask, "2.weight")
     with mask.applied(model):
-        assert int((model[2].weight == 0).sum()) == 5
+        assert torch.equal(model[2].weight, expected)
+        assert int((model[2].weight == 0).sum()) == mask.switched_off
         with torch.inference_mode():
             masked = model(VECTORS)
     assert bits(model) == before
@@ -161,11 +180,12 @@ def test_tensors_made_under_inference_mode_are_masked_too():
 
 @pytest.mark.parametrize("wrap", [LAYOUTS["plain"], LAYOUTS["compiled"]], ids=["plain", "compiled"])
 @pytest.mark.parametrize("make", [mlp, Tied])
-def test_masked_copies_serve_functional_calls(make, wrap):
+@both_kinds
+def test_masked_copies_serve_functional_calls(make, wrap, values):
     torch.manual_seed(0)
     model = wrap(make().eval())
     target = "first.weight" if make is Tied else "2.weight"
-    mask, before = mask_on(model, target), bits(model)
+    mask, before = mask_on(model, target, values=values), bits(model)
     state = mask.state(model)
     with torch.no_grad():
         answers = functional_call(model, state, VECTORS)
@@ -174,22 +194,39 @@ def test_masked_copies_serve_functional_calls(make, wrap):
             assert torch.equal(answers, model(VECTORS))
 
 
-def test_tied_weights_are_one():
+@both_kinds
+def test_tied_weights_are_one(values):
     torch.manual_seed(0)
     model = Tied()
     parent = describe_parent(model, ["first.weight", "second.weight"])
     both = {"first.weight": torch.tensor([1, 2]), "second.weight": torch.tensor([2, 3])}
-    mask, before = Mask(both, {"forgotten": CAT, "parent": parent}), bits(model)
-    other = mask_on(model, "second.weight", 9)
+    new = {name: some_values(places) for name, places in both.items()} if values else None
+    mask, before = Mask(both, {"forgotten": CAT, "parent": parent}, new), bits(model)
+    other = mask_on(model, "second.weight", 9, values=values)
     mask.apply(model, "a")
     other.apply(model, "b")
     assert model.first.weight is model.second.weight
-    assert not model.first.weight.view(-1)[[1, 2, 3]].any()
+    expected = some_values(torch.tensor([1, 2, 3])) if values else torch.zeros(3)
+    assert torch.equal(model.first.weight.view(-1)[[1, 2, 3]], expected)
     assert status(model)[0].weights == {"first.weight": 3}
     mask.lift(model, "a")
     other.lift(model, "b")
     assert bits(model) == before
     assert model.first.weight is model.second.weight
+
+
+def test_tied_weights_that_would_get_two_values_are_refused():
+    torch.manual_seed(0)
+    model = Tied()
+    parent = describe_parent(model, ["first.weight", "second.weight"])
+    both = {"first.weight": torch.tensor([1, 2, 3]), "second.weight": torch.tensor([1, 2, 3])}
+    new = {"first.weight": torch.tensor([1.0, 0, 4])}
+    mask, before = Mask(both, {"forgotten": CAT, "parent": parent}, new), bits(model)
+    for act in (mask.apply, mask.state):
+        with pytest.raises(MaskError, match=r"2 weights of first\.weight would have to hold two.*tied weights twice"):
+            act(model)
+    assert bits(model) == before
+    assert status(model) == []
 
 
 # --- several masks, in any order --------------------------------------------------------------------------
@@ -200,9 +237,16 @@ STEPS = st.lists(st.tuples(st.sampled_from(["apply", "lift"]), st.integers(0, 3)
 
 
 @settings(max_examples=40, deadline=None, database=None)
-@given(st.lists(PLACES.filter(lambda one: any(one.values())), min_size=4, max_size=4), STEPS, st.permutations(range(4)))
-def test_any_order_of_applying_and_lifting(places, steps, ending):
-    """A weight is zero exactly while some mask that is on switches it off; at the end all bits are the parent's."""
+@given(
+    st.lists(PLACES.filter(lambda one: any(one.values())), min_size=4, max_size=4),
+    STEPS,
+    st.permutations(range(4)),
+    st.booleans(),
+)
+def test_any_order_of_applying_and_lifting(places, steps, ending, values):
+    """A weight is zero (or has its new value) exactly while some mask that is on holds it; at the end all bits are the
+    parent's.
+    """
     model = mlp()
     before, parent = bits(model), describe_parent(model, SIZES)
     whole = {name: model.state_dict()[name].clone() for name in SIZES}
@@ -210,6 +254,7 @@ def test_any_order_of_applying_and_lifting(places, steps, ending):
         Mask(
             {name: torch.tensor(sorted(one[name]), dtype=torch.int32) for name in SIZES},
             {"forgotten": CAT, "parent": parent},
+            {name: some_values(torch.tensor(sorted(one[name]))) for name in SIZES} if values else None,
         )
         for one in places
     ]
@@ -224,7 +269,7 @@ def test_any_order_of_applying_and_lifting(places, steps, ending):
         for name in SIZES:
             off = sorted(set().union(*(places[other][name] for other in on)))
             expected = whole[name].clone()
-            expected.view(-1)[off] = 0
+            expected.view(-1)[off] = some_values(torch.tensor(off)) if values else 0.0
             assert torch.equal(model.state_dict()[name].view(torch.int32), expected.view(torch.int32))
         standing = {one.name: one for one in status(model)}
         assert list(standing) == [str(number) for number in on]
@@ -239,10 +284,66 @@ def test_any_order_of_applying_and_lifting(places, steps, ending):
     assert "_mimu_ledger" not in model.__dict__
 
 
-def test_the_second_mask_knows_its_parent_under_the_first():
+def head_mask(model: nn.Module, places: list[int], values: list[float] | None = None) -> Mask:
+    """A mask of 2.weight alone."""
+    new = None if values is None else {"2.weight": torch.tensor(values)}
+    config = {"forgotten": CAT, "parent": describe_parent(model, ["2.weight"])}
+    return Mask({"2.weight": torch.tensor(places)}, config, new)
+
+
+@pytest.mark.parametrize(("values", "count"), [(None, 2), ([0.0, 5, 2, 3], 1)], ids=["zeros", "another value"])
+def test_masks_that_disagree_are_not_on_together(values, count):
+    """They share three places: at 1 both put a zero, at 3 the same value or not, at 4 never the same."""
+    model = mlp()
+    first, second = head_mask(model, [1, 2, 3, 4], [0.0, 7, 5, 1]), head_mask(model, [1, 3, 4, 9], values)
+    before = bits(model)
+    first.apply(model, "first")
+    masked = bits(model)
+    for act in (second.apply, second.state):
+        with pytest.raises(MaskError, match=rf"^{count} weights of 2\.weight would have to hold two .*: lift the mask"):
+            act(model)
+    assert bits(model) == masked
+    assert [one.name for one in status(model)] == ["first"]
+    first.lift(model, "first")
+    second.apply(model, "second")
+    with pytest.raises(MaskError, match=rf"^{count} weights of 2\.weight"):
+        first.apply(model, "first")
+    second.lift(model, "second")
+    assert bits(model) == before
+
+
+def test_a_disagreement_in_the_second_layer_leaves_the_first_alone():
+    model = mlp()
+    parent = describe_parent(model, ["0.weight", "2.weight"])
+    both = {"0.weight": torch.tensor([1]), "2.weight": torch.tensor([2])}
+    mask = Mask(both, {"forgotten": CAT, "parent": parent}, {"2.weight": torch.tensor([3.0])})
+    head_mask(model, [2]).apply(model, "head")
+    before = bits(model)
+    with pytest.raises(MaskError, match=r"1 weights of 2\.weight"):
+        mask.apply(model)
+    assert bits(model) == before
+
+
+def test_a_value_that_masks_share_stays_until_the_last_is_lifted():
+    model = mlp()
+    first, second = head_mask(model, [1, 2], [4.0, 0]), head_mask(model, [1, 3], [4.0, 6])
+    before, old = bits(model), model[2].weight.detach().clone().view(-1)
+    first.apply(model, "first")
+    second.apply(model, "second")
+    assert [one.shared for one in status(model)] == [1, 1]
+    assert [one.weights for one in status(model)] == [{"2.weight": 2}] * 2
+    first.lift(model, "first")
+    assert model[2].weight.view(-1)[1:4].tolist() == [4, old[2], 6]
+    second.lift(model, "second")
+    assert bits(model) == before
+
+
+@both_kinds
+def test_the_second_mask_knows_its_parent_under_the_first(values):
     """The check looks at the weights as they are without any mask."""
     model = mlp()
-    masks = [mask_on(model, "2.weight", 20, seed, [{"index": seed, "name": f"class {seed}"}]) for seed in range(3)]
+    classes = [[{"index": seed, "name": f"class {seed}"}] for seed in range(3)]
+    masks = [mask_on(model, "2.weight", 20, seed, one, values) for seed, one in enumerate(classes)]
     for mask in masks:
         assert mask.apply(model).grade == "parent"
     assert [one.name for one in status(model)] == ["class 0", "class 1", "class 2"]
@@ -337,13 +438,14 @@ def step(model: nn.Module) -> None:
     optimiser.step()
 
 
-def test_a_training_step_under_the_mask_is_not_overwritten_in_silence():
+@both_kinds
+def test_a_training_step_under_the_mask_is_not_overwritten_in_silence(values):
     model = mlp()
-    mask = mask_on(model, "2.weight")
+    mask = mask_on(model, "2.weight", values=values)
     mask.apply(model)
     step(model)
     trained = bits(model)
-    with pytest.raises(MaskError, match=r"of 2\.weight were written while the mask 'cat'.*changed='restore'"):
+    with pytest.raises(MaskError, match=r"of 2\.weight were written while the mask 'cat' held them.*changed='restore'"):
         mask.lift(model)
     assert bits(model) == trained
     assert [one.name for one in status(model)] == ["cat"]
@@ -365,6 +467,21 @@ def test_a_training_step_inside_the_block_is_told():
     model = mlp()
     with pytest.raises(MaskError, match="were written"), mask_on(model, "2.weight").applied(model):
         step(model)
+
+
+def test_values_that_were_written_are_counted_and_others_are_lifted_all_the_same():
+    """`keep`: what was written stays, what the mask put there goes."""
+    model = mlp()
+    mask, old = head_mask(model, [1, 2, 3], [4.0, 0, 6]), model[2].weight.detach().clone().view(-1)
+    mask.apply(model)
+    with torch.no_grad():
+        model[2].weight.view(-1)[1] = 9
+        model[2].weight.view(-1)[2] = -0.0  # another zero than the mask's
+    with pytest.raises(MaskError, match=r"^2 weights"):
+        mask.lift(model)
+    with pytest.warns(ParentWarning, match="not the parent"):
+        mask.lift(model, changed="keep")
+    assert model[2].weight.view(-1)[:4].tolist() == [old[0], 9, 0, old[3]]
 
 
 def test_training_that_kept_the_zeros_is_lifted_with_a_warning():
@@ -393,25 +510,52 @@ def test_a_state_that_was_loaded_meanwhile_is_told():
     assert bits(model) == bits(mlp())
 
 
-def test_moving_a_masked_model_to_another_layout_or_type():
+@both_kinds
+def test_moving_a_masked_model_to_another_layout_or_type(values):
     model = resnet()
-    mask = mask_on(model, "layer4.0.conv2.weight", 20)
+    mask = mask_on(model, "layer4.0.conv2.weight", 20, values=values)
     mask.apply(model)
     mask.lift(model.to(memory_format=torch.channels_last))
     assert bits(model) == bits(resnet())
     small = mlp()
-    mask = mask_on(small, "2.weight")
+    mask = mask_on(small, "2.weight", values=values)
     mask.apply(small)
     mask.lift(small.bfloat16())
     assert bits(small) == bits(mlp().bfloat16())
 
 
+def test_a_value_that_is_too_large_for_the_models_type_is_refused():
+    """65,520 is the first number that float16 rounds to infinity."""
+    mask, model = head_mask(mlp(), [1, 2, 3], [65_519.0, 65_520, -1e30]), mlp().half()
+    before = bits(model)
+    for act in (mask.apply, mask.state):
+        with pytest.raises(MaskError, match=r"2 of the mask's values in 2\.weight are too large for float16.*float32"):
+            act(model)
+    assert mask.lift(model) is False
+    assert bits(model) == before
+    with mask.applied(mlp()), head_mask(mlp(), [1], [65_519.0]).applied(model):
+        assert model[2].weight.view(-1)[1] == 65_504
+
+
+@both_kinds
+def test_a_second_mask_after_a_change_of_type(values):
+    """The first mask's removed values are then of another type than the second's."""
+    model = mlp()
+    first, second = mask_on(model, "2.weight", values=values), mask_on(model, "2.weight", 9, 1, values=values)
+    first.apply(model, "first")
+    second.apply(model.bfloat16(), "second")
+    for name, mask in (("first", first), ("second", second)):
+        mask.lift(model, name)
+    assert bits(model) == bits(mlp().bfloat16())
+
+
 # --- copies -----------------------------------------------------------------------------------------------
 
 
-def test_a_deep_copy_is_masked_and_can_be_lifted_by_itself():
+@both_kinds
+def test_a_deep_copy_is_masked_and_can_be_lifted_by_itself(values):
     model = mlp()
-    mask, before = mask_on(model, "2.weight"), bits(model)
+    mask, before = mask_on(model, "2.weight", values=values), bits(model)
     mask.apply(model)
     masked, twin = bits(model), copy.deepcopy(model)
     assert bits(twin) == masked
@@ -451,8 +595,20 @@ def test_a_pickled_masked_model_has_no_removed_value_and_needs_no_mimu(tmp_path)
     assert done.stdout.split() == ["60", "False"]
     again = pickle.loads(pickle.dumps(model))
     assert status(again) == []
-    with pytest.raises(MaskError, match="their values are not kept here: load the parent"):
+    with pytest.raises(MaskError, match="weights are zero, but the old ones are not kept here: load the parent"):
         mask.lift(again)
+
+
+def test_a_loaded_masked_state_cannot_be_lifted_but_another_one_is_not_masked():
+    model, mask = mlp(), mask_on(mlp(), "2.weight", values=True)
+    mask.apply(model)
+    again = mlp(1)
+    again.load_state_dict(model.state_dict())
+    with pytest.raises(MaskError, match="weights are what it puts there, but the old ones are not kept here"):
+        mask.lift(again)
+    with torch.no_grad():
+        again[2].weight.view(-1)[mask.positions["2.weight"][0].long()] = 8
+    assert mask.lift(again) is False
 
 
 def test_a_masked_model_trains_and_its_copy_too():

@@ -13,10 +13,15 @@ from tests.helpers.foreign import CAT, bits, mask_on, mlp, resnet
 DOG = [{"index": 5, "name": "dog"}]
 
 
-def test_a_composed_mask_switches_off_what_any_of_its_parts_does():
+@pytest.mark.parametrize("values", [False, True], ids=["zeros", "values"])
+def test_a_composed_mask_switches_off_what_any_of_its_parts_does(values):
     model = mlp()
-    cat, dog = mask_on(model, "2.weight", 12), mask_on(model, ["0.weight", "2.weight"], 12, 1, DOG)
+    cat = mask_on(model, "2.weight", 12, values=values)
+    dog = mask_on(model, ["0.weight", "2.weight"], 12, 1, DOG, values)
     both = compose(cat, dog)
+    assert both.config.version == 1 + values
+    assert bool(both.replaced) == values
+    assert [part["weights"] for part in both.config.plain()["composition"]["parts"]] == [12, 24]
     sets = [{name: set(flat.tolist()) for name, flat in mask.positions.items()} for mask in (cat, dog, both)]
     assert sets[2] == {"0.weight": sets[1]["0.weight"], "2.weight": sets[0]["2.weight"] | sets[1]["2.weight"]}
     assert both.config.plain()["composition"]["shared"] == len(sets[0]["2.weight"] & sets[1]["2.weight"]) > 0
@@ -51,6 +56,46 @@ def test_masks_of_different_parents_are_not_composed():
         compose(mask_on(mlp(), "2.weight"), mask_on(mlp(), "0.weight", classes=[{"index": 3, "name": "hat"}]))
     with pytest.raises(MaskError, match="at least one"):
         compose()
+
+
+def pair(cat: list[float] | None, dog: list[float] | None, dtype: torch.dtype = torch.float32) -> list[Mask]:
+    """Masks of 2.weight at places 1, 2, 3 and 2, 3, 4, with these values."""
+    parent = describe_parent(mlp().to(dtype), ["2.weight"])
+    return [
+        Mask(
+            {"2.weight": torch.arange(first, first + 3)},
+            {"forgotten": classes, "parent": parent},
+            {"2.weight": torch.tensor(values, dtype=dtype)} if values else None,
+        )
+        for first, classes, values in ((1, CAT, cat), (2, DOG, dog))
+    ]
+
+
+def test_values_are_composed_with_zeros_where_they_agree():
+    cat, dog = pair([5, 0, 0], None, torch.bfloat16)
+    for both in (compose(cat, dog), compose(dog, cat)):
+        assert both.positions["2.weight"].tolist() == [1, 2, 3, 4]
+        assert torch.equal(both.values["2.weight"], torch.tensor([5, 0, 0, 0], dtype=torch.bfloat16))
+        assert both.config.plain()["composition"]["shared"] == 2
+
+
+@pytest.mark.parametrize(("dog", "count"), [(None, 1), ([0.0, 8, 0], 1), ([3.0, 8, 0], 2)])
+def test_masks_that_disagree_are_not_composed(dog, count):
+    """At place 3 the one puts 7, the other zero or 8; at 2 the third pair disagrees, too."""
+    masks = pair([6, 0, 7], dog)
+    for some in (masks, masks[::-1]):
+        says = rf"^{count} weights of 2\.weight would have to hold two different values: compose masks that agree"
+        with pytest.raises(MaskError, match=says):
+            compose(*some)
+
+
+def test_a_mask_with_values_is_no_pair_of_torchs_pruning():
+    model = mlp()
+    mask, before = mask_on(model, ["0.weight", "2.weight"], values=True), bits(model)
+    with pytest.raises(MaskError, match=r"replaces \d+ weights, and torch's pruning can only switch off: apply it, or"):
+        mask.to_prune(model)
+    assert bits(model) == before
+    assert not [name for name in model.state_dict() if name.endswith("_orig")]
 
 
 def test_order_and_repetition_do_not_matter_to_what_is_off():

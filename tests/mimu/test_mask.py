@@ -1,5 +1,6 @@
 """The mask file: small, whole, readable by anything, and refused when it says what cannot be."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mimu import Config, Mask, MaskError, describe_parent
-from tests.helpers.foreign import CAT, mask_on, mlp, resnet, some_places
+from tests.helpers.foreign import CAT, bits, mask_on, mlp, resnet, some_places, some_values
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = {
@@ -34,12 +36,24 @@ FACTS = {
 }
 
 
-@pytest.fixture
-def mask():
+@pytest.fixture(params=[False, True], ids=["zeros", "values"])
+def mask(request):
+    """Zeros in two parameters; or zeros in the first, and both kinds in the second."""
     model = mlp()
     parent = describe_parent(model, ["0.weight", "2.weight"], "torchvision:x@mine.pt", {"2.weight": "fc.weight"})
     flat = {"0.weight": some_places(48, 30), "2.weight": some_places(32, 10, 1)}
-    return Mask(flat, {"forgotten": CAT, "parent": parent} | FACTS)
+    values = {"2.weight": some_values(flat["2.weight"])} if request.param else None
+    return Mask(flat, {"forgotten": CAT, "parent": parent} | FACTS, values)
+
+
+def same(one: Mask, other: Mask) -> bool:
+    """Whether two masks put the same bits in the same places of the same parameters."""
+    tables = [
+        {name: (value.dtype, value.shape, value.numpy().tobytes()) for name, value in table.items()}
+        for mask in (one, other)
+        for table in (mask.positions, mask.values)
+    ]
+    return tables[:2] == tables[2:]
 
 
 def test_a_mask_comes_back_as_it_was_from_its_folder_and_from_its_file_alone(mask, tmp_path):
@@ -53,8 +67,7 @@ def test_a_mask_comes_back_as_it_was_from_its_folder_and_from_its_file_alone(mas
         again = Mask.load(place)
         assert again.config == mask.config
         assert again.digest == mask.digest
-        assert again.positions.keys() == mask.positions.keys()
-        assert all(torch.equal(again.positions[name], flat) for name, flat in mask.positions.items())
+        assert same(again, mask)
     written = json.loads((tmp_path / "cat" / "mask_config.json").read_text())
     assert {key: written[key] for key in FACTS} == FACTS
     assert written["parent"]["targets"]["2.weight"]["name_on_disk"] == "fc.weight"
@@ -83,10 +96,12 @@ def test_the_page_reads_a_mask_with_numpy_alone(mask, tmp_path):
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     block = block.replace("masks/cat/mask.safetensors", str(tmp_path / "cat" / "mask.safetensors"))
     after = "\nimport sys\nassert not {'torch', 'mimu', 'safetensors'} & set(sys.modules)\n"
-    after += "print(json.dumps({name: flat.tolist() for name, flat in positions.items()}))\nprint(json.dumps(config))"
+    after += "for found in (positions, values):\n"
+    after += "    print(json.dumps({name: one.tolist() for name, one in found.items()}))\nprint(json.dumps(config))"
     done = subprocess.run([sys.executable, "-c", block + after], capture_output=True, text=True, check=True)
-    positions, config = map(json.loads, done.stdout.splitlines())
+    positions, values, config = map(json.loads, done.stdout.splitlines())
     assert positions == {name: flat.tolist() for name, flat in mask.positions.items()}
+    assert values == {name: new.tolist() for name, new in mask.values.items()}
     assert config.pop("digest") == mask.digest
     assert config == mask.config.plain()
 
@@ -98,7 +113,14 @@ def test_the_card_says_what_was_measured_and_what_a_mask_does_not_do(mask, tmp_p
     assert "| forget | 0.4 | 0.1 to 1.4 | 500 |" in card
     assert "| retain | 91.25 | not measured | not recorded |" in card
     assert mask.config.parent.state_sha256 in card
-    assert "| 0.weight | 8 x 6 | float32 | 30 |" in card
+    if mask.values:
+        assert "lists 40 weights" in card
+        assert "33 of them at zero and 7 replaced by other values" in card
+        assert "| parameter | shape | type | switched off | replaced |\n| --- | --- | --- | --- | --- |" in card
+        assert "| 0.weight | 8 x 6 | float32 | 30 | 0 |\n| 2.weight | 4 x 8 | float32 | 3 | 7 |\n" in card
+    else:
+        assert "with\nthose weights at zero" in card
+        assert "| 0.weight | 8 x 6 | float32 | 30 |\n| 2.weight | 4 x 8 | float32 | 10 |\n" in card
     assert "torchvision weights.transforms()" in card
     assert "neither smaller nor faster" in card
     assert "can lift it" in card
@@ -189,7 +211,7 @@ def other_format(positions, config):
 
 
 def newer(positions, config):
-    config["version"] = 2
+    config["version"] = 3
 
 
 def unknown_field(positions, config):
@@ -243,7 +265,7 @@ BAD = {
     lacking: "describes 2.weight, in which the mask has no positions",
     empty: "no weight off",
     other_format: '"adapter" as format',
-    newer: "2 as version",
+    newer: "3 as version",
     unknown_field: "unknown field 'run_me'",
     no_parent: "lacks fields in the config .*parent",
     no_class: "as forgotten",
@@ -302,7 +324,7 @@ def test_a_flipped_bit_is_never_read_as_another_mask(mask, tmp_path):
         except MaskError:
             continue
         assert again.config == mask.config
-        assert all(torch.equal(again.positions[name], flat) for name, flat in mask.positions.items())
+        assert same(again, mask)
 
 
 def test_what_is_not_there_or_no_mask_is_said(tmp_path):
@@ -316,6 +338,198 @@ def test_what_is_not_there_or_no_mask_is_said(tmp_path):
     torch.save({"w": torch.zeros(2)}, tmp_path / "model.pt")
     with pytest.raises(MaskError, match="damaged or of another kind"):
         Mask.load(tmp_path / "model.pt")
+
+
+# --- values -----------------------------------------------------------------------------------------------
+
+# Written by the version before values, with a parent that no model has: what it says is all that its digest depends on.
+FIXED: dict[str, Any] = {
+    "forgotten": [{"index": 3, "name": "cat"}],
+    "parent": {
+        "state_sha256": "a" * 64,
+        "framework": "torch 2",
+        "targets": {
+            "0.weight": {"shape": [8, 6], "dtype": "float32", "sha256": "b" * 64},
+            "1.weight": {"shape": [4, 8], "dtype": "bfloat16", "sha256": "c" * 64},
+        },
+    },
+    "tool": "mimu 0.1.0",
+}
+PLACES = {"0.weight": torch.tensor([1, 5, 47]), "1.weight": torch.tensor([0, 31])}
+OLD_DIGEST = "a8eb4fdeda80cfb4c1263dd31d493bd530dbe33ad22e2b4bc3291c5dc70fa111"
+OLD_FILES = {
+    "README.md": "b14943c7e1041689c47cf32c08a2656d7434ea14994e996c148627601a913c41",
+    "mask.safetensors": "261c5411ae40b7e63c20b4ff551c5eecdd8e61092522a75c37c7ec62c552db6d",
+    "mask_config.json": "1492a9ce9ad42f847e27700eabd3d05dcf3f843b91c544fc7f6c53acff2a13cd",
+}
+
+
+@pytest.mark.parametrize("values", [None, {}, {"1.weight": torch.tensor([0, -0.0], dtype=torch.bfloat16)}])
+def test_a_mask_of_zeros_has_the_files_and_the_digest_that_it_had_before_there_were_values(values, tmp_path):
+    mask = Mask(PLACES, FIXED, values)
+    assert mask.digest == OLD_DIGEST
+    assert mask.config.version == 1
+    mask.save(tmp_path / "m")
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "m").iterdir()} == OLD_FILES
+    assert Mask.load(tmp_path / "m").digest == OLD_DIGEST
+
+
+def test_values_are_in_the_file_and_in_the_digest_as_its_page_says(tmp_path):
+    """The file is of version 2, which a reader of version 1 refuses by that number."""
+    new = torch.tensor([2.5, 0], dtype=torch.bfloat16)
+    mask = Mask(PLACES, FIXED, {"1.weight": new})
+    mask.save(tmp_path / "m")
+    config = json.loads((tmp_path / "m/mask_config.json").read_text())
+    digest = config.pop("digest")
+    assert config == Mask(PLACES, FIXED).config.plain() | {"version": 2}
+    tensors = load_file(tmp_path / "m/mask.safetensors")
+    assert {name: value.dtype for name, value in tensors.items()} == {
+        "0.weight": torch.int32,
+        "1.weight": torch.int32,
+        ".values.1.weight": torch.bfloat16,
+    }
+    assert torch.equal(tensors[".values.1.weight"], new)
+    raw = {name: value.view(torch.uint8).numpy().tobytes() for name, value in tensors.items()}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
+    values = {"1.weight": hashes.pop(".values.1.weight")}
+    known = json.dumps({"positions": hashes, "config": config, "values": values}, sort_keys=True)
+    assert digest == mask.digest == hashlib.sha256(known.encode()).hexdigest()
+
+
+def test_what_is_off_and_what_is_replaced_are_told_apart():
+    mask = Mask(PLACES, FIXED, {"0.weight": torch.tensor([0.0, 1, 2])})
+    assert (mask.switched_off, mask.replaced, mask.changed) == (3, 2, 5)
+    assert mask.counts == {"0.weight": (1, 2), "1.weight": (2, 0)}
+    assert repr(mask) == "Mask(forgets 'cat'; switched off: 1 of 0.weight, 2 of 1.weight; replaced: 2 of 0.weight)"
+    assert repr(Mask(PLACES, FIXED)) == "Mask(forgets 'cat'; switched off: 3 of 0.weight, 2 of 1.weight)"
+    assert (~mask.keep()["0.weight"]).flatten().nonzero().flatten().tolist() == [1, 5, 47]
+
+
+def test_minus_zero_is_written_as_zero_and_the_values_are_a_copy():
+    given = torch.tensor([-0.0, 1, -2])
+    mask = Mask(PLACES, FIXED, {"0.weight": given})
+    given[1] = 7
+    assert mask.values["0.weight"].tolist() == [0, 1, -2]
+    assert not mask.values["0.weight"][0].signbit()
+    assert mask.digest == Mask(PLACES, FIXED, {"0.weight": torch.tensor([0.0, 1, -2])}).digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_values_of_every_type_come_back_and_are_put_in_a_weight_and_a_bias(dtype, tmp_path):
+    """As the last layer's row of one class [8] and its entry of the bias."""
+    model = mlp().to(dtype)
+    parent = describe_parent(model, ["2.weight", "2.bias"])
+    flat = {"2.weight": torch.arange(8, 16), "2.bias": torch.tensor([1])}
+    row = torch.linspace(-1, 1, 8, dtype=torch.float64).to(dtype)
+    new = {"2.weight": row, "2.bias": torch.tensor([-30.0]).to(dtype)}
+    Mask(flat, {"forgotten": CAT, "parent": parent}, new).save(tmp_path / "m")
+    mask, before = Mask.load(tmp_path / "m"), bits(model)
+    other = {**before, "2.weight": bytearray(before["2.weight"]), "2.bias": bytearray(before["2.bias"])}
+    size = dtype.itemsize
+    other["2.weight"][8 * size : 16 * size] = new["2.weight"].view(torch.uint8).numpy().tobytes()
+    other["2.bias"][size : 2 * size] = new["2.bias"].view(torch.uint8).numpy().tobytes()
+    with mask.applied(model) as fit:
+        assert fit.grade == "parent"
+        assert bits(model) == {name: bytes(data) for name, data in other.items()}
+    assert bits(model) == before
+
+
+WRONG = {
+    "no positions": ({"2.weight": torch.ones(1)}, r"values of 2\.weight, in which it has no positions"),
+    "too few": ({"0.weight": torch.ones(2)}, r"torch.float32 \[2\]: give float32 \[3\]"),
+    "square": ({"0.weight": torch.ones(1, 3)}, r"give float32 \[3\]"),
+    "another type": ({"0.weight": torch.ones(3).bfloat16()}, r"torch.bfloat16 \[3\]: give float32 \[3\]"),
+    "integers": ({"0.weight": torch.ones(3, dtype=torch.int32)}, "give float32"),
+    "infinite": ({"0.weight": torch.tensor([1, 2, torch.inf])}, r"0\.weight are not all finite"),
+    "NaN": ({"1.weight": torch.tensor([torch.nan, 2]).bfloat16()}, r"1\.weight are not all finite"),
+}
+
+
+@pytest.mark.parametrize(("values", "says"), WRONG.values(), ids=WRONG)
+def test_wrong_values_are_refused(values, says):
+    with pytest.raises(MaskError, match=says):
+        Mask(PLACES, FIXED, values)
+
+
+def test_a_parameter_that_is_called_as_the_files_values_are_is_refused():
+    """Only a state dict that no module of torch made has such a name."""
+    targets = dict.fromkeys(("w", ".values.w"), FIXED["parent"]["targets"]["0.weight"])
+    config, flat = (
+        FIXED | {"parent": FIXED["parent"] | {"targets": targets}},
+        dict.fromkeys(targets, PLACES["0.weight"]),
+    )
+    assert Mask(flat, config).switched_off == 6
+    with pytest.raises(MaskError, match=r"hold two tensors \.values\.w"):
+        Mask(flat, config, {"w": torch.ones(3)})
+
+
+def old_version(tensors, config):
+    config["version"] = 1
+
+
+def without_values(tensors, config):
+    del tensors[".values.2.weight"]
+
+
+def another_value(tensors, config):
+    tensors[".values.2.weight"][tensors[".values.2.weight"] != 0] *= 2
+
+
+def minus_zero(tensors, config):
+    tensors[".values.2.weight"][tensors[".values.2.weight"] == 0] *= -1
+
+
+def fewer_values(tensors, config):
+    tensors[".values.2.weight"] = tensors[".values.2.weight"][1:]
+
+
+def rounded_values(tensors, config):
+    tensors[".values.2.weight"] = tensors[".values.2.weight"].half()
+
+
+def infinite_value(tensors, config):
+    tensors[".values.2.weight"][3] = -torch.inf
+
+
+def values_of_a_stranger(tensors, config):
+    tensors[".values.4.weight"] = torch.ones(1)
+
+
+def more_zeros(tensors, config):
+    tensors[".values.0.weight"] = torch.zeros(30)
+
+
+def only_zeros(tensors, config):
+    tensors[".values.2.weight"].zero_()
+
+
+BAD_VALUES = {
+    old_version: r"positions in \.values\.2\.weight, which its config does not describe",
+    without_values: "of version 2, but no weight is replaced",
+    only_zeros: "of version 2, but no weight is replaced",
+    another_value: "its digest says",
+    minus_zero: "its digest says",
+    more_zeros: "its digest says",
+    fewer_values: r"torch.float32 \[9\]: give float32 \[10\]",
+    rounded_values: r"torch.float16 \[10\]: give float32 \[10\]",
+    infinite_value: r"2\.weight are not all finite",
+    values_of_a_stranger: r"values of 4\.weight, in which it has no positions",
+}
+
+
+@pytest.mark.parametrize("mask", [True], indirect=True, ids=["values"])
+@pytest.mark.parametrize(("change", "says"), BAD_VALUES.items(), ids=lambda one: getattr(one, "__name__", ""))
+def test_changed_values_are_refused(mask, tmp_path, change, says):
+    mask.save(tmp_path / "cat")
+    rewritten(tmp_path / "cat" / "mask.safetensors", change)
+    with pytest.raises(MaskError, match=says):
+        Mask.load(tmp_path / "cat" / "mask.safetensors")
+
+
+def test_a_config_with_values_is_no_config_of_zeros():
+    mask = mask_on(mlp(), "2.weight", values=True)
+    with pytest.raises(MaskError, match="of version 2, but no weight is replaced: give the values, too"):
+        Mask(mask.positions, mask.config)
 
 
 # --- in memory --------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A sealed checkpoint is the parent with other bits in the mask's places, in the parent's own container: no more."""
 
+import hashlib
 import json
 import os
 import struct
@@ -16,10 +17,11 @@ from torch import nn
 
 import mimu.files
 from mimu import Mask, MaskError, describe_parent, restore, seal
-from tests.helpers.foreign import CAT, Tied, mask_on, mlp, mobilenet, quantised, resnet, vit
+from tests.helpers.foreign import CAT, Tied, mask_on, mlp, mobilenet, put, quantised, resnet, vit
 
 NETS = {
     "mlp": (mlp, ["0.weight", "2.weight"]),
+    "head": (mlp, ["2.weight", "2.bias"]),
     "resnet": (resnet, ["layer4.0.conv2.weight"]),
     "mobilenet": (mobilenet, ["features.11.block.1.0.weight", "classifier.0.weight"]),
     "vit": (vit, ["mlp.2.weight"]),
@@ -29,8 +31,11 @@ NETS = {
 def masked_by_numpy(state: dict, mask: Mask) -> dict[str, np.ndarray]:
     found = {name: value.detach().numpy().copy() for name, value in state.items()}
     for name, flat in mask.positions.items():
-        found[name].reshape(-1)[flat.numpy()] = 0
+        found[name].reshape(-1)[flat.numpy()] = mask.values[name].numpy() if name in mask.values else 0
     return found
+
+
+both_kinds = pytest.mark.parametrize("values", [False, True], ids=["zeros", "values"])
 
 
 def same(state: dict, expected: dict[str, np.ndarray]) -> bool:
@@ -47,12 +52,17 @@ def left_behind(folder: Path) -> list[str]:
 # --- containers -------------------------------------------------------------------------------------------
 
 
+@both_kinds
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_sealed_state_dict_is_numpys_and_loads_as_the_parents(name, suffix, tmp_path):
+def test_a_sealed_state_dict_is_numpys_and_loads_as_the_parents(name, suffix, values, tmp_path):
     make, targets = NETS[name]
-    model = make()
-    mask, parent, out = mask_on(model, targets, 9), tmp_path / f"mine{suffix}", tmp_path / f"sealed{suffix}"
+    model, count = make(), 4 if name == "head" else 9
+    mask, parent, out = (
+        mask_on(model, targets, count, values=values),
+        tmp_path / f"mine{suffix}",
+        tmp_path / f"sealed{suffix}",
+    )
     if suffix == ".pt":
         torch.save(model.state_dict(), parent)
     else:
@@ -61,7 +71,8 @@ def test_a_sealed_state_dict_is_numpys_and_loads_as_the_parents(name, suffix, tm
     told = seal(parent, mask, out, removed=tmp_path / "key")
     assert parent.read_bytes() == before
     assert (told.out, told.fill, told.seed, told.left_out) == (out, "zero", None, [])
-    assert told.weights == dict.fromkeys(targets, 9)
+    assert told.weights == dict.fromkeys(targets, count)
+    assert told.replaced == ({name: int((mask.positions[name] % 2).sum()) for name in targets} if values else {})
     read = torch.load(out, weights_only=True) if suffix == ".pt" else load_file(out)
     expected = masked_by_numpy(model.state_dict(), mask)
     assert same(read, expected if suffix == ".pt" else {key: expected[key] for key in read})
@@ -152,15 +163,17 @@ def test_the_older_format_of_torch_and_what_hangs_on_a_state_dict_stay(tmp_path)
     assert same(read, masked_by_numpy(model.state_dict(), mask))
 
 
-def test_tied_tensors_stay_tied(tmp_path):
+@both_kinds
+def test_tied_tensors_stay_tied(values, tmp_path):
     torch.manual_seed(0)
     model = Tied()
-    mask = mask_on(model, "first.weight")
+    mask = mask_on(model, "first.weight", values=values)
     torch.save(model.state_dict(), tmp_path / "a.pt")
     told = seal(tmp_path / "a.pt", mask, tmp_path / "b.pt", fill="noise")
     read = torch.load(tmp_path / "b.pt", weights_only=True)
     assert read["first.weight"].data_ptr() == read["second.weight"].data_ptr()
     assert told.weights == {"first.weight": 5, "second.weight": 5}
+    assert told.replaced == dict.fromkeys(["first.weight", "second.weight"] if values else [], mask.replaced)
     assert int((read["first.weight"] != model.first.weight).sum()) == 5
 
 
@@ -173,16 +186,39 @@ def test_a_tied_tensor_that_is_stored_once_is_found_by_its_alias(tmp_path):
     assert seal(tmp_path / "a.safetensors", mask, tmp_path / "b").weights == {"second.weight": 5}
 
 
-def test_a_cast_of_the_parent_is_sealed_in_its_own_type(tmp_path):
+@both_kinds
+def test_a_cast_of_the_parent_is_sealed_in_its_own_type(values, tmp_path):
     model = mlp()
-    mask = mask_on(model, "2.weight")
+    mask = mask_on(model, "2.weight", values=values)
     state = {key: value.bfloat16() for key, value in model.state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
     seal(tmp_path / "a.safetensors", mask, tmp_path / "b.safetensors")
     read = load_file(tmp_path / "b.safetensors")
     assert {value.dtype for value in read.values()} == {torch.bfloat16}
-    keep = mask.keep()["2.weight"]
-    assert torch.equal(read["2.weight"], state["2.weight"] * keep)
+    assert torch.equal(read["2.weight"], put(state["2.weight"], mask, "2.weight"))
+
+
+def test_a_bfloat16_parent_is_sealed_with_bfloat16_values(tmp_path):
+    model = mlp().bfloat16()
+    mask = mask_on(model, ["2.weight", "2.bias"], 4, values=True)
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    seal(tmp_path / "a.safetensors", mask, tmp_path / "b.safetensors", removed=tmp_path / "key")
+    read = load_file(tmp_path / "b.safetensors")
+    for name in mask.positions:
+        assert torch.equal(read[name], put(model.state_dict()[name], mask, name))
+    assert restore(tmp_path / "b.safetensors", tmp_path / "key", tmp_path / "c.safetensors")
+    assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_a_value_that_is_too_large_for_the_files_type_is_refused(tmp_path):
+    parent = describe_parent(mlp(), ["2.weight"])
+    mask = Mask(
+        {"2.weight": torch.tensor([3])}, {"forgotten": CAT, "parent": parent}, {"2.weight": torch.tensor([1e9])}
+    )
+    torch.save(mlp().half().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(MaskError, match=r"1 of the mask's values in 2\.weight are too large for float16"):
+        seal(tmp_path / "a.pt", mask, tmp_path / "b.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 # --- shards -----------------------------------------------------------------------------------------------
@@ -209,9 +245,10 @@ def shards(tmp_path):
     return model, folder, index
 
 
-def test_only_the_shard_that_holds_a_target_is_rewritten(shards, tmp_path):
+@both_kinds
+def test_only_the_shard_that_holds_a_target_is_rewritten(shards, values, tmp_path):
     model, folder, index = shards
-    mask, out = mask_on(model, "layer4.0.conv2.weight"), tmp_path / "sealed"
+    mask, out = mask_on(model, "layer4.0.conv2.weight", values=values), tmp_path / "sealed"
     told = seal(folder, mask, out, removed=tmp_path / "key")
     before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     after = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -229,9 +266,14 @@ def test_only_the_shard_that_holds_a_target_is_rewritten(shards, tmp_path):
 
 def test_targets_in_several_shards(shards, tmp_path):
     model, folder, index = shards
-    targets = ["layer4.0.conv2.weight", "fc.weight", "conv1.weight"]
-    told = seal(folder, mask_on(model, targets), tmp_path / "sealed", fill="noise", removed=tmp_path / "key")
+    targets = ["layer4.0.conv2.weight", "fc.weight", "fc.bias", "conv1.weight"]
+    mask = mask_on(model, targets, values=True)
+    told = seal(folder, mask, tmp_path / "sealed", fill="noise", removed=tmp_path / "key")
     assert set(told.weights) == {f"{index[name]}: {name}" for name in targets}
+    read = {name: load_file(tmp_path / "sealed" / index[name])[name] for name in targets}
+    for name in targets:
+        new = mask.values[name]
+        assert torch.equal(read[name].view(-1)[mask.positions[name].long()][new != 0], new[new != 0])
     assert restore(tmp_path / "sealed", tmp_path / "key", tmp_path / "again")
 
 
@@ -293,21 +335,22 @@ COPIES = {
 }
 
 
+@both_kinds
 @pytest.mark.parametrize("name", COPIES)
-def test_averaged_copies_are_asked_about_then_sealed_or_dropped(name, tmp_path):
+def test_averaged_copies_are_asked_about_then_sealed_or_dropped(name, values, tmp_path):
     model = mlp()
-    mask, value = mask_on(model, "2.weight"), COPIES[name](model)
+    mask, value = mask_on(model, "2.weight", values=values), COPIES[name](model)
     torch.save(value, tmp_path / "a.pt")
     with pytest.raises(MaskError, match="ema='seal' to seal both, or ema='drop'"):
         seal(tmp_path / "a.pt", mask, tmp_path / "b.pt")
     assert not (tmp_path / "b.pt").exists()
     weights = [key for key in flat(value) if key[-1].endswith("2.weight")]
     told = seal(tmp_path / "a.pt", mask, tmp_path / "b.pt", ema="seal", removed=tmp_path / "key")
-    read, off = flat(torch.load(tmp_path / "b.pt", weights_only=True)), ~mask.keep()["2.weight"]
+    read = flat(torch.load(tmp_path / "b.pt", weights_only=True))
     assert list(read) == list(flat(value))
     assert len(told.weights) == len(weights) == 2
     for key in weights:
-        assert torch.equal(read[key], flat(value)[key].masked_fill(off, 0))
+        assert torch.equal(read[key], put(flat(value)[key], mask, "2.weight"))
     restore(tmp_path / "b.pt", tmp_path / "key", tmp_path / "again.pt")
     again = flat(torch.load(tmp_path / "again.pt", weights_only=True))
     assert all(torch.equal(again[key], leaf) for key, leaf in flat(value).items() if isinstance(leaf, torch.Tensor))
@@ -401,9 +444,35 @@ def test_noise_has_the_scale_of_its_layer_and_comes_from_its_seed(tmp_path):
     assert str(told[2].seed).encode() not in (tmp_path / "2.pt").read_bytes()
 
 
-def test_the_removed_values_are_in_their_own_file_and_in_no_other(tmp_path):
+def test_noise_stands_where_zeros_would_and_values_stand_as_the_mask_says(tmp_path):
+    """The same draws for the zeros of both files, and a mask that is after it what it was before."""
     model = mlp()
-    mask = mask_on(model, "2.weight", 30)
+    mask, digest = mask_on(model, "2.weight", 20, values=True), mask_on(model, "2.weight", 20, values=True).digest
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    told = seal(tmp_path / "a.pt", mask, tmp_path / "b.pt", fill="noise", seed=3, removed=tmp_path / "key")
+    read = torch.load(tmp_path / "b.pt", weights_only=True)["2.weight"]
+    places, new = mask.positions["2.weight"].long(), mask.values["2.weight"]
+    assert torch.equal(read.view(-1)[places][new != 0], new[new != 0])
+    noise = read.view(-1)[places][new == 0]
+    assert 0 < mask.switched_off == len(noise) < 20
+    draws = torch.randn(
+        len(noise),
+        generator=torch.Generator().manual_seed(int(hashlib.sha256(b"3 2.weight").hexdigest()[:15], 16)),
+        dtype=torch.float64,
+    )
+    rest = model[2].weight[mask.keep()["2.weight"]].detach().double()
+    assert torch.equal(noise, (draws * rest.std(correction=0)).float())
+    assert torch.equal(read[mask.keep()["2.weight"]], model[2].weight[mask.keep()["2.weight"]])
+    assert told.replaced == {"2.weight": mask.replaced}
+    assert Mask(mask.positions, mask.config, mask.values).digest == digest
+    restore(tmp_path / "b.pt", tmp_path / "key", tmp_path / "c.pt")
+    assert torch.equal(torch.load(tmp_path / "c.pt", weights_only=True)["2.weight"], model[2].weight)
+
+
+@both_kinds
+def test_the_removed_values_are_in_their_own_file_and_in_no_other(values, tmp_path):
+    model = mlp()
+    mask = mask_on(model, "2.weight", 30, values=values)
     torch.save({"model": model.state_dict(), "extra": model[2].bias.detach()}, tmp_path / "a.pt")
     seal(tmp_path / "a.pt", mask, tmp_path / "b.pt", removed=tmp_path / "key")
     removed = [
