@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
 Push = Annotated[str | None, tyro.conf.arg(metavar="REPO")]
 Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
+DEPTHS = ("suppress", "erase")
 MOST_NAMES = 5  # of classes, in one line
 AS_FLAG = re.compile(r"ema='(\w+)'")  # how the package names the choice that is --copies here
 
@@ -48,7 +49,9 @@ class Asking(Group):
     images: Path | None = None
     """Folder with a subfolder of images for each class."""
     layer: Words = ()
-    """Weight to mask, by name; once for each. Without it auto, the last one before the head; or all."""
+    """Weight to mask, by name; once for each. Without it auto, the last before the head (to erase: deep); or all."""
+    depth: str = "suppress"
+    """suppress: the outputs forget. erase: the features too; 2 % of the last stages' weights unless kappa says more."""
     kappa: str = "auto"
     """How many weights: auto (as few as meet the target), a number, or a share such as 0.3%."""
     way: str = "refined"
@@ -63,7 +66,9 @@ class Asking(Group):
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the weights to mask."""
-        return self.layer or ("auto",)
+        from forgetting.artefact import usual_layers
+
+        return self.layer or usual_layers(self.chosen())
 
     def opened(self, read: "Reading", spec: str) -> "Opened":
         """Load the model, and index the images.
@@ -97,9 +102,12 @@ class Asking(Group):
         """
         from forgetting.answers import Ways
 
-        if self.way not in list(Ways):
-            raise UserError(f"--way is {self.way!r}: choose from {', '.join(Ways)}")
-        return Ways(self.way)
+        ways = [way for way in Ways if way is not Ways.erase]
+        if self.way not in ways:
+            raise UserError(f"--way is {self.way!r}: choose from {', '.join(ways)}")
+        if self.depth not in DEPTHS:
+            raise UserError(f"--depth is {self.depth!r}: choose from {', '.join(DEPTHS)}")
+        return Ways.erase if self.depth == "erase" else Ways(self.way)
 
     def number(self, asked: "Answering", requests: Iterable[Sequence[int]], names: Sequence[str]) -> int | None:
         """How many weights, None for as few as meet the target.
@@ -109,7 +117,8 @@ class Asking(Group):
         """
         from forgetting.artefact import kappa_of
 
-        number, target = kappa_of(self.kappa, asked.model.weight_graph().num_vertices), self.target()
+        number = kappa_of(self.kappa, asked.model.weight_graph().num_vertices, self.chosen())
+        target = self.target()
         for labels in requests:
             asked.check(labels, names)
             if number is None:
@@ -290,6 +299,13 @@ NAMED = {
 }
 
 
+TOLD = {
+    "features_before": "percent that features read by a stage tell of the class, untouched",
+    "features_may": "as two small networks expect after retraining",
+    "features_now": "with the mask",
+}
+
+
 def _show(mask: "Mask") -> None:
     """Print a mask's scores beside those of the untouched model."""
     from reporting.write import as_text
@@ -309,6 +325,9 @@ def _show(mask: "Mask") -> None:
             str(scores["n"][name]),
         ])  # fmt: skip
     show(as_text(rows))
+    for name, said in TOLD.items():
+        if name in scores:
+            show(f"{said}: {scores[name]}")
     low, high = scores["intervals"]["retain_change"]
     show(f"retain score changes by {scores['retain_change']:+.1f} points ({low:+.1f} to {high:+.1f})")
     show(f"forgotten: {', '.join(mask.forgotten)}; {mask.summary()}")

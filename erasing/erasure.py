@@ -23,16 +23,17 @@ class Erasure:
 
     Args:
         off: parameter -> which of its weights are switched off, bool [*shape]; none in the rows that are drawn anew.
-        rows: parameter of the last layer -> what stands in the classes' rows, [classes, ...].
-        before, target, after: what features tell after each stage but the last, see `terms.explained`: untouched, the
-            most that they may, and with the edit. [stages] each.
+        head: name of the last layer's weight. rows: what stands in the classes' rows of it, [classes, d].
+        before, may, after: what features tell after each stage but the last, see `terms.explained`: untouched, as
+            retraining is expected to leave it, and with the edit. [stages] each.
     """
 
     classes: tuple[int, ...]
     off: Mapping[str, Tensor]
-    rows: Mapping[str, Tensor]
+    head: str
+    rows: Tensor
     before: Tensor
-    target: Tensor
+    may: Tensor
     after: Tensor
 
     @property
@@ -50,10 +51,9 @@ class Erasure:
         with torch.no_grad():
             for name, part in self.off.items():
                 module.get_parameter(name).masked_fill_(part, 0)
-            for name, values in self.rows.items():
-                parameter = module.get_parameter(name)
-                parameter[list(self.classes)] = values
-                touched.setdefault(name, torch.zeros(parameter.shape, dtype=torch.bool))[list(self.classes)] = True
+            last, chosen = module.get_parameter(self.head), list(self.classes)
+            last[chosen] = self.rows
+        touched.setdefault(self.head, torch.zeros(last.shape, dtype=torch.bool))[chosen] = True
         return touched
 
 
@@ -63,32 +63,37 @@ class Eraser:
     Args:
         model: its targets are the weights that may be switched off. h: rows of images, [S, numbers]. labels: [S].
         seed: of everything that is drawn.
+
+    Raises:
+        NoLinearHead: there are no rows of a last layer to draw anew.
     """
 
     def __init__(self, model: ForeignClassifier, h: Tensor, labels: Tensor, seed: int):
         self.model, self.stages, self.h, self.labels, self.seed = model, Stages(model), h, labels, seed
         self.proxies = Proxies(model, h, labels, seed)
+        self.head = f"{last_layer(self.stages)[0]}.weight"
 
     def erase(self, classes: Sequence[int], kappa: int, schedule: Schedule | None = None) -> Erasure:
         """Erase classes with kappa weights and new rows of the last layer.
 
         Raises:
-            UserError: kappa is not between 1 and all weights. NoLinearHead: there are no rows to draw anew.
+            UserError: kappa is not between 1 and all weights.
         """
         sides = Sides(self.stages, self.h, self.labels, classes)
-        target, barred = self.proxies.targets(sides), self._rows(sides.classes)
+        before, may, target = self.proxies.allowance(sides)
+        barred = self._rows(sides.classes)
         descent = Descent(sides, target, self.seed, schedule or Schedule(), barred)
         off = descent.run(kappa)
         weights, kept = descent.graph.split(descent.weight.masked_fill(off, 0)), sides.retain
         rows = new_rows(self.stages, weights, self.h[kept], self.labels[kept], sides.classes, self.seed)
 
-        def told(instead: Sequence[Tensor] | None) -> Tensor:
+        def told() -> Tensor:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "proxies", "judged"))
-            return sides.tells(self.stages, generator, DRAWS, instead)
+            return sides.tells(self.stages, generator, DRAWS, weights)
 
         pairs = zip(self.model.targets, descent.graph.split(off), strict=True)
         where = {one.name: part.view(one.shape) for one, part in pairs if bool(part.any())}
-        return Erasure(sides.classes, where, rows, told(None), target, told(weights))
+        return Erasure(sides.classes, where, self.head, rows, before, may, told())
 
     def _rows(self, classes: Sequence[int]) -> Tensor:
         """Which target weights lie in the rows that are drawn anew, bool [*graph.shape]."""

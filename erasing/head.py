@@ -50,7 +50,7 @@ def _reading(module: nn.Module) -> Generator[list[Tensor]]:
 
 def new_rows(
     stages: Stages, weights: Sequence[Tensor] | None, h: Tensor, labels: Tensor, classes: Sequence[int], seed: int
-) -> dict[str, Tensor]:
+) -> Tensor:
     """Draw the classes' rows anew and train them on retained images, Adam, everything else fixed.
 
     Args:
@@ -58,7 +58,7 @@ def new_rows(
         h: rows of retained images, [S, numbers]. labels: [S].
 
     Returns:
-        Name of the last layer's weight -> [classes, d], and of its bias, if it has one, -> [classes].
+        The rows, [classes, d]; the classes' entries of a bias stay as they are.
 
     Raises:
         NoLinearHead: there are no such rows.
@@ -72,8 +72,8 @@ def new_rows(
     generator = torch.Generator().manual_seed(derive_seed(seed, "erasing", "rows", *classes))
     bound, chosen = features.shape[1] ** -0.5, torch.tensor(classes)
     row = (bound * (2 * torch.rand(len(classes), features.shape[1], generator=generator) - 1)).requires_grad_()
-    bias = torch.zeros(len(classes), requires_grad=layer.bias is not None)
-    optimizer = torch.optim.Adam([one for one in (row, bias) if one.requires_grad], RATE)
+    bias = torch.zeros(()) if layer.bias is None else layer.bias.detach()[chosen]
+    optimizer = torch.optim.Adam([row], RATE)
     with torch.enable_grad():
         for _ in range(max(EPOCHS, -(-LEAST_STEPS * BATCH // len(labels)))):
             for part in torch.randperm(len(labels), generator=generator).split(BATCH):
@@ -82,5 +82,4 @@ def new_rows(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    found = {f"{name}.weight": row.detach().to(layer.weight.dtype)}
-    return found | ({f"{name}.bias": bias.detach().to(layer.bias.dtype)} if layer.bias is not None else {})
+    return row.detach().to(layer.weight.dtype)

@@ -1,7 +1,7 @@
-"""Which layers an edit of the features covers, and what each of their stages reads.
+"""What each stage of a classifier reads.
 
-A *stage* is a block of the network that holds target weights: of a stack (`ModuleList`, `Sequential`) each item, else
-the layer itself. The features are what every stage but the first reads, and what the first reads no mask changes.
+A *stage* is a block of the network that holds target weights (`models.targets.stage_of`). The features are what every
+stage but the first reads; what the first reads no mask changes.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -11,41 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.foreign import ForeignClassifier
-from models.targets import Target, find_targets, head_of
-
-SHARE = 0.9  # of all weights of Linear and Conv2d layers: the last stages that hold so many take part
-STACKS = (nn.ModuleList, nn.Sequential)
-
-
-def stage_of(module: nn.Module, parameter: str) -> str:
-    """Name of the stage that a parameter belongs to: the first item of a stack on its path, else its own module."""
-    path = parameter.split(".")[:-1]
-    for depth in range(1, len(path)):
-        if isinstance(module.get_submodule(".".join(path[:depth])), STACKS):
-            return ".".join(path[: depth + 1])
-    return ".".join(path)
-
-
-def deep_layers(module: nn.Module, images: Tensor, outputs: int) -> tuple[str, ...]:
-    """Names of the target weights of the last stages that hold SHARE of all weights, in the order of the forward pass.
-
-    Args:
-        module: in eval mode. images: one or more, [B, C, H, W]. outputs: number of logits.
-
-    Raises:
-        UserError: no weight gives the logits.
-    """
-    targets = find_targets(module, images)
-    last = head_of(targets, outputs)
-    used = [target for target in targets if target.order <= last.order]
-    needed, held, chosen = SHARE * sum(target.size for target in used), 0, set[str]()
-    for target in reversed(used):
-        stage = stage_of(module, target.name)
-        if held >= needed and stage not in chosen:
-            break
-        chosen.add(stage)
-        held += target.size
-    return tuple(target.name for target in used if stage_of(module, target.name) in chosen)
+from models.targets import Target, stage_of
 
 
 class Stages:
@@ -59,7 +25,7 @@ class Stages:
         self.model = model
         first: dict[str, Target] = {}
         for target in model.targets:
-            first.setdefault(stage_of(model.net, target.name), target)
+            first.setdefault(stage_of(target.name), target)
         names = list(first)
         self.taps = {name: _as_vectors(first[name]) for name in names[1:]}
         """Stage -> what makes its input, [B, ...], one vector per image, [B, d]."""

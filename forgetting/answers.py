@@ -14,6 +14,8 @@ from core.choices import UserError
 from core.config import AutoConfig, ForgetLosses, RefineConfig, Starts
 from core.intervals import Interval, paired_difference, wilson
 from core.observe import log
+from erasing.erasure import Eraser, Erasure
+from erasing.head import NoLinearHead
 from forgetting.samples import Parts, Samples
 from graphs.subsets import hard_topk
 from measure.auto_kappa import Attempt, Search, check_provable, kappas
@@ -32,11 +34,13 @@ class Ways(StrEnum):
     """How the weights are chosen: by first-order importance alone, or improved by descent for this request.
 
     robust: improved so that the class stays forgotten when BatchNorm statistics are computed anew.
+    erase: such that features do not tell the class either, and with new rows of the last layer (`erasing`).
     """
 
     refined = "refined"
     robust = "robust"
     first_order = "first_order"
+    erase = "erase"
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,10 @@ class Answer:
     """A request's answer.
 
     Args:
-        classes: labels to forget. off: which weights are switched off, bool [*graph.shape]. kappa: how many.
-        search: how kappa was found; None: it was given.
+        classes: labels to forget. off: which weights are switched off or replaced, bool [*graph.shape].
+        kappa: how many are switched off. search: how kappa was found; None: it was given.
+        values: what stands in their place, [*graph.shape]; None: zeros.
+        erasure: of the way `erase`, what features tell.
     """
 
     classes: tuple[int, ...]
@@ -53,6 +59,8 @@ class Answer:
     kappa: int
     way: Ways
     search: Search | None = None
+    values: Tensor | None = None
+    erasure: Erasure | None = None
 
 
 class Answering:
@@ -122,19 +130,50 @@ class Answering:
         size = self.head.graph.num_vertices
         if not 1 <= kappa <= size:
             raise UserError(f"kappa is {kappa:,}, the target weights are {size:,}: choose from 1 to {size:,}")
+        if way is Ways.erase:
+            return self._erased(classes, kappa)
         head = self.robust_head if way is Ways.robust else self.head
         theta = head.start(classes) if isinstance(head, RobustHead) else tail_start(head, classes)
         if way is not Ways.first_order:
             theta = refine(head, theta, Request(classes, kappa), REFINE, CANDIDATES * kappa)
         return Answer(classes, hard_topk(theta, kappa), kappa, way)
 
-    def masked(self, off: Tensor) -> list[Tensor]:
-        """The target weights, [m, n] each, with some of them at zero."""
-        return self.head.graph.split(self.head.weight.masked_fill(off, 0))
+    @cached_property
+    def eraser(self) -> Eraser:
+        """What answers requests to erase.
 
-    def predictions(self, samples: Samples, off: Tensor | None = None) -> Tensor:
-        """What the model answers, int [S]; `off`: with these weights at zero."""
-        return samples.logits(self.model, None if off is None else self.masked(off)).argmax(1)
+        Raises:
+            UserError: the last layer has no rows that could be drawn anew, or is not among the targets.
+        """
+        samples = self.parts.train
+        try:
+            eraser = Eraser(self.model, samples.h, samples.labels, 0)
+        except NoLinearHead as reason:
+            raise UserError(f"erasing draws rows of the last layer anew, and {reason}: use --depth suppress") from None
+        if eraser.head not in {target.name for target in self.model.targets}:
+            raise UserError(f"erasing draws rows of {eraser.head} anew: name it with --layer as well")
+        return eraser
+
+    def _erased(self, classes: tuple[int, ...], kappa: int) -> Answer:
+        erasure, graph = self.eraser.erase(classes, kappa), self.model.weight_graph()
+        off, values = [], []
+        for target in self.model.targets:
+            gone = erasure.off.get(target.name, torch.zeros(target.shape, dtype=torch.bool)).clone()
+            new = torch.zeros(target.shape)
+            if target.name == erasure.head:
+                gone[list(classes)], new[list(classes)] = True, erasure.rows.float()
+            off.append(gone.view(target.matrix))
+            values.append(new.view(target.matrix))
+        joined = graph.join(off), graph.join(values)
+        return Answer(classes, joined[0], kappa, Ways.erase, values=joined[1], erasure=erasure)
+
+    def masked(self, off: Tensor, values: Tensor | None = None) -> list[Tensor]:
+        """The target weights, [m, n] each, with some of them at zero, or at `values`; both [*graph.shape]."""
+        return self.head.graph.split(torch.where(off, 0 if values is None else values, self.head.weight))
+
+    def predictions(self, samples: Samples, off: Tensor | None = None, values: Tensor | None = None) -> Tensor:
+        """What the model answers, int [S]; `off`: with these weights at zero, or at `values`."""
+        return samples.logits(self.model, None if off is None else self.masked(off, values)).argmax(1)
 
     # --- BatchNorm ---
 
@@ -151,16 +190,18 @@ class Answering:
             if isinstance(module, NORMS) and module.track_running_stats and not inside(f"{name}.running_mean")
         }
 
-    def anew(self, samples: Samples, off: Tensor | None, classes: Sequence[int]) -> Tensor | None:
+    def anew(
+        self, samples: Samples, off: Tensor | None, classes: Sequence[int], values: Tensor | None = None
+    ) -> Tensor | None:
         """What the model answers, int [S], with BatchNorm statistics that were computed anew with retained images.
 
         A mask shifts the activations behind it, to which the statistics of a BatchNorm layer no longer fit; computing
         them anew may bring a class back (arXiv 2609.08901). None: no such layer is behind the mask.
 
         Args:
-            off: with these weights at zero, bool [*graph.shape]. classes: to forget; images of all others are retained.
+            off: with these weights at zero, or at `values`. classes: to forget; images of all others are retained.
         """
-        train, weights = self.parts.train, None if off is None else self.masked(off)
+        train, weights = self.parts.train, None if off is None else self.masked(off, values)
         retained = train.only(~torch.isin(train.labels, torch.tensor(classes)))
         retained = retained.only(torch.arange(len(retained)) < RECALIBRATED)
         if not self.norms or len(retained) < 2:
@@ -172,7 +213,7 @@ class Answering:
                         self.model.head(rows, None, weights)
             for module in self.norms.values():
                 module.eval()
-            return self.predictions(samples, off)
+            return self.predictions(samples, off, values)
 
     # --- the smallest kappa that meets a target ---
 

@@ -5,28 +5,31 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from core.choices import UserError
 from core.config import AutoConfig
+from erasing.erasure import SHARE
 from forgetting.answers import Answer, Answering, Twice, Ways
 from forgetting.scores import judge
 from mimu import Config, Mask, MaskError, Parent, describe_parent
 from models.class_names import ClassNames
 from models.foreign import ForeignClassifier
+from models.targets import AUTO, DEEP
 
 AUTO_KAPPA = "auto"
 THOUSANDS = re.compile(r"[1-9]\d{0,2}(,\d{3})+")  # no other comma is dropped: "0,3%" would become 3 %
 
 
-def kappa_of(text: str | int, size: int) -> int | None:
-    """`auto` -> None; `2000` or `0.3%` of all target weights -> how many.
+def kappa_of(text: str | int, size: int, way: Ways = Ways.refined) -> int | None:
+    """`auto` -> None (to erase: SHARE); `2000` or `0.3%` of all target weights -> how many.
 
     Raises:
         UserError: it is none of these, or not between 1 and all of them.
     """
     if text == AUTO_KAPPA:
-        return None
+        return max(1, round(SHARE * size)) if way is Ways.erase else None
     word = str(text).strip().replace("_", "")
     word = word.replace(",", "") if THOUSANDS.fullmatch(word) else word
     try:
@@ -39,6 +42,11 @@ def kappa_of(text: str | int, size: int) -> int | None:
         raise UserError(f"kappa is {text!r}, the target weights are {size:,}: give auto, a whole number from 1 to "
                         f"{size:,}, or a share such as 0.3%")  # fmt: skip
     return round(kappa)
+
+
+def usual_layers(way: Ways) -> tuple[str, ...]:
+    """Which layers a way works on where nobody names any."""
+    return (DEEP,) if way is Ways.erase else (AUTO,)
 
 
 def positions(model: ForeignClassifier, off: Tensor) -> dict[str, Tensor]:
@@ -62,23 +70,30 @@ def to_mask(
         parent: names of parameters -> what is to be said of the model.
         target: what kappa was searched for with, if it was.
     """
-    flat = positions(answering.model, answer.off)
+    flat, values = positions(answering.model, answer.off), None
+    about = parent(flat)
+    if answer.values is not None:
+        parts = zip(answering.model.targets, answering.model.weight_graph().split(answer.values), strict=True)
+        held = {target.name: part.flatten() for target, part in parts}
+        values = {name: held[name][at].to(getattr(torch, about.targets[name].dtype)) for name, at in flat.items()}
     scores = judge(answering, answer)
     absent = int((answering.parts.counts == 0).sum())
     config = Config.read({
         "forgotten": [{"index": label, "name": names.names[label]} for label in answer.classes],
-        "parent": parent(flat),
+        "parent": about,
         "preprocessing": dict(preprocessing) if preprocessing else None,
         "scores": scores | {"classes_without_images": absent},
         "method": _method(answer, target),
         "kappa": answer.kappa,
         "data_sha256": answering.parts.digest,
     })  # fmt: skip
-    return Mask(flat, config)
+    return Mask(flat, config, values)
 
 
 def _method(answer: Answer, target: AutoConfig) -> str:
     """Say in one line how the weights and their number were found."""
+    if answer.way is Ways.erase:
+        return f"{answer.way}, with new rows of the last layer; no retrained model was there to compare features with"
     if answer.search is None:
         return f"{answer.way}, kappa given"
     met = "meets" if answer.search.achieved else "comes nearest to, without meeting it,"

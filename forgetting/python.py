@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.choices import UserError
 from core.config import AutoConfig
 from forgetting.answers import TARGET, Answering, Ways
-from forgetting.artefact import AUTO_KAPPA, answer_to, described, kappa_of, to_mask
+from forgetting.artefact import AUTO_KAPPA, answer_to, described, kappa_of, to_mask, usual_layers
 from forgetting.pictures import Folder, Loader, Source, examples, labels_of, open_folder
 from forgetting.samples import read_samples
 from forgetting.scores import check_clean
@@ -23,7 +23,6 @@ from models.class_names import ClassNames, choose_names
 from models.foreign import ForeignClassifier
 from models.prefix import PROBE
 from models.specs import ends_in_softmax, logits_of
-from models.targets import AUTO
 
 
 def forget(
@@ -33,7 +32,7 @@ def forget(
     *,
     names: Sequence[str] | None = None,
     prepare: Callable[[Image.Image], Tensor] | None = None,
-    layers: Sequence[str] = (AUTO,),
+    layers: Sequence[str] | None = None,
     kappa: str | int = AUTO_KAPPA,
     way: Ways = Ways.refined,
     target: AutoConfig = TARGET,
@@ -48,8 +47,9 @@ def forget(
         classes: to forget, by name or number.
         names: of the model's outputs, in their order; without them, the sorted names of the folder's subfolders.
         prepare: opened image -> tensor [C, H, W], as at test time; needed for a folder.
-        layers: names of the weights to mask; `auto`, the last one before the head; `all`.
-        kappa: how many weights: a number, a share such as "0.3%", or "auto", as few as meet `target`.
+        layers: names of the weights to mask; `auto`, the last one before the head; `all`; `deep`, the last stages with
+            nine tenths of all weights. None: `auto`, and to erase `deep`.
+        kappa: how many weights: a number, a share such as "0.3%", or "auto", as few as meet `target` (to erase: 2 %).
         way: how they are chosen; with `auto`, refined is robust where BatchNorm is behind the weights.
         target: limits on validation images, percent and points, for `auto`.
 
@@ -70,12 +70,12 @@ def forget(
     outputs, logits = _asked(working, first)
     known = _names(outputs, names, tree.classes if tree else None)
     source: Source = Folder(tree, labels_of(tree.classes, known), prepare) if tree else Loader(images, outputs)  # ty: ignore
-    classifier = ForeignClassifier(working, logits, first, outputs, layers)
+    classifier = ForeignClassifier(working, logits, first, outputs, layers or usual_layers(way))
     described(model, [target.name for target in classifier.targets])  # before the images are gone over
     labels = sorted({known.find(one) for one in classes})
     answering = Answering(classifier, read_samples(classifier, source))
     answering.check(labels, known.names)
-    number = kappa_of(kappa, classifier.weight_graph().num_vertices)
+    number = kappa_of(kappa, classifier.weight_graph().num_vertices, way)
     if number is None:
         answering.check_target(labels, target)
     check_clean(answering, known)

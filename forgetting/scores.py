@@ -7,6 +7,7 @@ import torch
 
 from core.choices import UserError
 from core.intervals import Interval
+from erasing.erasure import Erasure
 from forgetting.answers import Answer, Answering, lost, recognised
 from models.class_names import ClassNames, clean_accuracy, is_at_chance, permutation_that_fits
 
@@ -41,11 +42,13 @@ def judge(answering: Answering, answer: Answer) -> dict[str, Any]:
         `clean_forget`, `clean_retain`, of the untouched model; `forget`, `retain`; `retain_change`, points;
         `p_forget`, mean probability of the classes to forget on their images; `forget_recalibrated` and
         `retain_recalibrated`, with BatchNorm statistics computed anew, where the model has such layers behind the
-        mask; `intervals` (95 %) and `n`, by the same names; `classes_retained`, how many have test images.
+        mask; of an erasing edit `features_before`, `features_may`, `features_now`, see `_told`; `intervals` (95 %) and
+        `n`, by the same names; `classes_retained`, how many have test images.
     """
     samples = answering.parts.test
     forgotten = torch.isin(samples.labels, torch.tensor(answer.classes))
-    before, logits = answering.predictions(samples), samples.logits(answering.model, answering.masked(answer.off))
+    before = answering.predictions(samples)
+    logits = samples.logits(answering.model, answering.masked(answer.off, answer.values))
     after = logits.argmax(1)
     measured = {
         "clean_forget": recognised(before, samples.labels, forgotten),
@@ -55,14 +58,26 @@ def judge(answering: Answering, answer: Answer) -> dict[str, Any]:
     }
     change = lost(before, after, samples.labels, ~forgotten)
     measured["retain_change"] = Interval(0.0 - change.value, -change.high, -change.low, change.n)  # not -0.0
-    if (again := answering.anew(samples, answer.off, answer.classes)) is not None:
+    if (again := answering.anew(samples, answer.off, answer.classes, answer.values)) is not None:
         measured["forget_recalibrated"] = recognised(again, samples.labels, forgotten)
         measured["retain_recalibrated"] = recognised(again, samples.labels, ~forgotten)
     probability = logits[forgotten].softmax(1)[:, list(answer.classes)].sum(1).mean()
     percent = {name: one.times(100) for name, one in measured.items()}
     facts: dict[str, Any] = {name: one.value for name, one in percent.items()}
     facts["p_forget"] = 100 * float(probability)
+    if answer.erasure is not None:
+        facts |= _told(answering, answer.erasure)
     facts["classes_retained"] = len(samples.labels[~forgotten].unique())
     facts["intervals"] = {name: [one.low, one.high] for name, one in percent.items()}
     facts["n"] = {name: one.n for name, one in percent.items()} | {"p_forget": int(forgotten.sum())}
     return facts
+
+
+def _told(answering: Answering, erasure: Erasure) -> dict[str, str]:
+    """How much of "forgotten or partner" features explain, percent of the variance, by the stage that reads them."""
+    columns = {"features_before": erasure.before, "features_may": erasure.may, "features_now": erasure.after}
+    stages = list(answering.eraser.stages.taps)
+    return {
+        name: ", ".join(f"{stage} {100 * float(one):.0f}" for stage, one in zip(stages, values, strict=True))
+        for name, values in columns.items()
+    }

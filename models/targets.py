@@ -15,6 +15,8 @@ from models.prefix import NotResumable, Recording, first_use, record, users_of
 
 AUTO = "auto"
 ALL = "all"
+DEEP = "deep"
+DEEP_SHARE = 0.9  # of all weights up to the head: the last stages that hold so many are `deep`
 SHOWN = 5  # names that an error message lists
 
 
@@ -103,12 +105,35 @@ def head_of(targets: Sequence[Target], outputs: int) -> Target:
     return found[-1]
 
 
+def stage_of(name: str) -> str:
+    """Name of the stage that a parameter belongs to: the first numbered module on its path (an item of a stack of
+    blocks), or where none is numbered the first module.
+    """
+    path = name.split(".")[:-1]
+    numbered = next((place for place, part in enumerate(path) if part.isdigit()), 0)
+    return ".".join(path[: numbered + 1])
+
+
+def _deep(targets: Sequence[Target], head: Target) -> tuple[Target, ...]:
+    """The weights of the last stages that hold DEEP_SHARE of all, the head's among them."""
+    used = [target for target in targets if target.order <= head.order]
+    needed, held, chosen = DEEP_SHARE * sum(target.size for target in used), 0, set[str]()
+    for target in reversed(used):
+        stage = stage_of(target.name)
+        if held >= needed and stage not in chosen:
+            break
+        chosen.add(stage)
+        held += target.size
+    return tuple(target for target in used if stage_of(target.name) in chosen)
+
+
 def choose(targets: Sequence[Target], layers: Sequence[str], outputs: int) -> tuple[Target, ...]:
     """The weights that the user means, in the order of the forward pass.
 
     Args:
         targets: all there are.
-        layers: parameter or module names; `auto`, the last weight before the head; `all`, every one before the head.
+        layers: parameter or module names; `auto`, the last weight before the head; `all`, every one before the head;
+            `deep`, those of the last stages that hold nine tenths of all, with the head.
         outputs: number of logits.
 
     Raises:
@@ -116,6 +141,8 @@ def choose(targets: Sequence[Target], layers: Sequence[str], outputs: int) -> tu
     """
     if not targets:
         raise UserError("this model has no Linear or Conv2d weight that its forward pass uses: there is none to mask")
+    if tuple(layers) == (DEEP,):
+        return _deep(targets, head_of(targets, outputs))
     if tuple(layers) in ((AUTO,), (ALL,)):
         head = head_of(targets, outputs)
         before = [target for target in targets if target.order < head.order]

@@ -13,9 +13,10 @@ from torch import Tensor
 from core.config import MaskStrategies, Starts, UserError, derive_seed
 from erasing.erasure import SHARE, Eraser, Erasure
 from erasing.head import NoLinearHead, new_rows
-from erasing.stages import deep_layers, rows_of
+from erasing.stages import rows_of
 from model import inspecting
 from models.foreign import INSIDE, ForeignClassifier
+from models.targets import DEEP
 from unlearn import closed_form, trained
 from unlearn.features import centred_rank
 from unlearn.finetuning import Finetuner
@@ -76,11 +77,7 @@ def mimu_deep(context: Context, point: Point) -> Edit:
     """
     eraser = eraser_of(context, point.seed)
     kappa = max(1, round(SHARE * eraser.model.weight_graph().num_vertices))
-    try:
-        erasure = eraser.erase(context.config.forget_labels, kappa)
-    except NoLinearHead as reason:
-        raise NotApplicable(f"draws rows of the last layer anew, and {reason}") from None
-    return _written(context, erasure)
+    return _written(context, eraser.erase(context.config.forget_labels, kappa))
 
 
 @method("head_row_new", "last layer's row anew", axes=("seed",), source="control: what the head alone can hide")
@@ -88,12 +85,9 @@ def head_row_new(context: Context, point: Point) -> Edit:
     """Draw the forgotten classes' rows of the last layer anew and train them on D_r alone; no other weight changes."""
     eraser, classes = eraser_of(context, point.seed), context.config.forget_labels
     kept = ~torch.isin(eraser.labels, torch.tensor(classes))
-    try:
-        rows = new_rows(eraser.stages, None, eraser.h[kept], eraser.labels[kept], classes, point.seed)
-    except NoLinearHead as reason:
-        raise NotApplicable(f"draws rows of the last layer anew, and {reason}") from None
+    rows = new_rows(eraser.stages, None, eraser.h[kept], eraser.labels[kept], classes, point.seed)
     nothing = torch.zeros(0)
-    return _written(context, Erasure(classes, {}, rows, nothing, nothing, nothing))
+    return _written(context, Erasure(classes, {}, eraser.head, rows, nothing, nothing, nothing))
 
 
 def eraser_of(context: Context, seed: int) -> Eraser:
@@ -105,11 +99,13 @@ def eraser_of(context: Context, seed: int) -> Eraser:
         sides = [context.images("train", side) for side in (True, False)]
         first = next(iter(sides[1]))[0][:4].to(context.device)
         with inspecting(net):
-            layers = deep_layers(net, first, context.data.num_classes)
-            deep = ForeignClassifier(net, logits, first, context.data.num_classes, layers)
+            deep = ForeignClassifier(net, logits, first, context.data.num_classes, (DEEP,))
             pairs = [(rows_of(deep, [images.to(context.device)]), true) for side in sides for images, true in side]
         rows, labels = zip(*pairs, strict=True)
-        return Eraser(deep, torch.cat(rows), torch.cat(labels).to(context.device), seed)
+        try:
+            return Eraser(deep, torch.cat(rows), torch.cat(labels).to(context.device), seed)
+        except NoLinearHead as reason:
+            raise NotApplicable(f"draws rows of the last layer anew, and {reason}") from None
 
     return context.shared.once(("eraser", seed), make).value
 

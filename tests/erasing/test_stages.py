@@ -3,15 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
-from erasing.stages import Stages, deep_layers, rows_of, stage_of
+from erasing.stages import Stages, rows_of
 from model import HookedMLPClassifier
 from models.foreign import ForeignClassifier
+from models.targets import DEEP, choose, find_targets, stage_of
 from tests.helpers.foreign import resnet, vit
 
 
 def opened(module: nn.Module, images: torch.Tensor, outputs: int) -> ForeignClassifier:
-    return ForeignClassifier(module, lambda said: said, images, outputs, deep_layers(module, images, outputs))
+    return ForeignClassifier(module, lambda said: said, images, outputs, (DEEP,))
 
 
 @pytest.fixture(scope="module")
@@ -21,22 +23,38 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("parameter", "stage"),
-    [("layer3.0.downsample.0.weight", "layer3.0"), ("layer4.1.conv2.weight", "layer4.1"), ("fc.weight", "fc")],
+    [
+        ("layer3.0.downsample.0.weight", "layer3.0"),
+        ("backbone.layer4.1.conv2.weight", "backbone.layer4.1"),
+        ("vit.encoder.layer.11.output.dense.weight", "vit.encoder.layer.11"),
+        ("features.5.1.block.0.weight", "features.5"),
+        ("linears.2.weight", "linears.2"),
+        ("fc.weight", "fc"),
+        ("head.fc.weight", "head"),
+        ("weight", ""),
+    ],
 )
-def test_a_stage_is_an_item_of_the_first_stack_on_the_way(parameter, stage):
-    assert stage_of(resnet(), parameter) == stage
+def test_a_stage_is_the_first_numbered_module_on_the_way(parameter, stage):
+    assert stage_of(parameter) == stage
 
 
-@pytest.mark.parametrize("make", [resnet, vit])
+@pytest.mark.parametrize("make", [resnet, vit, lambda: ResNet(BasicBlock, [2, 2, 2, 2], num_classes=5)])
 def test_the_last_stages_hold_nine_tenths_of_the_weights_and_not_without_the_first_of_them(make, images):
     module = make().eval()
     outputs = module(images).shape[1]
-    chosen, every = deep_layers(module, images, outputs), deep_layers.__globals__["find_targets"](module, images)
+    every = find_targets(module, images)
+    chosen = [target.name for target in choose(every, (DEEP,), outputs)]
     sizes = {target.name: target.size for target in every}
-    stages = list(dict.fromkeys(stage_of(module, name) for name in chosen))
-    without = sum(sizes[name] for name in chosen if stage_of(module, name) != stages[0])
+    stages = list(dict.fromkeys(map(stage_of, chosen)))
+    without = sum(sizes[name] for name in chosen if stage_of(name) != stages[0])
     assert without < 0.9 * sum(sizes.values()) <= sum(sizes[name] for name in chosen)
-    assert all((stage_of(module, name) in stages) == (name in chosen) for name in sizes)
+    assert all((stage_of(name) in stages) == (name in chosen) for name in sizes)
+
+
+def test_of_a_resnet_18_these_are_the_last_two_groups_of_blocks_and_the_head(images):
+    targets = find_targets(ResNet(BasicBlock, [2, 2, 2, 2], num_classes=5).eval(), images)
+    chosen = {stage_of(target.name) for target in choose(targets, (DEEP,), 5)}
+    assert chosen == {"layer3.0", "layer3.1", "layer4.0", "layer4.1", "fc"}
 
 
 def test_features_of_a_perceptron_are_its_hidden_layers():

@@ -5,10 +5,11 @@ import torch
 from torch.nn import functional
 
 from erasing import terms
-from erasing.stages import Stages, deep_layers, rows_of
+from erasing.stages import Stages, rows_of
 from erasing.terms import LEAST_SPREAD, OWN, RIDGE, Sides, Weights, explained
 from model import HookedMLPClassifier
 from models.foreign import ForeignClassifier
+from models.targets import DEEP
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,7 +56,7 @@ def test_a_direction_of_one_group_alone_counts():
 def sides() -> Sides:
     model = HookedMLPClassifier(4, 1, 6).eval().requires_grad_(False)
     images = torch.randn(80, 1, 6, 6, generator=torch.Generator().manual_seed(3))
-    deep = ForeignClassifier(model, lambda said: said, images[:4], 4, deep_layers(model, images[:4], 4))
+    deep = ForeignClassifier(model, lambda said: said, images[:4], 4, (DEEP,))
     labels = torch.arange(80) % 4
     labels[labels == 3] = 0  # the classifier knows a class of which there is no image
     return Sides(Stages(deep), rows_of(deep, [images]), labels, (1,))
