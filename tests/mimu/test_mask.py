@@ -589,11 +589,14 @@ from pathlib import Path
 import torch
 from mimu import Mask, describe_parent, restore, seal, state_sha256
 model = torch.nn.Linear(4, 4)
-before, parent = state_sha256(model), describe_parent(model, ["weight"])
-Mask({"weight": torch.tensor([1, 5])}, {"forgotten": [{"index": 0, "name": "a"}], "parent": parent}).save("m")
+before, parent = state_sha256(model), describe_parent(model, ["weight", "bias"])
+places = {"weight": torch.tensor([1, 5]), "bias": torch.tensor([3])}
+config = {"forgotten": [{"index": 0, "name": "a"}], "parent": parent}
+Mask(places, config, {"bias": torch.tensor([2.5])}).save("m")
 mask = Mask.load("m")
 with mask.applied(model):
     assert model.weight.view(-1)[[1, 5]].tolist() == [0, 0]
+    assert model.bias[3] == 2.5
 torch.save(model.state_dict(), "a.pt")
 seal("a.pt", mask, "b.pt", fill="noise", removed="key")
 restore("b.pt", "key", "c.pt")
