@@ -180,13 +180,10 @@ class Ledger:
         return (dict, ())
 
     def __deepcopy__(self, memo: dict) -> "Ledger":
-        held = {
-            name: replace(
-                one, places=one.places.clone(), bits=one.bits.clone(), new=one.new.clone(), count=one.count.clone()
-            )
-            for name, one in self.held.items()
-        }
-        return Ledger(dict(self.masks), held)
+        # Of the tensors in it only the counts are ever written in place; the others are replaced.
+        return Ledger(
+            dict(self.masks), {name: replace(one, count=one.count.clone()) for name, one in self.held.items()}
+        )
 
 
 def ledger_of(model: nn.Module) -> Ledger:

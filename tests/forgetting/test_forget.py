@@ -241,7 +241,7 @@ def test_a_mask_that_replaces_weights_is_verified_sealed_and_composed(home, net,
 def test_verify_looks_at_every_position(parameter, line, home, replacing, tmp_path, capsys, monkeypatch):
     """A model in which one of them was written by somebody else."""
     replacing.save(tmp_path / "m")
-    apply = Mask.apply
+    apply, lift = Mask.apply, Mask.lift
 
     def apply_and_spoil(mask: Mask, module: nn.Module) -> object:
         fit = apply(mask, module)
@@ -250,9 +250,11 @@ def test_verify_looks_at_every_position(parameter, line, home, replacing, tmp_pa
         return fit
 
     monkeypatch.setattr(Mask, "apply", apply_and_spoil)
-    monkeypatch.setattr(Mask, "lift", lambda mask, module: True)
+    monkeypatch.setattr(Mask, "lift", lambda mask, module: lift(mask, module, changed="restore"))
     assert main.main(["verify", spec_of(home), str(tmp_path / "m"), *FLAGS, "--quiet"]) == 1
-    assert line in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert line in said
+    assert "lifted: the parent, bit for bit" in said
 
 
 def test_verify_tells_other_images_and_scores_that_are_not_the_cards(home, tmp_path, capsys):

@@ -326,14 +326,14 @@ def test_a_disagreement_in_the_second_layer_leaves_the_first_alone():
 
 def test_a_value_that_masks_share_stays_until_the_last_is_lifted():
     model = mlp()
-    first, second = head_mask(model, [1, 2], [4.0, 0]), head_mask(model, [1, 3], [4.0, 6])
+    first, second = head_mask(model, [2, 3], [0.0, 4]), head_mask(model, [1, 3], [6.0, 4])
     before, old = bits(model), model[2].weight.detach().clone().view(-1)
     first.apply(model, "first")
     second.apply(model, "second")
     assert [one.shared for one in status(model)] == [1, 1]
     assert [one.weights for one in status(model)] == [{"2.weight": 2}] * 2
     first.lift(model, "first")
-    assert model[2].weight.view(-1)[1:4].tolist() == [4, old[2], 6]
+    assert model[2].weight.view(-1)[1:4].tolist() == [6, old[2], 4]
     second.lift(model, "second")
     assert bits(model) == before
 

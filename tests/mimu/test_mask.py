@@ -452,15 +452,16 @@ def test_wrong_values_are_refused(values, says):
         Mask(PLACES, FIXED, values)
 
 
-def test_a_parameter_that_is_called_as_the_files_values_are_is_refused():
+@pytest.mark.parametrize("name", [".values.w", ".values.v"])
+def test_a_parameter_that_is_called_as_the_files_values_are_is_refused(name):
     """Only a state dict that no module of torch made has such a name."""
-    targets = dict.fromkeys(("w", ".values.w"), FIXED["parent"]["targets"]["0.weight"])
+    targets = dict.fromkeys(("w", name), FIXED["parent"]["targets"]["0.weight"])
     config, flat = (
         FIXED | {"parent": FIXED["parent"] | {"targets": targets}},
         dict.fromkeys(targets, PLACES["0.weight"]),
     )
     assert Mask(flat, config).switched_off == 6
-    with pytest.raises(MaskError, match=r"hold two tensors \.values\.w"):
+    with pytest.raises(MaskError, match=r"^\.values\.[wv] is called as values are in the mask's file"):
         Mask(flat, config, {"w": torch.ones(3)})
 
 
@@ -590,11 +591,14 @@ from pathlib import Path
 import torch
 from mimu import Mask, describe_parent, restore, seal, state_sha256
 model = torch.nn.Linear(4, 4)
-before, parent = state_sha256(model), describe_parent(model, ["weight"])
-Mask({"weight": torch.tensor([1, 5])}, {"forgotten": [{"index": 0, "name": "a"}], "parent": parent}).save("m")
+before, parent = state_sha256(model), describe_parent(model, ["weight", "bias"])
+places = {"weight": torch.tensor([1, 5]), "bias": torch.tensor([3])}
+config = {"forgotten": [{"index": 0, "name": "a"}], "parent": parent}
+Mask(places, config, {"bias": torch.tensor([2.5])}).save("m")
 mask = Mask.load("m")
 with mask.applied(model):
     assert model.weight.view(-1)[[1, 5]].tolist() == [0, 0]
+    assert model.bias[3] == 2.5
 torch.save(model.state_dict(), "a.pt")
 seal("a.pt", mask, "b.pt", fill="noise", removed="key")
 restore("b.pt", "key", "c.pt")
