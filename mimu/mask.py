@@ -63,14 +63,14 @@ def _checked_values(values: Mapping[str, Tensor], positions: Mapping[str, Tensor
 
     Raises:
         MaskError: a parameter has no positions, or values are not of its dtype, not one for each position, or not
-            finite.
+            finite; or a parameter has a name that the file keeps for values.
     """
     checked = {}
+    if values and (strange := next((name for name in positions if name.startswith(VALUES)), None)):
+        raise MaskError(f"{strange} is called as values are in the mask's file: rename that parameter")
     for name, new in values.items():
         if name not in positions:
             raise MaskError(f"the mask has values of {name}, in which it has no positions: give both")
-        if VALUES + name in positions:
-            raise MaskError(f"the file would hold two tensors {VALUES + name}: rename the parameter of that name")
         dtype, count = parent.targets[name].dtype, len(positions[name])
         if new.dtype not in KINDS or str(new.dtype) != f"torch.{dtype}" or tuple(new.shape) != (count,):
             raise MaskError(f"values of {name} are {new.dtype} {list(new.shape)}: give {dtype} [{count}]")
@@ -323,9 +323,9 @@ class Mask:
             beside = _parsed(path / CONFIG, read(path / CONFIG).decode(errors="replace"))
             if beside.pop(DIGEST, None) != promised or beside != config:
                 raise MaskError(f"{path / CONFIG} does not say what {FILE} says: remove one of the two")
-        prefix = VALUES if config.get("version") == WITH_VALUES else None
-        values = {name.removeprefix(VALUES): new for name, new in tensors.items() if prefix and name.startswith(prefix)}
-        positions = {name: flat for name, flat in tensors.items() if not (prefix and name.startswith(prefix))}
+        named = [name for name in tensors if name.startswith(VALUES) and config.get("version") == WITH_VALUES]
+        values = {name.removeprefix(VALUES): tensors[name] for name in named}
+        positions = {name: flat for name, flat in tensors.items() if name not in named}
         mask = cls(positions, config, values)
         for name, flat in positions.items():
             if flat.dtype != mask.positions[name].dtype:
