@@ -323,7 +323,7 @@ class Mask:
             beside = _parsed(path / CONFIG, read(path / CONFIG).decode(errors="replace"))
             if beside.pop(DIGEST, None) != promised or beside != config:
                 raise MaskError(f"{path / CONFIG} does not say what {FILE} says: remove one of the two")
-        named = {name for name in tensors if name.startswith(VALUES) and config.get("version") == WITH_VALUES}
+        named = [name for name in tensors if name.startswith(VALUES) and config.get("version") == WITH_VALUES]
         values = {name.removeprefix(VALUES): tensors[name] for name in named}
         positions = {name: flat for name, flat in tensors.items() if name not in named}
         mask = cls(positions, config, values)
