@@ -15,6 +15,7 @@ from erasing.terms import Sides
 from models.foreign import ForeignClassifier
 
 SHARE = 0.02  # of the target weights, which an edit switches off where nobody says how many
+USUAL = Schedule()
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Eraser:
         self.proxies = Proxies(model, h, labels, seed)
         self.head = f"{last_layer(self.stages)[0]}.weight"
 
-    def erase(self, classes: Sequence[int], kappa: int, schedule: Schedule | None = None) -> Erasure:
+    def erase(self, classes: Sequence[int], kappa: int, schedule: Schedule = USUAL) -> Erasure:
         """Erase classes with kappa weights and new rows of the last layer.
 
         Raises:
@@ -82,7 +83,7 @@ class Eraser:
         sides = Sides(self.stages, self.h, self.labels, classes)
         before, may, target = self.proxies.allowance(sides)
         barred = self._rows(sides.classes)
-        descent = Descent(sides, target, self.seed, schedule or Schedule(), barred)
+        descent = Descent(sides, target, self.seed, schedule, barred)
         off = descent.run(kappa)
         weights, kept = descent.graph.split(descent.weight.masked_fill(off, 0)), sides.retain
         rows = new_rows(self.stages, weights, self.h[kept], self.labels[kept], sides.classes, self.seed)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from core.config import MaskStrategies, Starts, UserError, derive_seed
-from erasing.erasure import SHARE, Eraser, Erasure
+from erasing.descent import Schedule
+from erasing.erasure import SHARE, USUAL, Eraser, Erasure
 from erasing.head import NoLinearHead, new_rows
 from erasing.stages import rows_of
 from model import inspecting
@@ -75,9 +76,7 @@ def mimu_deep(context: Context, point: Point) -> Edit:
     tell the forgotten classes from the classes that they are to be taken for no better than two small proxies say that
     retraining would leave it; then draw the classes' rows of the last layer anew and train them on D_r alone.
     """
-    eraser = eraser_of(context, point.seed)
-    kappa = max(1, round(SHARE * eraser.model.weight_graph().num_vertices))
-    return _written(context, eraser.erase(context.config.forget_labels, kappa))
+    return deep_edit(context, point.seed)
 
 
 @method("head_row_new", "last layer's row anew", axes=("seed",), source="control: what the head alone can hide")
@@ -88,6 +87,13 @@ def head_row_new(context: Context, point: Point) -> Edit:
     rows = new_rows(eraser.stages, None, eraser.h[kept], eraser.labels[kept], classes, point.seed)
     nothing = torch.zeros(0)
     return _written(context, Erasure(classes, {}, eraser.head, rows, nothing, nothing, nothing))
+
+
+def deep_edit(context: Context, seed: int, share: float = SHARE, schedule: Schedule = USUAL) -> Edit:
+    """As `mimu_deep`, with a share of the weights, and sought as a schedule says."""
+    eraser = eraser_of(context, seed)
+    kappa = max(1, round(share * eraser.model.weight_graph().num_vertices))
+    return _written(context, eraser.erase(context.config.forget_labels, kappa, schedule))
 
 
 def eraser_of(context: Context, seed: int) -> Eraser:
