@@ -260,6 +260,22 @@ def _changed(off: int, new: int) -> str:
     return f"{off:,} of them at zero and {new:,} replaced by other values" if new else "those weights at zero"
 
 
+def _reach(config: Config) -> list[str]:
+    """Say how far down a mask reaches, which its method's first word tells: an item of a list."""
+    if not re.match(r"erase\b", config.method or ""):
+        return ["- Whoever has the parent can lift it. It suppresses a class; it does not erase what was learned."]
+    measured = [
+        "  features_before, features_may (what is expected) and features_now say how far, in percent of a variance, on",
+        "  the images that the mask was sought with.",
+    ]
+    return [
+        "- Whoever has the parent can lift it. It does more than suppress a class: what features tell of it was brought",
+        "  down towards what two small networks lead one to expect of a model that never learned it.",
+        *(measured if "features_now" in (config.scores or {}) else ()),
+        "  No retrained model was there to compare with: that the class is erased is not claimed.",
+    ]
+
+
 def card(config: Config, counts: Mapping[str, tuple[int, int]]) -> str:
     """Write a mask's `README.md`.
 
@@ -290,7 +306,7 @@ def card(config: Config, counts: Mapping[str, tuple[int, int]]) -> str:
         "the parent. `mimu.seal` writes a checkpoint in which the weights are gone.",
         *("", "## What a mask does not do", ""),
         "- It makes the model neither smaller nor faster.",
-        "- Whoever has the parent can lift it. It suppresses a class; it does not erase what was learned.",
+        *_reach(config),
         "- The scores hold for the images they were measured on.",
     ]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ Run with `uv run --extra timm --extra hf pytest tests/forgetting/test_extras.py`
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import main
+from erasing.descent import Schedule
 from forgetting.answers import TARGET, Ways
-from forgetting.artefact import to_mask
+from forgetting.artefact import to_mask, usual_layers
 from forgetting.opening import Opened, Opening, open_model
 from mimu import Mask, state_sha256
 from models.preprocessing import Given
@@ -36,10 +38,10 @@ def answers(net: nn.Module, images: Tensor) -> Tensor:
     return getattr(found, "logits", found)
 
 
-def masked_by(opened: Opened, folder: Path) -> Mask:
+def masked_by(opened: Opened, folder: Path, way: Ways) -> Mask:
     """A mask for the second class; of random weights, so that nothing is asked of their accuracy."""
-    asked = opened.answering()
-    answer = asked.answer((1,), KAPPA, Ways.first_order)
+    asked = opened.answering(usual_layers(way))
+    answer = asked.answer((1,), KAPPA, way)
     how = opened.loaded.preprocessing.describe()
     to_mask(asked, answer, opened.loaded.classes, opened.parent, how, TARGET).save(folder)
     return Mask.load(folder)
@@ -50,20 +52,35 @@ def digests(place: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def written(net: nn.Module, mask: Path) -> nn.Module:
+    """What a mask's file says, by hand, through the names that the framework's own module has."""
+    stored = load_file(mask / "mask.safetensors")
+    with torch.no_grad():
+        for name in (name for name in stored if not name.startswith(".values.")):
+            new = stored.get(f".values.{name}", torch.zeros(len(stored[name])))
+            net.get_parameter(name).view(-1)[stored[name].long()] = new
+    return net
+
+
 def there_and_back(
-    spec: str, parent: Path, sealed: Path, load: Callable[[Path], nn.Module], photos: Path, how: Opening, mask: Path
+    spec: str,
+    parent: Path,
+    sealed: Path,
+    load: Callable[[Path], nn.Module],
+    photos: Path,
+    how: Opening,
+    mask: Path,
+    way: Ways = Ways.first_order,
 ) -> dict[str, str]:
     """Ask, seal and load by the framework alone; give the digests of the sealed files that differ from the parent's."""
     before, theirs = digests(parent), load(parent)
     opened = open_model(spec, photos, how)
-    found = masked_by(opened, mask)
+    found = masked_by(opened, mask, way)
     assert found.switched_off == KAPPA
     module, state = opened.loaded.module, state_sha256(opened.loaded.module)
     images = torch.cat([batch.images for batch in opened.images])
     assert torch.equal(answers(theirs, images), answers(module, images))
-    with torch.no_grad():  # by hand, through the names that the framework's own module has
-        for name, flat in load_file(mask / "mask.safetensors").items():
-            theirs.get_parameter(name).view(-1)[flat.long()] = 0
+    written(theirs, mask)
     with found.applied(module):
         assert torch.equal(answers(module, images), answers(theirs, images))
     assert state_sha256(module) == state == found.config.parent.state_sha256
@@ -73,10 +90,8 @@ def there_and_back(
     return {name: digest for name, digest in digests(sealed).items() if before.get(name) != digest}
 
 
-@pytest.mark.parametrize("shard", ["1GB", "20KB"])
-@pytest.mark.parametrize("kind", ["vit", "deit", "swin", "resnet", "convnext"])
-def test_folders_of_transformers(kind, shard, photos, tmp_path):
-    """Names in memory are others than on disk, and only shards that hold a target are written anew."""
+def saved_by_transformers(kind: str, parent: Path, shard: str = "1GB") -> Callable[[Path], nn.Module]:
+    """A small model in a folder, and what loads such a folder."""
     transformers = pytest.importorskip("transformers")
     names = dict(enumerate(NAMES))
     module, processor = made_by_transformers(
@@ -84,10 +99,17 @@ def test_folders_of_transformers(kind, shard, photos, tmp_path):
     )
     for parameter in module.parameters():  # layers that begin as zeros or ones would hide a mask
         nn.init.normal_(parameter, std=0.2)
-    parent = tmp_path / "parent"
     module.save_pretrained(parent, max_shard_size=shard)
     processor.save_pretrained(parent)
-    load = transformers.AutoModelForImageClassification.from_pretrained
+    return transformers.AutoModelForImageClassification.from_pretrained
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("kind", ["vit", "deit", "swin", "resnet", "convnext"])
+def test_folders_of_transformers(kind, shard, photos, tmp_path):
+    """Names in memory are others than on disk, and only shards that hold a target are written anew."""
+    parent = tmp_path / "parent"
+    load = saved_by_transformers(kind, parent, shard)
     changed = there_and_back(f"hf:{parent}", parent, tmp_path / "sealed", load, photos, Opening(), tmp_path / "m")
     assert len(changed) == 1
     assert Mask.load(tmp_path / "m").forgotten == (NAMES[1],)
@@ -126,3 +148,49 @@ def test_folders_of_timm(photos, tmp_path):
     parent, how = tmp_path / "parent", Opening(given=Given(size=32, mean=(0.5,), std=(0.25,)))
     changed = there_and_back(f"timm:{parent}", parent, tmp_path / "sealed", load, photos, how, tmp_path / "m")
     assert list(changed) == ["model.safetensors"]
+
+
+# --- erasing ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """A few steps of descent do: nothing is asked of how well the class is erased."""
+    monkeypatch.setattr("erasing.erasure.Schedule", partial(Schedule, steps=3))
+
+
+def new_row(folder: Path, head: str) -> Tensor:
+    """The second class's row as the mask has it; it has values nowhere else."""
+    mask = Mask.load(folder)
+    assert list(mask.values) == [head]
+    values, width = mask.values[head], mask.config.parent.targets[head].shape[1]
+    assert mask.positions[head][values != 0].tolist() == list(range(width, 2 * width))
+    return values[values != 0]
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_class_is_erased_from_a_folder_of_transformers(kind, photos, tmp_path, quick):
+    parent, mask = tmp_path / "parent", tmp_path / "m"
+    load = saved_by_transformers(kind, parent)
+    head = "classifier.weight" if kind == "vit" else "classifier.1.weight"
+    old = load(parent).get_parameter(head)[1]
+    there_and_back(f"hf:{parent}", parent, tmp_path / "sealed", load, photos, Opening(), mask, Ways.erase)
+    assert not (new_row(mask, head) == old).any()
+    assert torch.equal(load(tmp_path / "sealed").get_parameter(head)[1], new_row(mask, head))
+
+
+@pytest.mark.slow
+def test_a_class_is_erased_from_a_file_of_timm(photos, tmp_path, quick):
+    timm = pytest.importorskip("timm")
+    name, settings = "vit_tiny_patch16_224", {**TIMM["vit_tiny_patch16_224"], "num_classes": 4}
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name, **settings).state_dict(), tmp_path / "x.pt")
+
+    def load(file: Path) -> nn.Module:
+        return timm.create_model(name, checkpoint_path=str(file), **settings)
+
+    spec = f"timm:{name},img_size=32,patch_size=8,depth=2@{tmp_path}/x.pt"
+    how = Opening(given=Given(size=32, mean=(0.5,), std=(0.25,)))
+    sealed, mask = tmp_path / "sealed.pt", tmp_path / "m"
+    there_and_back(spec, tmp_path / "x.pt", sealed, load, photos, how, mask, Ways.erase)
+    assert torch.equal(load(sealed).get_parameter("head.weight")[1], new_row(mask, "head.weight"))

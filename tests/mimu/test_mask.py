@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,25 @@ def test_the_card_says_what_was_measured_and_what_a_mask_does_not_do(mask, tmp_p
     assert "torchvision weights.transforms()" in card
     assert "neither smaller nor faster" in card
     assert "can lift it" in card
+    assert "It suppresses a class; it does not erase what was learned" in card
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_card_of_an_erasing_mask_claims_what_is_known_and_no_more(measured, mask, tmp_path):
+    told = {"features_before": "fc 61", "features_may": "fc 40", "features_now": "fc 38"}
+    config = replace(mask.config, method="erase, with new rows", scores=told if measured else None)
+    Mask(mask.positions, config, mask.values).save(tmp_path / "cat")
+    card = " ".join((tmp_path / "cat" / "README.md").read_text().split())
+    assert "what two small networks lead one to expect" in card
+    assert "that the class is erased is not claimed" in card
+    assert ("features_now say how far" in card) == measured
+    assert "It suppresses a class;" not in card
+
+
+@pytest.mark.parametrize("method", ["erased by hand", "refined, then erase", None])
+def test_the_first_word_of_the_method_alone_makes_an_erasing_mask(method, mask, tmp_path):
+    Mask(mask.positions, replace(mask.config, method=method), mask.values).save(tmp_path / "cat")
+    assert "It suppresses a class;" in (tmp_path / "cat" / "README.md").read_text()
 
 
 def test_saving_again_replaces_a_mask_but_no_other_files(mask, tmp_path):
@@ -584,6 +604,7 @@ def test_reading_a_mask_runs_nothing(tmp_path):
 
 WITHOUT_NUMPY = """
 import sys
+from dataclasses import replace
 sys.modules["numpy"] = None  # every import of it fails
 import warnings
 warnings.simplefilter("ignore")
