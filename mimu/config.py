@@ -269,8 +269,8 @@ def _reach(config: Config) -> list[str]:
         "  the images that the mask was sought with.",
     ]
     return [
-        "- Whoever has the parent can lift it. It does more than suppress a class: what features tell of it was brought",
-        "  down towards what two small networks lead one to expect of a model that never learned it.",
+        "- Whoever has the parent can lift it. It does more than suppress a class: what features tell of it was",
+        "  brought down towards what two small networks lead one to expect of a model that never learned it.",
         *(measured if "features_now" in (config.scores or {}) else ()),
         "  No retrained model was there to compare with: that the class is erased is not claimed.",
     ]
