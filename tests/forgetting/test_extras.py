@@ -5,7 +5,7 @@ Run with `uv run --extra timm --extra hf pytest tests/forgetting/test_extras.py`
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import main
 from erasing.descent import Schedule
+from erasing.erasure import Eraser
 from forgetting.answers import TARGET, Ways
 from forgetting.artefact import to_mask, usual_layers
 from forgetting.opening import Opened, Opening, open_model
@@ -156,7 +157,7 @@ def test_folders_of_timm(photos, tmp_path):
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """A few steps of descent do: nothing is asked of how well the class is erased."""
-    monkeypatch.setattr("erasing.erasure.Schedule", partial(Schedule, steps=3))
+    monkeypatch.setattr(Eraser, "erase", partialmethod(Eraser.erase, schedule=Schedule(steps=3)))
 
 
 def new_row(folder: Path, head: str) -> Tensor:
@@ -168,6 +169,7 @@ def new_row(folder: Path, head: str) -> Tensor:
     return values[values != 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_a_class_is_erased_from_a_folder_of_transformers(kind, photos, tmp_path, quick):
     parent, mask = tmp_path / "parent", tmp_path / "m"
