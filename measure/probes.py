@@ -74,16 +74,18 @@ def accuracy(model: HookedModel, images: Tensor, labels: Tensor) -> float:
 # --- relearning -------------------------------------------------------------------------------------------
 
 
-def relearning(model: HookedModel, images: Tensor, labels: Tensor, seed: int) -> Iterator[HookedModel]:
+def relearning(
+    model: HookedModel, images: Tensor, labels: Tensor, seed: int, rate: float = LEARNING_RATE
+) -> Iterator[HookedModel]:
     """A copy of a model as it is, then after every step of fine-tuning it on images [S, C, H, W]; without end.
 
-    Adam without decay on all parameters, frozen ones too, 2e-3 for the stack and 1e-4 ahead of it; cross-entropy,
+    Adam without decay on all parameters, frozen ones too, `rate` for the stack and 1e-4 ahead of it; cross-entropy,
     batches of 32 from orders drawn by `seed`; eval mode, so that BatchNorm keeps its statistics.
     """
     learner = copy.deepcopy(model).eval().requires_grad_(True)
     ahead = [value for name, value in learner.named_parameters() if not name.startswith("linears.")]
     groups = [{"params": learner.linears.parameters()}, {"params": ahead, "lr": EMBEDDING_RATE}]
-    optimizer = torch.optim.Adam(groups, lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(groups, lr=rate)
     generator = torch.Generator().manual_seed(seed)
     yield learner
     while True:
@@ -96,16 +98,16 @@ def relearning(model: HookedModel, images: Tensor, labels: Tensor, seed: int) ->
             yield learner
 
 
-def relearn(e: Evidence, shots: int) -> float | None:
+def relearn(e: Evidence, shots: int, rate: float = LEARNING_RATE, start: HookedModel | None = None) -> float | None:
     """Return accuracy on T's forgotten images after fine-tuning on `shots` images of every class, percent.
 
-    None where a forgotten class has fewer training images than that.
+    None where a forgotten class has fewer training images than that. `start`: fine-tuned in place of the judged model.
     """
     images, labels = training_images(e, "relearn", shots)
     if min(int((labels == label).sum()) for label in e.forget_class) < shots:
         return None
     steps = max(STEPS, -(-len(labels) // BATCH))
-    learners = relearning(e.model, images, labels, derive_seed(e.seed, "relearn", "order"))
+    learners = relearning(start or e.model, images, labels, derive_seed(e.seed, "relearn", "order"), rate)
     learner = next(islice(learners, steps, None))
     asked, true = e.images(e.split, True)
     return accuracy(learner, asked.to(e.device), true.to(e.device))
@@ -201,12 +203,17 @@ def features_of(e: Evidence, images: Tensor, labels: Tensor) -> Features:
     return Features(read, said, labels.cpu())
 
 
-def _training_features(e: Evidence) -> Features:
+def probed_images(e: Evidence) -> tuple[Tensor, Tensor]:
+    """Draw the training images that probes are fitted to, and their labels [S]: up to MOST_PROBED of a class."""
     forgotten = partial(drawn, most=MOST_PROBED, seed=derive_seed(e.seed, "probe", True))
     retained = partial(drawn_of_some, most=MOST_PROBED, seed=derive_seed(e.seed, "probe", False))
     sides = [e.images("train", True, forgotten), e.images("train", False, retained)]
     images, labels = (torch.cat(parts).to(e.device) for parts in zip(*sides, strict=True))
-    return features_of(e, images, labels)
+    return images, labels
+
+
+def _training_features(e: Evidence) -> Features:
+    return features_of(e, *probed_images(e))
 
 
 def _judged_features(e: Evidence) -> Features:

@@ -1,7 +1,6 @@
 """Deep metrics against values by hand, properties and naive counts; nothing they do shows on the judged model."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from measure import probes
-from measure.metrics import METRICS, Choose, Evidence, Outputs
+from measure.metrics import METRICS, Evidence, Outputs
 from measure.probes import (
     MOST_PROBED_CLASSES,
     accuracy,
@@ -25,50 +24,10 @@ from measure.probes import (
 )
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from tests.helpers.common import evidence
+from tests.helpers.three_classes import CLASSES, LABELS, SETS, beside, fitted, fresh, images_of, noise
 from unlearn.closed_form import DroppedLogits
 
 DEEP = [name for name, entry in METRICS.items() if entry.group == "deep"]
-CLASSES, PER_CLASS = 3, 60
-
-
-def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-CENTRES = 2.0 * noise(1, CLASSES, 1, 4, 4)
-LABELS = torch.arange(CLASSES).repeat(PER_CLASS)
-SETS = {  # split -> images of three well separated classes, in turn, and their labels
-    split: (CENTRES[LABELS] + 0.3 * noise(seed, len(LABELS), 1, 4, 4), LABELS)
-    for seed, split in ((2, "train"), (3, "val"), (4, "test"))
-}
-
-
-def images_of(forget_class: tuple[int, ...] = (0,)) -> Callable:
-    def images(split: str, is_forget_set: bool, choose: Choose | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels, labels = SETS[split]
-        mine = torch.isin(labels, torch.tensor(forget_class)) == is_forget_set
-        pixels, labels = pixels[mine], labels[mine]
-        if choose is None:
-            return pixels, labels
-        places = choose if isinstance(choose, torch.Tensor) else choose(labels)
-        return pixels[places], labels[places]
-
-    return images
-
-
-def fresh(seed: int = 0, kind: type = HookedMLPClassifier) -> HookedModel:
-    """A classifier with initial weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return kind(CLASSES, 1, 4).eval()
-
-
-def fitted(classes: tuple[int, ...] = (0, 1, 2), seed: int = 0) -> HookedModel:
-    """An MLP that has learned some of the classes."""
-    pixels, labels = SETS["train"]
-    mine = torch.isin(labels, torch.tensor(classes))
-    *_, learned = itertools.islice(relearning(fresh(seed), pixels[mine], labels[mine], 0), 31)
-    return learned
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +37,6 @@ def judged() -> Evidence:
     original = evidence(model=model, images=images_of())
     whole = evidence(model=fitted((1, 2), seed=1), images=images_of(), original=original)
     return evidence(model=model, images=images_of(), retrained=(whole,))
-
-
-def beside(e: Evidence, model: HookedModel, **more) -> Evidence:
-    """A model's evidence with e's model as the original and the same references."""
-    return replace(e, model=model, original=replace(e, _values={}), _values={}, **more)
 
 
 def figures(e: Evidence) -> dict[str, float | None]:
