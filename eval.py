@@ -14,12 +14,13 @@ from core.config import KappaModes
 from core.observe import log
 from core.records import SCORES, axes_as_written
 from graphs.subsets import hard_topk
+from hidden.words import bands
 from measure.comparisons import avg_gap
 from measure.exhibits import TABLES, intervals_of, mask_map, tables_of, thumbnails
 from measure.integrity import COSTS, changed_outside, extent, unchanged
-from measure.metrics import chosen_metrics
+from measure.metrics import INSIDE, chosen_metrics
 from measure.snapshots import Snapshots
-from measure.verdicts import DIVERGED, Other, Pair, References, Verdict, as_facts, verdict
+from measure.verdicts import DIVERGED, Band, Other, Pair, References, Verdict, as_facts, verdict
 from models.classifier import as_matrices
 from unlearn.masks import Mask, masked
 from unlearn.methods import METHODS, mask_of
@@ -45,6 +46,9 @@ class Eval(Snapshots):
         """By method key: settings and what tuning tried, integrity, and the tables that are no single number."""
         self._measured: dict[tuple, dict] = {}
         self._efficacy: dict[int, dict[str, float]] = {}
+        self._bands: dict[
+            tuple, dict[str, Band]
+        ] = {}  # by method key: beside retrained models, where features are read
         self._right: dict[tuple, dict[str, Tensor]] = {}  # by method key and score: which test images are recognised
 
     # --- what is measured ---
@@ -137,10 +141,12 @@ class Eval(Snapshots):
         for split in JUDGED:
             references = {"original": self.reference(split), "retrained": self.others(name, split)}
             e = self.evidence(model, outputs, split, **references, untrained=self.untrained)
-            asked = {name: entry for name, entry in self.metrics.items() if split == "test" or entry.group != "deep"}
+            inside = () if split == "test" else INSIDE
+            asked = {name: entry for name, entry in self.metrics.items() if entry.group not in inside}
             judged[split] = {name: e.value(entry.compute) for name, entry in asked.items()} | extra
             if split == "test":
                 self.about[key]["intervals"] = intervals_of(e, asked)
+                self._bands[key] = bands(e, judged[split], self.retrained(split))
                 self._right[key] = {"forget_score": e.forget.right, "retain_score": e.retain.right}
         self.about[key] |= tables_of(outputs("test", True), outputs("test", False))
         return judged
@@ -235,6 +241,7 @@ class Eval(Snapshots):
                 is_retrained=name == "retrain",
                 retrained=measured["retrain"]["test"] if sane and "retrain" in measured else None,
                 retrained_drop=drops,
+                bands=self._bands[key],
             )
             said[name] = as_facts(verdict(measured[name]["test"], references))
         return said

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import hidden  # noqa: F401 - its metrics enter METRICS
 from core.artifacts import SCHEMA, read_json, write_json, write_text
 from core.config import PROJECT_ROOT, UserError
 from core.records import FIELDS, complaint

@@ -242,7 +242,9 @@ class EvalConfig(Section):
         *("mimu", "mimu_refined", "taylor_mask", "random", "sft", "logit_drop", "retrain", "default"),
     )
     """Names from the registries (docs/methods.md), or all."""
-    metrics: tuple[str, ...] = ("core", "train", "attack", "retrain", "probe_gap")
+    metrics: tuple[str, ...] = (
+        *("core", "train", "attack", "retrain", "probe_gap", "forget_auroc", "constant_recall"),
+    )
     """Names of metrics or groups of them (docs/metrics.md), or all; forget_score and retain_score in any case."""
     references: Annotated[int, Within(0, 1000)] = 1
     """Classifiers retrained without the classes to forget, each with a training seed of its own; 0: no comparison,

@@ -15,6 +15,8 @@ from core.observe import log
 
 Check = Callable[[object], str]
 SCORES = ("forget_score", "retain_score")  # always measured: points, verdicts and the answer rest on them
+WORDS = ("untouched", "suppressed", "over-erased", "erased to retraining's level")
+"""Verdicts that say how far a method goes, not what speaks against it; `measure.verdicts` has the rule."""
 MOST = 1e30  # of any value: sums and squares of larger ones are no numbers
 BETTER = ("higher", "lower", "retrain")
 Axis = Literal["top_k", "kappa"]  # of a sweep

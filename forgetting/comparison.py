@@ -13,7 +13,7 @@ from core.observe import log
 from eval import Eval
 from forgetting.answers import REFINE, Answer, Answering
 from forgetting.pictures import Source
-from measure.metrics import METRICS
+from measure.metrics import INSIDE, METRICS
 from unlearn.methods import METHODS, chosen_methods
 from unlearn.registry import Context, NotApplicable, Point
 from utils_data import Images, UnlearningDataset
@@ -79,7 +79,7 @@ def compare(
         `method`, `label`, `source`, and either `why`, of a method that cannot be used here, or its metrics on test
         images; those that need a retrained model are not there.
     """
-    metrics = tuple(name for name, entry in METRICS.items() if entry.group != "deep")  # those look inside own models
+    metrics = tuple(name for name, entry in METRICS.items() if entry.group not in INSIDE)
     evaluation = EvalConfig(metrics=metrics)
     config = PipelineConfig(forget_class=answer.classes, kappa_list=(answer.kappa,), refine=REFINE, eval=evaluation)
     data = _Dataset(_splits(answering, source, level), classes, answer.classes)

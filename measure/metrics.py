@@ -295,7 +295,10 @@ GROUPS = {
     "attack": "membership inference: fits a small classifier",
     "retrain": "the retrained models' outputs",
     "deep": "the model itself: relearning, probes, representations",
+    "features": "what answers do not show: held-back logits, features of every stage, relearning at several rates",
 }
+INSIDE = ("deep", "features")
+"""Groups that look inside models of this project, and that no setting or point is chosen by: of test images alone."""
 METRICS: Registry[Metric] = Registry("metric", reserved=("all", *GROUPS, *COSTS))
 CONFIDENT = 0.9  # above this probability a model is sure of itself
 

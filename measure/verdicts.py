@@ -1,4 +1,4 @@
-"""Say in words what a method's scores do not show: no-op, collapsed, suppressed at the head alone, and so on.
+"""Say in words what a method's scores do not show: no-op, collapsed, suppressed, erased from the features, and so on.
 
 All scores are of test images, in percent. Two models are judged on the same images, so a difference of their scores
 counts only beyond the 95 % interval of the paired one (`intervals.paired_difference`).
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from core.intervals import paired_difference, wilson
+from core.records import WORDS
 
 FORGOTTEN = 5.0  # %: below it the published methods count a class as forgotten; chance among ten classes is 10
 CLASS_DROP = 10.0  # points of one retained class: retraining costs the worst of Fashion-MNIST 8 in the mean
@@ -15,6 +16,17 @@ COLLAPSE_DROP = 10.0  # points of retain score: no method that anyone would use 
 NEAR_CHANCE = 5.0  # points above 100 / C: a broken classifier answers with one or two classes
 PROBE_GAP = 3.0  # points of recall: 20 retrained MLPs of Fashion-MNIST differed from others by 2.0 at most
 ENTROPY_GAP = 0.25  # of log C: there retrained ones differed by .10 at most, random labels by .55 or more
+
+LEAST_BAND = {
+    "probe_layers_gap": 2.0,
+    "auc_layers_gap": 1.0,
+    "knn_layers_gap": 2.0,
+    "forget_auroc": 1.0,
+    "fresh_head_10": 2.0,
+    "relearn_area_10": 2.0,
+}
+"""What a word rests on, and how many points from retraining each may be although retrained models lie closer."""
+UNTOUCHED, SUPPRESSED, OVER_ERASED, ERASED = WORDS
 
 Values = Mapping[str, float | None]
 
@@ -59,6 +71,29 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Band:
+    """A value, of one stage or several, beside the retrained models': points above their mean, negative below.
+
+    Args:
+        low, high: over stages. width: how far retrained models are from one another, and at least LEAST_BAND.
+    """
+
+    low: float
+    high: float
+    width: float
+
+    @property
+    def above(self) -> bool:
+        """Whether more is told than by a retrained model."""
+        return self.high > self.width
+
+    @property
+    def below(self) -> bool:
+        """Whether less is."""
+        return self.low < -self.width
+
+
+@dataclass(frozen=True)
 class References:
     """All models that a method is compared with; None: not measured.
 
@@ -68,6 +103,7 @@ class References:
         by_class: of each retained class, the method's answers against the untouched classifier's.
         is_mask: whether a mask is judged. is_retrained: whether a model that never saw the classes is: held against
             others of its kind it may be, but it need not be.
+        bands: see `word`.
         retrained: values of a model retrained without the classes. retrained_drop: of each retained class, by how many
             points that model's score is below the untouched one's.
     """
@@ -81,6 +117,7 @@ class References:
     is_retrained: bool = False
     retrained: Values | None = None
     retrained_drop: Mapping[int, float] = field(default_factory=dict)
+    bands: Mapping[str, Band] = field(default_factory=dict)
 
 
 def _score(values: Values, name: str) -> float:
@@ -168,7 +205,8 @@ def suppressed(values: Values, r: References) -> str | None:
     outputs forget is all that is known.
     """
     forgets = _score(values, "forget_score") < FORGOTTEN and r.untouched.forget.lower()
-    if r.is_retrained or not forgets or values["weights_changed"] == 0 or values.get("probe_gap") is not None:
+    looked = values.get("probe_gap") is not None or word(values, r.bands) is not None
+    if r.is_retrained or not forgets or values["weights_changed"] == 0 or looked:
         return None
     return "outputs only, features not checked: probe_gap, which needs a retrained model, was not measured"
 
@@ -215,6 +253,56 @@ def too_random(values: Values, r: References) -> str | None:
     return f"the entropy on the forgotten classes is {abs(gap):.2f} of log C above retraining's" if above else None
 
 
+MEANT = {
+    UNTOUCHED: "No weight is changed, and the forgotten classes are recognised FORGOTTEN % of the time or more.",
+    SUPPRESSED: "The forget score is below FORGOTTEN %, but features, held-back logits or relearning tell more of the "
+    "classes than retrained models' do, beyond the band; or by a change of weights, and no probe has looked at the "
+    "features: that the outputs forget is all that is known.",
+    OVER_ERASED: "The forget score is below FORGOTTEN %, but at some stage a probe or neighbours find the classes less "
+    "often than in retrained models, beyond the band; or another value is below its band and none is above.",
+    ERASED: f"The forget score is below FORGOTTEN %, and {', '.join(LEAST_BAND)} are all within the band, above and "
+    "below: how far retrained models are from one another, and at least 2 points (of areas under a curve 1). Said "
+    "where all of these were measured, against two retrained models or more.",
+}
+"""What the words of `word` stand for. One of them is a method's first verdict, where its features were looked at."""
+
+
+def word(values: Values, bands: Mapping[str, Band]) -> str | None:
+    """Return which of `core.records.WORDS` fits a model; None where that was not measured, or where half is forgotten.
+
+    A last layer that is trained against the classes slows relearning down and leaves all features: a value that is not
+    of features is called too low only where no other is too high.
+
+    Args:
+        values: `forget_score` and `weights_changed`.
+        bands: by the names of LEAST_BAND, all of them; else nothing is said.
+    """
+    if set(bands) != set(LEAST_BAND):
+        return None
+    if _score(values, "forget_score") >= FORGOTTEN:
+        return UNTOUCHED if values["weights_changed"] == 0 else None
+    if any(bands[name].below for name in bands if name.endswith("_layers_gap")):
+        return OVER_ERASED
+    if any(band.above for band in bands.values()):
+        return SUPPRESSED
+    return OVER_ERASED if any(band.below for band in bands.values()) else ERASED
+
+
+def _in_a_word(values: Values, r: References) -> list[Verdict]:
+    """The word with the values that lie outside their bands; nothing of a retrained model, which is what is meant."""
+    said = None if r.is_retrained else word(values, r.bands)
+    if said is None:
+        return []
+    found = [
+        f"{name} {far:+.1f} points from retraining (band {band.width:.1f})"
+        for name, band in r.bands.items()
+        for far, outside in ((band.high, band.above), (band.low, band.below))
+        if outside
+    ]
+    inside = "probes, neighbours, held-back logits and relearning are within the band of retrained models"
+    return [Verdict(said, "; ".join(found) or inside)]
+
+
 CHECKS: dict[str, Callable[[Values, References], str | None]] = {
     "too few images": too_few_images,
     "no-op": no_op,
@@ -242,7 +330,7 @@ def meanings() -> dict[str, str]:
         "PROBE_GAP": PROBE_GAP,
         "ENTROPY_GAP": ENTROPY_GAP,
     }
-    texts = {key: " ".join((check.__doc__ or "").split()) for key, check in CHECKS.items()}
+    texts = {key: " ".join((check.__doc__ or "").split()) for key, check in CHECKS.items()} | MEANT
     for name, value in thresholds.items():
         texts = {key: text.replace(name, f"{value:g}") for key, text in texts.items()}
     return texts | {
@@ -262,21 +350,22 @@ def _unmeasured(values: Values, r: References) -> list[str]:
 
 
 def verdict(values: Values, references: References) -> list[Verdict]:
-    """Everything there is to say against a method, in the order of CHECKS.
+    """What a look at the features comes to, in a word, then all there is to say against a method, by CHECKS.
 
-    If that is nothing: "fine" where every check was made, else "unchecked".
+    If the latter is nothing: "fine" where every check was made, else "unchecked".
 
     Args:
         values: its test values; `forget_score`, `retain_score` and `weights_changed` at least, of `probe_gap`,
             `entropy_gap` and `entropy_forget` what is measured.
     """
+    first = _in_a_word(values, references)
     found = [Verdict(key, said) for key, check in CHECKS.items() if (said := check(values, references))]
     if found:
-        return found
+        return first + found
     lacking = _unmeasured(values, references)
     if lacking:
-        return [Verdict(UNCHECKED, f"nothing found; not checked, for want of {', '.join(lacking)}")]
-    return [Verdict(FINE, "nothing found")]
+        return [*first, Verdict(UNCHECKED, f"nothing found; not checked, for want of {', '.join(lacking)}")]
+    return [*first, Verdict(FINE, "nothing found")]
 
 
 def reference_fault(seen: float, images: int, retain_score: float, retained: int) -> str | None:

@@ -8,12 +8,13 @@ Everything is read from the records, so that a new method or metric appears with
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeGuard
 
 from core.config import SupportedDatasets, SupportedVisionModels
 from core.intervals import DUST, minus, same, t_interval
 from core.observe import visible
-from core.records import SCORES, Limits, Metric, Record, axes_of
+from core.records import SCORES, WORDS, Limits, Metric, Record, axes_of
 from reporting.families import Run, dataset_of, labels_of, told_apart
 from reporting.write import Lead
 
@@ -345,6 +346,8 @@ def headline(records: Run) -> str:
         f"{before['forget_score']:.1f} %); the other classes score {after['retain_score']:.1f} % "
         f"(before: {before['retain_score']:.1f} %)."
     )
+    words = (one for one in record["verdicts"][record["answer"]] if one["key"] in WORDS)
+    text += "".join(f" In a word: {one['key']} ({one['sentence']})." for one in islice(words, 1))
     auto = record["auto"]
     if auto and not auto["achieved"]:
         target = f"forget score <= {auto['tau']} %, retain score at most {auto['epsilon']} points lower"

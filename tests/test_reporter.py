@@ -122,6 +122,16 @@ def test_table_and_headline_by_hand(records):
     )
 
 
+def test_the_headline_says_the_answer_s_word(records):
+    """It is that of the chosen point, and no complaint."""
+    plain, word = headline(records), {"key": "suppressed", "sentence": "probe_layers_gap +9.0 points"}
+    records[1]["verdicts"]["mimu"] = [{"key": "collapsed", "sentence": "too much is lost"}]
+    records[0]["verdicts"]["mimu"] = [word]  # not the point that is chosen
+    assert headline(records) == plain
+    records[1]["verdicts"]["mimu"] = [word, {"key": "fine", "sentence": "nothing found"}]
+    assert headline(records) == f"{plain} In a word: suppressed (probe_layers_gap +9.0 points)."
+
+
 def test_verdicts_of_the_chosen_point_are_shown(records):
     assert (remarks(records), "verdict" in table(records)[0]) == ([], False)  # a record from before there were any
     bad, fine = {"key": "collapsed", "sentence": "too much is lost"}, {"key": "fine", "sentence": "nothing found"}

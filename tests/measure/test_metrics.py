@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import hidden
 import measure
 from core.config import PROJECT_ROOT, UserError
 from measure import comparisons
@@ -298,12 +299,27 @@ def test_a_name_is_registered_once():
 
 
 @pytest.mark.slow
-def test_every_module_that_registers_metrics_is_listed():
+@pytest.mark.parametrize("room", [measure, hidden], ids=lambda room: room.__name__)
+def test_every_module_that_registers_metrics_is_listed(room):
     """Importing any file of the room imports the listed ones, so that no metric is ever missing."""
-    listed = set(measure.__all__)
-    for path in sorted((PROJECT_ROOT / "measure").glob("[!_]*.py")):
+    name, listed = room.__name__, set(room.__all__)
+    for path in sorted((PROJECT_ROOT / name).glob("[!_]*.py")):
         registers = "\n@metric(" in path.read_text(encoding="utf-8")
         assert registers == (path.stem in listed), path.name
-    code = "import measure.integrity, sys; print(*sys.modules['measure.metrics'].METRICS)"
+    file = {"measure": "integrity", "hidden": "words"}[name]
+    wanted = [one for one, entry in METRICS.items() if entry.compute.__module__.startswith(("measure.", f"{name}."))]
+    assert registered(f"{name}.{file}") == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["pipeline", "eval", "commands.docs", "forgetting.comparison"])
+def test_who_reads_the_registry_has_all_of_it(entry):
+    """`hidden` stands below `measure`, which cannot import it."""
+    assert registered(entry) == list(METRICS)
+
+
+def registered(module: str) -> list[str]:
+    """The metrics that a fresh process knows which imports one module."""
+    code = f"import {module}, sys; print(*sys.modules['measure.metrics'].METRICS)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == list(METRICS)
+    return done.stdout.split()

@@ -13,21 +13,26 @@ from torch.nn import functional
 from core.choices import Diverged
 from core.config import EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from core.intervals import difference, wilson
+from core.records import WORDS
 from eval import SCORES, Eval
+from hidden.outputs import forget_auroc
 from measure.verdicts import (
     CHECKS,
     CLASS_DROP,
     COLLAPSE_DROP,
     ENTROPY_GAP,
     FORGOTTEN,
+    LEAST_BAND,
     NEAR_CHANCE,
     PROBE_GAP,
+    Band,
     Other,
     Pair,
     References,
     meanings,
     reference_fault,
     verdict,
+    word,
 )
 from model import HookedModel, vision_model_loader
 from unlearn.methods import METHODS
@@ -101,7 +106,7 @@ def test_suppressed_where_no_probe_looked_at_the_features():
 
 def test_meanings_give_thresholds_by_value():
     texts = meanings()
-    assert list(texts) == [*CHECKS, "diverged", "unchecked", "fine"]
+    assert list(texts) == list(dict.fromkeys([*CHECKS, *WORDS, "diverged", "unchecked", "fine"]))
     assert texts["collapsed"].startswith(f"The retained score is at most {NEAR_CHANCE:g} points above chance")
     assert f"more than {COLLAPSE_DROP:g} points below" in texts["collapsed"]
     assert f"still {FORGOTTEN:g} % of the time" in texts["half forgotten"]
@@ -276,6 +281,60 @@ def test_a_reference_must_not_know_the_class_and_must_know_the_others(seen, imag
     assert fault is None if word is None else word in (fault or "")
 
 
+# --- what a look at the features comes to -----------------------------------------------------------------
+
+UNTOUCHED, SUPPRESSED, OVER_ERASED, ERASED = WORDS
+
+
+def beside(**outside: tuple[float, float]) -> dict[str, Band]:
+    """Values that lie at their band's edges, which are 3 points wide, but for those that `outside` gives."""
+    return {name: Band(*outside.get(name, (-3.0, 3.0)), 3.0) for name in LEAST_BAND}
+
+
+def test_a_word_for_every_case():
+    gone = values(FORGOTTEN - 0.1, 88)
+    assert word(gone, beside()) == ERASED
+    assert word(values(90, 88, 0), beside()) == UNTOUCHED
+    assert word(values(FORGOTTEN, 88), beside()) is None  # half forgotten is no word for features
+    assert word(values(0, 88, 0), beside(probe_layers_gap=(0, 9))) == SUPPRESSED  # a dropped logit
+    assert word(gone, {}) is None
+    assert word(gone, {name: band for name, band in beside().items() if name != "fresh_head_10"}) is None
+
+
+@pytest.mark.parametrize("name", LEAST_BAND)
+def test_one_value_beyond_its_band_is_enough(name):
+    gone = values(0, 88)
+    assert word(gone, beside(**{name: (0.0, 3.1)})) == SUPPRESSED
+    assert word(gone, beside(**{name: (-3.1, 0.0)})) == OVER_ERASED
+
+
+def test_features_below_are_over_erased_and_a_head_below_hides_no_features():
+    """Training the last layer against a class stops relearning and leaves every probe as it was: suppressed."""
+    gone = values(0, 88)
+    assert word(gone, beside(probe_layers_gap=(-9.8, 3.2))) == OVER_ERASED
+    assert word(gone, beside(probe_layers_gap=(-9.8, 3.2), fresh_head_10=(20, 20))) == OVER_ERASED
+    assert word(gone, beside(probe_layers_gap=(2, 17.3), relearn_area_10=(-40, -40))) == SUPPRESSED
+    assert word(gone, beside(forget_auroc=(-20, -20), fresh_head_10=(9, 9))) == SUPPRESSED
+
+
+def test_the_word_comes_first_with_what_lies_outside():
+    assert keys(values(0, 88), bands=beside()) == [ERASED, "fine"]
+    assert keys(values(90, 88, 0), bands=beside(knn_layers_gap=(0, 9))) == [UNTOUCHED, "no-op"]
+    assert keys(values(50, 88), bands=beside()) == ["half forgotten"]
+    assert keys(values(0, 88, probe_gap=None), bands=beside()) == [ERASED, "unchecked"]  # the features were looked at
+    assert keys(values(0, 88), bands=beside(), is_retrained=True) == ["fine"]
+    one = values(0, 88)
+    references = References(10, held_against(one, BEFORE, 1000, 9000))
+    outside = beside(probe_layers_gap=(-1.25, 4.04), forget_auroc=(-7.5, -7.5))
+    said = verdict(one | CHECKED, replace(references, bands=outside))[0]
+    assert (said.key, said.sentence) == (
+        SUPPRESSED,
+        "probe_layers_gap +4.0 points from retraining (band 3.0); forget_auroc -7.5 points from retraining (band 3.0)",
+    )
+    said = verdict(one | CHECKED, replace(references, bands=beside()))[0]
+    assert said.sentence.endswith("are within the band of retrained models")
+
+
 # --- in an evaluation -------------------------------------------------------------------------------------
 
 
@@ -419,3 +478,27 @@ def test_sane_references_are_used_without_the_others(evaluated, sane):
         True
     ]  # number 0 is the one that is judged
     assert with_references(context, sane, context.model).others("retrain", "test") == ()
+
+
+def test_a_word_is_said_where_features_were_read(evaluated, sane):
+    """The stand-ins for retrained models have the untouched one's features, and one row of the last layer of their own:
+    no gap at any stage, and how well held-back logits tell the class is another.
+    """
+    context, _ = evaluated
+    given = with_references(context, sane, copy.deepcopy(sane)).context
+    chosen = replace(given.config.eval, methods=("random", "logit_drop", "default"), metrics=("core", "features"))
+    evaluation = Eval(replace(given, config=replace(given.config, eval=chosen)))
+    record, _ = evaluation.eval(500, 1)
+    said = {name: [one["key"] for one in found] for name, found in record["verdicts"].items()}
+    assert said["default"] == ["untouched", "no-op"]
+    assert "no-op" in said["random"]
+    assert not set(said["random"]) & set(WORDS)  # a weight is changed, and half is not forgotten
+    found = evaluation._bands[METHODS["logit_drop"].key(context, Point(500, 1, 0))]
+    assert found["probe_layers_gap"] == Band(0, 0, LEAST_BAND["probe_layers_gap"])
+    values, gold = record["methods"]["logit_drop"], evaluation.retrained("test")[0]
+    far = values["forget_auroc"] - gold.value(forget_auroc)
+    assert found["forget_auroc"] == Band(far, far, LEAST_BAND["forget_auroc"])
+    assert said["logit_drop"][0] == word(values, found)
+    assert said["logit_drop"][0] in WORDS
+    assert set(record["validation"]["default"]).isdisjoint(found)  # nothing is chosen by what looks inside
+    assert with_references(context, sane).eval(500, 1)[0]["verdicts"]["default"][0]["key"] == "no-op"

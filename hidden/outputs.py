@@ -1,0 +1,51 @@
+"""What logits tell of forgotten classes although no answer names them: an edit may lower a logit and keep its order."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from measure.attacks import separation
+from measure.metrics import Evidence, Outputs, metric
+
+TAKEN_FOR = 0.05  # of other retained images that a constant may turn into the forgotten classes
+
+
+def lead(outputs: Outputs, classes: tuple[int, ...]) -> Tensor:
+    """Largest logit of some classes minus the largest of all others, per image, float64. [S].
+
+    Of log-probabilities, whose differences are those of logits.
+    """
+    chosen = torch.zeros(outputs.num_classes, dtype=torch.bool)
+    chosen[list(classes)] = True
+    parts = [block[:, chosen].amax(1) - block[:, ~chosen].amax(1) for block in outputs.log_p()]
+    return torch.cat(parts)
+
+
+def constant(leads: Tensor, share: float = TAKEN_FOR) -> float:
+    """The smallest lead [S] that at most a share of all images is above; NaN if one is not finite."""
+    if not bool(leads.isfinite().all()):
+        return math.nan
+    most = int(share * len(leads) + 1e-9)  # 0.05 x 20 is 1, which rounding must not make 0
+    return float(leads.sort(descending=True).values[most])
+
+
+@metric("forget_auroc", "%", "retrain", group="features", target="as retrained, not 50", source="2112.03570")
+def forget_auroc(e: Evidence) -> float:
+    """How well the logit of the forgotten class minus the largest other logit tells T's forgotten images from T's
+    retained ones: the area under the ROC curve, 100 P(forgotten > retained) + 50 P(equal). 50: not at all. Of several
+    forgotten classes the largest logit counts.
+    """
+    return 100 * separation(lead(e.forget, e.forget_class), lead(e.retain, e.forget_class))
+
+
+@metric("constant_recall", "%", "retrain", group="features", target="as retrained", source="ROC curve at 5 %")
+def constant_recall(e: Evidence) -> float:
+    """Share of T's forgotten images that are taken for a forgotten class after one constant is added to its logit, the
+    constant chosen on other images (validation where T is test, else D_r) so that at most 5 % of the retained ones are.
+    """
+    other = "val" if e.split == "test" else "train"
+    limit, leads = constant(lead(e.outputs(other, False), e.forget_class)), lead(e.forget, e.forget_class)
+    if math.isnan(limit) or not bool(leads.isfinite().all()):
+        return math.nan
+    return 100 * float((leads > limit).double().mean())
