@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from core.config import derive_seed
-from erasing.stages import Stages, deep_layers
+from erasing.stages import Stages
 from measure.attacks import separation
 from measure.metrics import Evidence, metric
 from measure.probes import CHUNK, MOST_PROBED, drawn_of_some, probe_recall, probed_images
 from model import inspecting
 from models.foreign import ForeignClassifier
+from models.targets import DEEP
 
 NEIGHBOURS = 10
 EXAMPLES = 4  # images with which the forward pass is looked at
@@ -52,7 +53,7 @@ def stages_of(e: Evidence, images: Tensor) -> Callable[[Tensor], list[Tensor]]:
     """
     few = images[:EXAMPLES].to(e.device)
     classes = e.model.target(-1).out_features
-    model = ForeignClassifier(e.model, lambda logits: logits, few, classes, deep_layers(e.model, few, classes))
+    model = ForeignClassifier(e.model, lambda logits: logits, few, classes, (DEEP,))
     stages = Stages(model)
 
     def features(images: Tensor) -> list[Tensor]:

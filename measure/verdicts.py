@@ -294,13 +294,13 @@ def _in_a_word(values: Values, r: References) -> list[Verdict]:
     if said is None:
         return []
     found = [
-        f"{name} {far:+.1f} points from retraining (band {band.width:.1f})"
+        f"{name} {far:+.1f} points (band {band.width:.1f})"
         for name, band in r.bands.items()
         for far, outside in ((band.high, band.above), (band.low, band.below))
         if outside
     ]
-    inside = "probes, neighbours, held-back logits and relearning are within the band of retrained models"
-    return [Verdict(said, "; ".join(found) or inside)]
+    inside = "probes, neighbours, held-back logits and relearning are within the band"
+    return [Verdict(said, f"beside retrained models: {'; '.join(found) or inside}")]
 
 
 CHECKS: dict[str, Callable[[Values, References], str | None]] = {

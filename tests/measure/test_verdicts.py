@@ -329,10 +329,10 @@ def test_the_word_comes_first_with_what_lies_outside():
     said = verdict(one | CHECKED, replace(references, bands=outside))[0]
     assert (said.key, said.sentence) == (
         SUPPRESSED,
-        "probe_layers_gap +4.0 points from retraining (band 3.0); forget_auroc -7.5 points from retraining (band 3.0)",
+        "beside retrained models: probe_layers_gap +4.0 points (band 3.0); forget_auroc -7.5 points (band 3.0)",
     )
     said = verdict(one | CHECKED, replace(references, bands=beside()))[0]
-    assert said.sentence.endswith("are within the band of retrained models")
+    assert said.sentence.endswith("relearning are within the band")
 
 
 # --- in an evaluation -------------------------------------------------------------------------------------
