@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from core.config import derive_seed
-from measure.metrics import Evidence, metric
-from measure.probes import CHUNK, accuracy, drawn
+from hidden.outputs import constant, lead, share_above
+from measure.metrics import Evidence, Outputs, metric
+from measure.probes import CHUNK, MOST_PROBED, accuracy, drawn, drawn_of_some
 from model import inspecting, predictions
 
 SHOTS = 10  # images of each forgotten class that an attack has
@@ -46,16 +47,22 @@ def with_prototypes(weight: Tensor, h: Tensor, labels: Tensor) -> Tensor:
 
 @metric("prototype_recall", "%", "retrain", group="features", target="as retrained", source="prototypes as classifier")
 def prototype_recall(e: Evidence) -> float | None:
-    """Accuracy on T's forgotten images once the forgotten class's row of the last layer is the mean of what that layer
-    reads of 10 of its training images, scaled to the mean norm of the retained classes' rows.
+    """Share of T's forgotten images that are taken for a forgotten class once its row of the last layer is the mean of
+    what that layer reads of 10 of its training images, scaled to the mean norm of the retained classes' rows, with one
+    constant on its logit: such that at most 5 % of up to 200 training images of each retained class are taken for it.
+    Without the constant it is 100 of every model, as it is for retained images.
     """
     found = some_forgotten(e)
     if found is None:
         return None
     images, labels = found
     weight = with_prototypes(e.model.target(-1).weight.detach(), last_inputs(e, images), labels.to(e.device))
-    asked, true = e.images(e.split, True)
-    return recall(last_inputs(e, asked) @ weight.T, true)
+    choose = partial(drawn_of_some, most=MOST_PROBED, seed=derive_seed(e.seed, "prototype"))
+    others, asked = (
+        lead(Outputs(last_inputs(e, some) @ weight.T, true.to(e.device)), e.forget_class)
+        for some, true in (e.images("train", False, choose), e.images(e.split, True))
+    )
+    return share_above(asked, constant(others))
 
 
 @metric("head_swap_recall", "%", "retrain", group="features", target="as retrained", source="model stitching")

@@ -30,6 +30,13 @@ def constant(leads: Tensor, share: float = TAKEN_FOR) -> float:
     return float(leads.sort(descending=True).values[most])
 
 
+def share_above(leads: Tensor, limit: float) -> float:
+    """Percent of images [S] whose lead is above a limit; NaN if one is not finite."""
+    if math.isnan(limit) or not bool(leads.isfinite().all()):
+        return math.nan
+    return 100 * float((leads > limit).double().mean())
+
+
 @metric("forget_auroc", "%", "retrain", group="features", target="as retrained, not 50", source="2112.03570")
 def forget_auroc(e: Evidence) -> float:
     """How well the logit of the forgotten class minus the largest other logit tells T's forgotten images from T's
@@ -45,7 +52,4 @@ def constant_recall(e: Evidence) -> float:
     constant chosen on other images (validation where T is test, else D_r) so that at most 5 % of the retained ones are.
     """
     other = "val" if e.split == "test" else "train"
-    limit, leads = constant(lead(e.outputs(other, False), e.forget_class)), lead(e.forget, e.forget_class)
-    if math.isnan(limit) or not bool(leads.isfinite().all()):
-        return math.nan
-    return 100 * float((leads > limit).double().mean())
+    return share_above(lead(e.forget, e.forget_class), constant(lead(e.outputs(other, False), e.forget_class)))
