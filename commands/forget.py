@@ -449,7 +449,7 @@ def compose(
     out: Path,
     push: Push = None,
 ) -> None:
-    """Join masks of one parent: what any of them switches off is off, and what any replaces is replaced.
+    """Join masks of one parent: what any switches off is off, and what any replaces is replaced.
 
     Args:
         masks: Folders of masks.

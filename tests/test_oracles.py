@@ -20,6 +20,7 @@ from core.config import (
 from core.observe import Tracker
 from data import GraphDataset, GraphGenerator, Vectors
 from eval import Eval
+from graphs import subsets
 from graphs.edge_list import edge_index
 from graphs.layout import layer_graph
 from graphs.subsets import SAMPLERS, exact_budget, hard_topk
@@ -27,7 +28,6 @@ from measure.metrics import Outputs, chosen_metrics
 from model import HookedModel, MaskingGCN, vision_model_loader
 from tests.helpers.common import APART, MIXED, NET_5432, evidence, held
 from trainer import GCNTrainer
-from unlearn import masks
 from unlearn.masks import Mask, masked, random_mask
 from unlearn.objectives import Elbo, categorical_kl, log_prior
 from unlearn.registry import Context
@@ -223,7 +223,7 @@ def trainer_of(setting, tmp_path, sampler=TopKSamplers.sinkhorn, **settings) -> 
 @pytest.mark.parametrize("sampler", list(TopKSamplers))
 def test_first_term_of_the_elbo_moves_theta(sampler, monkeypatch):
     """Autograd of the expected loss equals a finite difference; the temperature is constant for the gradient."""
-    monkeypatch.setattr(masks, "_scale", lambda theta, temperature: torch.full_like(theta[..., :1], temperature))
+    monkeypatch.setattr(subsets, "_scale", lambda theta, temperature: torch.full_like(theta[..., :1], temperature))
     torch.manual_seed(4)
     model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval().double()
     h, labels = torch.rand(5, 128, dtype=torch.float64), torch.arange(5)

@@ -149,7 +149,7 @@ def test_an_edit_makes_anew_only_what_comes_after_it():
 
 
 def test_an_edit_for_the_graph_network_retrains_no_classifier():
-    """Neither graphs' data nor masks nor objectives are in reach of a classifier's training, nor of making graphs.
+    """Neither graphs' data nor samplers nor objectives are in reach of a classifier's training, nor of making graphs.
 
     `model.py` holds the graph network beside the classifiers, so that its operator and the layout are in reach.
     """
@@ -159,7 +159,8 @@ def test_an_edit_for_the_graph_network_retrains_no_classifier():
     assert not [name for name in (*classifier, *graphs) if name.startswith("unlearn/")]
     of_graphs = [name for name in classifier if name.startswith("graphs/")]
     assert of_graphs == ["graphs/__init__.py", "graphs/layout.py", "graphs/message_passing.py"]
-    assert {"data.py", "unlearn/objectives.py", "unlearn/masks.py"} <= set(hashes.closure("stages.gcn"))
+    assert "graphs/subsets.py" not in graphs
+    assert {"data.py", "unlearn/objectives.py", "graphs/subsets.py"} <= set(hashes.closure("stages.gcn"))
 
 
 def test_a_module_that_is_not_there_is_refused():

@@ -455,8 +455,8 @@ def test_code_is_what_was_imported_not_what_lies_there_now(house):
     """An edit during a run changes no key of it; the next process has another."""
     same = told(house, 'key = hashes.code_key("unlearn.masks")', 'print(key == hashes.code_key("unlearn.masks"))')
     assert same == "True"
-    same = told(house, "hashes.whole_code()", 'print(hashes.code_key("unlearn.requests"))')
-    other = told(house, "hashes.whole_code()", 'print(hashes.code_key("unlearn.requests"))')
+    same = told(house, "hashes.whole_code()", 'print(hashes.code_key("unlearn.registry"))')
+    other = told(house, "hashes.whole_code()", 'print(hashes.code_key("unlearn.registry"))')
     assert same != other, "edited twice"
 
 

@@ -177,7 +177,7 @@ def test_a_class_is_erased_from_a_folder_of_transformers(kind, photos, tmp_path,
     head = "classifier.weight" if kind == "vit" else "classifier.1.weight"
     old = load(parent).get_parameter(head)[1]
     there_and_back(f"hf:{parent}", parent, tmp_path / "sealed", load, photos, Opening(), mask, Ways.erase)
-    assert not (new_row(mask, head) == old).any()
+    assert torch.cosine_similarity(new_row(mask, head), old, 0).abs() < 0.9  # drawn anew, not the old one scaled
     assert torch.equal(load(tmp_path / "sealed").get_parameter(head)[1], new_row(mask, head))
 
 
