@@ -8,7 +8,6 @@ Everything is read from the records, so that a new method or metric appears with
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeGuard
 
 from core.config import SupportedDatasets, SupportedVisionModels
@@ -347,7 +346,7 @@ def headline(records: Run) -> str:
         f"(before: {before['retain_score']:.1f} %)."
     )
     words = (one for one in record["verdicts"][record["answer"]] if one["key"] in WORDS)
-    text += "".join(f" In a word: {one['key']} ({one['sentence']})." for one in islice(words, 1))
+    text += "".join(f" In a word: {one['key']} ({one['sentence']})." for one in words)
     auto = record["auto"]
     if auto and not auto["achieved"]:
         target = f"forget score <= {auto['tau']} %, retain score at most {auto['epsilon']} points lower"

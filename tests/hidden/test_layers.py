@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from hidden import layers
 from hidden.layers import (
@@ -16,6 +17,7 @@ from hidden.layers import (
     probe_recalls,
     standardised,
 )
+from measure.attacks import separation
 from measure.metrics import METRICS, Evidence
 from measure.probes import probe_recall, probed_images
 from model import HookedResnet
@@ -109,6 +111,24 @@ def test_the_area_of_a_single_feature_is_counted_in_pairs():
     )
     assert binary_auc(one, (2,)) == pytest.approx(100 * (4 + 2.5 + 2) / 12)
     assert binary_auc(replace(one, train=-one.train), (2,)) == pytest.approx(100 * (12 - 8.5) / 12)
+
+
+def test_the_probe_of_two_sides_weighs_them_alike():
+    """30 forgotten against 90 retained is as each forgotten one three times, all with the weight 120 / (2 x 90)."""
+    shift = torch.tensor([1.0, 0.5, 0, 0, 0, 0, 0, 0]).double()
+    train, labels = noise(1, 120, 8).double(), torch.arange(4).repeat(30)
+    train[labels == 2] += shift
+    asked, others = noise(2, 50, 8).double() + shift, noise(3, 80, 8).double()
+    copies = torch.cat([train, train[labels == 2], train[labels == 2]])
+    sides = torch.cat([labels == 2, torch.ones(60, dtype=torch.bool)])
+    probe = LogisticRegression(C=120 / 180, tol=1e-9).fit(copies.numpy(), sides.numpy())
+    weight = torch.from_numpy(probe.coef_[0])
+    pairs = ((asked @ weight)[:, None] > (others @ weight)[None]).double().mean()
+    found = binary_auc(Stage(train, labels, asked, labels[:50], others), (2,))
+    assert found == pytest.approx(100 * float(pairs), abs=0.1)
+    plain = LogisticRegression(C=1).fit(train.numpy(), (labels == 2).numpy())
+    orders = [torch.from_numpy(plain.decision_function(side.numpy())) for side in (asked, others)]
+    assert abs(found - 100 * separation(*orders)) > 0.2
 
 
 def test_a_model_that_knows_the_class_tells_it_at_every_stage(judged):

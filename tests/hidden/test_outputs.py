@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hidden.outputs import constant, constant_recall, forget_auroc, lead
+from hidden.outputs import constant, constant_recall, forget_auroc, lead, share_above
 from measure.metrics import METRICS, Again, Outputs, PerImage
 from tests.helpers.common import evidence
 
@@ -52,6 +52,7 @@ def test_the_constant_is_the_largest_that_takes_no_more_than_a_share():
     assert int((leads > limit).sum()) == 6  # .05 x 137 is 6.85
     assert int((leads >= limit).sum()) == 7
     assert constant(torch.arange(20.0)) == 18  # one of 20 may be taken
+    assert share_above(torch.tensor([17.0, 18.0, 19.0, 20.0]), 18) == 50  # at the limit itself is not above it
 
 
 @pytest.mark.parametrize(("split", "other"), [("test", "val"), ("val", "train")])

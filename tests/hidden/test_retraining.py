@@ -77,14 +77,16 @@ def test_a_fresh_head_is_uniform_and_alone_is_new(judged):
 
 def test_a_fresh_head_is_where_relearning_starts(judged, monkeypatch):
     starts: list[HookedModel] = []
+    rates: list[float] = []
 
-    def noted(model, *rest):
+    def noted(model, images, labels, seed, rate):
         starts.append(model)
+        rates.append(rate)
         return itertools.repeat(model)
 
     monkeypatch.setattr(probes, "relearning", noted)
     replace(judged, _values={}).value(fresh_head_10)
-    assert len(starts) == 3
+    assert rates == [5e-4, 2e-3, 8e-3]
     weights = [start.target(-1).weight for start in starts]
     assert torch.equal(weights[0], weights[2])  # alike at every rate, and for every model of the run
     assert not torch.equal(weights[0], judged.model.target(-1).weight)
