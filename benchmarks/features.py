@@ -43,7 +43,7 @@ from utils_data import UnlearningDataset, get_unlearning_dataset
 IMAGES, EPOCHS, RATE, BATCH = 15_000, 10, 2e-3, 128
 REFERENCES, FIRST_REFERENCE = 3, 100
 OURS = ("default", "retrain", "head_row_new", "mimu_deep")
-RIVALS = ("salun", "scrub", "bad_teacher", "finetune", "head_retrain", "leace")
+RIVALS = ("salun", "scrub", "bad_teacher", "head_retrain", "svd_projection")
 SHARES = (0.0006, 0.0012, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
 GAPS = {  # metric -> heading; distances to the retrained models' mean
     "probe_layers_gap": "probe",
@@ -68,7 +68,7 @@ def variant(name: str, share: float = 0.02, schedule: Schedule | None = None) ->
     @method(name, name, axes=("seed",))
     def edit(context: Context, point: Point) -> Edit:
         """`mimu_deep`, with one thing changed."""
-        return deep_edit(context, point.seed, share, schedule or Schedule())
+        return deep_edit(context, point.seed, share, schedule)
 
     return name
 
@@ -82,6 +82,8 @@ ABLATIONS = (
     variant("100_steps", schedule=Schedule(steps=100)),
     variant("30_steps", schedule=Schedule(steps=30)),
     variant("first_order_alone", schedule=Schedule(steps=0)),
+    variant("its_size_from_the_first_step", schedule=Schedule(ramp=0)),
+    variant("a_sixth_of_the_weights_takes_part", schedule=Schedule(candidates=8)),
 )
 
 

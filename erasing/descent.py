@@ -10,6 +10,7 @@ from erasing.terms import Sides, Weights
 from graphs.layout import check_budget
 from graphs.subsets import hard_topk, sinkhorn_topk
 
+MANY = 2**20  # weights, from which on a step is dear
 MEMORY = 0.8  # of the running mean of what features tell
 WIDTH = 0.02  # above the target, in shares of the variance: from there on features are pushed in full
 
@@ -20,6 +21,10 @@ class Schedule:
 
     Args:
         steps: of Adam, at rate `lr`. hot, cold: temperatures of the soft mask, first and last, annealed geometrically.
+        ramp: share of the steps over which the soft mask grows to its size. A network with BatchNorm that loses all of
+            the weights at once does not find back.
+        candidates: so many times as many weights as are switched off take part, those where the start is largest;
+            None: all.
         start: batches that the first-order start is averaged over. by: weights of the loss's terms.
     """
 
@@ -27,12 +32,23 @@ class Schedule:
     lr: float = 0.3
     hot: float = 0.5
     cold: float = 0.05
+    ramp: float = 0.3
+    candidates: int | None = None
     start: int = 4
     by: Weights = field(default_factory=Weights)
 
     def temperature(self, step: int) -> float:
         """Of the soft mask at a step."""
         return self.hot * (self.cold / self.hot) ** (step / max(1, self.steps - 1))
+
+    def size(self, step: int, kappa: int) -> int:
+        """Of the soft mask at a step."""
+        return max(1, min(kappa, round(kappa * (step + 1) / max(1.0, self.ramp * self.steps))))
+
+
+def usual(size: int) -> Schedule:
+    """The schedule for so many target weights: of very many a share takes part, in fewer steps."""
+    return Schedule() if size < MANY else Schedule(steps=100, candidates=8)
 
 
 def tail_scores(values: Tensor) -> Tensor:
@@ -92,11 +108,13 @@ class Descent:
             UserError: there are fewer.
         """
         check_budget(kappa, len(self.places), "kappa")
-        theta = tail_scores(self.first_order()).requires_grad_()
+        start = self.first_order()
+        most = start.topk(min(len(start), (self.how.candidates or len(start)) * kappa)).indices.sort().values
+        self.places, theta = self.places[most], tail_scores(start[most]).requires_grad_()
         optimizer = torch.optim.Adam([theta], self.how.lr)
         with torch.enable_grad():
             for step in range(self.how.steps):
-                loss = self._loss(sinkhorn_topk(theta, kappa, self.how.temperature(step)))
+                loss = self._loss(sinkhorn_topk(theta, self.how.size(step, kappa), self.how.temperature(step)))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

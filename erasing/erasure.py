@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import derive_seed
-from erasing.descent import Descent, Schedule
+from erasing.descent import Descent, Schedule, usual
 from erasing.head import last_layer, new_rows
 from erasing.proxies import DRAWS, Proxies
 from erasing.stages import Stages
@@ -15,7 +15,6 @@ from erasing.terms import Sides
 from models.foreign import ForeignClassifier
 
 SHARE = 0.02  # of the target weights, which an edit switches off where nobody says how many
-USUAL = Schedule()
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class Eraser:
         self.proxies = Proxies(model, h, labels, seed)
         self.head = f"{last_layer(self.stages)[0]}.weight"
 
-    def erase(self, classes: Sequence[int], kappa: int, schedule: Schedule = USUAL) -> Erasure:
-        """Erase classes with kappa weights and new rows of the last layer.
+    def erase(self, classes: Sequence[int], kappa: int, schedule: Schedule | None = None) -> Erasure:
+        """Erase classes with kappa weights and new rows of the last layer; schedule: None, as `descent.usual` has it.
 
         Raises:
             UserError: kappa is not between 1 and all weights.
@@ -83,7 +82,7 @@ class Eraser:
         sides = Sides(self.stages, self.h, self.labels, classes)
         before, may, target = self.proxies.allowance(sides)
         barred = self._rows(sides.classes)
-        descent = Descent(sides, target, self.seed, schedule, barred)
+        descent = Descent(sides, target, self.seed, schedule or usual(barred.numel()), barred)
         off = descent.run(kappa)
         weights, kept = descent.graph.split(descent.weight.masked_fill(off, 0)), sides.retain
         rows = new_rows(self.stages, weights, self.h[kept], self.labels[kept], sides.classes, self.seed)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.config import MaskStrategies, Starts, UserError, derive_seed
 from erasing.descent import Schedule
-from erasing.erasure import SHARE, USUAL, Eraser, Erasure
+from erasing.erasure import SHARE, Eraser, Erasure
 from erasing.head import NoLinearHead, new_rows
 from erasing.stages import rows_of
 from model import inspecting
@@ -89,7 +89,7 @@ def head_row_new(context: Context, point: Point) -> Edit:
     return _written(context, Erasure(classes, {}, eraser.head, rows, nothing, nothing, nothing))
 
 
-def deep_edit(context: Context, seed: int, share: float = SHARE, schedule: Schedule = USUAL) -> Edit:
+def deep_edit(context: Context, seed: int, share: float = SHARE, schedule: Schedule | None = None) -> Edit:
     """As `mimu_deep`, with a share of the weights, and sought as a schedule says."""
     eraser = eraser_of(context, seed)
     kappa = max(1, round(share * eraser.model.weight_graph().num_vertices))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from core.config import UserError
-from erasing.descent import Descent, Schedule, tail_scores
+from erasing.descent import Descent, Schedule, tail_scores, usual
 from erasing.erasure import Eraser
 from erasing.head import NoLinearHead, last_layer, new_rows
 from erasing.proxies import Proxies, fresh
@@ -119,6 +119,37 @@ def test_without_a_push_on_features_they_tell_more(eraser, erasure):
     weights = descent.graph.split(descent.weight.masked_fill(descent.run(300), 0))
     told = sides.tells(eraser.stages, torch.Generator().manual_seed(0), 6, weights)
     assert (told > erasure.after + 0.02).all()
+
+
+def test_the_soft_mask_grows_and_cools():
+    how = Schedule(steps=100, ramp=0.3)
+    assert [how.size(step, 90) for step in (0, 9, 19, 29, 99)] == [3, 30, 60, 90, 90]
+    assert Schedule(ramp=0).size(0, 90) == 90
+    assert how.size(0, 1) == 1
+    assert how.temperature(0) == how.hot
+    assert how.temperature(99) == pytest.approx(how.cold)
+
+
+def test_candidates_are_those_that_the_start_prefers(eraser):
+    """With as many as kappa there is nothing to choose: the mask is the first-order one."""
+    sides = Sides(eraser.stages, eraser.h, eraser.labels, (1,))
+    nothing = torch.zeros(eraser.model.weight_graph().shape, dtype=torch.bool)
+
+    def seek(schedule: Schedule) -> tuple[Descent, torch.Tensor]:
+        descent = Descent(sides, torch.zeros(2), 0, schedule, nothing)
+        return descent, descent.run(50)
+
+    first = seek(Schedule(steps=0))[1]
+    assert torch.equal(seek(Schedule(steps=5, candidates=1))[1], first)
+    some, chosen = seek(Schedule(steps=5, candidates=3))
+    assert len(some.places) == 150
+    assert not (first.flatten().nonzero().flatten()[:, None] != some.places).all(1).any()
+    assert set(chosen.flatten().nonzero().flatten().tolist()) <= set(some.places.tolist())
+
+
+def test_of_very_many_weights_a_share_takes_part():
+    assert usual(1000) == Schedule()
+    assert usual(2**20).candidates == 8
 
 
 def test_tail_scores():
