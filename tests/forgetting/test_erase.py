@@ -123,6 +123,8 @@ def test_python_finds_the_same_edit(home, net, erased):
     [
         (("--depth", "deeper"), "--depth is 'deeper': choose from suppress, erase"),
         (("--way", "erase"), "--way is 'erase': choose from refined, robust, first_order"),
+        (("--depth", "erase", "--way", "first_order"), "--way, --tau and --epsilon say how outputs are made to forget"),
+        (("--depth", "erase", "--tau", "1"), "--way, --tau and --epsilon say how outputs are made to forget"),
         (
             ("--depth", "erase", "--layer", "conv2"),
             "erasing draws rows of fc.weight anew: name it with",
