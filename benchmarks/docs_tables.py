@@ -27,7 +27,14 @@ from reporting.write import in_markdown
 RESULTS = PROJECT_ROOT / "docs" / "results"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 UNBROKEN = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"  # a value and its interval stay on one line of a cell
-NOT_SHOWN = ("--json", "--markdown", "--output-dir", "--masks")  # flags that change no value of a table
+NOT_SHOWN = (
+    "--json",
+    "--measured",
+    "--curve",
+    "--markdown",
+    "--output-dir",
+    "--masks",
+)  # flags that change no value of a table
 
 
 def pages() -> list[Path]:

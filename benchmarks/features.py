@@ -3,6 +3,7 @@
     uv run benchmarks/features.py                 the short form: one classifier, two classes, 3 minutes
     uv run benchmarks/features.py --full          ten classes x 3 classifiers, rivals on one of them
     [--sections ours rivals curve ablations] [--seeds N ...] [--classes N ...] [--curve PATH] [--json PATH] [--docs]
+    [--measured PATH]                             tables and curve from what an earlier call kept with --json
 
 Classifiers are MLPs (784-128-64-10) trained on 15,000 images for ten epochs with AdamW at a one-cycle rate, and so are
 three models retrained without each class, with seeds of their own. Nothing here was tuned on test images; the settings
@@ -28,7 +29,7 @@ from benchmarks.common import for_pages, keep, parser, publish_all
 import torch
 from torch import Tensor, nn
 
-from core.artifacts import write_bytes
+from core.artifacts import read_json, write_bytes
 from core.config import PROJECT_ROOT, DataConfig, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from erasing.descent import Schedule
 from erasing.terms import Weights
@@ -243,19 +244,21 @@ def main() -> None:
     asked.add_argument("--seeds", nargs="+", type=int, help="of classifiers")
     asked.add_argument("--classes", nargs="+", type=int, help="each forgotten by itself")
     asked.add_argument("--curve", type=Path, default=PROJECT_ROOT / "docs" / "size-curve.png")
+    asked.add_argument("--measured", type=Path, help="a file of --json; nothing is measured")
     given = asked.parse_args()
     seeds = given.seeds or ([2, 3, 4] if given.full else [2])
     classes = given.classes or (range(10) if given.full else [6, 9])
     every: dict[str, list[Row]] = {}
+    kept = read_json(given.measured) if given.measured else {}
     for section in given.sections:
         pairs = [(seed, label) for label in classes for seed in seeds]
-        every[section] = [row for seed, label in pairs for row in cell(seed, label, SECTIONS[section])]
+        every[section] = kept.get(section) or [row for pair in pairs for row in cell(*pair, SECTIONS[section])]
         print(f"\n{section}, {torch.get_num_threads()} threads\n{as_text(table(every[section]))}\n", flush=True)
     if rows := every.get("curve"):
         write_bytes(given.curve, drawn(rows))
     n = f"{len(classes)} classes x {len(seeds)} classifiers: mean (worst)"
     publish_all(given.docs, {f"features_{section}": (n, table(rows)) for section, rows in every.items()})
-    keep(given.json, every)
+    keep(None if kept else given.json, every)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class Descent:
         The term of features is pushed down in full while their running mean is WIDTH above the target, not at all once
         it is below: a hinge on single batches would be pushed by their noise, and end lower than asked.
         """
-        every = torch.zeros(self.weight.numel()).index_put((self.places,), degrees)
+        every = self.weight.new_zeros(self.weight.numel()).index_put((self.places,), degrees)
         weights = self.graph.split(self.weight * (1 - every.view(self.weight.shape)))
         said, tell = self.sides.loss(weights, self.generator, self.how.by)
         now = tell.detach()
@@ -95,7 +95,8 @@ class Descent:
 
     def first_order(self) -> Tensor:
         """How fast the loss falls when a weight is switched off, at the untouched classifier. [places]."""
-        degrees, total = torch.zeros(len(self.places), requires_grad=True), torch.zeros(len(self.places))
+        degrees, total = (self.weight.new_zeros(len(self.places)) for _ in range(2))
+        degrees.requires_grad_()
         with torch.enable_grad():
             for _ in range(self.how.start):
                 total -= torch.autograd.grad(self._loss(degrees), degrees)[0]
@@ -118,6 +119,6 @@ class Descent:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        off = torch.zeros(self.weight.numel(), dtype=torch.bool)
+        off = torch.zeros_like(self.weight, dtype=torch.bool).flatten()
         off[self.places[hard_topk(theta.detach(), kappa)]] = True
         return off.view(self.weight.shape)

@@ -53,7 +53,7 @@ class Erasure:
                 module.get_parameter(name).masked_fill_(part, 0)
             last, chosen = module.get_parameter(self.head), list(self.classes)
             last[chosen] = self.rows
-        touched.setdefault(self.head, torch.zeros(last.shape, dtype=torch.bool))[chosen] = True
+        touched.setdefault(self.head, torch.zeros_like(last, dtype=torch.bool))[chosen] = True
         return touched
 
 
@@ -97,9 +97,8 @@ class Eraser:
 
     def _rows(self, classes: Sequence[int]) -> Tensor:
         """Which target weights lie in the rows that are drawn anew, bool [*graph.shape]."""
-        name = f"{last_layer(self.stages)[0]}.weight"
-        parts = [torch.zeros(target.matrix, dtype=torch.bool) for target in self.model.targets]
+        parts = [torch.zeros(target.matrix, dtype=torch.bool, device=self.h.device) for target in self.model.targets]
         for part, target in zip(parts, self.model.targets, strict=True):
-            if target.name == name:
+            if target.name == self.head:
                 part[list(classes)] = True
         return self.model.weight_graph().join(parts)

@@ -70,9 +70,10 @@ def new_rows(
     if features.dim() != 2 or logits.shape[1] != layer.out_features:
         raise NoLinearHead(f"{name} reads {list(features.shape)}, and gives {layer.out_features} of the logits")
     generator = torch.Generator().manual_seed(derive_seed(seed, "erasing", "rows", *classes))
-    bound, chosen = features.shape[1] ** -0.5, torch.tensor(classes)
-    row = (bound * (2 * torch.rand(len(classes), features.shape[1], generator=generator) - 1)).requires_grad_()
-    bias = torch.zeros(()) if layer.bias is None else layer.bias.detach()[chosen]
+    bound, chosen = features.shape[1] ** -0.5, torch.tensor(classes, device=h.device)
+    drawn = 2 * torch.rand(len(classes), features.shape[1], generator=generator) - 1
+    row = (bound * drawn).to(h.device).requires_grad_()
+    bias = row.new_zeros(()) if layer.bias is None else layer.bias.detach()[chosen]
     optimizer = torch.optim.Adam([row], RATE)
     with torch.enable_grad():
         for _ in range(max(EPOCHS, -(-LEAST_STEPS * BATCH // len(labels)))):

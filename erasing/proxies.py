@@ -52,7 +52,7 @@ class Proxies:
     def trained(self, without: Sequence[int]) -> Stages:
         """A network from fresh weights, trained on the images of all classes but some."""
         labels = self.labels[self.places]
-        places = self.places[~torch.isin(labels, torch.tensor(without, dtype=torch.long))]
+        places = self.places[~torch.isin(labels, torch.tensor(without, dtype=torch.long, device=labels.device))]
         seed = derive_seed(self.seed, "proxies", "training")
         stages, generator = Stages(fresh(self.model, seed)), torch.Generator().manual_seed(seed)
         tail = [value for name, value in stages.model.net.named_parameters() if not self._ahead(name)]

@@ -103,11 +103,11 @@ class Sides:
         """A batch, with replacement."""
 
         def some(size: int, count: int) -> Tensor:
-            return torch.randint(size, (count,), generator=generator)
+            return torch.randint(size, (count,), generator=generator).to(self.h.device)
 
         chosen = some(len(self.forget), FORGOTTEN)
         following = self.next[chosen]
-        among = (torch.rand(FORGOTTEN, generator=generator) * self._counts[following]).long()
+        among = (torch.rand(FORGOTTEN, generator=generator).to(self.h.device) * self._counts[following]).long()
         partners = self._by_class[self._begins[following] + among]
         return Batch(self.forget[chosen], partners, self.retain[some(len(self.retain), RETAINED)])
 
@@ -115,7 +115,7 @@ class Sides:
         self, stages: Stages, generator: torch.Generator, draws: int = 4, weights: Sequence[Tensor] | None = None
     ) -> Tensor:
         """`explained` after every stage but the last, of a classifier on these images, mean over batches. [stages]."""
-        total = torch.zeros(len(stages.taps))
+        total = torch.zeros(len(stages.taps), device=self.h.device)
         with torch.no_grad():
             for _ in range(draws):
                 total += self._tell(stages(self._rows(batch := self.draw(generator)), weights)[0], batch)
