@@ -46,9 +46,7 @@ class Eval(Snapshots):
         """By method key: settings and what tuning tried, integrity, and the tables that are no single number."""
         self._measured: dict[tuple, dict] = {}
         self._efficacy: dict[int, dict[str, float]] = {}
-        self._bands: dict[
-            tuple, dict[str, Band]
-        ] = {}  # by method key: beside retrained models, where features are read
+        self._bands: dict[tuple, dict[str, Band]] = {}  # by method key: where features lie beside retrained models'
         self._right: dict[tuple, dict[str, Tensor]] = {}  # by method key and score: which test images are recognised
 
     # --- what is measured ---

@@ -107,11 +107,8 @@ class Asking(Group):
             raise UserError(f"--way is {self.way!r}: choose from {', '.join(ways)}")
         if self.depth not in DEPTHS:
             raise UserError(f"--depth is {self.depth!r}: choose from {', '.join(DEPTHS)}")
-        if self.depth == "erase" and (self.way, self.tau, self.epsilon) != (
-            AS_USUAL.way,
-            AS_USUAL.tau,
-            AS_USUAL.epsilon,
-        ):
+        changed = [name for name in ("way", "tau", "epsilon") if getattr(self, name) != getattr(AS_USUAL, name)]
+        if self.depth == "erase" and changed:
             raise UserError("--way, --tau and --epsilon say how outputs are made to forget: leave them out to erase")
         return Ways.erase if self.depth == "erase" else Ways(self.way)
 

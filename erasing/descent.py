@@ -8,7 +8,8 @@ from torch import Tensor
 from core.config import derive_seed
 from erasing.terms import Sides, Weights
 from graphs.layout import check_budget
-from graphs.subsets import hard_topk, sinkhorn_topk
+from graphs.subsets import hard_topk, sinkhorn_topk, tail
+from trainer import annealed
 
 MANY = 2**20  # weights, from which on a step is dear
 MEMORY = 0.8  # of the running mean of what features tell
@@ -39,7 +40,7 @@ class Schedule:
 
     def temperature(self, step: int) -> float:
         """Of the soft mask at a step."""
-        return self.hot * (self.cold / self.hot) ** (step / max(1, self.steps - 1))
+        return annealed(self.hot, self.cold, step, self.steps)
 
     def size(self, step: int, kappa: int) -> int:
         """Of the soft mask at a step."""
@@ -51,13 +52,10 @@ def usual(size: int) -> Schedule:
     return Schedule() if size < MANY else Schedule(steps=100, candidates=8)
 
 
-def tail_scores(values: Tensor) -> Tensor:
-    """-log(share of values that are larger), standardised: few stand out, whatever the number of all. [N] -> [N]."""
-    order = values.argsort(descending=True, stable=True)
-    places = torch.arange(len(order), device=values.device)
-    scores = torch.empty_like(values)
-    scores[order] = -torch.log((places + 0.5) / len(order))
-    return (scores - scores.mean()) / scores.std()
+def started(scores: Tensor) -> Tensor:
+    """`tail` of scores, standardised: what descent begins at. [N] -> [N]."""
+    theta = tail(scores)
+    return (theta - theta.mean()) / theta.std()
 
 
 class Descent:
@@ -111,7 +109,7 @@ class Descent:
         check_budget(kappa, len(self.places), "kappa")
         start = self.first_order()
         most = start.topk(min(len(start), (self.how.candidates or len(start)) * kappa)).indices.sort().values
-        self.places, theta = self.places[most], tail_scores(start[most]).requires_grad_()
+        self.places, theta = self.places[most], started(start[most]).requires_grad_()
         optimizer = torch.optim.Adam([theta], self.how.lr)
         with torch.enable_grad():
             for step in range(self.how.steps):

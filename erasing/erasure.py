@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,6 @@ class Erasure:
     may: Tensor
     after: Tensor
 
-    @property
-    def switched_off(self) -> int:
-        """How many weights are switched off."""
-        return sum(int(part.sum()) for part in self.off.values())
-
     def write(self, module: nn.Module) -> dict[str, Tensor]:
         """Put the edit into the classifier that it was made for, or a copy of it.
 
@@ -73,13 +69,18 @@ class Eraser:
         self.proxies = Proxies(model, h, labels, seed)
         self.head = f"{last_layer(self.stages)[0]}.weight"
 
+    @cached_property
+    def logits(self) -> Tensor:
+        """What the untouched classifier answers, [S, C]; computed once for all requests."""
+        return self.stages.logits(self.h)
+
     def erase(self, classes: Sequence[int], kappa: int, schedule: Schedule | None = None) -> Erasure:
         """Erase classes with kappa weights and new rows of the last layer; schedule: None, as `descent.usual` has it.
 
         Raises:
             UserError: kappa is not between 1 and all weights.
         """
-        sides = Sides(self.stages, self.h, self.labels, classes)
+        sides = Sides(self.stages, self.h, self.labels, classes, self.logits)
         before, may, target = self.proxies.allowance(sides)
         barred = self._rows(sides.classes)
         descent = Descent(sides, target, self.seed, schedule or usual(barred.numel()), barred)

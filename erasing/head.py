@@ -64,8 +64,8 @@ def new_rows(
         NoLinearHead: there are no such rows.
     """
     name, layer = last_layer(stages)
-    with torch.no_grad(), _reading(layer) as heard:
-        logits = torch.cat([stages.model.head(part, None, weights).float() for part in h.split(1024)])
+    with _reading(layer) as heard:
+        logits = stages.logits(h, weights)
     features = torch.cat(heard).float()
     if features.dim() != 2 or logits.shape[1] != layer.out_features:
         raise NoLinearHead(f"{name} reads {list(features.shape)}, and gives {layer.out_features} of the logits")

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from models.classifier import Classifier
 from models.foreign import ForeignClassifier
-from models.targets import Target, stage_of
+from models.targets import DEEP, Target, stage_of
+
+AT_ONCE = 1024  # rows that pass through the head together
 
 
 class Stages:
@@ -40,6 +43,11 @@ class Stages:
         with self._listening() as heard:
             logits = self.model.head(h, None, weights)
         return [heard[name].float() for name in self.taps], logits.float()
+
+    def logits(self, h: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """Logits [S, classes] of many rows, without a gradient; arguments as of a call."""
+        with torch.no_grad():
+            return torch.cat([self.model.head(part, None, weights).float() for part in h.split(AT_ONCE)])
 
     @contextmanager
     def _listening(self) -> Generator[dict[str, Tensor]]:
@@ -72,6 +80,16 @@ def _as_vectors(target: Target) -> Callable[[Tensor], Tensor]:
         return value.mean(tuple(dims))
 
     return vectors
+
+
+def deep(model: Classifier, images: Tensor, classes: int) -> ForeignClassifier:
+    """A classifier of either kind with its `deep` layers as targets.
+
+    Args:
+        images: a few, [B, C, H, W]: the forward pass is looked at with them.
+    """
+    net, logits = (model.net, model.logits) if isinstance(model, ForeignClassifier) else (model, lambda said: said)
+    return ForeignClassifier(net, logits, images, classes, (DEEP,))
 
 
 def rows_of(model: ForeignClassifier, images: Sequence[Tensor]) -> Tensor:

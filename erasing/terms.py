@@ -74,26 +74,20 @@ class Sides:
     """The images of a request, with what the untouched classifier would answer if the classes were not there.
 
     Args:
-        stages: the classifier. h: rows, [S, numbers]. labels: [S]. classes: to forget.
+        stages: the classifier. h: rows, [S, numbers]. labels: [S]. classes: to forget. logits: untouched, [S, C].
     """
 
-    def __init__(self, stages: Stages, h: Tensor, labels: Tensor, classes: Sequence[int]):
+    def __init__(self, stages: Stages, h: Tensor, labels: Tensor, classes: Sequence[int], logits: Tensor):
         self.stages, self.h, self.labels, self.classes = stages, h, labels, tuple(classes)
         gone = torch.isin(labels, torch.tensor(self.classes, device=labels.device))
         self.forget, self.retain = gone.nonzero().flatten(), (~gone).nonzero().flatten()
-        self.answers = self._untouched()
+        self.answers = self.without(logits).softmax(1)
         counts = torch.bincount(labels[self.retain], minlength=self.answers.shape[1])
         self.next = self.answers[self.forget].masked_fill(counts == 0, -1).argmax(1)
         """Of each forgotten image the retained class, with images, that the untouched classifier prefers. [A]."""
         order = labels[self.retain].argsort(stable=True)
         self._by_class, self._counts = self.retain[order], counts
         self._begins = counts.cumsum(0) - counts
-
-    def _untouched(self) -> Tensor:
-        """Probabilities [S, C] of the untouched classifier with the classes to forget left out."""
-        with torch.no_grad():
-            parts = [self.without(self.stages(part)[1]).softmax(1) for part in self.h.split(1024)]
-        return torch.cat(parts)
 
     def without(self, logits: Tensor) -> Tensor:
         """Logits [B, C] with those of the classes to forget out of the race."""

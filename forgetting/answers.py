@@ -17,12 +17,12 @@ from core.observe import log
 from erasing.erasure import Eraser, Erasure
 from erasing.head import NoLinearHead
 from forgetting.samples import Parts, Samples
-from graphs.subsets import hard_topk
+from graphs.subsets import hard_topk, tail
 from measure.auto_kappa import Attempt, Search, check_provable, kappas
 from model import inspecting
 from models.foreign import ForeignClassifier
 from unlearn.features import TAYLOR_LAMBDA, ClassStatistics
-from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail, tail_start
+from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail_start
 
 REFINE = RefineConfig(start=Starts.taylor_tail, steps=15, lr=0.3, lambda_retain=1.0)
 TARGET = AutoConfig(smallest_share=1e-4, largest_share=0.02, tries=12)
@@ -401,10 +401,13 @@ def _standing_on(norms: Sequence[Any], first: int) -> Generator[None]:
 
         return forward
 
+    own = [vars(norm).get("forward") for norm in norms]
     try:
         for norm in norms:
             norm.forward = forward_of(norm)
         yield
     finally:
-        for norm in norms:
-            norm.__dict__.pop("forward", None)
+        for norm, forward in zip(norms, own, strict=True):
+            del norm.forward
+            if forward is not None:  # somebody's own, which hid the class's
+                norm.forward = forward

@@ -149,3 +149,11 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     chosen[scores.flatten().argsort(descending=True, stable=True)[:k]] = True
     return chosen.view(scores.shape)
+
+
+def tail(scores: Tensor) -> Tensor:
+    """Compute -log(share of weights with a larger score): few stand out, whatever the number of all. [*shape]."""
+    order = scores.flatten().argsort(descending=True, stable=True)
+    theta = torch.empty(len(order), device=scores.device)
+    theta[order] = -torch.log((torch.arange(len(order), device=scores.device) + 0.5) / len(order))
+    return theta.view(scores.shape)

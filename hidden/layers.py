@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from core.config import derive_seed
-from erasing.stages import Stages
+from erasing.stages import Stages, deep
 from measure.attacks import separation
 from measure.metrics import Evidence, metric
-from measure.probes import CHUNK, MOST_PROBED, drawn_of_some, probe_recall, probed_images
+from measure.probes import CHUNK, MOST_PROBED, drawn_of_some, probe_recall, probed_images, standardised
 from model import inspecting
-from models.foreign import ForeignClassifier
-from models.targets import DEEP
 
 NEIGHBOURS = 10
 EXAMPLES = 4  # images with which the forward pass is looked at
@@ -51,9 +49,7 @@ def stages_of(e: Evidence, images: Tensor) -> Callable[[Tensor], list[Tensor]]:
     Args:
         images: a few, with which the forward pass is looked at.
     """
-    few = images[:EXAMPLES].to(e.device)
-    classes = e.model.target(-1).out_features
-    model = ForeignClassifier(e.model, lambda logits: logits, few, classes, (DEEP,))
+    model = deep(e.model, images[:EXAMPLES].to(e.device), e.model.target(-1).out_features)
     stages = Stages(model)
 
     def features(images: Tensor) -> list[Tensor]:
@@ -62,13 +58,6 @@ def stages_of(e: Evidence, images: Tensor) -> Callable[[Tensor], list[Tensor]]:
         return [torch.cat(stage).double().cpu() for stage in zip(*parts, strict=True)]
 
     return features
-
-
-def standardised(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """Features [S, d] of several sets less their mean and over their deviation (1 where it is 0) in the first set."""
-    deviation, mean = torch.std_mean(train, 0, correction=0)
-    scale = torch.where(deviation > 0, deviation, 1.0)
-    return [(values - mean) / scale for values in (train, *others)]
 
 
 def features(e: Evidence) -> tuple[Stage, ...] | None:

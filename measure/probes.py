@@ -220,6 +220,13 @@ def _judged_features(e: Evidence) -> Features:
     return features_of(e, *e.images(e.split, True))
 
 
+def standardised(train: Tensor, *others: Tensor) -> list[Tensor]:
+    """Features [S, d] of several sets less their mean and over their deviation (1 where it is 0) in the first set."""
+    deviation, mean = torch.std_mean(train, 0, correction=0)
+    scale = torch.where(deviation > 0, deviation, 1.0)
+    return [(values - mean) / scale for values in (train, *others)]
+
+
 def probe_recall(features: Tensor, labels: Tensor, asked: Tensor, true: Tensor) -> float | None:
     """Percent of `asked` [A, n] whose class `true` [A] a fresh linear probe, fitted to features [S, n], names.
 
@@ -229,11 +236,10 @@ def probe_recall(features: Tensor, labels: Tensor, asked: Tensor, true: Tensor) 
 
     if not (features.isfinite().all() and asked.isfinite().all()):
         return None
-    deviation, mean = torch.std_mean(features, 0, correction=0)
-    scale = torch.where(deviation > 0, deviation, 1.0)
+    features, asked = standardised(features, asked)
     probe = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000)
-    probe.fit(((features - mean) / scale).numpy(), labels.numpy())
-    return 100 * float((probe.predict(((asked - mean) / scale).numpy()) == true.numpy()).mean())
+    probe.fit(features.numpy(), labels.numpy())
+    return 100 * float((probe.predict(asked.numpy()) == true.numpy()).mean())
 
 
 @metric("probe_input", "%", "retrain", group="deep", target="as retrained, not chance", source="1610.01644")

@@ -14,10 +14,9 @@ from core.config import MaskStrategies, Starts, UserError, derive_seed
 from erasing.descent import Schedule
 from erasing.erasure import SHARE, Eraser, Erasure
 from erasing.head import NoLinearHead, new_rows
-from erasing.stages import rows_of
+from erasing.stages import deep, rows_of
 from model import inspecting
 from models.foreign import INSIDE, ForeignClassifier
-from models.targets import DEEP
 from unlearn import closed_form, trained
 from unlearn.features import centred_rank
 from unlearn.finetuning import Finetuner
@@ -100,16 +99,14 @@ def eraser_of(context: Context, seed: int) -> Eraser:
     """What answers requests to erase, of a context's classifier and training images; made once for a seed."""
 
     def make() -> Eraser:
-        model = context.model
-        net, logits = (model.net, model.logits) if isinstance(model, ForeignClassifier) else (model, lambda said: said)
         sides = [context.images("train", side) for side in (True, False)]
         first = next(iter(sides[1]))[0][:4].to(context.device)
-        with inspecting(net):
-            deep = ForeignClassifier(net, logits, first, context.data.num_classes, (DEEP,))
-            pairs = [(rows_of(deep, [images.to(context.device)]), true) for side in sides for images, true in side]
+        with inspecting(context.model):
+            model = deep(context.model, first, context.data.num_classes)
+            pairs = [(rows_of(model, [images.to(context.device)]), true) for side in sides for images, true in side]
         rows, labels = zip(*pairs, strict=True)
         try:
-            return Eraser(deep, torch.cat(rows), torch.cat(labels).to(context.device), seed)
+            return Eraser(model, torch.cat(rows), torch.cat(labels).to(context.device), seed)
         except NoLinearHead as reason:
             raise NotApplicable(f"draws rows of the last layer anew, and {reason}") from None
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from core.config import FeatureSets, ForgetLosses, GCNConfig, RefineConfig, UserError, derive_seed
 from data import GraphDataset
 from graphs.layout import check_budget
-from graphs.subsets import sinkhorn_topk
+from graphs.subsets import sinkhorn_topk, tail
 from model import MaskingGCN, MaskLayer, inspecting
 from models.classifier import Classifier
 from trainer import annealed
@@ -189,14 +189,6 @@ def tail_start(head: FrozenHead, classes: tuple[int, ...]) -> Tensor:
     [*graph.shape].
     """
     return tail(head.statistics.signed_taylor(classes))
-
-
-def tail(scores: Tensor) -> Tensor:
-    """Compute -log(share of weights with a larger score). [*shape] -> [*shape]."""
-    order = scores.flatten().argsort(descending=True, stable=True)
-    theta = torch.empty(len(order), device=scores.device)
-    theta[order] = -torch.log((torch.arange(len(order), device=scores.device) + 0.5) / len(order))
-    return theta.view(scores.shape)
 
 
 def check_scores(theta: Tensor, given: Path | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from core.config import UserError
-from erasing.descent import Descent, Schedule, tail_scores, usual
+from erasing.descent import Descent, Schedule, started, usual
 from erasing.erasure import Eraser
 from erasing.head import NoLinearHead, last_layer, new_rows
 from erasing.proxies import Proxies, fresh
@@ -81,7 +81,7 @@ def test_features_tell_less_and_about_as_much_as_they_may(erasure):
 def test_as_many_weights_as_asked_for_and_none_in_the_new_rows(trained, erasure):
     model, changed = trained[0], copy.deepcopy(trained[0])
     touched = erasure.write(changed)
-    assert erasure.switched_off == 300
+    assert sum(int(part.sum()) for part in erasure.off.values()) == 300
     assert not erasure.off.get("linears.2.weight", torch.zeros(4, 64))[1].any()
     for name, value in changed.named_parameters():
         moved = value != model.get_parameter(name)
@@ -113,7 +113,7 @@ def test_a_number_of_weights_that_there_is_not(eraser, kappa):
 
 def test_without_a_push_on_features_they_tell_more(eraser, erasure):
     """What the term of features is worth: the same descent with a target that is met from the start."""
-    sides = Sides(eraser.stages, eraser.h, eraser.labels, (1,))
+    sides = Sides(eraser.stages, eraser.h, eraser.labels, (1,), eraser.logits)
     nothing = torch.zeros(eraser.model.weight_graph().shape, dtype=torch.bool)
     descent = Descent(sides, torch.ones(2), 0, SHORT, nothing)
     weights = descent.graph.split(descent.weight.masked_fill(descent.run(300), 0))
@@ -132,7 +132,7 @@ def test_the_soft_mask_grows_and_cools():
 
 def test_candidates_are_those_that_the_start_prefers(eraser):
     """With as many as kappa there is nothing to choose: the mask is the first-order one."""
-    sides = Sides(eraser.stages, eraser.h, eraser.labels, (1,))
+    sides = Sides(eraser.stages, eraser.h, eraser.labels, (1,), eraser.logits)
     nothing = torch.zeros(eraser.model.weight_graph().shape, dtype=torch.bool)
 
     def seek(schedule: Schedule) -> tuple[Descent, torch.Tensor]:
@@ -152,8 +152,8 @@ def test_of_very_many_weights_a_share_takes_part():
     assert usual(2**20).candidates == 8
 
 
-def test_tail_scores():
-    scores = tail_scores(torch.tensor([0.5, 3.0, -1.0, 2.0]))
+def test_descent_starts_at_a_standardised_tail():
+    scores = started(torch.tensor([0.5, 3.0, -1.0, 2.0]))
     assert scores.argsort(descending=True).tolist() == [1, 3, 0, 2]
     raw = -torch.log((torch.arange(4) + 0.5) / 4)
     needed = ((raw - raw.mean()) / raw.std())[torch.tensor([2, 0, 3, 1])]

@@ -59,7 +59,8 @@ def sides() -> Sides:
     deep = ForeignClassifier(model, lambda said: said, images[:4], 4, (DEEP,))
     labels = torch.arange(80) % 4
     labels[labels == 3] = 0  # the classifier knows a class of which there is no image
-    return Sides(Stages(deep), rows_of(deep, [images]), labels, (1,))
+    stages, rows = Stages(deep), rows_of(deep, [images])
+    return Sides(stages, rows, labels, (1,), stages.logits(rows))
 
 
 def test_the_next_class_is_the_best_other_one_that_has_images(sides):

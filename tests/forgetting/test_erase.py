@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import main
 from forgetting.answers import Ways
 from forgetting.artefact import kappa_of, usual_layers
 from forgetting.python import forget
 from mimu import Mask, state_sha256
-from tests.helpers.patterns import NAMES, network, prepared, spec_of, trained, words_for, write_folder
+from tests.helpers.patterns import NAMES, network, pictures, prepared, spec_of, trained, words_for, write_folder
 
 WANTED = 2
 
@@ -40,15 +39,6 @@ def erased(home, tmp_path_factory) -> Path:
     words = ["forget", *words_for(home, "--class", NAMES[WANTED], "--depth", "erase", "--out", place)]
     assert main.main(words) == 0
     return place
-
-
-def pictures(folder: Path) -> tuple[Tensor, Tensor]:
-    found = [
-        (prepared(Image.open(path)), label)
-        for label, name in enumerate(NAMES)
-        for path in sorted((folder / name).iterdir())
-    ]
-    return torch.stack([image for image, _ in found]), torch.tensor([label for _, label in found])
 
 
 def written(net: nn.Module, folder: Path) -> nn.Module:

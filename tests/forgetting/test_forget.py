@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,7 +28,19 @@ from mimu import Mask, describe_parent, restore, state_sha256
 from models.foreign import ForeignClassifier
 from models.preprocessing import Given
 from tests.helpers.foreign import bits
-from tests.helpers.patterns import FLAGS, MEAN, NAMES, SIDE, STD, network, prepared, spec_of, trained, write_folder
+from tests.helpers.patterns import (
+    FLAGS,
+    MEAN,
+    NAMES,
+    SIDE,
+    STD,
+    network,
+    pictures,
+    prepared,
+    spec_of,
+    trained,
+    write_folder,
+)
 
 WANTED = 2  # the class of most tests
 GIVEN = Given(size=SIDE, mean=MEAN, std=STD)
@@ -75,16 +86,6 @@ def forgotten(home: Path, out: Path, *more: object, images: str = "photos", name
 
 
 # --- recomputed without MIMU ------------------------------------------------------------------------------
-
-
-def pictures(folder: Path) -> tuple[Tensor, Tensor]:
-    """Every image of a folder of classes, prepared by plain torch, and its label."""
-    found = [
-        (prepared(Image.open(path)), label)
-        for label, name in enumerate(NAMES)
-        for path in sorted((folder / name).iterdir())
-    ]
-    return torch.stack([image for image, _ in found]), torch.tensor([label for _, label in found])
 
 
 def zeroed(net: nn.Module, folder: Path) -> nn.Module:
