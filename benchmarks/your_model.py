@@ -15,8 +15,9 @@ import importlib
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ from images.names import TEST, TRAIN, VAL
 from images.specs import dataset_root, read_arrays
 from models.foreign import ForeignClassifier
 from models.specs import logits_of
-from models.targets import AUTO
+from models.targets import AUTO, CUT
 
 TRAINED, EPOCHS, RATE, BATCH = 15_000, 2, 2e-3, 128
 FOR_MASKS, FOR_CHOICE = 300, 100  # images of each class
+HEADINGS = "class  kappa  forget: untouched  masked  first-order  BatchNorm anew   retain change  first-order  seconds"
+JUDGED = 3_000  # test images of a model whose passes are dear
 KAPPAS, LEFT = (2_000, 4_000, 8_000), 0.5
 MEAN, STD = 0.286, 0.353
 REQUEST, SIDE, REPEATS = 500, 224, 3
@@ -65,6 +68,12 @@ def hf_vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+def mobilenet() -> nn.Module:
+    """MobileNetV3-Small of torchvision; as published, its BatchNorm statistics follow a long training alone."""
+    norms = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.1)
+    return torchvision.models.mobilenet_v3_small(num_classes=10, norm_layer=norms)
+
+
 def convnext() -> nn.Module:
     """A ConvNeXt of torchvision, narrow, with a stem of 2 x 2 pixels."""
     block = torchvision.models.convnext.CNBlockConfig
@@ -76,23 +85,26 @@ def convnext() -> nn.Module:
 
 MODELS: dict[str, Make] = {
     "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=10),
-    "torchvision mobilenet_v3_small": lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
+    "torchvision mobilenet_v3_small": mobilenet,
     "torchvision convnext": convnext,
     "timm vit_tiny, patch 4": timm_vit,
     "transformers ViT, patch 4": hf_vit,
 }
 
 
-FURTHER = {"torchvision resnet18": "layer4.0.conv2.weight"}
-"""A second layer, for classes that one layer does not carry: the block before, whose outputs go around the last one."""
+SEVERAL = ("torchvision resnet18",)
+"""Models that are trained with more than one seed, and first asked for a mask on the last layer alone."""
+BLOCKS = ("timm vit_tiny, patch 4", "transformers ViT, patch 4")
+"""Models all of whose blocks are the cut, so that a pass through it is dear: asked for the largest mask at once."""
 
 
 class Fashion:
     """Fashion-MNIST as a source of images: some to seek masks with, some to choose by, all test images to judge by."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, judged: int = 10_000) -> None:
         root = dataset_root(SupportedDatasets.FASHION_MNIST, None, Path("datasets"))
         (x, y), (tx, ty) = (read_arrays(SupportedDatasets.FASHION_MNIST, root, train=train) for train in (True, False))
+        tx, ty = tx[:judged], ty[:judged]
         order = np.random.default_rng(seed).permutation(len(y))
         self.training = x[order[:TRAINED]], y[order[:TRAINED]]
         place, codes, rows = np.zeros(10, int), [], []
@@ -145,18 +157,24 @@ def opened(model: nn.Module, source: Any, outputs: int = 10, layers: tuple[str, 
     return Answering(classifier, read_samples(classifier, source))
 
 
-def forgotten(answering: Answering, label: int) -> dict[str, Any]:
+def forgotten(answering: Answering, label: int, kappas: Sequence[int] = KAPPAS) -> dict[str, Any]:
     """Forget one class; kappa is the smallest that leaves LEFT % of it on validation images."""
     val = answering.parts.val
     mine = val.labels == label
-    for kappa in KAPPAS:
+    begun = time.perf_counter()
+    for kappa in kappas:
         answer = answering.answer((label,), kappa)
         left = 100 * float((answering.predictions(val, answer.off) == val.labels)[mine].double().mean())
         if left <= LEFT:
             break
-    scores = judge(answering, answer)
+    spent, scores = time.perf_counter() - begun, judge(answering, answer)
     first = judge(answering, answering.answer((label,), kappa, Ways.first_order))
-    more = {"first_order_forget": first["forget"], "first_order_change": first["retain_change"], "left": left}
+    more = {
+        "seconds": spent,
+        "first_order_forget": first["forget"],
+        "first_order_change": first["retain_change"],
+        "left": left,
+    }
     targets = [target.name for target in answering.model.targets]
     plain = {name: value for name, value in scores.items() if isinstance(value, float)}
     return plain | more | {"class": label, "kappa": kappa, "targets": targets}
@@ -174,29 +192,26 @@ def show(row: dict[str, Any], mark: str = "") -> None:
 
 
 def fashion(seeds: int, names: list[str]) -> list[dict[str, Any]]:
-    """Every class of every model; where one layer is not enough, with two."""
+    """Every class of every model, with masks on the stages that nothing goes around; of some on one layer before."""
     rows = []
     for name in names:
-        for seed in range(seeds if name in FURTHER else 1):
-            source, begun = Fashion(seed), time.perf_counter()
+        for seed in range(seeds if name in SEVERAL else 1):
+            source, begun = Fashion(seed, JUDGED if name in BLOCKS else 10_000), time.perf_counter()
             model = trained(MODELS[name], source.training, seed)
-            spent, answering = time.perf_counter() - begun, opened(model, source)
-            target = answering.model.targets[0]
-            shape = "x".join(map(str, target.shape))
-            resumed = "resumed" if answering.model.plan else "full passes"
-            print(f"\n{name}, seed {seed}: {target.name} [{shape}], {resumed}; trained in {spent:.0f} s")
-            print("class  kappa  forget: untouched  masked  first-order  BatchNorm anew   retain change  first-order")
-            mine = [forgotten(answering, label) for label in range(10)]
-            for row in mine:
-                show(row)
-            hard = [row["class"] for row in mine if row["left"] > LEFT and name in FURTHER]
-            if hard:
-                both = opened(model, source, layers=(FURTHER[name], target.name))
-                again = [forgotten(both, label) for label in hard]
-                for row in again:
-                    show(row, f"with {FURTHER[name]}")
-                mine += again
-            rows += [row | {"model": name, "seed": seed} for row in mine]
+            print(f"\n{name}, seed {seed}: trained in {time.perf_counter() - begun:.0f} s")
+            labels: Sequence[int] = range(10)
+            for layers in ((AUTO,), (CUT,)) if name in SEVERAL else ((CUT,),):
+                answering = opened(model, source, layers=layers)
+                targets = [target.name for target in answering.model.targets]
+                size = answering.model.weight_graph().num_vertices
+                resumed = "resumed" if answering.model.plan else "full passes"
+                print(f"{layers[0]}: {len(targets)} layers from {targets[0]} on, {size:,} weights, {resumed}")
+                print(HEADINGS)
+                for label in labels:
+                    row = forgotten(answering, label, KAPPAS[-1:] if name in BLOCKS else KAPPAS)
+                    show(row, f"{row['seconds']:.0f} s")
+                    rows.append(row | {"model": name, "seed": seed, "layers": layers[0]})
+                labels = [row["class"] for row in rows[-len(labels) :] if row["left"] > LEFT]
     return rows
 
 

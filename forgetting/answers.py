@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.choices import UserError
-from core.config import AutoConfig, ForgetLosses, RefineConfig, Starts
+from core.config import AutoConfig, ForgetLosses, RefineConfig, Starts, derive_seed
 from core.intervals import Interval, paired_difference, wilson
 from core.observe import log
 from erasing.erasure import Eraser, Erasure
@@ -21,10 +21,14 @@ from graphs.subsets import hard_topk, tail
 from measure.auto_kappa import Attempt, Search, check_provable, kappas
 from model import inspecting
 from models.foreign import ForeignClassifier
+from models.targets import stage_of
 from unlearn.features import TAYLOR_LAMBDA, ClassStatistics
-from unlearn.requests import CANDIDATES, FrozenHead, Request, refine, tail_start
+from unlearn.requests import CANDIDATES, FrozenHead, Request, Sides, refine, tail_start
 
 REFINE = RefineConfig(start=Starts.taylor_tail, steps=15, lr=0.3, lambda_retain=1.0)
+DRAWN = replace(REFINE, steps=30)  # of batches of so many images to forget and to retain:
+FORGOTTEN, RETAINED = 64, 128
+STARTS = 4  # batches that a first-order start is the mean of
 TARGET = AutoConfig(smallest_share=1e-4, largest_share=0.02, tries=12)
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 RECALIBRATED = 2000  # retained images, at most, that BatchNorm statistics are computed anew with
@@ -97,9 +101,18 @@ class Answering:
         return FrozenHead(model, None, statistics, samples, samples.labels)
 
     @cached_property
-    def robust_head(self) -> FrozenHead:
-        """The head whose losses count both statistics of BatchNorm layers; `head` where none is behind the targets."""
-        return RobustHead(self.head, list(self.norms.values())) if self.norms else self.head
+    def in_stages(self) -> bool:
+        """Whether target weights lie in several stages, so that a pass through all of them is dear."""
+        return len({stage_of(target.name) for target in self.model.targets}) > 1
+
+    def searching(self, classes: tuple[int, ...], way: Ways) -> tuple[FrozenHead, Tensor]:
+        """What a request's losses are computed with, and where its theta starts, [*graph.shape]."""
+        norms = list(self.norms.values()) if way is Ways.robust else []
+        if not norms and not self.in_stages:
+            return self.head, tail_start(self.head, classes)
+        drawn = torch.Generator().manual_seed(derive_seed(0, "drawn", *classes)) if self.in_stages else None
+        head = RequestHead(self.head, norms, drawn)
+        return head, head.start(classes)
 
     def check(self, classes: Sequence[int], names: Sequence[str]) -> None:
         """See that a request can be answered and judged with these images.
@@ -132,10 +145,10 @@ class Answering:
             raise UserError(f"kappa is {kappa:,}, the target weights are {size:,}: choose from 1 to {size:,}")
         if way is Ways.erase:
             return self._erased(classes, kappa)
-        head = self.robust_head if way is Ways.robust else self.head
-        theta = head.start(classes) if isinstance(head, RobustHead) else tail_start(head, classes)
+        head, theta = self.searching(classes, way)
         if way is not Ways.first_order:
-            theta = refine(head, theta, Request(classes, kappa), REFINE, CANDIDATES * kappa)
+            how = DRAWN if self.in_stages else REFINE
+            theta = refine(head, theta, Request(classes, kappa), how, CANDIDATES * kappa)
         return Answer(classes, hard_topk(theta, kappa), kappa, way)
 
     @cached_property
@@ -344,25 +357,44 @@ def _learning(norms: Mapping[str, Any]) -> Generator[None]:
             norm.load_state_dict(kept[name])
 
 
-class RobustHead(FrozenHead):
-    """A head whose losses are means over two passes: with BatchNorm's own statistics, and with those of retained rows.
+class RequestHead(FrozenHead):
+    """A head whose losses are what one request asks for.
 
-    New statistics undo what a mask does to all images alike. A mask that is found with both does less of that.
+    New statistics undo what a mask does to all images alike: a mask that is found with losses that are means over two
+    passes, with BatchNorm's own statistics and with those of retained rows, does less of that. Where a pass is dear,
+    every loss is of a batch drawn anew.
 
     Args:
-        head: the classifier and its samples. norms: BatchNorm layers behind the targets.
+        head: the classifier and its samples. norms: BatchNorm layers behind the targets that new statistics are
+            computed of; none: one pass. drawn: draws batches; None: every loss is of all samples.
     """
 
-    def __init__(self, head: FrozenHead, norms: Sequence[Any]):
+    def __init__(self, head: FrozenHead, norms: Sequence[Any], drawn: torch.Generator | None):
         super().__init__(head.model, None, head.statistics, head.h, head.labels)
-        self.norms = norms
+        self.whole, self.norms, self.drawn = head, norms, drawn
+
+    def sides(self, classes: tuple[int, ...]) -> Sides:
+        """Samples to forget and to retain: all of the request's, or some of them, drawn with replacement."""
+        whole = self.whole.sides(classes)
+        if self.drawn is None:
+            return whole
+        forget = torch.randint(whole.forget, (FORGOTTEN,), generator=self.drawn)
+        retain = torch.randint(whole.forget, len(whole.labels), (RETAINED,), generator=self.drawn)
+        places = torch.cat([forget, retain])
+        return Sides(whole.h[places], FORGOTTEN, whole.labels[places], whole.target[forget])
 
     def losses(self, degrees: Tensor, classes: tuple[int, ...], how: ForgetLosses) -> tuple[Tensor, Tensor]:
-        """As `FrozenHead.losses`, means over both statistics."""
-        return self._mean(classes, lambda: super(RobustHead, self).losses(degrees, classes, how))
+        """As `FrozenHead.losses`, means over both statistics where there are two."""
+        return self._mean(classes, lambda: super(RequestHead, self).losses(degrees, classes, how))
 
     def start(self, classes: tuple[int, ...]) -> Tensor:
         """As `tail_start`, by the signed Taylor score of the mean over both statistics, at a request's samples."""
+        found = [self._derivatives(classes) for _ in range(1 if self.drawn is None else STARTS)]
+        t_forget, t_retain = (sum(one) / len(found) for one in zip(*found, strict=True))
+        return tail(t_forget - TAYLOR_LAMBDA * t_retain.clamp_min(0))
+
+    def _derivatives(self, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Of the cross-entropies of samples to forget and to retain, by degrees, where no weight is off."""
         sides = self.sides(classes)
         degrees = torch.zeros_like(self.weight).requires_grad_()
 
@@ -376,11 +408,13 @@ class RobustHead(FrozenHead):
             forget, retain = self._mean(classes, entropies)
             (t_forget,) = torch.autograd.grad(forget, degrees, retain_graph=True)
             (t_retain,) = torch.autograd.grad(retain, degrees)
-        return tail(t_forget - TAYLOR_LAMBDA * t_retain.clamp_min(0))
+        return t_forget, t_retain
 
     def _mean(self, classes: tuple[int, ...], compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         own = compute()
-        with _standing_on(self.norms, self.sides(classes).forget):
+        if not self.norms:
+            return own
+        with _standing_on(self.norms, FORGOTTEN if self.drawn else self.whole.sides(classes).forget):
             new = compute()
         return (own[0] + new[0]) / 2, (own[1] + new[1]) / 2
 

@@ -20,7 +20,7 @@ from core.observe import log
 from graphs.layout import WeightGraph
 from models.classifier import Classifier
 from models.prefix import NotResumable, Prefix
-from models.targets import AUTO, Target, choose, find_targets
+from models.targets import AUTO, Target, choose, find_targets, tells_nothing
 
 INSIDE = "net."
 """What stands before a parameter's own name, because the module is wrapped."""
@@ -34,7 +34,8 @@ class ForeignClassifier(Classifier):
         logits: the module's output -> logits [B, classes].
         images: a few real ones, [B, C, H, W], preprocessed: the forward pass is looked at with them.
         num_classes: number of logits.
-        layers: names of the target weights or of their modules, or `auto`, or `all` (`models.targets.choose`).
+        layers: names of the target weights or of their modules, or `auto`, `cut`, `all` or `deep`
+            (`models.targets.choose`).
 
     Raises:
         UserError: there is no such weight.
@@ -51,7 +52,8 @@ class ForeignClassifier(Classifier):
         super().__init__()
         self.net, self.logits, self.num_classes = module.eval(), logits, num_classes
         self.examples = images
-        self.targets: tuple[Target, ...] = choose(find_targets(module, images), layers, num_classes)
+        closes = tells_nothing(module, logits, images)
+        self.targets: tuple[Target, ...] = choose(find_targets(module, images), layers, num_classes, closes)
 
     def weight_graph(self, mask_layer: None = None) -> WeightGraph:
         """Layout of the graph over the target weights.

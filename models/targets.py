@@ -4,11 +4,14 @@ A weight of a mask is one entry of a matrix [m, n]: of a Linear layer the weight
 matrix [m, n * kh * kw], row = output channel, column = input channel and tap. Biases stay as they are.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from core.choices import UserError
 from models.prefix import NotResumable, Recording, first_use, record, users_of
@@ -16,7 +19,10 @@ from models.prefix import NotResumable, Recording, first_use, record, users_of
 AUTO = "auto"
 ALL = "all"
 DEEP = "deep"
+CUT = "cut"
 DEEP_SHARE = 0.9  # of all weights up to the head: the last stages that hold so many are `deep`
+SAME = 1e-4  # of the logits' spread over images: what is left of it where nothing of the images gets through
+NUMBERED = re.compile(r"(^|_)\d+$")
 SHOWN = 5  # names that an error message lists
 
 
@@ -107,10 +113,10 @@ def head_of(targets: Sequence[Target], outputs: int) -> Target:
 
 def stage_of(name: str) -> str:
     """Name of the stage that a parameter belongs to: the first numbered module on its path (an item of a stack of
-    blocks), or where none is numbered the first module.
+    blocks, `3` or `block_3`), or where none is numbered the first module.
     """
     path = name.split(".")[:-1]
-    numbered = next((place for place, part in enumerate(path) if part.isdigit()), 0)
+    numbered = next((place for place, part in enumerate(path) if NUMBERED.search(part)), 0)
     return ".".join(path[: numbered + 1])
 
 
@@ -127,14 +133,44 @@ def _deep(targets: Sequence[Target], head: Target) -> tuple[Target, ...]:
     return tuple(target for target in used if stage_of(target.name) in chosen)
 
 
-def choose(targets: Sequence[Target], layers: Sequence[str], outputs: int) -> tuple[Target, ...]:
+def tells_nothing(model: nn.Module, logits: Callable[[Any], Tensor], images: Tensor) -> Callable[[Sequence[str]], bool]:
+    """Tell whether a model answers all images alike once some of its weights, by name, are zero; it is left as it is.
+
+    The images are noise of the given ones' shape: a property of the model alone is asked for.
+    """
+
+    def spread(names: Sequence[str]) -> float:
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+        zeros = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+        with torch.no_grad():
+            said = logits(functional_call(model, zeros, (noise,))).float()
+        return float((said - said.mean(0)).norm())
+
+    return lambda names: spread(names) <= SAME * spread(())
+
+
+def _cut(targets: Sequence[Target], closes: Callable[[Sequence[str]], bool]) -> tuple[Target, ...]:
+    """The weights of the last stages that nothing of an image goes around."""
+    chosen: list[Target] = []
+    for stage in dict.fromkeys(stage_of(target.name) for target in reversed(targets)):
+        chosen += [target for target in targets if stage_of(target.name) == stage]
+        if closes([target.name for target in chosen]):
+            break
+    return tuple(sorted(chosen, key=lambda target: target.order))
+
+
+def choose(
+    targets: Sequence[Target], layers: Sequence[str], outputs: int, closes: Callable[[Sequence[str]], bool]
+) -> tuple[Target, ...]:
     """The weights that the user means, in the order of the forward pass.
 
     Args:
         targets: all there are.
-        layers: parameter or module names; `auto`, the last weight before the head; `all`, every one before the head;
-            `deep`, those of the last stages that hold nine tenths of all, with the head.
+        layers: parameter or module names; `auto`, the last weight before the head; `cut`, those of the last stages
+            that nothing of an image goes around; `all`, every one before the head; `deep`, those of the last stages
+            that hold nine tenths of all, with the head.
         outputs: number of logits.
+        closes: whether nothing of an image reaches the logits once these weights are zero (`tells_nothing`).
 
     Raises:
         UserError: there is no such weight, or it is named twice.
@@ -143,11 +179,13 @@ def choose(targets: Sequence[Target], layers: Sequence[str], outputs: int) -> tu
         raise UserError("this model has no Linear or Conv2d weight that its forward pass uses: there is none to mask")
     if tuple(layers) == (DEEP,):
         return _deep(targets, head_of(targets, outputs))
-    if tuple(layers) in ((AUTO,), (ALL,)):
+    if tuple(layers) in ((AUTO,), (ALL,), (CUT,)):
         head = head_of(targets, outputs)
         before = [target for target in targets if target.order < head.order]
         if not before:
             raise UserError(f"{head.name} is the only weight of this model: name it with --layer {head.name}")
+        if layers[0] == CUT:
+            return _cut(before, closes)
         return tuple(before) if layers[0] == ALL else (before[-1],)
     chosen = [_named(targets, layer) for layer in layers]
     if len({target.name for target in chosen}) < len(chosen):

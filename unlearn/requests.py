@@ -42,7 +42,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Sides:
+class Sides:
     """The samples of a request: A to forget, then B to retain.
 
     Args:
@@ -94,7 +94,7 @@ class FrozenHead:
         self.model, self.mask_layer, self.statistics, self.h, self.labels = model, mask_layer, statistics, h, labels
         self.graph, self.num_classes, self.weight = statistics.graph, statistics.num_classes, statistics.weight
         self.device = h.device
-        self._sides: dict[tuple[int, ...], _Sides] = {}  # least recently asked for first
+        self._sides: dict[tuple[int, ...], Sides] = {}  # least recently asked for first
 
     @classmethod
     def of_graphs(
@@ -105,7 +105,7 @@ class FrozenHead:
         h = graphs.vectors(torch.arange(len(graphs))).h[0].to(device)
         return cls(model, mask_layer, statistics, h, graphs.labels.to(device))
 
-    def sides(self, classes: tuple[int, ...]) -> _Sides:
+    def sides(self, classes: tuple[int, ...]) -> Sides:
         """Return the samples to forget and those to retain.
 
         Up to MOST_SIDES_BYTES are kept, those of the requests that came last: training asks for many pairs of classes,
@@ -117,14 +117,14 @@ class FrozenHead:
             del self._sides[next(iter(self._sides))]
         return sides
 
-    def _made_sides(self, classes: tuple[int, ...]) -> _Sides:
+    def _made_sides(self, classes: tuple[int, ...]) -> Sides:
         forget = torch.isin(self.labels, torch.tensor(classes, device=self.device))
         retain = (~forget).nonzero().flatten()[:MOST_RETAINED]
         order = torch.cat([forget.nonzero().flatten(), retain])
         h, count = self.h[order], int(forget.sum())
         with torch.no_grad():
             target = self._without(self.model.head(h[:count], self.mask_layer), classes)
-        return _Sides(h, count, self.labels[order], target.softmax(1))
+        return Sides(h, count, self.labels[order], target.softmax(1))
 
     def _without(self, logits: Tensor, classes: tuple[int, ...]) -> Tensor:
         """Return logits [A, C] with those of some classes at -inf."""

@@ -29,6 +29,7 @@ def images() -> torch.Tensor:
         ("vit.encoder.layer.11.output.dense.weight", "vit.encoder.layer.11"),
         ("features.5.1.block.0.weight", "features.5"),
         ("linears.2.weight", "linears.2"),
+        ("encoder.layers.encoder_layer_11.mlp.3.weight", "encoder.layers.encoder_layer_11"),
         ("fc.weight", "fc"),
         ("head.fc.weight", "head"),
         ("weight", ""),
@@ -43,7 +44,7 @@ def test_the_last_stages_hold_nine_tenths_of_the_weights_and_not_without_the_fir
     module = make().eval()
     outputs = module(images).shape[1]
     every = find_targets(module, images)
-    chosen = [target.name for target in choose(every, (DEEP,), outputs)]
+    chosen = [target.name for target in choose(every, (DEEP,), outputs, bool)]
     sizes = {target.name: target.size for target in every}
     stages = list(dict.fromkeys(map(stage_of, chosen)))
     without = sum(sizes[name] for name in chosen if stage_of(name) != stages[0])
@@ -53,7 +54,7 @@ def test_the_last_stages_hold_nine_tenths_of_the_weights_and_not_without_the_fir
 
 def test_of_a_resnet_18_these_are_the_last_two_groups_of_blocks_and_the_head(images):
     targets = find_targets(ResNet(BasicBlock, [2, 2, 2, 2], num_classes=5).eval(), images)
-    chosen = {stage_of(target.name) for target in choose(targets, (DEEP,), 5)}
+    chosen = {stage_of(target.name) for target in choose(targets, (DEEP,), 5, bool)}
     assert chosen == {"layer3.0", "layer3.1", "layer4.0", "layer4.1", "fc"}
 
 

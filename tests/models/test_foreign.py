@@ -4,7 +4,7 @@ The oracles are the module's own forward pass, bit for bit, and autograd on the 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -15,9 +15,14 @@ from torch.func import functional_call
 from core.choices import UserError
 from models.foreign import INSIDE, ForeignClassifier
 from models.prefix import NotResumable, Prefix
-from models.targets import choose, find_targets, head_of
+from models.targets import choose, find_targets, head_of, stage_of
 
 CLASSES = 7
+
+
+def never(_: Sequence[str]) -> bool:
+    """No set of weights is a cut."""
+    return False
 
 
 def small(name: str, **more: object) -> nn.Module:
@@ -64,7 +69,7 @@ def images() -> Tensor:
 def test_the_last_weight_before_the_head_is_found(name: str, images: Tensor) -> None:
     make, last = LAST[name]
     targets = find_targets(make(), images)
-    assert [target.name for target in choose(targets, ["auto"], CLASSES)] == [last]
+    assert [target.name for target in choose(targets, ["auto"], CLASSES, never)] == [last]
     assert head_of(targets, CLASSES).shape[0] == CLASSES
     assert [target.order for target in targets] == sorted(target.order for target in targets)
 
@@ -204,11 +209,46 @@ def test_what_the_prefix_depends_on_is_told_by_name(images: Tensor) -> None:
     assert not inside(f"{INSIDE}fc.bias")
 
 
+def _spread(net: nn.Module, images: Tensor, names: list[str]) -> float:
+    """How far logits of several images are apart with some weights at zero, on a copy of the model."""
+    net = copy.deepcopy(net)
+    for name in names:
+        net.get_parameter(name).zero_()
+    said = net(images)
+    return float((said - said[:1]).abs().max())
+
+
+# Architecture -> weights of its last stages that nothing goes around, from the printed structure of the model.
+CUTS = {
+    "resnet18": ["layer4.0.conv1", "layer4.0.conv2", "layer4.0.downsample.0", "layer4.1.conv1", "layer4.1.conv2"],
+    "mobilenet": ["classifier.0"],
+    "vit": [
+        f"encoder.layers.encoder_layer_{block}.{part}"
+        for block in (0, 1)
+        for part in ("self_attention.in_proj_weight", "self_attention.out_proj.weight", "mlp.0.weight", "mlp.3.weight")
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_nothing_of_an_image_goes_around_a_cut(name: str, images: Tensor) -> None:
+    net = LAST[name][0]()
+    before = copy.deepcopy(net.state_dict())
+    cut = [target.name for target in ForeignClassifier(net, lambda said: said, images, CLASSES, ("cut",)).targets]
+    assert _spread(net, images, cut) <= 1e-3 * _spread(net, images, [])
+    first = stage_of(cut[0])
+    later = [one for one in cut if stage_of(one) != first]
+    assert not later or _spread(net, images, later) > 1e-2 * _spread(net, images, [])
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    if name in CUTS:
+        assert {one.removesuffix(".weight") for one in cut} == {one.removesuffix(".weight") for one in CUTS[name]}
+
+
 def test_layer_is_named_or_the_nearest_names_are_said(images: Tensor) -> None:
     targets = find_targets(small("resnet18"), images)
-    assert [t.name for t in choose(targets, ["fc", "conv1.weight"], CLASSES)] == ["conv1.weight", "fc.weight"]
-    assert len(choose(targets, ["all"], CLASSES)) == len(targets) - 1
+    assert [t.name for t in choose(targets, ["fc", "conv1.weight"], CLASSES, never)] == ["conv1.weight", "fc.weight"]
+    assert len(choose(targets, ["all"], CLASSES, never)) == len(targets) - 1
     with pytest.raises(UserError, match=r"no Linear or Conv2d weight 'layer4.1.conv3'.*layer4.1.conv"):
-        choose(targets, ["layer4.1.conv3"], CLASSES)
+        choose(targets, ["layer4.1.conv3"], CLASSES, never)
     with pytest.raises(UserError, match="twice"):
-        choose(targets, ["fc", "fc.weight"], CLASSES)
+        choose(targets, ["fc", "fc.weight"], CLASSES, never)
