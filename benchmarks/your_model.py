@@ -31,7 +31,7 @@ import torchvision
 from torch import Tensor, nn
 
 from core.choices import SupportedDatasets
-from forgetting.answers import Answering, Ways
+from forgetting.answers import Answer, Answering, Ways
 from forgetting.pictures import Batch
 from forgetting.samples import read_samples
 from forgetting.scores import judge
@@ -157,27 +157,30 @@ def opened(model: nn.Module, source: Any, outputs: int = 10, layers: tuple[str, 
     return Answering(classifier, read_samples(classifier, source))
 
 
-def forgotten(answering: Answering, label: int, kappas: Sequence[int] = KAPPAS) -> dict[str, Any]:
-    """Forget one class; kappa is the smallest that leaves LEFT % of it on validation images."""
+def smallest(answering: Answering, label: int, kappas: Sequence[int], most: float = LEFT) -> tuple[Answer, float]:
+    """The answer with the first kappa that leaves at most so many percent of a class on validation images, and how many
+    it leaves there; the last kappa where none does.
+    """
     val = answering.parts.val
-    mine = val.labels == label
-    begun = time.perf_counter()
+    mine, left = val.labels == label, 100.0
     for kappa in kappas:
         answer = answering.answer((label,), kappa)
         left = 100 * float((answering.predictions(val, answer.off) == val.labels)[mine].double().mean())
-        if left <= LEFT:
+        if left <= most:
             break
+    return answer, left
+
+
+def forgotten(answering: Answering, label: int, kappas: Sequence[int] = KAPPAS) -> dict[str, Any]:
+    """Forget one class, and judge the mask beside that of first order, on test images."""
+    begun = time.perf_counter()
+    answer, left = smallest(answering, label, kappas)
     spent, scores = time.perf_counter() - begun, judge(answering, answer)
-    first = judge(answering, answering.answer((label,), kappa, Ways.first_order))
-    more = {
-        "seconds": spent,
-        "first_order_forget": first["forget"],
-        "first_order_change": first["retain_change"],
-        "left": left,
-    }
-    targets = [target.name for target in answering.model.targets]
+    first = judge(answering, answering.answer((label,), answer.kappa, Ways.first_order))
+    more = {"first_order_forget": first["forget"], "first_order_change": first["retain_change"], "left": left}
+    more |= {"class": label, "kappa": answer.kappa, "seconds": spent}
     plain = {name: value for name, value in scores.items() if isinstance(value, float)}
-    return plain | more | {"class": label, "kappa": kappa, "targets": targets}
+    return plain | more | {"targets": [target.name for target in answering.model.targets]}
 
 
 def show(row: dict[str, Any], mark: str = "") -> None:
@@ -193,7 +196,7 @@ def show(row: dict[str, Any], mark: str = "") -> None:
 
 def fashion(seeds: int, names: list[str]) -> list[dict[str, Any]]:
     """Every class of every model, with masks on the stages that nothing goes around; of some on one layer before."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in names:
         for seed in range(seeds if name in SEVERAL else 1):
             source, begun = Fashion(seed, JUDGED if name in BLOCKS else 10_000), time.perf_counter()

@@ -49,7 +49,8 @@ class Asking(Group):
     images: Path | None = None
     """Folder with a subfolder of images for each class."""
     layer: Words = ()
-    """Weight to mask, by name; once for each. Without it auto, the last before the head (to erase: deep); or all."""
+    """Weight to mask, by name; once for each. Or auto (the default, the last before the head), cut (the last stages,
+    as many as nothing goes around), all, or deep (the default to erase)."""
     depth: str = "suppress"
     """suppress: the outputs forget. erase: the features too; 2 % of the last stages' weights unless kappa says more."""
     kappa: str = "auto"
@@ -344,7 +345,9 @@ def _warnings(mask: "Mask", outputs: int, missed: bool) -> list[str]:
         lines.append(f"the untouched model recognises {scores['clean_forget']:.1f} % of these images, no more than "
                      "chance: see that the class is the one that is meant")  # fmt: skip
     lines += [f"{absent} classes have no images: what the mask does to them was not measured"] if absent else []
-    lines += ["not achievable: no mask that was tried meets the target; this is the best trade-off"] if missed else []
+    if missed:
+        lines.append("not achievable: no mask that was tried meets the target; this is the best trade-off")
+        lines.append("a class may reach the head around a layer (nothing goes around --layer cut)")
     return [*lines, "the mask makes nothing smaller or faster, and whoever has the parent can lift it"]
 
 

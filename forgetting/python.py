@@ -47,8 +47,9 @@ def forget(
         classes: to forget, by name or number.
         names: of the model's outputs, in their order; without them, the sorted names of the folder's subfolders.
         prepare: opened image -> tensor [C, H, W], as at test time; needed for a folder.
-        layers: names of the weights to mask; `auto`, the last one before the head; `all`; `deep`, the last stages with
-            nine tenths of all weights. None: `auto`, and to erase `deep`.
+        layers: names of the weights to mask; `auto`, the last one before the head; `cut`, the last stages that nothing
+            goes around; `all`; `deep`, the last stages with nine tenths of all weights. None: `auto`, and to erase
+            `deep`.
         kappa: how many weights: a number, a share such as "0.3%", or "auto", as few as meet `target` (to erase: 2 %).
         way: how they are chosen; with `auto`, refined is robust where BatchNorm is behind the weights.
         target: limits on validation images, percent and points, for `auto`.
