@@ -4,10 +4,12 @@
     uv run benchmarks/features.py --full          ten classes x 3 classifiers, rivals on one of them
     [--sections ours rivals curve ablations] [--seeds N ...] [--classes N ...] [--curve PATH] [--json PATH] [--docs]
     [--measured PATH]                             tables and curve from what an earlier call kept with --json
+    [--classifier resnet] [--models FOLDER]       ResNet-18, judged by fewer metrics; trained ones are kept in a folder
 
-Classifiers are MLPs (784-128-64-10) trained on 15,000 images for ten epochs with AdamW at a one-cycle rate, and so are
-three models retrained without each class, with seeds of their own. Nothing here was tuned on test images; the settings
-of `mimu_deep` were chosen on validation images of seeds 0 and 1, so that seed 2 and later are classifiers unseen.
+Classifiers are MLPs (784-128-64-10) trained on 15,000 images for ten epochs, or ResNet-18 trained for two, with AdamW
+at a one-cycle rate, and so are three models retrained without each class, with seeds of their own. Nothing here was
+tuned on test images; the settings of `mimu_deep` were chosen on validation images of seeds 0 and 1, so that seed 2 and
+later are classifiers unseen.
 
 Values are distances to the mean of the retrained models: of a metric at every stage, the largest; `band` is how far one
 retrained model is from the mean of the others, at most. Seconds are of one request, on as many threads as are said.
@@ -17,32 +19,25 @@ import io
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import for_pages, keep, parser, publish_all
+from benchmarks.feature_models import RECIPES, Models
 
 import torch
-from torch import Tensor, nn
 
 from core.artifacts import read_json, write_bytes
-from core.config import PROJECT_ROOT, DataConfig, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
+from core.config import PROJECT_ROOT
 from erasing.descent import Schedule
 from erasing.terms import Weights
-from eval import Eval
 from measure.metrics import METRICS, Evidence
-from model import HookedModel, vision_model_loader
 from reporting.write import as_text
 from unlearn.methods import deep_edit
 from unlearn.registry import Context, Edit, NotApplicable, Point, method
-from utils_data import UnlearningDataset, get_unlearning_dataset
 
-IMAGES, EPOCHS, RATE, BATCH = 15_000, 10, 2e-3, 128
-REFERENCES, FIRST_REFERENCE = 3, 100
 OURS = ("default", "retrain", "head_row_new", "mimu_deep")
 RIVALS = ("salun", "scrub", "bad_teacher", "head_retrain", "svd_projection")
 SHARES = (0.0006, 0.0012, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
@@ -88,74 +83,12 @@ ABLATIONS = (
 )
 
 
-# --- classifiers ------------------------------------------------------------------------------------------
-
-
-@cache
-def images_of(label: int) -> UnlearningDataset:
-    """The images, one class of which is to forget."""
-    data = DataConfig(max_train_samples=IMAGES)
-    return get_unlearning_dataset(SupportedDatasets.FASHION_MNIST, BATCH, label, data=data)
-
-
-def fresh(seed: int) -> HookedModel:
-    """An MLP with initial weights."""
-    torch.manual_seed(seed)  # of layers' initial weights, which have no argument for it
-    return vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 28)
-
-
-@cache
-def trained(seed: int, without: int | None = None) -> HookedModel:
-    """A classifier, or one that never sees a class."""
-    pixels, labels = images_of(0 if without is None else without).splits["train"].batch(slice(None))
-    kept = labels != (-1 if without is None else without)
-    pixels, labels, model = pixels[kept], labels[kept], fresh(seed).train()
-    optimizer, order = torch.optim.AdamW(model.parameters(), RATE), torch.Generator().manual_seed(seed)
-    steps = EPOCHS * -(-len(labels) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    for _ in range(EPOCHS):
-        for part in torch.randperm(len(labels), generator=order).split(BATCH):
-            loss = nn.functional.cross_entropy(model(pixels[part]), labels[part])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval().requires_grad_(False)
-
-
-def no_network(_: int) -> Tensor:
-    """No method of these tables asks a graph network."""
-    raise NotApplicable("asks a graph network, and there is none")
-
-
-def judge_of(seed: int, label: int) -> Eval:
-    """What measures edits of a classifier that is to forget a class."""
-    judged = EvalConfig(metrics=("core", "features"), references=REFERENCES)
-    config = PipelineConfig(forget_class=(label,), vision_dataset=SupportedDatasets.FASHION_MNIST, eval=judged)
-    config = replace(config, mask_layer=(0, 1, 2), seed=seed)
-    retrain = partial(_retrained, label)
-    context = Context(
-        trained(seed),
-        images_of(label),
-        config,
-        torch.device("cpu"),
-        no_network,
-        retrain=retrain,
-        untrained=lambda: fresh(seed),
-    )
-    return Eval(context)
-
-
-def _retrained(label: int, index: int) -> HookedModel:
-    return trained(FIRST_REFERENCE + index, label)
-
-
 # --- measuring --------------------------------------------------------------------------------------------
 
 
-def cell(seed: int, label: int, methods: Sequence[str]) -> list[Row]:
+def cell(models: Models, seed: int, label: int, methods: Sequence[str]) -> list[Row]:
     """Every method on one classifier and class; values of two-sided metrics less the retrained models' mean."""
-    judge, point, rows = judge_of(seed, label), Point(0, 0, seed), []
+    judge, point, rows = models.judge(seed, label), Point(0, 0, seed), []
     for name in methods:
         try:
             values = judge.eval_unlearning(name, point)["test"]
@@ -171,7 +104,8 @@ def cell(seed: int, label: int, methods: Sequence[str]) -> list[Row]:
         said = judge.verdicts({name: {"test": values}}, point)[name][0]["key"]
         row = {"seed": seed, "class": label, "method": name, "forget": values["forget_score"], "said": said}
         row |= {"retain": beside("retain_score"), "worst": -values["worst_retained_drop"]}
-        row |= {one: values[one] if one.endswith("_gap") else beside(one) for one in GAPS}
+        measured = [one for one in GAPS if one in values]
+        row |= {one: values[one] if one.endswith("_gap") else beside(one) for one in measured}
         rows.append(row | {"weights": values["weights_changed"], "seconds": values["seconds"]})
         print(" ".join(f"{one:.2f}" if isinstance(one, float) else str(one) for one in rows[-1].values()), flush=True)
     return rows
@@ -184,7 +118,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         mine = [row for row in rows if row["method"] == name]
 
         def of(key: str, mine: Sequence[Row] = mine) -> list[float]:
-            return [row[key] for row in mine if row[key] is not None]
+            return [row[key] for row in mine if row.get(key) is not None]
 
         words = [row["said"] for row in mine]
         line = [name, str(len(mine)), f"{statistics.fmean(of('forget')):.2f} ({max(of('forget')):.1f})"]
@@ -241,6 +175,8 @@ def main() -> None:
     asked = parser(__doc__)
     for_pages(asked)
     asked.add_argument("--full", action="store_true", help="ten classes, three classifiers")
+    asked.add_argument("--classifier", choices=list(RECIPES), default="mlp")
+    asked.add_argument("--models", type=Path, help="folder in which trained classifiers are kept for further calls")
     asked.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=["ours"])
     asked.add_argument("--seeds", nargs="+", type=int, help="of classifiers")
     asked.add_argument("--classes", nargs="+", type=int, help="each forgotten by itself")
@@ -249,11 +185,11 @@ def main() -> None:
     given = asked.parse_args()
     seeds = given.seeds or ([2, 3, 4] if given.full else [2])
     classes = given.classes or (range(10) if given.full else [6, 9])
-    every: dict[str, list[Row]] = {}
+    models, every = Models(RECIPES[given.classifier], given.models), dict[str, list[Row]]()
     kept = read_json(given.measured) if given.measured else {}
     for section in given.sections:
         pairs = [(seed, label) for label in classes for seed in seeds]
-        every[section] = kept.get(section) or [row for pair in pairs for row in cell(*pair, SECTIONS[section])]
+        every[section] = kept.get(section) or [row for pair in pairs for row in cell(models, *pair, SECTIONS[section])]
         print(f"\n{section}, {torch.get_num_threads()} threads\n{as_text(table(every[section]))}\n", flush=True)
     if rows := every.get("curve"):
         write_bytes(given.curve, drawn(rows))
