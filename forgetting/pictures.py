@@ -34,12 +34,14 @@ class Batch:
     Args:
         keys: uint64 [B], of what an image is known by: its part is drawn by it.
         splits: int [B], the part that the images' owner has put each into, `images.names.UNSPLIT` if none.
+        contents: uint64 [B], equal for equal images; None: not known.
     """
 
     images: Tensor
     labels: Tensor
     keys: np.ndarray
     splits: np.ndarray
+    contents: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -173,7 +175,8 @@ class Folder:
         kept = np.array([row for row, _ in good])
         labels = torch.tensor([self.labels[label] for label in self.tree.labels[kept]])
         images = torch.from_numpy(np.stack([one.pixels for _, one in good]))
-        return Batch(images, labels, self.tree.hashes[kept], self.tree.splits[kept])
+        contents = _numbers([one.digest for _, one in good])
+        return Batch(images, labels, self.tree.hashes[kept], self.tree.splits[kept], contents)
 
     def _refuse(self) -> None:
         path, reason = next(iter(self.left_out.items()))
@@ -185,6 +188,11 @@ class Folder:
         rows = [(int(self.labels[self.tree.labels[row]]), digest) for row, digest in self._hashes.items()]
         joined = b"".join(label.to_bytes(8, "little") + digest for label, digest in sorted(rows))
         return hashlib.sha256(joined).hexdigest()
+
+
+def _numbers(digests: Sequence[bytes]) -> np.ndarray:
+    """The first 64 bits of each."""
+    return np.frombuffer(b"".join(digest[:8] for digest in digests), np.uint64)
 
 
 # --- a loader ---------------------------------------------------------------------------------------------
@@ -245,8 +253,8 @@ class Loader:
         digests = [hashlib.sha256(one.view(torch.uint8).numpy()).digest() for one in plain.flatten(1)]
         for label, digest in zip(labels.tolist(), digests, strict=True):
             self._hash.update(label.to_bytes(8, "little") + digest)
-        keys = np.frombuffer(b"".join(digest[:8] for digest in digests), np.uint64)
-        return Batch(images, labels, keys, np.full(len(labels), UNSPLIT, np.uint8))
+        keys = _numbers(digests)
+        return Batch(images, labels, keys, np.full(len(labels), UNSPLIT, np.uint8), keys)
 
     def digest(self) -> str:
         """SHA-256 of the values and labels of all images, in their order."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.choices import UserError
+from core.observe import log
 from forgetting.pictures import NO_IMAGES, SEED, Batch, Folder, Source
 from images.names import TEST, TRAIN, UNSPLIT, VAL
 from images.splits import by_hash, mix
@@ -127,10 +128,24 @@ def read_samples(model: ForeignClassifier, source: Source, most: int = MOST_BYTE
     with inspecting(model), torch.no_grad():
         for batch in source:
             rows.add(model.prefix(batch.images))
-            batches.append(Batch(batch.images[:0], batch.labels, batch.keys, batch.splits))
+            batches.append(replace(batch, images=batch.images[:0]))
     if not rows.count:
         raise UserError(NO_IMAGES)
-    return in_parts(rows.whole(), batches, model.num_classes, source.digest())
+    parts = in_parts(rows.whole(), batches, model.num_classes, source.digest())
+    if again := seen_before(parts, batches):
+        log(f"{again:,} of {len(parts.test):,} test images are also among those that masks are sought or chosen with: "
+            "scores flatter by as much")  # fmt: skip
+    return parts
+
+
+def seen_before(parts: Parts, batches: Sequence[Batch]) -> int:
+    """How many test images are equal to one of another part, where that is known: copies under two names."""
+    known = [batch.contents for batch in batches if batch.contents is not None]
+    if len(known) < len(batches):
+        return 0
+    contents = np.concatenate(known)
+    before = torch.cat([parts.train.places, parts.val.places]).numpy()
+    return int(np.isin(contents[parts.test.places.numpy()], contents[before]).sum())
 
 
 def foreseen(source: Folder, outputs: int) -> Parts:

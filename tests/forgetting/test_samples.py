@@ -49,6 +49,34 @@ def members(parts: Parts, images: Tensor) -> dict[str, set[bytes]]:
     return {name: {images[at].numpy().tobytes() for at in getattr(parts, name).places.tolist()} for name in PARTS}
 
 
+def test_test_images_that_are_copies_of_others_are_counted_and_said(photos, tmp_path, capsys):
+    """The oracle is a comparison of pixels; without copies nothing is said."""
+    images = torch.stack([image for batch in folder(photos) for image in batch.images])
+    read_samples(classifier(images), folder(photos))
+    assert "test images are also" not in capsys.readouterr().err
+    shutil.copytree(photos, tmp_path / "photos")
+    for number in range(20):
+        shutil.copy(photos / NAMES[0] / f"{number}.png", tmp_path / "photos" / NAMES[0] / f"copy-{number}.png")
+    source = folder(tmp_path / "photos")
+    parts = read_samples(classifier(images), source)
+    every = torch.cat([batch.images for batch in source])
+    held = members(parts, every)
+    test = [every[at].numpy().tobytes() for at in parts.test.places.tolist()]
+    again = sum(one in held["train"] | held["val"] for one in test)
+    assert again > 0
+    assert f"{again} of {len(test)} test images are also among those" in capsys.readouterr().err
+
+
+def test_a_loaders_equal_images_are_of_one_part():
+    """Parts are drawn by the images' values, so that nothing is to be said."""
+    images, labels = drawn(30)
+    source = Loader([(images, labels), (images, labels)], 5)
+    parts = read_samples(classifier(images), source)
+    held = members(parts, torch.cat([images, images]))
+    crossing = held["test"] & (held["train"] | held["val"])
+    assert len(crossing) <= 5, "one of each class at most, where the share ends between two copies"
+
+
 # --- rows -------------------------------------------------------------------------------------------------
 
 
