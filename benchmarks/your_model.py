@@ -6,7 +6,8 @@
 one of transformers, trained here on 15,000 images of Fashion-MNIST for two epochs from random weights; one class after
 the other is forgotten, and judged on test images. `cost`: a request over 500 images of 224 x 224 px, in forward passes
 over the same images. `library`: seconds for each class of ten and of a thousand. `robust`: masks that are refined with
-both statistics of BatchNorm beside those that are refined with the model's own, on the ResNet-18.
+both statistics of BatchNorm beside those that are refined with the model's own, on the ResNet-18. `network`: masks
+of the graph network that is shipped, alone and refined, beside those of first order, there too.
 
 Which number of weights is used is chosen on validation images: of KAPPAS the smallest that leaves LEFT % of the class.
 """
@@ -48,7 +49,11 @@ JUDGED = 3_000  # test images of a model whose passes are dear
 KAPPAS, LEFT = (2_000, 4_000, 8_000), 0.5
 MEAN, STD = 0.286, 0.353
 REQUEST, SIDE, REPEATS = 500, 224, 3
-HARD_AND_EASY, ROBUST_KAPPAS = (0, 3, 6, 8), (4_000, 8_000, 16_000)
+COMPARED = {
+    "robust": ((0, 3, 6, 8), (4_000, 8_000, 16_000), (Ways.refined, Ways.robust)),
+    "network": (range(10), KAPPAS[-1:], (Ways.first_order, Ways.network, Ways.refined, Ways.network_refined)),
+}
+"""Classes, numbers of weights, and ways that are compared."""
 Make = Callable[[], nn.Module]
 
 
@@ -218,20 +223,20 @@ def fashion(seeds: int, names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def robust() -> list[dict[str, Any]]:
-    """What is left of some classes of the ResNet-18 with either statistics, refined plainly and robustly."""
+def ways(labels: Sequence[int], kappas: Sequence[int], compared: Sequence[Ways]) -> list[dict[str, Any]]:
+    """What is left of some classes of the ResNet-18, with either statistics, by how a mask is found."""
     source, rows = Fashion(0), []
     answering = opened(trained(MODELS["torchvision resnet18"], source.training, 0), source)
-    print("class  kappa  way        masked  BatchNorm anew  retain change  BatchNorm anew  seconds")
-    for label in HARD_AND_EASY:
-        for kappa in ROBUST_KAPPAS:
-            for way in (Ways.refined, Ways.robust):
+    print("class  kappa  way              masked  BatchNorm anew  retain change  BatchNorm anew  seconds")
+    for label in labels:
+        for kappa in kappas:
+            for way in compared:
                 begun = time.perf_counter()
                 answer = answering.answer((label,), kappa, way)
                 spent, scores = time.perf_counter() - begun, judge(answering, answer)
                 again = scores["retain_recalibrated"] - scores["clean_retain"]
                 print(
-                    f"{label:5} {kappa:6,}  {way:9} {scores['forget']:7.1f} {scores['forget_recalibrated']:15.1f} "
+                    f"{label:5} {kappa:6,}  {way:15} {scores['forget']:7.1f} {scores['forget_recalibrated']:15.1f} "
                     f"{scores['retain_change']:+14.1f} {again:+15.1f} {spent:8.1f}",
                     flush=True,
                 )
@@ -332,12 +337,11 @@ def alone(what: Callable[[int], dict[str, float]], argument: int) -> dict[str, f
 def main() -> None:
     """Measure, print, keep."""
     asked = parser(__doc__)
-    asked.add_argument("--only", nargs="*", default=[*MODELS, "robust", "cost", "library"], help="what is measured")
+    asked.add_argument("--only", nargs="*", default=[*MODELS, *COMPARED, "cost", "library"], help="what is measured")
     asked.add_argument("--seeds", type=int, default=2, help="of the ResNet-18")
     given = asked.parse_args()
     values: dict[str, Any] = {"fashion": fashion(given.seeds, [name for name in given.only if name in MODELS])}
-    if "robust" in given.only:
-        values["robust"] = robust()
+    values |= {name: ways(*asked) for name, asked in COMPARED.items() if name in given.only}
     if "cost" in given.only:
         values["cost"] = {
             "resnet18": cost(lambda: torchvision.models.resnet18(), "ResNet-18", 1000),

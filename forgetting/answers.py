@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.choices import UserError
-from core.config import AutoConfig, ForgetLosses, RefineConfig, Starts, derive_seed
+from core.config import PROJECT_ROOT, AutoConfig, ForgetLosses, RefineConfig, Starts, derive_seed
 from core.intervals import Interval, paired_difference, wilson
 from core.observe import log
 from erasing.erasure import Eraser, Erasure
@@ -23,12 +23,14 @@ from model import inspecting
 from models.foreign import ForeignClassifier
 from models.targets import stage_of
 from unlearn.features import TAYLOR_LAMBDA, ClassStatistics
-from unlearn.requests import CANDIDATES, FrozenHead, Request, Sides, refine, tail_start
+from unlearn.requests import CANDIDATES, FrozenHead, Request, Sides, Unlearner, refine, tail_start
 
 REFINE = RefineConfig(start=Starts.taylor_tail, steps=15, lr=0.3, lambda_retain=1.0)
 DRAWN = replace(REFINE, steps=30)  # of batches of so many images to forget and to retain:
 FORGOTTEN, RETAINED = 64, 128
+SEEN = 256  # images of a class, at most, that its mean activations are of
 STARTS = 4  # batches that a first-order start is the mean of
+SHIPPED = PROJECT_ROOT / "pretrained" / "gcn_mlp.safetensors"
 TARGET = AutoConfig(smallest_share=1e-4, largest_share=0.02, tries=12)
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 RECALIBRATED = 2000  # retained images, at most, that BatchNorm statistics are computed anew with
@@ -37,6 +39,7 @@ RECALIBRATED = 2000  # retained images, at most, that BatchNorm statistics are c
 class Ways(StrEnum):
     """How the weights are chosen: by first-order importance alone, or improved by descent for this request.
 
+    network: by the graph network that is shipped, alone; network_refined: improved by descent from there.
     robust: improved so that the class stays forgotten when BatchNorm statistics are computed anew.
     erase: such that features do not tell the class either, and with new rows of the last layer (`erasing`).
     """
@@ -44,7 +47,12 @@ class Ways(StrEnum):
     refined = "refined"
     robust = "robust"
     first_order = "first_order"
+    network = "network"
+    network_refined = "network_refined"
     erase = "erase"
+
+
+BY_NETWORK = (Ways.network, Ways.network_refined)
 
 
 @dataclass(frozen=True)
@@ -105,9 +113,27 @@ class Answering:
         """Whether target weights lie in several stages, so that a pass through all of them is dear."""
         return len({stage_of(target.name) for target in self.model.targets}) > 1
 
-    def searching(self, classes: tuple[int, ...], way: Ways) -> tuple[FrozenHead, Tensor]:
+    @cached_property
+    def for_network(self) -> FrozenHead:
+        """The head with all that a graph network reads: every class's mean activations, and gradients that are kept."""
+        samples, plain = self.parts.train, self.head.statistics
+        some = [samples.only(samples.labels == label).h[:SEEN] for label in range(self.model.num_classes)]
+        seen = [self.model.mean_activations(rows) for rows in some]
+        h, z = ([torch.stack(one) for one in zip(*side, strict=True)] for side in zip(*seen, strict=True))
+        statistics = ClassStatistics(plain.graph, plain.weight, plain.counts, h, z, plain.gradient)
+        return FrozenHead(self.model, None, statistics, self.head.h, self.head.labels)
+
+    def by_network(self, request: Request) -> Tensor:
+        """The theta that the shipped graph network gives, [*graph.shape]."""
+        network, _ = Unlearner.load(SHIPPED)
+        with torch.no_grad():
+            return network.theta(self.for_network, request)
+
+    def searching(self, request: Request, way: Ways) -> tuple[FrozenHead, Tensor]:
         """What a request's losses are computed with, and where its theta starts, [*graph.shape]."""
-        norms = list(self.norms.values()) if way is Ways.robust else []
+        classes, norms = request.classes, list(self.norms.values()) if way is Ways.robust else []
+        if way in BY_NETWORK:
+            return self.head, self.by_network(request)
         if not norms and not self.in_stages:
             return self.head, tail_start(self.head, classes)
         drawn = torch.Generator().manual_seed(derive_seed(0, "drawn", *classes)) if self.in_stages else None
@@ -145,10 +171,10 @@ class Answering:
             raise UserError(f"kappa is {kappa:,}, the target weights are {size:,}: choose from 1 to {size:,}")
         if way is Ways.erase:
             return self._erased(classes, kappa)
-        head, theta = self.searching(classes, way)
-        if way is not Ways.first_order:
-            how = DRAWN if self.in_stages else REFINE
-            theta = refine(head, theta, Request(classes, kappa), how, CANDIDATES * kappa)
+        request = Request(classes, kappa)
+        head, theta = self.searching(request, way)
+        if way not in (Ways.first_order, Ways.network):
+            theta = refine(head, theta, request, DRAWN if self.in_stages else REFINE, CANDIDATES * kappa)
         return Answer(classes, hard_topk(theta, kappa), kappa, way)
 
     @cached_property

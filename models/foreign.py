@@ -130,41 +130,45 @@ class ForeignClassifier(Classifier):
                     sum_ += gradient
         return self.weight_graph().join(total)
 
-    def class_activations(self, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Mean input and output of each target over images and positions, [n] and [m]; zeros where no hook fires.
+    def mean_activations(self, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean input and output of each target over images and positions, [n] and [m].
 
-        A convolution's input channel stands at each of its taps, so that columns fit the matrix [m, n * kh * kw].
+        A convolution's input channel stands at each of its taps, so that columns fit the matrix [m, n * kh * kw]. Zeros
+        stand where there are no images, and where a neuron has no value of its own: a column of a grouped convolution
+        reads another channel in each group, and attention's joint projection shows no output.
+
+        Args:
+            h: rows of images, [S, numbers].
         """
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        inputs, outputs = ([h.new_zeros(target.matrix[side]) for target in self.targets] for side in (1, 0))
 
-        def note(target: Target) -> Callable:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                seen[target.name] = _channel_means(inputs[0], target), _channel_means(output, target)
+        def note(place: int, target: Target) -> Callable:
+            def hook(_: nn.Module, given: tuple[Tensor, ...], output: object) -> None:
+                read, said = _channel_means(given[0], target), _channel_means(output, target)
+                if len(read) == target.inputs:
+                    inputs[place] = read.repeat_interleave(target.matrix[1] // target.inputs)
+                if len(said) == len(outputs[place]):
+                    outputs[place] = said
 
             return hook
 
-        owners = {target.name: self.net.get_submodule(target.name.rpartition(".")[0]) for target in self.targets}
-        handles = [owners[target.name].register_forward_hook(note(target)) for target in self.targets]
+        owners = [self.net.get_submodule(target.name.rpartition(".")[0]) for target in self.targets]
+        pairs = enumerate(zip(owners, self.targets, strict=True))
+        handles = [owner.register_forward_hook(note(place, target)) for place, (owner, target) in pairs]
         try:
-            with torch.no_grad():
-                self.head(h)
+            if len(h):
+                with torch.no_grad():
+                    self.head(h)
         finally:
             for handle in handles:
                 handle.remove()
-        inputs, outputs = [], []
-        for target in self.targets:
-            rows, columns = target.matrix
-            h_, z = seen.get(target.name, (h.new_zeros(0), h.new_zeros(0)))
-            groups = columns // max(1, len(h_)) if len(h_) else 0
-            taps = columns // target.inputs
-            fits = len(h_) == target.inputs and groups
-            inputs.append(h_.repeat_interleave(taps) if fits else h.new_zeros(columns))
-            outputs.append(z if len(z) == rows else h.new_zeros(rows))
         return inputs, outputs
 
 
-def _channel_means(value: Tensor, target: Target) -> Tensor:
-    """Mean over everything but channels: [B, C, H, W] of a convolution, [..., C] of a linear map -> [C]."""
+def _channel_means(value: object, target: Target) -> Tensor:
+    """Mean over everything but channels: [B, C, H, W] of a convolution, [..., C] of a linear map -> [C]; else []."""
+    if not isinstance(value, Tensor):
+        return torch.zeros(0)
     channels_first = len(target.shape) == 4
     dims = [dim for dim in range(value.dim()) if dim != (1 if channels_first else value.dim() - 1)]
     return value.detach().float().mean(dims)

@@ -63,7 +63,7 @@ class ClassStatistics:
         total: Callable[[], Tensor] | None = None,
     ):
         self.graph, self.weight, self.counts, self.h, self.z = graph, weight, counts, h, z
-        self.num_classes, self._gradient, self._sum = len(counts), gradient, total
+        self.num_classes, self.gradient, self._sum = len(counts), gradient, total
         few = self.num_classes * graph.num_vertices <= most_kept
         self._kept = [gradient(label) for label in range(self.num_classes)] if few else []
 
@@ -102,7 +102,7 @@ class ClassStatistics:
 
     def gradients(self) -> Iterator[Tensor]:
         """Mean dL/dW of every class, in order. [*graph.shape] each."""
-        yield from self._kept or map(self._gradient, range(self.num_classes))
+        yield from self._kept or map(self.gradient, range(self.num_classes))
 
     def mean(self, values: Tensor, classes: Sequence[int]) -> Tensor:
         """Mean over some classes, each class alike. [C, k] -> [k]."""
@@ -131,7 +131,7 @@ class ClassStatistics:
             raise UserError(f"{len(held)} of the classes to forget and {others} of the others have images: give both")
         forget = torch.zeros_like(self.weight)
         for label in held:
-            forget -= self.weight * (self._kept[label] if self._kept else self._gradient(label))
+            forget -= self.weight * (self._kept[label] if self._kept else self.gradient(label))
         retain = (self._total - forget) / others
         return forget / len(held) - weight_retain * retain.clamp_min(0)
 

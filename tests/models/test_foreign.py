@@ -209,6 +209,35 @@ def test_what_the_prefix_depends_on_is_told_by_name(images: Tensor) -> None:
     assert not inside(f"{INSIDE}fc.bias")
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("resnet18", ("layer4.0.downsample.0", "layer4.1.conv2", "fc")),
+        ("vit", ("encoder.layers.encoder_layer_1.mlp.3",)),
+    ],
+)
+def test_mean_activations_are_those_of_hooks_on_the_plain_model(
+    name: str, layers: tuple[str, ...], images: Tensor
+) -> None:
+    net = LAST[name][0]()
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer in layers:
+        own = net.get_submodule(layer)
+        own.register_forward_hook(lambda _, h, z, layer=layer: seen.update({layer: (h[0], z)}))
+    net(images)
+    classifier = ForeignClassifier(copy.deepcopy(net), lambda said: said, images, CLASSES, layers)
+    found = classifier.mean_activations(classifier.prefix(images))
+    for target, h, z in zip(classifier.targets, *found, strict=True):
+        given, said = seen[target.name.removesuffix(".weight")]
+        wide = len(target.shape) == 4
+        rows = given.movedim(1, -1) if wide else given
+        taps = target.matrix[1] // target.inputs
+        assert torch.allclose(h.view(-1, taps), rows.flatten(0, -2).mean(0)[:, None].expand(-1, taps), atol=1e-5)
+        assert torch.allclose(z, (said.movedim(1, -1) if wide else said).flatten(0, -2).mean(0), atol=1e-5)
+    nothing = classifier.mean_activations(classifier.prefix(images)[:0])
+    assert not any(value.any() for side in nothing for value in side)
+
+
 def _spread(net: nn.Module, images: Tensor, names: list[str]) -> float:
     """How far logits of several images are apart with some weights at zero, on a copy of the model."""
     net = copy.deepcopy(net)
