@@ -56,7 +56,8 @@ class Asking(Group):
     kappa: str = "auto"
     """How many weights: auto (as few as meet the target), a number, or a share such as 0.3%."""
     way: str = "refined"
-    """refined, robust (against new BatchNorm statistics; refined with kappa auto is this) or first_order."""
+    """refined, robust (against new BatchNorm statistics; refined with kappa auto is this), first_order, network (the
+    graph network that is shipped, alone) or network_refined (descent from there)."""
     tau: float = 2.0
     """Target of auto: forget score at most, percent, with 95 % confidence."""
     epsilon: float = 1.0

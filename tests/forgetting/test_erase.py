@@ -112,7 +112,7 @@ def test_python_finds_the_same_edit(home, net, erased):
     ("more", "message"),
     [
         (("--depth", "deeper"), "--depth is 'deeper': choose from suppress, erase"),
-        (("--way", "erase"), "--way is 'erase': choose from refined, robust, first_order"),
+        (("--way", "erase"), "--way is 'erase': choose from refined, robust, first_order, network, network_refined"),
         (("--depth", "erase", "--way", "first_order"), "--way, --tau and --epsilon say how outputs are made to forget"),
         (("--depth", "erase", "--tau", "1"), "--way, --tau and --epsilon say how outputs are made to forget"),
         (
