@@ -125,9 +125,8 @@ class Answering:
 
     def by_network(self, request: Request) -> Tensor:
         """The theta that the shipped graph network gives, [*graph.shape]."""
-        network, _ = Unlearner.load(SHIPPED)
         with torch.no_grad():
-            return network.theta(self.for_network, request)
+            return shipped().theta(self.for_network, request)
 
     def searching(self, request: Request, way: Ways) -> tuple[FrozenHead, Tensor]:
         """What a request's losses are computed with, and where its theta starts, [*graph.shape]."""
@@ -352,6 +351,11 @@ class Twice(Attempt):
     def said(self) -> str:
         """The scores in words."""
         return super().said + (f"; BatchNorm anew: {self.anew.said}" if self.anew else "")
+
+
+def shipped() -> Unlearner:
+    """The graph network that is shipped: it learned to unlearn on MLPs, and answers for any layer."""
+    return Unlearner.load(SHIPPED)[0]
 
 
 def recognised(predictions: Tensor, labels: Tensor, among: Tensor) -> Interval:

@@ -11,7 +11,7 @@ from torch import Tensor
 from core.config import EvalConfig, PipelineConfig, UserError
 from core.observe import log
 from eval import Eval
-from forgetting.answers import REFINE, Answer, Answering
+from forgetting.answers import REFINE, Answer, Answering, shipped
 from forgetting.pictures import Source
 from measure.metrics import INSIDE, METRICS
 from unlearn.methods import METHODS, chosen_methods
@@ -58,7 +58,7 @@ def _splits(answering: Answering, source: Source, level: tuple[Tensor, Tensor]) 
 
 
 def _no_network(_: int) -> Tensor:
-    raise NotApplicable("asks a graph network that is trained for the classifier, and there is none")
+    raise NotApplicable("asks a graph network that weighs all classes of this classifier, and there is none")
 
 
 def compare(
@@ -69,7 +69,8 @@ def compare(
     names: Sequence[str],
     level: tuple[Tensor, Tensor],
 ) -> Iterator[dict[str, Any]]:
-    """Measure methods, one after the other, with as many weights as the answer has; `mimu_refined` is its method.
+    """Measure methods, one after the other, with as many weights as the answer has; `mimu_refined` is its method,
+    and `mimu` the graph network that is shipped, alone.
 
     Args:
         classes: names of the outputs. names: of methods, or "all".
@@ -83,9 +84,12 @@ def compare(
     evaluation = EvalConfig(metrics=metrics)
     config = PipelineConfig(forget_class=answer.classes, kappa_list=(answer.kappa,), refine=REFINE, eval=evaluation)
     data = _Dataset(_splits(answering, source, level), classes, answer.classes)
-    context = Context(answering.model, data, config, answering.head.device, _no_network, answering.head)
+    chosen = dict.fromkeys(("default", *chosen_methods(names)))
+    asks_network = "mimu" in chosen
+    head, network = (answering.for_network, shipped()) if asks_network else (answering.head, None)
+    context = Context(answering.model, data, config, head.device, _no_network, head, network)
     judge, point = Eval(context), Point(0, answer.kappa, config.seed)
-    for name in dict.fromkeys(("default", *chosen_methods(names))):
+    for name in chosen:
         log(f"{name} on test images")
         facts = {"method": name, "label": METHODS[name].label, "source": METHODS[name].source}
         try:

@@ -10,8 +10,8 @@ import main
 from mimu import Mask
 from tests.helpers.patterns import FLAGS, NAMES, network, prepared, spec_of, trained, write_folder
 
-METHODS = ("mimu_refined", "random", "taylor_mask", "magnitude", "fisher_mask", "sft", "finetune", "ssd")
-NOT_HERE = ("mimu", "retrain", "bad_teacher", "head_retrain", "damp")
+METHODS = ("mimu", "mimu_refined", "random", "taylor_mask", "magnitude", "fisher_mask", "sft", "finetune", "ssd")
+NOT_HERE = ("retrain", "bad_teacher", "head_retrain", "damp")
 WANTED, KAPPA = 2, 400
 
 
@@ -60,6 +60,17 @@ def test_untouched_and_masked_scores_are_plain_torchs(compared, found):
     row = found["mimu_refined"]
     assert (row["forget_score"], row["retain_score"]) == pytest.approx(accuracy(compared, state))
     assert row["weights_changed"] == KAPPA
+
+
+def test_mimu_is_the_shipped_network_alone(compared, found, tmp_path):
+    words = ["forget", spec_of(compared), "--images", str(compared / "parted"), *FLAGS, "--class", NAMES[WANTED]]
+    words += ["--kappa", str(KAPPA), "--way", "network", "--out", str(tmp_path / "mask"), "--quiet"]
+    assert main.main(words) == 0
+    state = torch.load(compared / "net.pt", weights_only=True)
+    for name, flat in Mask.load(tmp_path / "mask").positions.items():
+        state[name].view(-1)[flat.long()] = 0
+    row = found["mimu"]
+    assert (row["forget_score"], row["retain_score"]) == pytest.approx(accuracy(compared, state))
 
 
 def test_methods_differ_in_what_they_change(found):

@@ -69,7 +69,10 @@ REQUESTS: dict[str, tuple[Case, str]] = {
         lambda home, place: ["forget", spec_of(home), *FLAGS, "--class", "bars", "--kappa", "50"],
         "give a folder of them with --images",
     ),
-    "way": (asking("--way", "magic"), "--way is 'magic': choose from refined, robust, first_order, network, network_refined"),
+    "way": (
+        asking("--way", "magic"),
+        "--way is 'magic': choose from refined, robust, first_order, network, network_refined",
+    ),
     "layer": (asking("--layer", "conv9"), "no Linear or Conv2d weight 'conv9'.*conv"),
     "layer twice": (asking("--layer", "conv1", "--layer", "conv1.weight"), "names a weight twice"),
     "a norm's weight": (asking("--layer", "bn2"), "no Linear or Conv2d weight 'bn2'"),
