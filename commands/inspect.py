@@ -99,6 +99,18 @@ def inspect(spec: Spec, images: Path | None = None, read: Read = AS_IT_IS, quiet
         show(f"note: {note}")
     if images:
         _show_classes(opened)
+        _show_layers(opened)
+
+
+def _show_layers(opened: "Opened") -> None:
+    """Print which weights the words for layers mean here."""
+    from models.targets import AUTO, CUT, DEEP
+
+    for word in (AUTO, CUT, DEEP):
+        targets = opened.classifier((word,)).targets
+        names = " to ".join(dict.fromkeys((targets[0].name, targets[-1].name)))
+        count = f"{len(targets)} tensor{'s' * (len(targets) > 1)}"
+        show(f"--layer {word}: {names}, {sum(one.size for one in targets):,} weights in {count}")
 
 
 def _show_classes(opened: "Opened") -> None:

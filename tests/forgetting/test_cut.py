@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import main
 from forgetting.answers import DRAWN, FORGOTTEN, RETAINED, Answering, RequestHead, Ways
 from forgetting.pictures import Loader
 from forgetting.python import forget
@@ -11,6 +12,7 @@ from forgetting.samples import read_samples
 from measure.auto_kappa import Attempt
 from models.foreign import ForeignClassifier
 from tests.helpers.foreign import bits
+from tests.helpers.patterns import trained, words_for, write_folder
 
 CLASSES, WIDTH = 4, 16
 
@@ -123,3 +125,16 @@ def test_forget_in_python_takes_the_word(net, images):
     assert mask.switched_off == 80
     assert {name.partition(".")[0] for name in mask.positions} <= {"stem", "blocks"}
     assert (mask.config.scores or {})["forget"] < 5
+
+
+def test_inspect_says_which_weights_the_words_mean(tmp_path, capsys):
+    """Of two convolutions and a head, nothing goes around the second; nine tenths of the weights begin there, too."""
+    trained(tmp_path, steps=1)
+    write_folder(tmp_path / "photos", 2)
+    assert main.main(["inspect", *words_for(tmp_path)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--layer")]
+    assert said == [
+        "--layer auto: conv2.weight, 5,184 weights in 1 tensor",
+        "--layer cut: conv2.weight, 5,184 weights in 1 tensor",
+        "--layer deep: conv1.weight to fc.weight, 5,928 weights in 3 tensors",
+    ]
