@@ -14,11 +14,11 @@ from torch.nn import functional
 from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
 from measure.integrity import changed_outside
 from model import HookedModel, vision_model_loader
-from unlearn import trained as baselines
+from rivals import trained as baselines
+from rivals.compared import METHODS
+from rivals.trained import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
 from unlearn.finetuning import Finetuner
-from unlearn.methods import METHODS
 from unlearn.registry import Context, Edit, Point, Shared
-from unlearn.trained import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
 from utils_data import Images, UnlearningDataset, get_unlearning_dataset
 
 POINT, CPU = Point(top_k=1, kappa=1, seed=0), torch.device("cpu")
