@@ -32,12 +32,14 @@ from torch import Tensor, nn
 from core.artifacts import read_json, write_bytes
 from core.config import PROJECT_ROOT, DataConfig, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from erasing.descent import Schedule
+from erasing.head import new_rows
 from erasing.terms import Weights
 from eval import Eval
 from measure.metrics import METRICS, Evidence
 from model import HookedModel, vision_model_loader
 from reporting.write import as_text
-from unlearn.methods import deep_edit
+from rivals.compared import METHODS
+from unlearn.methods import deep_edit, eraser_of
 from unlearn.registry import Context, Edit, NotApplicable, Point, method
 from utils_data import UnlearningDataset, get_unlearning_dataset
 
@@ -45,6 +47,7 @@ IMAGES, EPOCHS, RATE, BATCH = 15_000, 10, 2e-3, 128
 REFERENCES, FIRST_REFERENCE = 3, 100
 OURS = ("default", "retrain", "head_row_new", "mimu_deep")
 RIVALS = ("salun", "scrub", "bad_teacher", "head_retrain", "svd_projection")
+AIMED = ("leace", "collapse", "esc", "esc_t", "cola", "cola_and_row_anew", "contrastive", "pour_d")  # at features
 SHARES = (0.0006, 0.0012, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
 GAPS = {  # metric -> heading; distances to the retrained models' mean
     "probe_layers_gap": "probe",
@@ -72,6 +75,30 @@ def variant(name: str, share: float = 0.02, schedule: Schedule | None = None) ->
         return deep_edit(context, point.seed, share, schedule)
 
     return name
+
+
+def rows_anew(context: Context, seed: int, edit: Edit, classes: Sequence[int]) -> Edit:
+    """Of an edited copy, rows of the last layer are drawn anew and trained on D_r alone, as `mimu_deep` does."""
+    eraser, last = eraser_of(context, seed), edit.model.get_parameter("linears.2.weight")
+    weights = [edit.model.get_parameter(one.name).reshape(one.matrix) for one in eraser.model.targets]
+    kept = ~torch.isin(eraser.labels, torch.tensor(context.config.forget_labels))
+    rows = new_rows(eraser.stages, weights, eraser.h[kept], eraser.labels[kept], classes, seed)
+    with torch.no_grad():
+        last[list(classes)] = rows
+    return replace(edit, allowed=None)
+
+
+@method("deep_and_last_layer_anew", "deep_and_last_layer_anew", axes=("seed",))
+def deep_and_last_layer_anew(context: Context, point: Point) -> Edit:
+    """`mimu_deep`, and then every row of the last layer anew."""
+    return rows_anew(context, point.seed, deep_edit(context, point.seed), range(context.data.num_classes))
+
+
+@method("cola_and_row_anew", "cola_and_row_anew", axes=("seed",), grid=METHODS["cola"].grid)
+def cola_and_row_anew(context: Context, point: Point, **settings: Any) -> Edit:
+    """`cola`, and then the forgotten classes' rows of the last layer anew."""
+    with METHODS["cola"].enter(context, point, **settings) as edit:
+        return rows_anew(context, point.seed, replace(edit, seconds=None), context.config.forget_labels)
 
 
 CURVE = tuple(variant(f"deep_{share:g}", share) for share in SHARES)
@@ -233,7 +260,8 @@ def drawn(rows: Sequence[Row]) -> bytes:
     return file.getvalue()
 
 
-SECTIONS = {"ours": OURS, "rivals": RIVALS, "curve": ("default", *CURVE), "ablations": ABLATIONS}
+BESIDE = ("default", "mimu_deep", "deep_and_last_layer_anew")  # on the rivals' cells
+SECTIONS = {"ours": OURS, "rivals": (*BESIDE, *RIVALS, *AIMED), "curve": ("default", *CURVE), "ablations": ABLATIONS}
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from core.config import UserError
-from rivals import closed_form, trained
+from rivals import closed_form, representations, subspaces, trained
 from unlearn import methods
 from unlearn.masks import Mask
 from unlearn.registry import REGISTERED, Context, Point
 
-MODULES = (methods.__name__, closed_form.__name__, trained.__name__)
+MODULES = tuple(one.__name__ for one in (methods, closed_form, trained, subspaces, representations))
 """The modules that register methods, which are shown in this order; a module's own stand in the order of its source."""
 METHODS = REGISTERED
 

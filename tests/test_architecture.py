@@ -37,7 +37,7 @@ STAIRCASE = {
     "data": "",
     "erasing": "stages terms proxies descent head erasure",
     "unlearn": "masks features requests objectives registry finetuning methods",
-    "rivals": "closed_form trained compared",
+    "rivals": "closed_form trained subspaces representations compared",
     "measure": "attacks integrity metrics comparisons exhibits probes verdicts snapshots auto_kappa",
     "hidden": "outputs layers retraining heads words",
     "eval": "",
