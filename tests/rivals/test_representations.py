@@ -15,11 +15,16 @@ from rivals.representations import (
     supervised_contrastive,
 )
 from rivals.subspaces import last_inputs_of
-from tests.rivals.test_subspaces import CLASSES, Flat, context_of, mlp, randn, read_by_the_last  # noqa: F401
+from tests.helpers.knowing import CLASSES, Flat, digits, knowing, read_by_the_last
 from unlearn.finetuning import Finetuner
 from unlearn.registry import Context, NotApplicable, Point
 
 NAMES = [name for name, entry in METHODS.items() if entry.module == representations.__name__]
+
+
+@pytest.fixture(scope="module")
+def mlp() -> Context:
+    return knowing(digits())
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +35,10 @@ def few_epochs(monkeypatch):
 def edited(context: Context, name: str, seed: int = 0, **settings):
     with METHODS[name].enter(context, Point(1, 1, seed), **(settings or METHODS[name].grid[0])) as edit:
         return edit.model
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- losses -----------------------------------------------------------------------------------------------
@@ -92,18 +101,18 @@ def test_class_directions_by_hand():
 # --- what they see and do ---------------------------------------------------------------------------------
 
 
-def test_features_are_those_that_parameters_reach(mlp):  # noqa: F811
+def test_features_are_those_that_parameters_reach(mlp):
     images = mlp.data.splits["train"].batch(slice(5))[0]
     features, logits = read_inside(mlp.model, images)
     assert [tuple(h.shape) for h in features] == [(5, 128), (5, 64)]  # not the pixels
     assert torch.equal(logits, mlp.model(images))
-    torch.testing.assert_close(features[-1].double(), read_by_the_last(mlp.model, images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features[-1], read_by_the_last(mlp.model, images), rtol=1e-5, atol=1e-5)
     with pytest.raises(NotApplicable, match="no layer ahead of its last"):
         read_inside(Flat((64, 10)), images)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_and_seeds(mlp, name, monkeypatch):  # noqa: F811
+def test_images_and_seeds(mlp, name, monkeypatch):
     seen, load = [], Finetuner._load
 
     def recording(engine: Finetuner, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +132,7 @@ def test_images_and_seeds(mlp, name, monkeypatch):  # noqa: F811
     assert any(not torch.equal(value, other.state_dict()[key]) for key, value in first.state_dict().items())
 
 
-def test_collapse_then_align(mlp):  # noqa: F811
+def test_collapse_then_align(mlp):
     """Contrastive epochs never touch the last layer; cross-entropy does, and brings the retained classes back."""
     old = mlp.model.state_dict()
     alone = edited(mlp, "cola", lr=1e-3, collapse=4).state_dict()
@@ -135,34 +144,30 @@ def test_collapse_then_align(mlp):  # noqa: F811
     images, labels = mlp.data.splits["train"].batch(slice(None))
     kept = ~mlp.data.is_forgotten(labels)
     spread = [
-        float(supervised_contrastive(read_inside_of(model, images[kept]), labels[kept]))
+        float(supervised_contrastive(read_by_the_last(model, images[kept]), labels[kept]))
         for model in (mlp.model, edited(mlp, "cola", lr=1e-3, collapse=4))
     ]
     assert spread[1] < spread[0] - 0.3
 
 
-def read_inside_of(model, images: Tensor) -> Tensor:
-    return read_by_the_last(model, images).float()
-
-
-def test_forgotten_features_are_drawn_to_retained_ones(mlp):  # noqa: F811
+def test_forgotten_features_are_drawn_to_retained_ones(mlp):
     images, labels = mlp.data.splits["train"].batch(slice(None))
     gone = mlp.data.is_forgotten(labels)
     near = [
         float(drawn_to_retained(h[gone][:60], h[~gone][:200]))
         for h in (
-            read_inside_of(model, images) for model in (mlp.model, edited(mlp, "contrastive", lr=1e-3, weight=1.0))
+            read_by_the_last(model, images) for model in (mlp.model, edited(mlp, "contrastive", lr=1e-3, weight=1.0))
         )
     ]
     assert near[1] < near[0] - 0.1
 
 
-def test_a_student_comes_closer_to_the_projected_teacher(mlp):  # noqa: F811
+def test_a_student_comes_closer_to_the_projected_teacher(mlp):
     (forget, true), (retain, _) = (last_inputs_of(mlp, side) for side in (True, False))
     along = class_directions(forget, true, retain).float()
     images, labels = mlp.data.splits["train"].batch(slice(None))
     gone = mlp.data.is_forgotten(labels)
-    before, after = (read_inside_of(model, images) for model in (mlp.model, edited(mlp, "pour_d", lr=1e-3)))
+    before, after = (read_by_the_last(model, images) for model in (mlp.model, edited(mlp, "pour_d", lr=1e-3)))
     assert (after[gone] @ along).norm() < 0.6 * (before[gone] @ along).norm()
     taught = before - before @ along @ along.T
     assert (after - taught).norm() < 0.7 * (before - taught).norm()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from core.config import DataConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
+from core.config import DataConfig, SupportedDatasets, SupportedVisionModels
 from hidden.retraining import with_fresh_head
-from model import HookedModel, capture, inspecting, vision_model_loader
+from model import vision_model_loader
 from rivals.closed_form import layer_inputs, training_images
 from rivals.compared import METHODS
 from rivals.subspaces import (
@@ -20,55 +20,28 @@ from rivals.subspaces import (
     projecting,
     without_directions,
 )
-from unlearn.registry import Context, NotApplicable, Point, Shared
+from tests.helpers.knowing import CLASSES, CPU, Flat, context_of, digits, knowing, read_by_the_last
+from unlearn.registry import Context, NotApplicable, Point
 from utils_data import get_unlearning_dataset
 
-CPU, POINT = torch.device("cpu"), Point(top_k=1, kappa=1, seed=0)
-CLASSES = (4, 7)
-
-
-class Flat(HookedModel):
-    """One linear layer on the pixels."""
-
-    def embed(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-
-def context_of(model: HookedModel, few: int | None = None) -> Context:
-    data = get_unlearning_dataset(SupportedDatasets.DIGITS, 32, CLASSES, data=DataConfig(max_train_samples=few))
-    config = PipelineConfig(forget_class=CLASSES)
-    return Context(model, data, config, CPU, lambda top_k: torch.zeros(0), shared=Shared())
+POINT = Point(top_k=1, kappa=1, seed=0)
 
 
 @pytest.fixture(scope="module")
 def mlp() -> Context:
-    """A classifier of DIGITS with some knowledge: 60 steps on all its training images."""
-    torch.manual_seed(0)
-    context = context_of(vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval())
-    images, labels = context.data.splits["train"].batch(slice(None))
-    optimizer = torch.optim.Adam(context.model.parameters(), lr=3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        functional.cross_entropy(context.model(images), labels).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    return context
+    return knowing(digits())
 
 
 @pytest.fixture(scope="module")
 def resnet() -> Context:
     torch.manual_seed(0)
-    return context_of(vision_model_loader(SupportedVisionModels.HookedResnet, 10, 1, 8).eval(), few=100)
+    model = vision_model_loader(SupportedVisionModels.HookedResnet, 10, 1, 8).eval()
+    few = DataConfig(max_train_samples=100)
+    return context_of(model, get_unlearning_dataset(SupportedDatasets.DIGITS, 32, CLASSES, data=few))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def read_by_the_last(model: HookedModel, images: Tensor) -> Tensor:
-    with inspecting(model), torch.inference_mode(), capture(model.linears[-1]) as record:
-        model(images)
-    return record.take()[0].double()
 
 
 # --- projections ahead of the last layer ------------------------------------------------------------------
@@ -80,11 +53,11 @@ def test_esc_leaves_no_energy_in_the_first_directions_of_the_forget_set(kind, sh
     """The oracle is numpy's SVD of D_f's features."""
     context = request.getfixturevalue(kind)
     images = training_images(context, True, 10**6).batch(slice(None))[0]
-    before = read_by_the_last(context.model, images).numpy()
+    before = read_by_the_last(context.model, images).double().numpy()
     _, sizes, directions = np.linalg.svd(before, full_matrices=False)
     count = round(share * before.shape[1])
     with METHODS["esc"].enter(context, POINT, share=share) as edit:
-        after = read_by_the_last(edit.model, images).numpy()
+        after = read_by_the_last(edit.model, images).double().numpy()
     assert np.abs(after @ directions[:count].T).max() < 1e-4 * sizes[0]
     rest = before - before @ directions[:count].T @ directions[:count]
     assert np.abs(after - rest).max() < 1e-4 * np.abs(before).max()
@@ -104,7 +77,7 @@ def test_a_projection_is_seen_wherever_the_last_layer_is_looked_at(kind, request
         plain = vision_model_loader(SupportedVisionModels[type(model).__name__], 10, 1, 8).eval()
         plain.load_state_dict(made.state_dict())
         scale = float(wanted.abs().max())
-        for logits in (made(images), made.head(made.prefix(images, -2), -2), made.head(images_in(made, images), 0)):
+        for logits in (made(images), made.head(made.prefix(images, -2), -2), made.head(made.embed(images), 0)):
             assert float((logits - wanted).abs().max()) < 1e-5 * scale
         assert float((plain(images) - wanted).abs().max()) < 1e-5 * scale
         given = made.head(made.prefix(images, -2), -2, [made.target(-2).weight])  # as masks of the layer before do
@@ -114,10 +87,6 @@ def test_a_projection_is_seen_wherever_the_last_layer_is_looked_at(kind, request
         told = features @ fresh.target(-1).weight.double().T
         assert float((fresh(images) - told).abs().max()) < 1e-5 * float(told.abs().max())
     assert made.state_dict().keys() == model.state_dict().keys()
-
-
-def images_in(model: HookedModel, images: Tensor) -> Tensor:
-    return model.embed(images)
 
 
 def test_stages_of_a_projected_classifier_read_the_projection(mlp):
@@ -153,10 +122,10 @@ def test_a_learned_mask_finds_the_direction_that_tells_the_class():
 
 def test_esc_t_removes_whole_directions(mlp):
     images = training_images(mlp, True, 10**6).batch(slice(None))[0]
-    before = read_by_the_last(mlp.model, images).numpy()
+    before = read_by_the_last(mlp.model, images).double().numpy()
     _, _, directions = np.linalg.svd(before, full_matrices=True)
     with METHODS["esc_t"].enter(mlp, POINT, lr=0.03, threshold=0.5) as edit:
-        ratio = np.linalg.norm(read_by_the_last(edit.model, images).numpy() @ directions.T, axis=0)
+        ratio = np.linalg.norm(read_by_the_last(edit.model, images).double().numpy() @ directions.T, axis=0)
     energies = np.linalg.norm(before @ directions.T, axis=0)
     share = ratio[energies > 1e-3] / energies[energies > 1e-3]
     assert ((share < 1e-3) | (abs(share - 1) < 1e-3)).all()
@@ -164,7 +133,7 @@ def test_esc_t_removes_whole_directions(mlp):
 
 
 def test_one_linear_layer_has_nothing_to_project():
-    context = context_of(Flat((64, 10)))
+    context = context_of(Flat((64, 10)), digits())
     with pytest.raises(NotApplicable, match="there is one layer"):
         last_inputs_of(context, True)
 
@@ -241,10 +210,10 @@ def test_partners_are_of_the_class_that_comes_next(mlp):
 def test_collapse_brings_forgotten_images_to_other_classes(mlp):
     images, labels = mlp.data.splits["train"].batch(slice(None))
     gone = torch.isin(labels, torch.tensor(CLASSES))
-    with METHODS["collapse"].enter(mlp, POINT, mu=1.0, layers=3) as edit, torch.inference_mode():
+    with METHODS["collapse"].enter(mlp, POINT, mu=3.0, layers=3) as edit, torch.inference_mode():
         answers, before = (model(images).argmax(1) for model in (edit.model, mlp.model))
     assert (answers == labels)[gone].double().mean() < 0.2 < 0.8 < (before == labels)[gone].double().mean()
-    assert (answers == labels)[~gone].double().mean() > (before == labels)[~gone].double().mean() - 0.05
+    assert (answers == labels)[~gone].double().mean() > 0.95
 
 
 @pytest.mark.parametrize("name", ["esc", "esc_t", "leace", "collapse"])
