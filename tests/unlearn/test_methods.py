@@ -31,6 +31,7 @@ from graphs.subsets import hard_topk
 from measure.integrity import changed_outside, extent, unchanged
 from mimu import state_sha256
 from model import vision_model_loader
+from rivals import representations, subspaces
 from rivals.compared import METHODS, MODULES, chosen_methods, mask_of
 from unlearn.finetuning import Finetuner
 from unlearn.masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask, weights_sha256
@@ -55,6 +56,13 @@ def context(request, tmp_path_factory) -> Context:
     fresh = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval()
     others = (lambda index: fresh, lambda: fresh)
     return Context(model, data, config, device, lambda top_k: theta, head, unlearner, *others)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """The contract does not depend on how long a rival trains."""
+    monkeypatch.setattr(representations, "EPOCHS", 2)
+    monkeypatch.setattr(subspaces, "MASK_STEPS", 10)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
