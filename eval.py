@@ -22,8 +22,8 @@ from measure.metrics import INSIDE, chosen_metrics
 from measure.snapshots import Snapshots
 from measure.verdicts import DIVERGED, Band, Other, Pair, References, Verdict, as_facts, verdict
 from models.classifier import as_matrices
+from rivals.compared import METHODS, mask_of
 from unlearn.masks import Mask, masked
-from unlearn.methods import METHODS, mask_of
 from unlearn.registry import Context, Edit, Point, Settings
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record

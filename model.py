@@ -113,11 +113,15 @@ class HookedModel(Classifier):
         layers = (self.target(place).weight for place in self.layer_indices(mask_layer))
         return [weight for weight in layers if isinstance(weight, nn.Parameter)]
 
+    def read_by(self, place: int, z: Tensor) -> Tensor:
+        """What layer `place` of the stack (from 0) reads of the output z [B, n] of the layer before it. [B, n]."""
+        return self.between(z)
+
     def prefix(self, images: Tensor, mask_layer: MaskLayer) -> Tensor:
         """Compute the input h [B, n] of the first target layer from images [B, C, H, W]; no mask changes h."""
         x = self.embed(images)
-        for layer in self.linears[: self.layer_indices(mask_layer)[0]]:
-            x = self.between(layer(x))
+        for place in range(self.layer_indices(mask_layer)[0]):
+            x = self.read_by(place + 1, self.linears[place](x))
         return x
 
     def head(self, h: Tensor, mask_layer: MaskLayer, weights: Sequence[Tensor] | None = None) -> Tensor:
@@ -136,7 +140,7 @@ class HookedModel(Classifier):
             layer = self.linears[index]
             x = apply_linear(x, instead[index]) if index in instead else layer(x)
             if index + 1 < len(self.linears):
-                x = self.between(x)
+                x = self.read_by(index + 1, x)
         return x
 
     def in_prefix(self, mask_layer: MaskLayer) -> Callable[[str], bool]:

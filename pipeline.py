@@ -16,11 +16,11 @@ from measure.auto_kappa import Search, check_provable, search
 from measure.metrics import chosen_metrics
 from model import HookedModel
 from reporter import Reporter
+from rivals.compared import chosen_methods
 from stages.chain import Stages
 from stages.evaluation import Evaluation
 from stages.preflight import say
 from training.distributed import prepare_process
-from unlearn.methods import chosen_methods
 
 __all__ = ["Pipeline", "PipelineConfig"]
 T = TypeVar("T")

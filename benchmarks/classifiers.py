@@ -92,7 +92,7 @@ class Way:
     """A registered method, and what its context holds.
 
     Args:
-        method: a name in `unlearn.methods.METHODS`.
+        method: a name in `rivals.compared.METHODS`.
         unlearner: the graph network that answers requests; None: the method asks none.
         refine: of `mimu_refined`.
         importances: top_k -> theta [C, *graph.shape], of a graph network that learned the ELBO.

@@ -31,8 +31,8 @@ from core.intervals import against, t_interval
 from eval import Eval
 from pipeline import Pipeline
 from reporting.write import as_text
+from rivals.compared import METHODS
 from training.processes import reuse_freed_memory
-from unlearn.methods import METHODS
 from unlearn.registry import Point
 from utils_data import UnlearningDataset
 

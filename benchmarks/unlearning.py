@@ -54,8 +54,8 @@ from core.config import (
 from eval import Eval
 from measure.auto_kappa import search
 from reporting.write import as_text
+from rivals.compared import mask_of
 from training.processes import reuse_freed_memory
-from unlearn.methods import mask_of
 from unlearn.registry import Point
 from unlearn.requests import Unlearner
 

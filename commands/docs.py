@@ -17,7 +17,7 @@ from measure.integrity import COSTS
 from measure.metrics import GROUPS, METRICS, Metric
 from measure.verdicts import meanings
 from reporting.write import Markdown, as_text, in_markdown
-from unlearn.methods import METHODS
+from rivals.compared import METHODS
 from unlearn.registry import BUDGET, Method
 
 DOCS = PROJECT_ROOT / "docs"

@@ -247,7 +247,7 @@ def _check_words(classes: Sequence[str], methods: Sequence[str]) -> None:
     if not classes:
         raise UserError("no class to forget is named: give --class NAME, once for each")
     if methods:
-        from unlearn.methods import chosen_methods
+        from rivals.compared import chosen_methods
 
         chosen_methods(methods)
 

@@ -14,7 +14,7 @@ from eval import Eval
 from forgetting.answers import REFINE, Answer, Answering, shipped
 from forgetting.pictures import Source
 from measure.metrics import INSIDE, METRICS
-from unlearn.methods import METHODS, chosen_methods
+from rivals.compared import METHODS, chosen_methods
 from unlearn.registry import Context, NotApplicable, Point
 from utils_data import Images, UnlearningDataset
 

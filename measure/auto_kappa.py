@@ -14,8 +14,8 @@ from torch import Tensor
 from core.config import AutoConfig, UserError
 from core.intervals import paired_difference, wilson
 from model import predictions
+from rivals.compared import mask_of
 from unlearn.masks import masked
-from unlearn.methods import mask_of
 from unlearn.registry import Context, Point
 
 MOST_IMAGES = 2**40  # where the search for a sufficient number of images ends

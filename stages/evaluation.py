@@ -27,11 +27,11 @@ from core.observe import log
 from core.records import Record, checked, read_whole, record_path
 from eval import Eval
 from measure.auto_kappa import Search
+from rivals.compared import METHODS
 from stages.chain import Stages
 from training.distributed import repeatability
 from training.resume import recipe
 from unlearn.masks import Mask, weights_sha256
-from unlearn.methods import METHODS
 from unlearn.registry import Context
 from utils_data import UnlearningDataset
 

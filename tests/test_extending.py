@@ -13,10 +13,10 @@ from images.specs import SPECS
 from measure.metrics import METRICS, Evidence, metric
 from model import VISION_MODELS
 from pipeline import Pipeline
+from rivals.compared import METHODS
 from tests.helpers.common import tiny
 from tests.helpers.records import page_data
 from unlearn.features import FEATURES
-from unlearn.methods import METHODS
 from unlearn.registry import Context, Edit, Point, method
 
 

@@ -1,7 +1,7 @@
 """The one loop that fine-tunes a copy of a classifier, on images to forget (D_f) and to retain (D_r).
 
-Every rival that trains uses it. The copy stays in eval mode: BatchNorm normalises by the original's running statistics
-and leaves them as they are, so that only parameters change.
+Every rival that trains weights uses it. The copy stays in eval mode: BatchNorm normalises by the original's running
+statistics and leaves them as they are, so that only parameters change.
 """
 
 import copy

@@ -1,10 +1,9 @@
-"""Every method that is compared: our own masks and the plain controls are here, the rivals in the modules of MODULES.
+"""Our own methods and the plain controls; `rivals` has those of others, and the list of all.
 
 Each method is one decorated function; its docstring is its definition.
 """
 
 import copy
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,11 +16,10 @@ from erasing.head import NoLinearHead, new_rows
 from erasing.stages import deep, rows_of
 from model import inspecting
 from models.foreign import INSIDE, ForeignClassifier
-from unlearn import closed_form, trained
 from unlearn.features import centred_rank
 from unlearn.finetuning import Finetuner
 from unlearn.masks import Mask, feasibility_score, random_mask, set_difference_mask, top_mask
-from unlearn.registry import REGISTERED, Context, Edit, NotApplicable, Point, mask_method, method
+from unlearn.registry import Context, Edit, NotApplicable, Point, mask_method, method
 from unlearn.requests import CANDIDATES, noise_start, refine, tail_start, taylor_start
 
 TAYLOR_LAMBDAS = (0.0, 1.0, 3.0, 9.0)  # what `taylor_mask` chooses from, on validation images
@@ -164,36 +162,3 @@ def retrain(context: Context, point: Point) -> Edit:
 def default(context: Context, point: Point) -> Edit:
     """The classifier as it is."""
     return Edit(context.model, allowed={})
-
-
-# --- all methods ------------------------------------------------------------------------------------------
-
-MODULES = (__name__, closed_form.__name__, trained.__name__)
-"""The modules that register methods, which are shown in this order; a module's own stand in the order of its source."""
-METHODS = REGISTERED
-
-
-def _put_in_order() -> None:
-    """Order METHODS by module, whichever module a program happened to import first; others' methods come last."""
-    for entry in sorted(METHODS.values(), key=lambda one: [*MODULES, one.module].index(one.module)):
-        METHODS[entry.name] = METHODS.pop(entry.name)
-
-
-_put_in_order()
-
-
-def chosen_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """The methods named; "all" names every one.
-
-    Raises:
-        UserError: a name is not registered.
-    """
-    unknown = [name for name in names if name not in METHODS and name != "all"]
-    if unknown:
-        raise UserError(f"there is no method {unknown[0]!r}: choose from all, {', '.join(METHODS)}")
-    return tuple(METHODS) if "all" in names else tuple(names)
-
-
-def mask_of(name: str, context: Context, point: Point) -> Mask:
-    """Return the mask of the mask method `name` at a point, made once; as `Method.mask_at`."""
-    return METHODS[name].mask_at(context, point)

@@ -1,6 +1,6 @@
 """What a method is: it gets a `Context`, returns an `Edit`, and registers under a name by one decorator.
 
-A method leaves the shared classifier bit-identical. `unlearn.methods` lists the modules whose methods are compared.
+A method leaves the shared classifier bit-identical. `rivals.compared` lists the modules whose methods are compared.
 """
 
 import time
@@ -301,8 +301,8 @@ class Method:
         return Edit(context.model, context.within_targets(context.graph.split(~mask.keep)))
 
 
-REGISTERED: Registry[Method] = Registry("method", reserved=("all",), home="unlearn.methods")
-"""By name. `unlearn.methods.METHODS` is the same, with the modules imported that register."""
+REGISTERED: Registry[Method] = Registry("method", reserved=("all",), home="rivals.compared")
+"""By name. `rivals.compared.METHODS` is the same, with the modules imported that register."""
 
 
 def method(

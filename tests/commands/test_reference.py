@@ -23,9 +23,9 @@ from commands.docs import (
 from core.artifacts import SCHEMA, read_json
 from core.config import UserError
 from measure.metrics import METRICS
+from rivals.compared import METHODS
 from tests.helpers.records import whole
 from unlearn.masks import Mask
-from unlearn.methods import METHODS
 from unlearn.registry import Context, Point
 
 WHOLE = whole(64)

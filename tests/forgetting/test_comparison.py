@@ -11,7 +11,7 @@ from mimu import Mask
 from tests.helpers.patterns import FLAGS, NAMES, network, prepared, spec_of, trained, write_folder
 
 METHODS = ("mimu", "mimu_refined", "random", "taylor_mask", "magnitude", "fisher_mask", "sft", "finetune", "ssd")
-NOT_HERE = ("retrain", "bad_teacher", "head_retrain", "damp")
+NOT_HERE = ("retrain", "bad_teacher", "head_retrain", "damp", "esc", "leace", "collapse", "cola", "pour_d")
 WANTED, KAPPA = 2, 400
 
 

@@ -13,9 +13,9 @@ from hidden.heads import with_prototypes as prototypes
 from measure.metrics import Evidence
 from measure.probes import accuracy
 from model import HookedModel
+from rivals.closed_form import DroppedLogits
 from tests.helpers.common import evidence
 from tests.helpers.three_classes import CLASSES, LABELS, SETS, beside, fitted, fresh, images_of, noise
-from unlearn.closed_form import DroppedLogits
 
 ASKED = SETS["test"][0][LABELS == 0], LABELS[LABELS == 0]
 

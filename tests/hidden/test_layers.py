@@ -21,9 +21,9 @@ from measure.attacks import separation
 from measure.metrics import METRICS, Evidence
 from measure.probes import probe_recall, probed_images
 from model import HookedResnet
+from rivals.closed_form import DroppedLogits
 from tests.helpers.common import evidence
 from tests.helpers.three_classes import LABELS, SETS, beside, fitted, fresh, images_of, noise
-from unlearn.closed_form import DroppedLogits
 
 PAIRS = {name: METRICS[name] for name in METRICS if name.endswith(("_layers", "_layers_gap"))}
 

@@ -13,9 +13,9 @@ from measure import probes
 from measure.metrics import METRICS, Evidence
 from measure.probes import relearn, relearning, training_images
 from model import HookedModel
+from rivals.closed_form import DroppedLogits
 from tests.helpers.common import evidence
 from tests.helpers.three_classes import CLASSES, SETS, beside, fitted, fresh, images_of
-from unlearn.closed_form import DroppedLogits
 
 AREAS = ("relearn_area_10", "relearn_area_50", "fresh_head_10", "fresh_head_50")
 

@@ -23,9 +23,9 @@ from measure.probes import (
     training_images,
 )
 from model import HookedMLPClassifier, HookedModel, HookedResnet
+from rivals.closed_form import DroppedLogits
 from tests.helpers.common import evidence
 from tests.helpers.three_classes import CLASSES, LABELS, SETS, beside, fitted, fresh, images_of, noise
-from unlearn.closed_form import DroppedLogits
 
 DEEP = [name for name, entry in METRICS.items() if entry.group == "deep"]
 

@@ -35,7 +35,7 @@ from measure.verdicts import (
     word,
 )
 from model import HookedModel, vision_model_loader
-from unlearn.methods import METHODS
+from rivals.compared import METHODS
 from unlearn.registry import Context, Point
 from utils_data import get_unlearning_dataset
 

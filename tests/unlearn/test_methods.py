@@ -31,9 +31,10 @@ from graphs.subsets import hard_topk
 from measure.integrity import changed_outside, extent, unchanged
 from mimu import state_sha256
 from model import vision_model_loader
+from rivals import representations, subspaces
+from rivals.compared import METHODS, MODULES, chosen_methods, mask_of
 from unlearn.finetuning import Finetuner
 from unlearn.masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask, weights_sha256
-from unlearn.methods import METHODS, MODULES, chosen_methods, mask_of
 from unlearn.registry import Context, Edit, Point, Shared, mask_method, method
 from unlearn.requests import FrozenHead, Request, Unlearner
 from utils_data import get_unlearning_dataset
@@ -55,6 +56,13 @@ def context(request, tmp_path_factory) -> Context:
     fresh = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval()
     others = (lambda index: fresh, lambda: fresh)
     return Context(model, data, config, device, lambda top_k: theta, head, unlearner, *others)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """The contract does not depend on how long a rival trains."""
+    monkeypatch.setattr(representations, "EPOCHS", 2)
+    monkeypatch.setattr(subspaces, "MASK_STEPS", 10)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -128,7 +136,7 @@ def test_a_name_is_registered_once():
 @pytest.mark.slow
 def test_methods_stand_in_the_order_of_their_modules():
     """In a fresh process that imports the last module first, and in this one."""
-    code = "from unlearn import trained; from unlearn.methods import METHODS; print(*METHODS)"
+    code = "from rivals import trained; from rivals.compared import METHODS; print(*METHODS)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == list(METHODS)
     modules = [entry.module for entry in METHODS.values()]
@@ -137,9 +145,9 @@ def test_methods_stand_in_the_order_of_their_modules():
 
 def test_every_module_that_registers_methods_is_listed():
     names = {*MODULES}
-    for path in sorted((PROJECT_ROOT / "unlearn").glob("*.py")):
+    for path in sorted([*(PROJECT_ROOT / "unlearn").glob("*.py"), *(PROJECT_ROOT / "rivals").glob("*.py")]):
         registers = bool(re.search(r"^@(mask_)?method\(", path.read_text(encoding="utf-8"), re.MULTILINE))
-        assert registers == (f"unlearn.{path.stem}" in names), path.name
+        assert registers == (f"{path.parent.name}.{path.stem}" in names), path.name
 
 
 def test_nothing_is_assigned_in_a_context_or_an_edit(context):

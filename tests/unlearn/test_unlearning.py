@@ -37,10 +37,11 @@ from measure import auto_kappa as budget
 from measure.auto_kappa import Attempt
 from model import HookedModel
 from pipeline import Pipeline
+from rivals.compared import mask_of
 from stages.chain import Stages
 from trainer import GCNTrainer
 from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, signed_log
-from unlearn.methods import TAYLOR_LAMBDAS, mask_of
+from unlearn.methods import TAYLOR_LAMBDAS
 from unlearn.objectives import Unlearning
 from unlearn.registry import Point
 from unlearn.requests import (

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from core.config import DataConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from model import HookedModel, vision_model_loader
-from unlearn import closed_form as edits
-from unlearn.closed_form import (
+from rivals import closed_form as edits
+from rivals.closed_form import (
     Spectrum,
     batch_fisher,
     damp_edit,
@@ -25,7 +25,7 @@ from unlearn.closed_form import (
     svd_edit,
     training_images,
 )
-from unlearn.methods import METHODS, mask_of
+from rivals.compared import METHODS, mask_of
 from unlearn.registry import Context, Point, Shared
 from utils_data import Images, get_unlearning_dataset
 

@@ -14,44 +14,27 @@ from torch.nn import functional
 from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError
 from measure.integrity import changed_outside
 from model import HookedModel, vision_model_loader
-from unlearn import trained as baselines
+from rivals import trained as baselines
+from rivals.compared import METHODS
+from rivals.trained import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
+from tests.helpers.knowing import CPU, Flat, digits, knowing
 from unlearn.finetuning import Finetuner
-from unlearn.methods import METHODS
 from unlearn.registry import Context, Edit, Point, Shared
-from unlearn.trained import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
-from utils_data import Images, UnlearningDataset, get_unlearning_dataset
+from utils_data import Images, UnlearningDataset
 
-POINT, CPU = Point(top_k=1, kappa=1, seed=0), torch.device("cpu")
+POINT = Point(top_k=1, kappa=1, seed=0)
 TRAINED = [name for name, entry in METHODS.items() if entry.module == baselines.__name__]
 GENTLE = {"gradient_ascent": {"lr": 1e-3}, "scrub": {"lr": 1e-3, "max_epochs": 3}, "bad_teacher": {"lr": 1e-3}}
 
 
-class Flat(HookedModel):
-    """One linear layer on the pixels."""
-
-    def embed(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-
 @pytest.fixture(scope="module")
-def data():
-    return get_unlearning_dataset(SupportedDatasets.DIGITS, 32, (4, 7))
+def data() -> UnlearningDataset:
+    return digits()
 
 
 @pytest.fixture(scope="module")
 def context(data) -> Context:
-    """A classifier of DIGITS with some knowledge: 60 steps on all its training images."""
-    torch.manual_seed(0)
-    fresh, model = (vision_model_loader(SupportedVisionModels.HookedMLPClassifier, 10, 1, 8).eval() for _ in range(2))
-    images, labels = data.splits["train"].batch(slice(None))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    config = PipelineConfig(forget_class=(4, 7))
-    return Context(model, data, config, CPU, lambda top_k: torch.zeros(1), untrained=lambda: fresh)
+    return knowing(data)
 
 
 def engine_of(context: Context, model: HookedModel | None = None, optimizing=None, **more) -> Finetuner:

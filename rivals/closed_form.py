@@ -52,7 +52,7 @@ def logit_drop(context: Context, point: Point) -> Edit:
 @method("head_row_zero", "head row := 0", source="control: the trivial edit")
 def head_row_zero(context: Context, point: Point) -> Edit:
     """Set the forgotten classes' rows of the last layer to 0: their logits are 0, which can still be the largest."""
-    model, name = copy.deepcopy(context.own), _linear_names(context.own)[-1]
+    model, name = copy.deepcopy(context.own), linear_names(context.own)[-1]
     weight, rows = model.target(-1).weight, list(context.config.forget_labels)
     chosen = torch.zeros_like(weight, dtype=torch.bool)
     chosen[rows] = True
@@ -61,7 +61,7 @@ def head_row_zero(context: Context, point: Point) -> Edit:
     return Edit(model.eval(), allowed={name: chosen})
 
 
-def _linear_names(model: HookedModel) -> list[str]:
+def linear_names(model: HookedModel) -> list[str]:
     """Parameter names of the stack of linear layers, inputs first."""
     return [f"linears.{place}.weight" for place in range(len(model.linears))]
 
@@ -253,7 +253,7 @@ def layer_inputs(model: HookedModel, images: Images, device: torch.device, batch
 def _with_inputs_edited(context: Context, edit: Callable[[int], Tensor], places: range) -> Edit:
     """Set W := W E in some layers of a copy's stack, E [n, n] = edit(place)."""
     model = copy.deepcopy(context.own)
-    names = _linear_names(model)
+    names = linear_names(model)
     weights = {names[place]: model.target(place).weight for place in places}
     with torch.no_grad():
         for place, weight in zip(places, weights.values(), strict=True):
