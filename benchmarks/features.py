@@ -11,8 +11,8 @@ at a one-cycle rate, and so are three models retrained without each class, with 
 tuned on test images; the settings of `mimu_deep` were chosen on validation images of seeds 0 and 1, so that seed 2 and
 later are classifiers unseen.
 
-Values are distances to the mean of the retrained models: of a metric at every stage, the largest; `band` is how far one
-retrained model is from the mean of the others, at most; `mean` is of all distances. Seconds are of one request, on as many threads as are said.
+Values are distances to the mean of the retrained models: of a metric at every stage, the largest; `mean` is of all of
+them. Seconds are of one request, on as many threads as are said.
 """
 
 import io
