@@ -1,6 +1,6 @@
 """How well, and at what cost, are classes of somebody else's model forgotten? Models of four libraries, real images.
 
-    uv run --extra timm --extra hf benchmarks/your_model.py [--only NAME ...] [--seeds N] [--json PATH]
+    uv run --extra timm --extra hf benchmarks/your_model.py [--only NAME ...] [--seeds N] [--classes N ...] [--json PATH]
 
 `fashion`: a torchvision ResNet-18 with its ordinary head, a MobileNet and a ConvNeXt of torchvision, a ViT of timm and
 one of transformers, trained here on 15,000 images of Fashion-MNIST for two epochs from random weights; one class after
@@ -199,7 +199,7 @@ def show(row: dict[str, Any], mark: str = "") -> None:
     )
 
 
-def fashion(seeds: int, names: list[str]) -> list[dict[str, Any]]:
+def fashion(seeds: int, names: list[str], classes: Sequence[int]) -> list[dict[str, Any]]:
     """Every class of every model, with masks on the stages that nothing goes around; of some on one layer before."""
     rows: list[dict[str, Any]] = []
     for name in names:
@@ -207,7 +207,7 @@ def fashion(seeds: int, names: list[str]) -> list[dict[str, Any]]:
             source, begun = Fashion(seed, JUDGED if name in BLOCKS else 10_000), time.perf_counter()
             model = trained(MODELS[name], source.training, seed)
             print(f"\n{name}, seed {seed}: trained in {time.perf_counter() - begun:.0f} s")
-            labels: Sequence[int] = range(10)
+            labels = classes
             for layers in ((AUTO,), (CUT,)) if name in SEVERAL else ((CUT,),):
                 answering = opened(model, source, layers=layers)
                 targets = [target.name for target in answering.model.targets]
@@ -339,8 +339,10 @@ def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--only", nargs="*", default=[*MODELS, *COMPARED, "cost", "library"], help="what is measured")
     asked.add_argument("--seeds", type=int, default=2, help="of the ResNet-18")
+    asked.add_argument("--classes", nargs="+", type=int, default=range(10), help="of Fashion-MNIST, forgotten in turn")
     given = asked.parse_args()
-    values: dict[str, Any] = {"fashion": fashion(given.seeds, [name for name in given.only if name in MODELS])}
+    names = [name for name in given.only if name in MODELS]
+    values: dict[str, Any] = {"fashion": fashion(given.seeds, names, given.classes)}
     values |= {name: ways(*asked) for name, asked in COMPARED.items() if name in given.only}
     if "cost" in given.only:
         values["cost"] = {
