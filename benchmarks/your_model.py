@@ -1,6 +1,6 @@
 """How well, and at what cost, are classes of somebody else's model forgotten? Models of four libraries, real images.
 
-    uv run --extra timm --extra hf benchmarks/your_model.py [--only NAME ...] [--seeds N] [--classes N ...] [--json PATH]
+    uv run --extra timm --extra hf benchmarks/your_model.py [--only NAME ...] [--seeds N] [--classes N ...]
 
 `fashion`: a torchvision ResNet-18 with its ordinary head, a MobileNet and a ConvNeXt of torchvision, a ViT of timm and
 one of transformers, trained here on 15,000 images of Fashion-MNIST for two epochs from random weights; one class after
