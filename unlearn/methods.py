@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from core.config import MaskStrategies, Starts, UserError, derive_seed
-from erasing.descent import Schedule
+from core.config import PROJECT_ROOT, MaskStrategies, Starts, UserError, derive_seed
+from erasing.descent import Schedule, guided
 from erasing.erasure import SHARE, Eraser, Erasure
+from erasing.guide import Guide
 from erasing.head import NoLinearHead, new_rows
 from erasing.stages import deep, rows_of
 from model import inspecting
@@ -24,6 +25,8 @@ from unlearn.masks import Mask, feasibility_score, random_mask, set_difference_m
 from unlearn.registry import REGISTERED, Context, Edit, NotApplicable, Point, mask_method, method
 from unlearn.requests import CANDIDATES, noise_start, refine, tail_start, taylor_start
 
+GUIDE = PROJECT_ROOT / "pretrained" / "erasing_mlp.safetensors"
+"""Written by benchmarks/deep_network.py."""
 TAYLOR_LAMBDAS = (0.0, 1.0, 3.0, 9.0)  # what `taylor_mask` chooses from, on validation images
 
 
@@ -78,12 +81,25 @@ def mimu_deep(context: Context, point: Point) -> Edit:
     return deep_edit(context, point.seed)
 
 
+@method("mimu_deep_network", "MIMU deep, by a network (ours)", axes=("seed",))
+def mimu_deep_network(context: Context, point: Point) -> Edit:
+    """As `mimu_deep`, but descent starts where a graph network of all layers says, and takes a tenth of its steps.
+
+    The network that ships learned on MLPs of Fashion-MNIST; weights of other shapes it is not asked about.
+    """
+    guide, facts = Guide.load(GUIDE)
+    shapes = [list(shape) for shape in eraser_of(context, point.seed).model.weight_graph().shapes]
+    if shapes != facts["shapes"]:
+        raise NotApplicable(f"asks a graph network that learned on weights {facts['shapes']}, these are {shapes}")
+    return deep_edit(context, point.seed, schedule=guided(guide))
+
+
 @method("head_row_new", "last layer's row anew", axes=("seed",), source="control: what the head alone can hide")
 def head_row_new(context: Context, point: Point) -> Edit:
     """Draw the forgotten classes' rows of the last layer anew and train them on D_r alone; no other weight changes."""
     eraser, classes = eraser_of(context, point.seed), context.config.forget_labels
     kept = ~torch.isin(eraser.labels, torch.tensor(classes))
-    rows = new_rows(eraser.stages, None, eraser.h[kept], eraser.labels[kept], classes, point.seed)
+    rows = new_rows(eraser.stages, None, eraser.h[kept], classes, point.seed)
     nothing = torch.zeros(0)
     return _written(context, Erasure(classes, {}, eraser.head, rows, nothing, nothing, nothing))
 

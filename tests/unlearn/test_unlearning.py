@@ -32,14 +32,14 @@ from core.intervals import paired_difference, wilson
 from core.observe import Tracker
 from core.records import Record
 from data import GraphDataset, GraphGenerator
-from graphs.subsets import hard_topk
+from graphs.subsets import hard_topk, signed_log
 from measure import auto_kappa as budget
 from measure.auto_kappa import Attempt
 from model import HookedModel
 from pipeline import Pipeline
 from stages.chain import Stages
 from trainer import GCNTrainer
-from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, signed_log
+from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features
 from unlearn.methods import TAYLOR_LAMBDAS, mask_of
 from unlearn.objectives import Unlearning
 from unlearn.registry import Point
