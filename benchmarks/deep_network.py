@@ -48,7 +48,7 @@ from trainer import GCNTrainer
 from unlearn.methods import GUIDE, deep_edit, eraser_of
 from unlearn.registry import Context, Edit, Point, method
 
-TEACHERS, HELD, LESSONS = range(200, 212), (2, 5, 8), 600
+TEACHERS, HELD, LESSONS = range(200, 212), (2, 5, 8), 300
 KINDS = {  # messages -> joined layers, and whether any pass, as `Guide.fresh` is told
     "none": ((), False),
     "within layers": ((), True),
