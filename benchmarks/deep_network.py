@@ -122,14 +122,15 @@ class Way:
 
 def ways(guides: Mapping[str, Guide]) -> dict[str, Way]:
     """By the name of the method."""
-    found = [Way("first order", 0, steps, Schedule(steps=steps, candidates=8)) for steps in (0, 10, 30, 100, 300)]
-    found += [Way("first order, the networks' schedule", 0, steps, guided(None, steps)) for steps in (10, 30)]
+    found = [Way("first order", 0, steps, Schedule(steps=steps)) for steps in (0, 10, 30, 100, 300)]
+    found.append(Way("first order, the networks' schedule", 0, 30, guided(None)))
     for messages, guide in guides.items():
-        found += [Way(f"messages {messages}", PASSES, steps, guided(guide, steps)) for steps in (0, 10, 30, 100)]
+        steps_taken = (0, 10, 30, 100) if messages == SHIPPED else (0, 10, 30)
+        found += [Way(f"messages {messages}", PASSES, steps, guided(guide, steps)) for steps in steps_taken]
     shipped = guides[SHIPPED]
     for passes in range(1, PASSES):
         fewer = Guide(shipped.gcn, passes, shipped.joined)
-        found += [Way(f"messages {SHIPPED}", passes, steps, guided(fewer, steps)) for steps in (0, 10)]
+        found.append(Way(f"messages {SHIPPED}", passes, 10, guided(fewer, 10)))
     return {f"way_{place}": way for place, way in enumerate(found)}
 
 

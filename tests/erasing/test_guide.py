@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from model import HookedMLPClassifier, MaskingGCN
 from models.foreign import ForeignClassifier
 from models.targets import DEEP
 from trainer import GCNTrainer
+from unlearn.methods import GUIDE
 
 KAPPA = 1000
 GRAPH = WeightGraph(((3, 4), (2, 3)), (False,))
@@ -152,7 +154,7 @@ def test_a_pass_looks_at_the_mask_of_the_one_before(stub):
         assert float(seen.sum()) == pytest.approx(3, abs=1e-5)
         assert not seen[barred].any()
         assert set(seen.topk(3).indices.tolist()) == set(stub.places[theta[stub.places].topk(3).indices].tolist())
-    assert all(not torch.equal(a, b) for a, b in zip(thetas, thetas[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in pairwise(thetas))
 
 
 def test_a_gradient_reaches_the_own_correction_of_a_pass_alone(stub):
@@ -276,3 +278,11 @@ def test_a_file_of_another_kind_is_refused(wrong, tmp_path, monkeypatch):
 def test_a_network_that_unlearns_in_one_layer_is_no_guide():
     with pytest.raises(UserError, match="another objective"):
         Guide.load(Path(PROJECT_ROOT, "pretrained", "gcn_mlp.safetensors"))
+
+
+def test_the_guide_that_ships_says_what_it_learned_on():
+    guide, facts = Guide.load(GUIDE)
+    assert facts["shapes"] == [[128, 784], [64, 128], [10, 64]]
+    assert facts["trained_on"] == {"seeds": list(range(200, 212)), "classes": [0, 1, 3, 4, 6, 7, 9]}
+    assert (guide.passes, guide.joined) == (4, ())
+    assert not any(value.requires_grad for value in guide.gcn.parameters())
