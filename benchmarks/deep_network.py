@@ -210,7 +210,7 @@ def main() -> None:
     for name, way in every.items():
         register(name, way.schedule)
     rows = [row for label in given.classes for seed in given.seeds for row in cell(seed, label, every)]
-    shown = table(rows, every, costs(every, given.seeds[0], given.classes[:3]))
+    shown = table(rows, every, costs(every, given.seeds[0], given.classes[:2]))
     print(f"\n{as_text(shown)}\n", flush=True)
     n = f"{len(given.classes)} classes ({len(HELD)} of ten unseen) x {len(given.seeds)} classifiers: mean (worst)"
     publish_all(given.docs, {"deep_network": (n, shown)})
