@@ -184,9 +184,9 @@ def table(rows: Sequence[Row], every: Mapping[str, Way], seconds: Mapping[str, f
         line = [way.start, str(way.passes), str(way.steps), f"{max(row['forget'] for row in mine):.1f}"]
         for held in (False, True):
             some = [row for row in mine if (row["class"] in HELD) == held]
-            for key, sign, worst in (("retain", "+", min), ("worst", "+", min), ("probe", "", max)):
+            for key, shown, worst in (("retain", "+.2f", min), ("worst", "+.1f", min), ("probe", ".1f", max)):
                 values = [row[key] for row in some]
-                line.append(f"{statistics.fmean(values):{sign}.1f} ({worst(values):{sign}.1f})" if values else "-")
+                line.append(f"{statistics.fmean(values):{shown}} ({worst(values):{shown}})" if values else "-")
         lines.append([*line, f"{seconds[name]:.2f}"])
     return lines
 
@@ -212,7 +212,8 @@ def main() -> None:
     rows = [row for label in given.classes for seed in given.seeds for row in cell(seed, label, every)]
     shown = table(rows, every, costs(every, given.seeds[0], given.classes[:2]))
     print(f"\n{as_text(shown)}\n", flush=True)
-    n = f"{len(given.classes)} classes ({len(HELD)} of ten unseen) x {len(given.seeds)} classifiers: mean (worst)"
+    unseen = len(set(given.classes) & set(HELD))
+    n = f"{len(given.classes)} classes ({unseen} unseen) x {len(given.seeds)} classifiers: mean (worst)"
     publish_all(given.docs, {"deep_network": (n, shown)})
     keep(given.json, {"rows": rows, "table": shown})
 
