@@ -123,7 +123,7 @@ class Way:
 def ways(guides: Mapping[str, Guide]) -> dict[str, Way]:
     """By the name of the method."""
     found = [Way("first order", 0, steps, Schedule(steps=steps)) for steps in (0, 10, 30, 100, 300)]
-    found.append(Way("first order, the networks' schedule", 0, 30, guided(None)))
+    found.append(Way("first order, the networks' schedule", 0, 30, guided(None, 30)))
     for messages, guide in guides.items():
         steps_taken = (0, 10, 30, 100) if messages == SHIPPED else (0, 10, 30)
         found += [Way(f"messages {messages}", PASSES, steps, guided(guide, steps)) for steps in steps_taken]
