@@ -13,7 +13,7 @@ from core.config import PROJECT_ROOT, GCNConfig, Trackers, UserError
 from core.observe import Tracker
 from erasing import terms
 from erasing.descent import Descent, Schedule, guided
-from erasing.guide import COLUMNS, Guide, Look, standardised, started
+from erasing.guide import COLUMNS, Asked, Guide, Look, standardised, started
 from erasing.stages import Stages, rows_of
 from erasing.teaching import Teaching
 from erasing.terms import Sides
@@ -189,7 +189,7 @@ def test_descent_starts_where_the_guide_says():
     """Without a step the mask is the network's; the barred weight stays out though its score is the largest."""
 
     class Says(Guide):
-        def theta(self, asked: Descent, kappa: int) -> torch.Tensor:
+        def theta(self, asked: Asked, kappa: int) -> torch.Tensor:
             scores = torch.randn(asked.weight.shape, generator=torch.Generator().manual_seed(4))
             scores[5] = 100.0
             return scores
