@@ -83,7 +83,7 @@ def mimu_deep(context: Context, point: Point) -> Edit:
 
 @method("mimu_deep_network", "MIMU deep, by a network (ours)", axes=("seed",))
 def mimu_deep_network(context: Context, point: Point) -> Edit:
-    """As `mimu_deep`, but descent starts where a graph network of all layers says, and takes ten steps.
+    """As `mimu_deep`, but descent starts where a graph network of all layers says, and takes a third of its steps.
 
     The network that ships learned on MLPs of Fashion-MNIST; on other classifiers its start has not been measured.
     """
