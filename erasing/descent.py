@@ -13,7 +13,7 @@ from graphs.layout import check_budget
 from graphs.subsets import hard_topk, sinkhorn_topk
 from trainer import annealed
 
-GUIDED_STEPS = 100  # as good as 300 from the first-order start (docs/results.md)
+GUIDED_STEPS = 100  # on classes that it learned on as good as 300 from first order (docs/results.md)
 MEMORY = 0.8  # of the running mean of what features tell
 WIDTH = 0.02  # above the target, in shares of the variance: from there on features are pushed in full
 
