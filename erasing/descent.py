@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from core.config import derive_seed
-from erasing.terms import Sides, Weights
+from erasing.guide import Guide, Look, standardised, started
+from erasing.stages import MANY
+from erasing.terms import Sides, Terms, Weights
 from graphs.layout import check_budget
-from graphs.subsets import hard_topk, sinkhorn_topk, tail
+from graphs.subsets import hard_topk, sinkhorn_topk
 from trainer import annealed
 
-MANY = 2**20  # weights, from which on a step is dear
+GUIDED_STEPS = 100  # on classes that it learned on as good as 300 from first order (docs/results.md)
 MEMORY = 0.8  # of the running mean of what features tell
 WIDTH = 0.02  # above the target, in shares of the variance: from there on features are pushed in full
 
@@ -27,6 +29,7 @@ class Schedule:
         candidates: so many times as many weights as are switched off take part, those where the start is largest;
             None: all.
         start: batches that the first-order start is averaged over. by: weights of the loss's terms.
+        guide: says where to start; None: at the first-order start.
     """
 
     steps: int = 300
@@ -37,6 +40,7 @@ class Schedule:
     candidates: int | None = None
     start: int = 4
     by: Weights = field(default_factory=Weights)
+    guide: Guide | None = None
 
     def temperature(self, step: int) -> float:
         """Of the soft mask at a step."""
@@ -52,10 +56,9 @@ def usual(size: int) -> Schedule:
     return Schedule() if size < MANY else Schedule(steps=100, candidates=8)
 
 
-def started(scores: Tensor) -> Tensor:
-    """`tail` of scores, standardised: what descent begins at. [N] -> [N]."""
-    theta = tail(scores)
-    return (theta - theta.mean()) / theta.std()
+def guided(guide: Guide | None, steps: int = GUIDED_STEPS) -> Schedule:
+    """The schedule from a network's start: the mask has its size at once, and is softer than at the network's looks."""
+    return Schedule(steps=steps, hot=0.3, ramp=0, candidates=8, guide=guide)
 
 
 class Descent:
@@ -77,19 +80,35 @@ class Descent:
         self.weight = self.graph.join([value.detach().reshape(one.matrix) for value, one in pairs])
         self.generator = torch.Generator().manual_seed(derive_seed(seed, "erasing", *sides.classes))
 
+    def terms(self, degrees: Tensor) -> Terms:
+        """Of one batch; degrees: of the weights at `places`."""
+        every = self.weight.new_zeros(self.weight.numel()).index_put((self.places,), degrees)
+        weights = self.graph.split(self.weight * (1 - every.view(self.weight.shape)))
+        return self.sides.terms(weights, self.generator, self.how.by)
+
+    def look(self, degrees: Tensor) -> Look:
+        """How fast the terms of one batch fall when weights are switched off further; degrees: of all weights."""
+        weights = [part.detach().requires_grad_() for part in self.graph.split(self.weight * (1 - degrees))]
+        with torch.enable_grad():
+            terms = self.sides.terms(weights, self.generator, self.how.by)
+            excess = terms.tell.detach() - self.target
+            pushed = self.how.by.features * ((excess / WIDTH).clamp(0, 1) * terms.tell).sum()
+            losses = (terms.kept, terms.forget, pushed)
+            found = [torch.autograd.grad(one, weights, retain_graph=True, materialize_grads=True) for one in losses]
+        falls = [self.weight * self.graph.join(gradients) for gradients in found]
+        return Look(*falls, float(excess.mean()))
+
     def _loss(self, degrees: Tensor) -> Tensor:
         """Of one batch; degrees: of the weights at `places`.
 
         The term of features is pushed down in full while their running mean is WIDTH above the target, not at all once
         it is below: a hinge on single batches would be pushed by their noise, and end lower than asked.
         """
-        every = self.weight.new_zeros(self.weight.numel()).index_put((self.places,), degrees)
-        weights = self.graph.split(self.weight * (1 - every.view(self.weight.shape)))
-        said, tell = self.sides.loss(weights, self.generator, self.how.by)
-        now = tell.detach()
+        terms = self.terms(degrees)
+        now = terms.tell.detach()
         self.told = now if self.told is None else MEMORY * self.told + (1 - MEMORY) * now
         push = ((self.told - self.target) / WIDTH).clamp(0, 1)
-        return said + self.how.by.features * (push * tell).sum()
+        return terms.kept + terms.forget + self.how.by.features * (push * terms.tell).sum()
 
     def first_order(self) -> Tensor:
         """How fast the loss falls when a weight is switched off, at the untouched classifier. [places]."""
@@ -107,9 +126,11 @@ class Descent:
             UserError: there are fewer.
         """
         check_budget(kappa, len(self.places), "kappa")
-        start = self.first_order()
+        guide = self.how.guide
+        start = guide.theta(self, kappa).flatten()[self.places] if guide else self.first_order()
         most = start.topk(min(len(start), (self.how.candidates or len(start)) * kappa)).indices.sort().values
-        self.places, theta = self.places[most], started(start[most]).requires_grad_()
+        theta = standardised(start[most]) if guide else started(start[most])
+        self.places, theta = self.places[most], theta.requires_grad_()
         optimizer = torch.optim.Adam([theta], self.how.lr)
         with torch.enable_grad():
             for step in range(self.how.steps):

@@ -80,13 +80,10 @@ class Eraser:
         Raises:
             UserError: kappa is not between 1 and all weights.
         """
-        sides = Sides(self.stages, self.h, self.labels, classes, self.logits)
-        before, may, target = self.proxies.allowance(sides)
-        barred = self._rows(sides.classes)
-        descent = Descent(sides, target, self.seed, schedule or usual(barred.numel()), barred)
-        off = descent.run(kappa)
-        weights, kept = descent.graph.split(descent.weight.masked_fill(off, 0)), sides.retain
-        rows = new_rows(self.stages, weights, self.h[kept], self.labels[kept], sides.classes, self.seed)
+        descent, before, may = self.descent(classes, schedule)
+        sides, off = descent.sides, descent.run(kappa)
+        weights = descent.graph.split(descent.weight.masked_fill(off, 0))
+        rows = new_rows(self.stages, weights, self.h[sides.retain], sides.classes, self.seed)
 
         def told() -> Tensor:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "proxies", "judged"))
@@ -95,6 +92,13 @@ class Eraser:
         pairs = zip(self.model.targets, descent.graph.split(off), strict=True)
         where = {one.name: part.view(one.shape) for one, part in pairs if bool(part.any())}
         return Erasure(sides.classes, where, self.head, rows, before, may, told())
+
+    def descent(self, classes: Sequence[int], schedule: Schedule | None = None) -> tuple[Descent, Tensor, Tensor]:
+        """What seeks the mask of a request; what features tell, and what they may, [stages] each."""
+        sides = Sides(self.stages, self.h, self.labels, classes, self.logits)
+        before, may, target = self.proxies.allowance(sides)
+        barred = self._rows(sides.classes)
+        return Descent(sides, target, self.seed, schedule or usual(barred.numel()), barred), before, may
 
     def _rows(self, classes: Sequence[int]) -> Tensor:
         """Which target weights lie in the rows that are drawn anew, bool [*graph.shape]."""

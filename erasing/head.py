@@ -48,14 +48,12 @@ def _reading(module: nn.Module) -> Generator[list[Tensor]]:
         handle.remove()
 
 
-def new_rows(
-    stages: Stages, weights: Sequence[Tensor] | None, h: Tensor, labels: Tensor, classes: Sequence[int], seed: int
-) -> Tensor:
+def new_rows(stages: Stages, weights: Sequence[Tensor] | None, h: Tensor, classes: Sequence[int], seed: int) -> Tensor:
     """Draw the classes' rows anew and train them on retained images, Adam, everything else fixed.
 
     Args:
         stages: the classifier. weights: of its targets, masked, [m, n] each; None: as they are.
-        h: rows of retained images, [S, numbers]. labels: [S].
+        h: rows of retained images, [S, numbers].
 
     Returns:
         The rows, [classes, d]; the classes' entries of a bias stay as they are.
@@ -72,15 +70,15 @@ def new_rows(
     generator = torch.Generator().manual_seed(derive_seed(seed, "erasing", "rows", *classes))
     bound, chosen = features.shape[1] ** -0.5, torch.tensor(classes, device=h.device)
     drawn = 2 * torch.rand(len(classes), features.shape[1], generator=generator) - 1
-    row = (bound * drawn).to(h.device).requires_grad_()
+    row = (bound * drawn).to(h.device)
     bias = row.new_zeros(()) if layer.bias is None else layer.bias.detach()[chosen]
+    rest = logits.index_fill(1, chosen, -torch.inf).logsumexp(1, keepdim=True)
     optimizer = torch.optim.Adam([row], RATE)
-    with torch.enable_grad():
-        for _ in range(max(EPOCHS, -(-LEAST_STEPS * BATCH // len(labels)))):
-            for part in torch.randperm(len(labels), generator=generator).split(BATCH):
-                said = logits[part].index_copy(1, chosen, features[part] @ row.T + bias)
-                loss = nn.functional.cross_entropy(said, labels[part])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    return row.detach().to(layer.weight.dtype)
+    for _ in range(max(EPOCHS, -(-LEAST_STEPS * BATCH // len(h)))):
+        for part in torch.randperm(len(h), generator=generator).split(BATCH):
+            # No image is of these classes, so that the gradient of the cross-entropy by their logits is their share.
+            read = features[part]
+            share = torch.cat([rest[part], read @ row.T + bias], 1).softmax(1)[:, 1:]
+            row.grad = share.T @ read / len(part)
+            optimizer.step()
+    return row.to(layer.weight.dtype)

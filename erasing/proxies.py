@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from core.config import derive_seed
-from erasing.stages import Stages
+from erasing.stages import MANY, Stages
 from erasing.terms import Sides
 from models.foreign import ForeignClassifier
 
-IMAGES, EPOCHS, BATCH, RATE = 3000, 8, 64, 2e-3
+IMAGES, EPOCHS = 3000, 8
+BATCH, RATE = 64, 2e-3
+FAST = 128, 4e-3  # of less than MANY weights: half the steps, the same distance to retrained models
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 OVERSHOOT = 0.25  # of the way from what features tell to what they may
 DRAWS = 6  # batches that `explained` is averaged over
@@ -58,12 +60,13 @@ class Proxies:
         tail = [value for name, value in stages.model.net.named_parameters() if not self._ahead(name)]
         for value in tail:
             value.requires_grad_(True)
-        optimizer = torch.optim.AdamW(tail, RATE)
-        steps = EPOCHS * -(-len(places) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+        batch, rate = FAST if self.model.weight_graph().num_vertices < MANY else (BATCH, RATE)
+        optimizer = torch.optim.AdamW(tail, rate)
+        steps = EPOCHS * -(-len(places) // batch)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
         with torch.enable_grad():
             for _ in range(EPOCHS):
-                for part in places[torch.randperm(len(places), generator=generator)].split(BATCH):
+                for part in places[torch.randperm(len(places), generator=generator)].split(batch):
                     if len(part) > 1:  # of a single row BatchNorm has no statistics
                         logits = stages.model.head(self.h[part])
                         loss = nn.functional.cross_entropy(logits.float(), self.labels[part])

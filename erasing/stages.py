@@ -14,6 +14,7 @@ from models.classifier import Classifier
 from models.foreign import ForeignClassifier
 from models.targets import DEEP, Target, stage_of
 
+MANY = 2**20  # weights, from which on a step is dear
 AT_ONCE = 1024  # rows that pass through the head together
 
 

@@ -70,6 +70,20 @@ class Batch:
     retain: Tensor
 
 
+@dataclass(frozen=True)
+class Terms:
+    """Of one batch.
+
+    Args:
+        kept, forget: weighed losses of retained images and partners, and of forgotten images, nats.
+        tell: what features tell, unweighed, [stages].
+    """
+
+    kept: Tensor
+    forget: Tensor
+    tell: Tensor
+
+
 class Sides:
     """The images of a request, with what the untouched classifier would answer if the classes were not there.
 
@@ -123,8 +137,8 @@ class Sides:
         groups = self.labels[batch.partners]
         return torch.stack([explained(*one.split(sizes), groups) for one in features])
 
-    def loss(self, weights: Sequence[Tensor], generator: torch.Generator, by: Weights) -> tuple[Tensor, Tensor]:
-        """Loss of one batch's answers, and what its features tell, [stages].
+    def terms(self, weights: Sequence[Tensor], generator: torch.Generator, by: Weights) -> Terms:
+        """Losses of one batch's answers, and what its features tell.
 
         Args:
             weights: of the targets, [m, n] each. by: weights of terms.
@@ -133,9 +147,9 @@ class Sides:
         features, logits = self.stages(self._rows(batch), weights)
         sizes = [len(batch.forget), len(batch.partners), len(batch.retain)]
         forget, partners, retain = self.without(logits).split(sizes)
-        said = by.fit * self._fit(retain, batch.retain) + by.far * self._far(retain, batch.retain)
-        said += by.partners * (self._fit(partners, batch.partners) + self._far(partners, batch.partners))
-        return said + by.forget * self._far(forget, batch.forget), self._tell(features, batch)
+        kept = by.fit * self._fit(retain, batch.retain) + by.far * self._far(retain, batch.retain)
+        kept += by.partners * (self._fit(partners, batch.partners) + self._far(partners, batch.partners))
+        return Terms(kept, by.forget * self._far(forget, batch.forget), self._tell(features, batch))
 
     def _fit(self, logits: Tensor, places: Tensor) -> Tensor:
         """Cross-entropy, mean in nats."""

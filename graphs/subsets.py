@@ -157,3 +157,9 @@ def tail(scores: Tensor) -> Tensor:
     theta = torch.empty(len(order), device=scores.device)
     theta[order] = -torch.log((torch.arange(len(order), device=scores.device) + 0.5) / len(order))
     return theta.view(scores.shape)
+
+
+def signed_log(column: Tensor) -> Tensor:
+    """sign(v) log(1 + |v| / mean |v|): free of scale, and heavy tails stay in sight."""
+    size = column.abs()
+    return column.sign() * torch.log1p(size / size.mean().clamp_min(torch.finfo(column.dtype).tiny))

@@ -35,7 +35,7 @@ STAIRCASE = {
     "model": "",
     "trainer": "",
     "data": "",
-    "erasing": "stages terms proxies descent head erasure",
+    "erasing": "stages terms proxies guide descent head erasure teaching",
     "unlearn": "masks features requests objectives registry finetuning methods",
     "rivals": "closed_form trained subspaces representations compared",
     "measure": "attacks integrity metrics comparisons exhibits probes verdicts snapshots auto_kappa",

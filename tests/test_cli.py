@@ -452,7 +452,7 @@ SENTENCES = {
     "gcn folder": ("--gcn-path {material}", "safetensors"),
     "output below a file": ("--output-dir {material}/garbage.safetensors/out", "Not a directory"),
     "device missing": ("--device cuda:7", "CUDA devices are here"),
-    "method": ("--eval.methods mimu nonsense", "choose from all, mimu, mimu_refined, mimu_deep, head_row_new,"),
+    "method": ("--eval.methods mimu nonsense", "choose from all, mimu, mimu_refined, mimu_deep, mimu_deep_network,"),
     "retrain alone": ("--eval.methods mimu retrain default --eval.references 0", "but eval.references is 0: ask for 1"),
     "GCN's class": ("--gcn.train-classes 3 10", "DIGITS has classes 0 to 9"),
     "GCN's class twice": ("--gcn.train-classes 3 three", "names a class twice: name each once"),

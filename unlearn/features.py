@@ -14,6 +14,7 @@ from core.choices import Registry
 from core.config import FeatureSets, UserError
 from data import EPSILON, GraphDataset
 from graphs.layout import WeightGraph
+from graphs.subsets import signed_log
 
 TAYLOR_LAMBDA = 9.0  # of the signed Taylor score, where nothing is tuned
 MOST_KEPT = 2**28  # values of all classes' gradients that are kept (1 GB); more are computed again for each request
@@ -22,12 +23,6 @@ MOST_KEPT = 2**28  # values of all classes' gradients that are kept (1 GB); more
 def standardised(column: Tensor) -> Tensor:
     """(v - mean) / (std + 1e-8) over all nodes."""
     return (column - column.mean()) / (column.std(correction=0) + EPSILON)
-
-
-def signed_log(column: Tensor) -> Tensor:
-    """sign(v) log(1 + |v| / mean |v|): free of scale, and heavy tails stay in sight."""
-    size = column.abs()
-    return column.sign() * torch.log1p(size / size.mean().clamp_min(torch.finfo(column.dtype).tiny))
 
 
 def centred_rank(column: Tensor) -> Tensor:

@@ -17,11 +17,11 @@ from torch.nn import functional
 from core.config import FeatureSets, ForgetLosses, GCNConfig, RefineConfig, UserError, derive_seed
 from data import GraphDataset
 from graphs.layout import check_budget
-from graphs.subsets import sinkhorn_topk, tail
+from graphs.subsets import signed_log, sinkhorn_topk, tail
 from model import MaskingGCN, MaskLayer, inspecting
 from models.classifier import Classifier
 from trainer import annealed
-from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, signed_log, standardised
+from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, standardised
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
 MATCH_SHARE = 0.1  # weight of `match` in ForgetLosses.both: enough for the probabilities, too little to forget later

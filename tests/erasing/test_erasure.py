@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from core.config import UserError
+from core.config import UserError, derive_seed
 from erasing.descent import Descent, Schedule, started, usual
 from erasing.erasure import Eraser
-from erasing.head import NoLinearHead, last_layer, new_rows
+from erasing.head import BATCH, LEAST_STEPS, RATE, NoLinearHead, last_layer, new_rows
 from erasing.proxies import Proxies, fresh
 from erasing.stages import Stages, rows_of
 from erasing.terms import Sides
@@ -197,7 +197,7 @@ def test_a_proxy_without_a_class_has_never_seen_it(eraser):
 def test_new_rows_do_not_depend_on_the_class_that_they_are_of(eraser):
     """Neither its images nor the old row have a part in them."""
     kept = eraser.labels != 1
-    given = eraser.h[kept], eraser.labels[kept], (1,), 0
+    given = eraser.h[kept], (1,), 0
     rows = new_rows(eraser.stages, None, *given)
     weights = [weight.detach().clone() for weight in eraser.model.weights()]
     weights[2][1] = 100.0
@@ -205,6 +205,25 @@ def test_new_rows_do_not_depend_on_the_class_that_they_are_of(eraser):
     hidden = eraser.stages(eraser.h[kept])[0][1]
     others = eraser.stages(eraser.h[kept])[1][:, [0, 2, 3]].amax(1)
     assert (hidden @ rows[0] < others).double().mean() > 0.99
+
+
+def test_new_rows_are_what_the_cross_entropy_trains(eraser):
+    """The same steps with autograd, over the logits of all classes."""
+    h, labels = eraser.h[eraser.labels % 3 == 0], eraser.labels[eraser.labels % 3 == 0]
+    rows = new_rows(eraser.stages, None, h, (1, 2), 0)
+    features, logits = eraser.stages(h)
+    generator = torch.Generator().manual_seed(derive_seed(0, "erasing", "rows", 1, 2))
+    row = features[1].shape[1] ** -0.5 * (2 * torch.rand(rows.shape, generator=generator) - 1)
+    row.requires_grad_()
+    optimizer = torch.optim.Adam([row], RATE)
+    for _ in range(-(-LEAST_STEPS * BATCH // len(h))):
+        order = torch.randperm(len(h), generator=generator)
+        said = logits[order].index_copy(1, torch.tensor([1, 2]), features[1][order] @ row.T)
+        loss = nn.functional.cross_entropy(said, labels[order])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.allclose(rows, row.detach(), atol=1e-4)
 
 
 def test_the_bias_that_stays_counts():
@@ -215,9 +234,8 @@ def test_the_bias_that_stays_counts():
     module.fc.bias.data[1] = 2.0
     model = ForeignClassifier(module, lambda said: said, images[:4], outputs, (DEEP,))
     h = rows_of(model, [images])
-    labels = model.head(h).index_fill(1, torch.tensor([1]), -1e4).argmax(1)
     assert (model.head(h).argmax(1) == 1).double().mean() > 0.5
-    module.fc.weight.data[1] = new_rows(Stages(model), None, h, labels, (1,), 0)[0]
+    module.fc.weight.data[1] = new_rows(Stages(model), None, h, (1,), 0)[0]
     assert (model.head(h).argmax(1) == 1).double().mean() < 0.1
 
 

@@ -99,14 +99,14 @@ def test_the_loss_is_its_terms(sides, monkeypatch):
         ours, theirs = answers(places, weights), answers(places)
         return (theirs.exp() * (theirs - ours)).sum(1).mean()
 
-    needed = 2 * fit(batch.retain) + 3 * far(batch.retain) + 5 * far(batch.forget)
-    needed += 7 * (fit(batch.partners) + far(batch.partners))
+    kept = 2 * fit(batch.retain) + 3 * far(batch.retain) + 7 * (fit(batch.partners) + far(batch.partners))
     by = Weights(fit=2, far=3, partners=7, forget=5)
-    loss, tell = sides.loss(weights, torch.Generator().manual_seed(5), by)
-    assert float(loss) == pytest.approx(float(needed), rel=1e-4)
+    found = sides.terms(weights, torch.Generator().manual_seed(5), by)
+    assert float(found.kept) == pytest.approx(float(kept), rel=1e-4)
+    assert float(found.forget) == pytest.approx(5 * float(far(batch.forget)), rel=1e-4)
     features = [
         [sides.stages(sides.h[places], weights)[0][stage] for places in (batch.forget, batch.partners, batch.retain)]
         for stage in range(2)
     ]
     groups = sides.labels[batch.partners]
-    assert torch.allclose(tell, torch.stack([explained(*one, groups) for one in features]), atol=1e-5)
+    assert torch.allclose(found.tell, torch.stack([explained(*one, groups) for one in features]), atol=1e-5)

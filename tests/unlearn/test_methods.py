@@ -33,9 +33,10 @@ from mimu import state_sha256
 from model import vision_model_loader
 from rivals import representations, subspaces
 from rivals.compared import METHODS, MODULES, chosen_methods, mask_of
+from unlearn import methods
 from unlearn.finetuning import Finetuner
 from unlearn.masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask, weights_sha256
-from unlearn.registry import Context, Edit, Point, Shared, mask_method, method
+from unlearn.registry import Context, Edit, NotApplicable, Point, Shared, mask_method, method
 from unlearn.requests import FrozenHead, Request, Unlearner
 from utils_data import get_unlearning_dataset
 
@@ -365,3 +366,12 @@ def test_sft_changes_the_target_layer_alone(context):
     tuned = engine.fit_targets(-2, SFTConfig(steps=3))
     changed = {n for n, v in tuned.state_dict().items() if not torch.equal(v, context.model.state_dict()[n])}
     assert changed == {"linears.1.weight"}
+
+
+def test_the_network_of_small_classifiers_is_not_asked_about_large_ones(context, monkeypatch):
+    monkeypatch.setattr(methods, "MANY", 1000)
+    with (
+        pytest.raises(NotApplicable, match="less than 1,000 weights"),
+        METHODS["mimu_deep_network"].enter(context, POINT),
+    ):
+        raise AssertionError("it answered")

@@ -32,7 +32,7 @@ from core.intervals import paired_difference, wilson
 from core.observe import Tracker
 from core.records import Record
 from data import GraphDataset, GraphGenerator
-from graphs.subsets import hard_topk
+from graphs.subsets import hard_topk, signed_log
 from measure import auto_kappa as budget
 from measure.auto_kappa import Attempt
 from model import HookedModel
@@ -40,7 +40,7 @@ from pipeline import Pipeline
 from rivals.compared import mask_of
 from stages.chain import Stages
 from trainer import GCNTrainer
-from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, signed_log
+from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features
 from unlearn.methods import TAYLOR_LAMBDAS
 from unlearn.objectives import Unlearning
 from unlearn.registry import Point
