@@ -293,11 +293,15 @@ def _listed(classes: list[str]) -> str:
 
 
 def remarks(records: Run) -> list[str]:
-    """Name the references that failed their check, then each verdict as a sentence with its methods."""
+    """Name the references that failed their check, then each verdict as a sentence with its methods; also why a metric
+    has no value.
+    """
     said: dict[str, list[str]] = {}
     for best in best_points(records):
-        for one in best.verdicts:
-            said.setdefault(one["sentence"], []).append(best.label)
+        reasons = best.record["undefined"].get(best.method) or {}
+        sentences = [f"{name} is not defined: {why}" for name, why in reasons.items()]
+        for sentence in (*(one["sentence"] for one in best.verdicts), *sentences):
+            said.setdefault(sentence, []).append(best.label)
     near_chance = records[0]["footing"]["near_chance"]
     unfit = (one for one in records[0]["references"] if not one["sane"])
     left_out = [
