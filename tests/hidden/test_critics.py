@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hidden import critics
 from hidden.critics import (
     bits,
     critic,
@@ -91,16 +92,34 @@ def test_a_critic_is_drawn_by_its_seed_alone():
     for global_seed, seed in ((1, 5), (2, 5), (2, 6)):
         torch.manual_seed(global_seed)
         state = torch.random.get_rng_state()
-        weights.append(critic(train.float(), labels, torch.ones(2), seed)[0].weight)
+        weights.append(critic(train, labels, torch.ones(2), seed)(train))
         assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
 
 
+def test_a_critic_answers_with_the_mean_of_its_networks(monkeypatch):
+    """Of probabilities, which sum to 1. Networks side by side are what each is by itself."""
+    train, labels = in_quadrants(11, 100)
+    seen = []
+    real = critics.through
+    monkeypatch.setattr(
+        critics, "through", lambda layers, values: seen.append((layers, values)) or real(layers, values)
+    )
+    found = critic(train, labels, torch.ones(2), 3)(train)
+    layers, values = seen[-1]
+    alone = []
+    for place in range(5):
+        first, bias, second, bias_2 = (layer[place] for layer in layers)
+        alone.append(((values[place] @ first + bias).relu() @ second + bias_2).double().softmax(1))
+    torch.testing.assert_close(found.exp(), sum(alone) / 5)
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+
+
 def test_a_target_that_weighs_nothing_is_never_named():
     train, labels = in_quadrants(10, 200)
-    network = critic(train.float(), labels, torch.tensor([1.0, 0.0]), seed=0)
-    assert not network(train.float()).argmax(1).any()
+    network = critic(train, labels, torch.tensor([1.0, 0.0]), seed=0)
+    assert not network(train).argmax(1).any()
 
 
 def test_index_by_hand():
