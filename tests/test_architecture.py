@@ -38,7 +38,7 @@ STAIRCASE = {
     "erasing": "stages terms proxies descent head erasure",
     "unlearn": "masks features requests objectives registry finetuning closed_form trained methods",
     "measure": "attacks integrity metrics comparisons exhibits probes verdicts snapshots auto_kappa",
-    "hidden": "outputs layers critics retraining heads normalisation words",
+    "hidden": "outputs layers critics retraining heads positions normalisation words",
     "eval": "",
     "forgetting": "pictures samples answers scores artefact python opening comparison hub",
     "reporting": "write families tables terminal panels curves compare draw page",
