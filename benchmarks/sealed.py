@@ -12,6 +12,7 @@ cross-entropy, as the metric `noise_found` does, or by how much likelier a value
 An attack completes signs (one gradient) or trains the places alone (50 steps of Adam).
 """
 
+import copy
 import statistics
 import sys
 import tempfile
@@ -71,9 +72,8 @@ def sealed_copies(model: HookedModel, mask: Mask) -> dict[str, HookedModel]:
         save_file(model.state_dict(), parent)
         for fill in ("zero", "noise"):
             seal(parent, mask, Path(folder) / fill, fill=fill, seed=SEED)
-            copied = type(model)(10, 1, 28)
-            copied.load_state_dict(load_file(Path(folder) / fill))
-            found[fill] = copied.eval()
+            found[fill] = copy.deepcopy(model)
+            found[fill].load_state_dict(load_file(Path(folder) / fill))
     return found
 
 
