@@ -5,7 +5,7 @@
     [--seeds N ...] [--classes N ...] [--json PATH] [--docs]
 
 Classifiers are those of benchmarks/features.py. A mask is made by `forget` of the training images, once of one layer
-(`refined`, as few weights as meet the target) and once of all layers (`erase`). The parent's file is sealed with zeros
+(`refined`) and once of all layers (`erase`), 2 % of their weights each. The parent's file is sealed with zeros
 and with noise, and read back. The attacker has the sealed file and 10 training images of every class. Zeros show the
 places. In noise they are guessed, told how many there are of each parameter: by the gradient of the forgotten images'
 cross-entropy, as the metric `noise_found` does, or by how much likelier a value is as noise than among the others.
@@ -39,7 +39,7 @@ from measure.probes import accuracy, drawn
 from mimu import Mask, seal
 from model import HookedModel
 
-WAYS = (Ways.refined, Ways.erase)
+WAYS, KAPPA = (Ways.refined, Ways.erase), "2%"
 SEED = 0  # of noise, of random places, of the attacker's images
 SHORT, ALL = (0, 5, 6, 9), range(10)
 BINS = 60  # of a histogram of weights
@@ -127,7 +127,7 @@ def cell(seed: int, label: int) -> list[Row]:
     some = drawn(labels, SHOTS, SEED)
     rows = []
     for way in WAYS:
-        mask = forget(model, DataLoader(TensorDataset(pixels, labels), 256), [label], way=way)
+        mask = forget(model, DataLoader(TensorDataset(pixels, labels), 256), [label], way=way, kappa=KAPPA)
         tried = attacks(sealed_copies(model, mask), label, pixels[some], labels[some])
         for one in (Tried("the parent", model), *tried):
             scores = {
