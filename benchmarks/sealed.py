@@ -9,7 +9,8 @@ Classifiers are those of benchmarks/features.py. A mask is made by `forget` of t
 and with noise, and read back. The attacker has the sealed file and 10 training images of every class. Zeros show the
 places. In noise they are guessed, told how many there are of each parameter: by the gradient of the forgotten images'
 cross-entropy, as the metric `noise_found` does, or by how much likelier a value is as noise than among the others.
-An attack completes signs (one gradient) or trains the places alone (50 steps of Adam).
+An attack completes signs (one gradient) or trains the places alone (50 steps of Adam). The same of a model that never
+saw the class, at random places, is what ten images teach anybody.
 """
 
 import copy
@@ -24,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import for_pages, keep, parser, publish_all
-from benchmarks.features import images_of, trained
+from benchmarks.features import FIRST_REFERENCE, images_of, trained
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -94,11 +95,13 @@ class Tried:
     found: float | None = None
 
 
-def attacks(sealed: Mapping[str, HookedModel], label: int, images: Tensor, labels: Tensor) -> list[Tried]:
+def attacks(
+    sealed: Mapping[str, HookedModel], never: HookedModel, label: int, images: Tensor, labels: Tensor
+) -> list[Tried]:
     """Every attack on both files.
 
     Args:
-        images: the attacker's, [S, C, H, W], and labels [S].
+        never: a model that never saw the class. images: the attacker's, [S, C, H, W], and labels [S].
     """
     zero, noise = sealed["zero"], sealed["noise"]
     places, mine = zeros_of(zero), labels == label
@@ -110,6 +113,7 @@ def attacks(sealed: Mapping[str, HookedModel], label: int, images: Tensor, label
         "noise, by value": (noise, likely_noise(noise, counts)),
         "noise, random places": (noise, random_places(places)),
         "noise, told the places": (noise, places),
+        "retrained, random places": (never, random_places(places)),
     }
     tried = [Tried(f"none: {name}", one) for name, one in sealed.items()]
     for name, (model, where) in known.items():
@@ -128,7 +132,8 @@ def cell(seed: int, label: int) -> list[Row]:
     rows = []
     for way in WAYS:
         mask = forget(model, DataLoader(TensorDataset(pixels, labels), 256), [label], way=way, kappa=KAPPA)
-        tried = attacks(sealed_copies(model, mask), label, pixels[some], labels[some])
+        never = trained(FIRST_REFERENCE, label)
+        tried = attacks(sealed_copies(model, mask), never, label, pixels[some], labels[some])
         for one in (Tried("the parent", model), *tried):
             scores = {
                 name: accuracy(one.model, asked[part], true[part])
