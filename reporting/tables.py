@@ -18,6 +18,7 @@ from reporting.families import Run, dataset_of, labels_of, told_apart
 from reporting.write import Lead
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
+DEEP = "mimu_deep"  # goes on to the features, so that its word stands beside the answer's
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
 
 
@@ -338,8 +339,23 @@ def share_changed(record: Record) -> str:
     return f"{share:.1f} % of the {'masked layers' if len(record['mask_layer']) > 1 else 'layer'}"
 
 
+def _in_a_word(record: Record, method: str) -> str:
+    words = (one for one in record["verdicts"][method] if one["key"] in WORDS)
+    return "".join(f" In a word: {one['key']} ({one['sentence']})." for one in words)
+
+
+def _of_features(record: Record) -> str:
+    """What the method that goes on to the features does, where a word is said of it and it is not the answer."""
+    word = _in_a_word(record, DEEP) if DEEP in record["labels"] and record["answer"] != DEEP else ""
+    if not word:
+        return ""
+    values = record["methods"][DEEP]
+    scores = f"{values['forget_score']:.1f} %, the other classes {values['retain_score']:.1f} %"
+    return f" {record['labels'][DEEP]} changes {values['weights_changed']} numbers: {scores}.{word}"
+
+
 def headline(records: Run) -> str:
-    """Put the run's answer into words, from the chosen point of the method that gives it."""
+    """Put the run's answer into words, from the chosen point of the method that gives it; then the features' word."""
     record = choose(records, records[0]["answer"])
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     is_or_are, them = ("are", "them") if len(record["forget_class"]) > 1 else ("is", "it")
@@ -349,8 +365,7 @@ def headline(records: Run) -> str:
         f"{before['forget_score']:.1f} %); the other classes score {after['retain_score']:.1f} % "
         f"(before: {before['retain_score']:.1f} %)."
     )
-    words = (one for one in record["verdicts"][record["answer"]] if one["key"] in WORDS)
-    text += "".join(f" In a word: {one['key']} ({one['sentence']})." for one in words)
+    text += _in_a_word(record, record["answer"]) + _of_features(record)
     auto = record["auto"]
     if auto and not auto["achieved"]:
         target = f"forget score <= {auto['tau']} %, retain score at most {auto['epsilon']} points lower"

@@ -1,0 +1,155 @@
+"""The word for how far a method goes, from measured features to JSON, screen and page.
+
+One real run measures four edits whose word is known from how they are made: a late mask suppresses; a model that was
+retrained without the class is as far as retraining; one that was trained to take the class for another is further; and
+nothing is untouched. The real Reporter then writes three runs, whose answer is one of these edits each.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core.artifacts import write_json
+from core.config import PROJECT_ROOT, EvalConfig, ReporterConfig, TrainConfig
+from core.records import WORDS, Record, read_records, record_path
+from measure.verdicts import LEAST_BAND
+from pipeline import Pipeline
+from reporter import Reporter
+from reporting.tables import DEEP, headline, remarks
+from reporting.terminal import terminal_table
+from tests.helpers.common import tiny
+from unlearn.methods import METHODS
+from unlearn.registry import Context, Edit, Point, method
+
+UNTOUCHED, SUPPRESSED, OVER_ERASED, ERASED = WORDS
+EXPECTED = {"mimu": SUPPRESSED, "twin": ERASED, "absorbed": OVER_ERASED}
+FORGOTTEN, LIKE = 8, 1
+
+pytestmark = pytest.mark.slow
+
+
+def twin(context: Context, point: Point) -> Edit:
+    """The first of the retrained models: no farther from their mean than one of them is from the others'."""
+    assert context.retrain is not None
+    return Edit(copy.deepcopy(context.retrain(0)).eval(), None)
+
+
+def absorbed(context: Context, point: Point) -> Edit:
+    """A model that was trained to take the class's images for another class's."""
+    assert context.untrained is not None
+    model = context.untrained().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    batches = [batch for side in (True, False) for batch in context.images("train", side)]
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    labels[labels == FORGOTTEN] = LIKE
+    order = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        for part in torch.randperm(len(labels), generator=order).split(64):
+            loss = nn.functional.cross_entropy(model(images[part]), labels[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return Edit(model.eval(), None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Iterator[tuple[Path, Record]]:
+    """A run on DIGITS, as its files say it."""
+    for name, edit in (("twin", twin), ("absorbed", absorbed)):
+        method(name, name, axes=("seed",))(edit)
+    try:
+        folder = tmp_path_factory.mktemp("words")
+        judged = EvalConfig(
+            methods=("mimu", "default", "twin", "absorbed"), metrics=("core", "IDI", *LEAST_BAND), references=2
+        )
+        network = {"gcn_path": PROJECT_ROOT / "pretrained" / "gcn_mlp.safetensors", "topK_list": (300,)}
+        config = tiny(folder, kappa_list=(300,), forget_class=(FORGOTTEN,), eval=judged, **network)
+        Pipeline(replace(config, gcn=type(config.gcn)(), train=TrainConfig(epochs=10))).run()
+        (record,) = read_records(folder)
+        yield folder, record
+    finally:
+        for name in ("twin", "absorbed"):
+            METHODS.pop(name, None)
+
+
+def with_answer(record: Record, name: str) -> Record:
+    """The same record, as if the answer's values and verdicts were those of another method."""
+    changed: Any = copy.deepcopy(record)
+    answer = record["answer"]
+    for field in ("methods", "validation", "verdicts", "intervals", "undefined", "degradation", "class_probability"):
+        changed[field][answer] = changed[field][name]
+    changed["methods"][answer]["weights_changed"] = min(
+        changed["methods"][answer]["weights_changed"], record["num_graph_vertices"]
+    )
+    return changed
+
+
+def test_measured_edits_have_the_word_that_they_are_made_for(run):
+    _, record = run
+    first = {name: said[0]["key"] for name, said in record["verdicts"].items()}
+    assert first == {**EXPECTED, "default": UNTOUCHED}
+    for name in EXPECTED:
+        assert record["methods"][name]["forget_score"] < 5
+
+
+def test_the_sentence_names_what_lies_outside_of_its_band(run):
+    _, record = run
+    said = {name: record["verdicts"][name][0]["sentence"] for name in EXPECTED}
+    assert said["twin"].endswith("are within the band")
+    assert "relearn_area_10 +" in said["mimu"]
+    outside = re.findall(r"(\w+) ([+-])\d+\.\d points \(band \d+\.\d\)", said["absorbed"])
+    assert {name for name, _ in outside} <= set(LEAST_BAND)
+    assert ("forget_auroc", "-") in outside  # the logit that was trained down for these very images
+
+
+@pytest.mark.parametrize("name", list(EXPECTED))
+def test_json_screen_and_page_say_the_word(run, name, tmp_path):
+    _, record = run
+    changed, word = with_answer(record, name), EXPECTED[name]
+    path = record_path(tmp_path, changed)
+    write_json(path, dict(changed))
+    (plots,) = Reporter(tmp_path, ReporterConfig(formats=())).plot()
+    html = (tmp_path / "reports" / "index.html").read_text("utf-8").replace("&#39;", "'")
+    sentence = record["verdicts"][name][0]["sentence"].replace(">", "&gt;").replace("<", "&lt;")
+    (head,) = re.findall(r'<p class="headline">(.*?)</p>', html, re.DOTALL)
+    assert f"In a word: {word} ({sentence})." in head
+    assert not any(f"In a word: {other}" in head for other in WORDS if other != word)
+    assert json.loads(path.read_text("utf-8"))["verdicts"]["mimu"][0]["key"] == word
+    screen = terminal_table([changed], 200).splitlines()
+    (line,) = [line for line in screen if line.startswith(record["labels"]["mimu"])]
+    assert word in line
+    assert f"| {word}" in (plots / "table.md").read_text("utf-8")
+
+
+def test_the_features_method_has_its_word_beside_the_answer_s(run):
+    """mimu_deep is no mask, so that it is not the answer; its word is said after the answer's."""
+    _, record = run
+    changed: Any = copy.deepcopy(record)
+    plain = headline([record])
+    for field in ("labels", "methods", "validation", "verdicts", "axes"):
+        changed[field][DEEP] = changed[field]["twin"]
+    values = changed["methods"][DEEP]
+    assert headline([changed]) == (
+        f"{plain} twin changes {values['weights_changed']} numbers: {values['forget_score']:.1f} %, the other classes "
+        f"{values['retain_score']:.1f} %. In a word: {ERASED} ({changed['verdicts'][DEEP][0]['sentence']})."
+    )
+    changed["verdicts"][DEEP] = [{"key": "fine", "sentence": "nothing found"}]
+    assert headline([changed]) == plain
+
+
+def test_why_a_value_is_lacking_is_in_the_record_and_in_the_remarks(run):
+    """The untouched classifier is asked for its own index: where it has none, the reason is there, and only there."""
+    _, record = run
+    for name, values in record["methods"].items():
+        assert (values["IDI"] is None) == ("IDI" in record["undefined"][name])
+    lacking = [name for name in record["labels"] if record["methods"][name]["IDI"] is None]
+    said = [line for line in remarks([record]) if "IDI is not defined: " in line]
+    assert bool(said) == bool(lacking)
