@@ -120,8 +120,9 @@ def test_json_screen_and_page_say_the_word(run, name, tmp_path):
     html = (tmp_path / "reports" / "index.html").read_text("utf-8").replace("&#39;", "'")
     sentence = record["verdicts"][name][0]["sentence"].replace(">", "&gt;").replace("<", "&lt;")
     (head,) = re.findall(r'<p class="headline">(.*?)</p>', html, re.DOTALL)
-    assert f"In a word: {word} ({sentence})." in head
-    assert not any(f"In a word: {other}" in head for other in WORDS if other != word)
+    assert f"In a word: <strong>{word}</strong>, {sentence}." in head
+    assert re.findall("<strong>(.*?)</strong>", head) == [word]
+    assert f"In a word: {word}, {record['verdicts'][name][0]['sentence']}." in headline([changed])
     assert json.loads(path.read_text("utf-8"))["verdicts"]["mimu"][0]["key"] == word
     screen = terminal_table([changed], 200).splitlines()
     (line,) = [line for line in screen if line.startswith(record["labels"]["mimu"])]
@@ -138,8 +139,9 @@ def test_the_features_method_has_its_word_beside_the_answer_s(run):
         changed[field][DEEP] = changed[field]["twin"]
     values = changed["methods"][DEEP]
     assert headline([changed]) == (
-        f"{plain} twin changes {values['weights_changed']} numbers: {values['forget_score']:.1f} %, the other classes "
-        f"{values['retain_score']:.1f} %. In a word: {ERASED} ({changed['verdicts'][DEEP][0]['sentence']})."
+        f"{plain} twin changes {values['weights_changed']} numbers: class 8 is recognised "
+        f"{values['forget_score']:.1f} % of the time, the other classes score {values['retain_score']:.1f} %. "
+        f"In a word: {ERASED}, {changed['verdicts'][DEEP][0]['sentence']}."
     )
     changed["verdicts"][DEEP] = [{"key": "fine", "sentence": "nothing found"}]
     assert headline([changed]) == plain

@@ -21,7 +21,7 @@ from eval import Eval
 from measure.probes import probed_images
 from pipeline import Pipeline
 from tests.helpers.common import tiny
-from tests.helpers.patterns import NAMES, SIDE, pattern, prepared
+from tests.helpers.patterns import NAMES, SIDE, network, pattern, prepared
 from unlearn.registry import Edit
 
 WANTED, MEAN, STD = 1, 0.4, 0.3
@@ -52,10 +52,8 @@ def home(tmp_path_factory) -> Path:
             place = root / "photos" / part / NAMES[label]
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(levels).save(place / f"{number}.png")
-    space: dict = {}
-    exec(CODE, space)
     torch.manual_seed(0)
-    net, (levels, labels) = space["net"](), drawn(rng, 300)
+    net, (levels, labels) = network(root / "net.py"), drawn(rng, 300)
     images, true = (torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2) / 255 - MEAN) / STD, torch.tensor(labels)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     for _ in range(60):

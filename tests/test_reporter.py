@@ -129,7 +129,7 @@ def test_the_headline_says_the_answer_s_word(records):
     records[0]["verdicts"]["mimu"] = [word]  # not the point that is chosen
     assert headline(records) == plain
     records[1]["verdicts"]["mimu"] = [word, {"key": "fine", "sentence": "nothing found"}]
-    assert headline(records) == f"{plain} In a word: suppressed (probe_layers_gap +9.0 points)."
+    assert headline(records) == f"{plain} In a word: suppressed, probe_layers_gap +9.0 points."
 
 
 def test_verdicts_of_the_chosen_point_are_shown(records):
