@@ -154,8 +154,8 @@ def _sort(result: _Found, name: str, same: list[Path_], others: list[Path_]) -> 
 def noise_like(value: Tensor, places: Tensor, count: int, name: str, seed: int) -> Tensor:
     """Return normal noise [count] with the standard deviation of the tensor's rest, outside of the places.
 
-    Zeros tell where the mask was, and so what was forgotten (arXiv:2603.06640); noise does not show it, though images of
-    the class point at some of the places. Copies of one target get the same draws.
+    Zeros tell where the mask was, and so what was forgotten (arXiv:2603.06640); noise does not show it, though images
+    of the class point at some of the places. Copies of one target get the same draws.
 
     Args:
         value: the tensor. places: flat positions [k]. count: how many numbers are drawn, k or fewer.
