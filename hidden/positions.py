@@ -175,7 +175,7 @@ def guessed_places(e: Evidence) -> Places:
     return guessed(e.needed(sealed_with_noise), counts, *forgotten_images(e))
 
 
-position = partial(metric, unit="%", better="retrain", group="features", source="2603.06640")
+position = partial(metric, unit="%", better="lower", group="features", source="2603.06640")
 
 
 @position("position_attack", target="as position_attack_random")
