@@ -20,6 +20,7 @@ from measure.metrics import Evidence, Undefined, metric
 
 HIDDEN, PASSES, BATCH, RATE, DECAY = 64, 20, 256, 5e-3, 1e-2
 NETWORKS = 5
+CLEAR = 2  # times the range of retrained models' information, that the untouched classifier's must be above their mean
 
 Layers = Sequence[Tensor]
 """Weights and biases of several networks side by side: [K, d, 64], [K, 1, 64], [K, 64, targets], [K, 1, targets]."""
@@ -158,13 +159,14 @@ def information_layers(e: Evidence) -> float:
 def information_difference_index(e: Evidence) -> float:
     """Information difference index: with I the sum over stages of the bits of information_layers, (I_u - I_r) / (I_o -
     I_r), r the mean of the retrained models and o the untouched classifier: 0 as retrained, 1 as untouched, below 0
-    less than retrained. Of classes of which untouched features tell no more than those of some retrained model it
-    cannot be said. The estimate is this project's own, and its stages are those of probe_layers.
+    less than retrained. Not defined where I_o - I_r is no more than twice as large as retrained models are apart, of
+    which there must be two: it would be a ratio of noise. The estimate of I is this project's own, its stages are those
+    of probe_layers.
     """
-    if not e.retrained:
-        raise Undefined("there is no retrained model to compare with")
-    before, *theirs = (sum(one.needed(information_of)) for one in (e.original or e, *e.retrained))
-    if before <= max(theirs):
-        raise Undefined("untouched features tell no more of the classes than those of a retrained model")
-    mean = sum(theirs) / len(theirs)
+    theirs = [sum(one.needed(information_of)) for one in e.retrained]
+    if len(theirs) < 2:
+        raise Undefined("with fewer than two retrained models nobody knows how far such models are apart")
+    mean, before = sum(theirs) / len(theirs), sum((e.original or e).needed(information_of))
+    if before - mean <= CLEAR * (max(theirs) - min(theirs)):
+        raise Undefined("untouched features tell not clearly more of the classes than those of retrained models")
     return (sum(e.needed(information_of)) - mean) / (before - mean)
