@@ -6,7 +6,6 @@ worth something shows beside as many random places of the same parameters (arXiv
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from measure.probes import accuracy, training_images
 from mimu.sealing import noise_like
 from model import HookedModel
 
+SOURCE = "2603.06640"
 RATE, STEPS = 1e-2, 50  # of training the places alone, all images at once
 
 Places = Mapping[str, Tensor]
@@ -175,10 +175,7 @@ def guessed_places(e: Evidence) -> Places:
     return guessed(e.needed(sealed_with_noise), counts, *forgotten_images(e))
 
 
-position = partial(metric, unit="%", better="lower", group="features", source="2603.06640")
-
-
-@position("position_attack", target="as position_attack_random")
+@metric("position_attack", "%", "lower", group="features", target="as position_attack_random", source=SOURCE)
 def position_attack(e: Evidence) -> float:
     """Accuracy on T's forgotten images after an attack that knows where a mask's zeros are: each gets the mean
     magnitude of the parameter's other entries, with the sign that lowers the cross-entropy of 10 training images of
@@ -188,13 +185,13 @@ def position_attack(e: Evidence) -> float:
     return by_signs(e, e.needed(switched_off))
 
 
-@position("position_attack_random", target="what knowing no place brings")
+@metric("position_attack_random", "%", "lower", group="features", target="what knowing no place brings", source=SOURCE)
 def position_attack_random(e: Evidence) -> float:
     """position_attack by somebody who does not know the places: on as many random entries of each parameter."""
     return by_signs(e, e.needed(random_places))
 
 
-@position("position_relearn", target="as position_relearn_random")
+@metric("position_relearn", "%", "lower", group="features", target="as position_relearn_random", source=SOURCE)
 def position_relearn(e: Evidence) -> float:
     """Accuracy on T's forgotten images after the zeros alone are trained on 10 training images of every class: 50 steps
     of Adam at 1e-2, all images at once, all other weights as they are.
@@ -202,13 +199,13 @@ def position_relearn(e: Evidence) -> float:
     return by_training(e, e.needed(switched_off))
 
 
-@position("position_relearn_random", target="what knowing no place brings")
+@metric("position_relearn_random", "%", "lower", group="features", target="what knowing no place brings", source=SOURCE)
 def position_relearn_random(e: Evidence) -> float:
     """position_relearn of as many random entries of each parameter."""
     return by_training(e, e.needed(random_places))
 
 
-@position("noise_found", target="chance: the share of each parameter that is switched off")
+@metric("noise_found", "%", "lower", group="features", target="chance: the share switched off", source=SOURCE)
 def noise_found(e: Evidence) -> float:
     """Share of a mask's places that an attacker finds who sees noise in place of zeros (seal --fill noise): told how
     many of each parameter, the entries with the largest gradient of the cross-entropy of 10 training images of each
@@ -219,7 +216,7 @@ def noise_found(e: Evidence) -> float:
     return 100 * found / sum(counts_of(places).values())
 
 
-@position("noise_relearn", target="as position_relearn_random")
+@metric("noise_relearn", "%", "lower", group="features", target="as position_relearn_random", source=SOURCE)
 def noise_relearn(e: Evidence) -> float:
     """position_relearn of a model with noise in place of zeros, at the places that the attacker of noise_found takes
     for the mask's.
