@@ -144,6 +144,7 @@ class Eval(Snapshots):
             judged[split] = {name: e.value(entry.compute) for name, entry in asked.items()} | extra
             if split == "test":
                 self.about[key]["intervals"] = intervals_of(e, asked)
+                self.about[key]["undefined"] = {n: why for n, one in asked.items() if (why := e.why(one.compute))}
                 self._bands[key] = bands(e, judged[split], self.retrained(split))
                 self._right[key] = {"forget_score": e.forget.right, "retain_score": e.retain.right}
         self.about[key] |= tables_of(outputs("test", True), outputs("test", False))
@@ -265,7 +266,7 @@ class Eval(Snapshots):
             "samples": self.samples,
             **{
                 title: {name: self.about[METHODS[name].key(context, point)].get(title) for name in measured}
-                for title in ("settings", "tuning", "integrity", "intervals", *TABLES)
+                for title in ("settings", "tuning", "integrity", "intervals", "undefined", *TABLES)
             },
         }, masks
 

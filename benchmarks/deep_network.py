@@ -26,7 +26,8 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import for_pages, keep, parser, publish_all
-from benchmarks.features import Row, images_of, judge_of, trained
+from benchmarks.feature_models import MLPS, images_of
+from benchmarks.features import Row
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class Remembering(Proxies):
 def eraser_for(seed: int) -> Eraser:
     """What answers requests about a classifier."""
     pixels, labels = images_of(0).splits["train"].batch(slice(None))
-    model = deep(trained(seed), pixels[:4], 10)
+    model = deep(MLPS.trained(seed), pixels[:4], 10)
     return Eraser(model, rows_of(model, [pixels]), labels, seed)
 
 
@@ -148,7 +149,7 @@ def register(name: str, schedule: Schedule) -> None:
 
 def cell(seed: int, label: int, names: Iterable[str]) -> list[Row]:
     """Every way on one classifier and class, test images."""
-    judge, rows = judge_of(seed, label), []
+    judge, rows = MLPS.judge(seed, label), []
     judge.metrics = {name: METRICS[name] for name in ASKED}
     retain = statistics.fmean(one.retain.score() for one in judge.others("default", "test"))
     for name in names:

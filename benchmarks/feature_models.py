@@ -118,6 +118,9 @@ class Models:
         return self.trained(FIRST_REFERENCE + index, label)
 
 
+MLPS = Models(RECIPES["mlp"])
+
+
 def _no_network(_: int) -> Tensor:
     """No method of these tables asks a graph network."""
     raise NotApplicable("asks a graph network, and there is none")

@@ -78,7 +78,7 @@ def rows_anew(context: Context, seed: int, edit: Edit, classes: Sequence[int]) -
     eraser, last = eraser_of(context, seed), edit.model.get_parameter("linears.2.weight")
     weights = [edit.model.get_parameter(one.name).reshape(one.matrix) for one in eraser.model.targets]
     kept = ~torch.isin(eraser.labels, torch.tensor(context.config.forget_labels))
-    rows = new_rows(eraser.stages, weights, eraser.h[kept], eraser.labels[kept], classes, seed)
+    rows = new_rows(eraser.stages, weights, eraser.h[kept], classes, seed)
     with torch.no_grad():
         last[list(classes)] = rows
     return replace(edit, allowed=None)

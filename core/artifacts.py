@@ -26,7 +26,7 @@ import numpy as np
 from core.choices import MachineError, UserError
 from core.hashes import key_of, sha256_arrays
 
-SCHEMA = "mimu/2"
+SCHEMA = "mimu/3"
 HISTORY = "history.json"
 DIGEST = "digest"
 

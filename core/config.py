@@ -243,7 +243,7 @@ class EvalConfig(Section):
     )
     """Names from the registries (docs/methods.md), or all."""
     metrics: tuple[str, ...] = (
-        *("core", "train", "attack", "retrain", "probe_gap", "forget_auroc", "constant_recall"),
+        *("core", "train", "attack", "retrain", "probe_gap", "forget_auroc", "constant_recall", "constant_recall_1"),
     )
     """Names of metrics or groups of them (docs/metrics.md), or all; forget_score and retain_score in any case."""
     references: Annotated[int, Within(0, 1000)] = 1

@@ -300,6 +300,8 @@ class Record(TypedDict):
     tuning: Annotated[dict[str, list[dict] | None], each(rows(named(anything)))]
     integrity: Annotated[dict[str, dict | None], each(named(anything))]
     intervals: Annotated[dict[str, dict[str, Limits] | None], each(named(fits(Limits), keys=NAME))]
+    undefined: Annotated[dict[str, dict[str, str] | None], each(named(text(), keys=NAME))]
+    """Why a metric has no value for a method, by metric: "the network has no BatchNorm layer"."""
     class_probability: Annotated[dict[str, list[float] | None], each(rows(number(0, 1 + 1e-6), least=1))]
     confusion: Annotated[dict[str, list[list[int]] | None], each(rows(counts, least=1))]
     class_score: Annotated[dict[str, list[float | None] | None], each(rows(maybe(number(0, 100)), least=1))]
@@ -314,7 +316,7 @@ class Record(TypedDict):
 
 FIELDS = checks_of(Record)
 EACH = (
-    *("axes", "methods", "validation", "verdicts", "settings", "tuning", "integrity", "intervals"),
+    *("axes", "methods", "validation", "verdicts", "settings", "tuning", "integrity", "intervals", "undefined"),
     *("class_probability", "confusion", "class_score", "taken_for", "said_of_samples"),
 )
 """Fields that say something of every measured method."""
@@ -414,8 +416,7 @@ def read_record(output_dir: Path, path: Path) -> Record:
         DamagedError: it is not what was written, or no record of this place.
         UserError, MachineError: it cannot be read.
     """
-    record = read_json(path)
-    wrong = complaint(record)
+    wrong = complaint(record := read_json(path))
     if wrong or record["schema"] != SCHEMA or record_path(output_dir, record) != path:
         raise DamagedError(path, wrong or f"no {SCHEMA} record of this place")
     return cast(Record, record)

@@ -5,6 +5,6 @@ by a rule whether features tell as much as after retraining. What trains for a r
 """
 
 # In this order metrics are shown: sorted by name, the imports would move columns of every table.
-from hidden import outputs, layers, retraining, heads  # isort: skip
+from hidden import outputs, layers, critics, retraining, heads, positions, normalisation  # isort: skip
 
-__all__ = ["heads", "layers", "outputs", "retraining"]
+__all__ = ["critics", "heads", "layers", "normalisation", "outputs", "positions", "retraining"]

@@ -12,11 +12,12 @@ from itertools import starmap
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from core.config import derive_seed
 from erasing.stages import Stages, deep
 from measure.attacks import separation
-from measure.metrics import Evidence, metric
+from measure.metrics import Evidence, Undefined, metric
 from measure.probes import CHUNK, MOST_PROBED, drawn_of_some, probe_recall, probed_images, standardised
 from model import inspecting
 
@@ -60,24 +61,37 @@ def stages_of(e: Evidence, images: Tensor) -> Callable[[Tensor], list[Tensor]]:
     return features
 
 
-def features(e: Evidence) -> tuple[Stage, ...] | None:
-    """Compute the features of every stage; None where one is not finite."""
+def features(e: Evidence) -> tuple[Stage, ...]:
+    """Compute the features of every stage.
+
+    Raises:
+        Undefined: one is not finite, or no stage but the first has weights.
+    """
     images, labels = probed_images(e)
     asked, true = e.images(e.split, True)
     some = partial(drawn_of_some, most=MOST_PROBED, seed=derive_seed(e.seed, "probe", "judged"))
     others, _ = e.images(e.split, False, some)
     of = stages_of(e, images)
     sides = list(zip(of(images), of(asked), of(others), strict=True))
+    if not sides:
+        raise Undefined("the network has one block with weights, whose features no mask changes")
     if not all(bool(values.isfinite().all()) for side in sides for values in side):
-        return None
+        raise Undefined("a feature is not a finite number")
     plain = starmap(standardised, sides)
     return tuple(Stage(train, labels.cpu(), forget, true.cpu(), retain) for train, forget, retain in plain)
 
 
-def _at_each(e: Evidence, of: Callable[[Stage], float | None]) -> tuple[float, ...] | None:
-    values = [of(stage) for stage in e.value(features) or ()]
+def at_each(e: Evidence, of: Callable[[Stage], float | None]) -> tuple[float, ...]:
+    """A value at every stage.
+
+    Raises:
+        Undefined: one has none.
+    """
+    values = [of(stage) for stage in e.needed(features)]
     known = tuple(value for value in values if value is not None)
-    return known if known and len(known) == len(values) else None
+    if len(known) < len(values):
+        raise Undefined("a stage has no such value")
+    return known
 
 
 # --- what is read off one stage ---------------------------------------------------------------------------
@@ -109,55 +123,80 @@ def nearest_mean_recall(stage: Stage) -> float:
     return 100 * float((classes[torch.cdist(stage.forget, means).argmin(1)] == stage.true).double().mean())
 
 
-def probe_recalls(e: Evidence) -> tuple[float, ...] | None:
+def nearest_similarity(features: Tensor, retained: Tensor) -> Tensor:
+    """Cosine of each image's features [S, d] to the most similar ones of retained images [R, d]. [S]."""
+    return (normalize(features) @ normalize(retained).T).amax(1)
+
+
+def retained_rank_of(stage: Stage, classes: tuple[int, ...]) -> float:
+    """Share of pairs (T's forgotten, T's retained image) whose forgotten one is the more similar to the retained
+    training image that each is most similar to; of as similar ones half.
+    """
+    retained = stage.train[~torch.isin(stage.labels, torch.tensor(classes))]
+    return separation(*(nearest_similarity(side, retained) for side in (stage.forget, stage.retain)))
+
+
+def probe_recalls(e: Evidence) -> tuple[float, ...]:
     """Recall of the forgotten classes by a probe of all classes, at every stage."""
-    return _at_each(e, lambda one: probe_recall(one.train, one.labels, one.forget, one.true))
+    return at_each(e, lambda one: probe_recall(one.train, one.labels, one.forget, one.true))
 
 
-def binary_aucs(e: Evidence) -> tuple[float, ...] | None:
+def binary_aucs(e: Evidence) -> tuple[float, ...]:
     """AUC of a probe of the forgotten classes against all others, at every stage."""
-    return _at_each(e, lambda one: binary_auc(one, e.forget_class))
+    return at_each(e, lambda one: binary_auc(one, e.forget_class))
 
 
-def neighbour_recalls(e: Evidence) -> tuple[float, ...] | None:
+def neighbour_recalls(e: Evidence) -> tuple[float, ...]:
     """Recall of the forgotten classes by nearest neighbours, at every stage."""
-    return _at_each(e, neighbour_recall)
+    return at_each(e, neighbour_recall)
 
 
-def nearest_mean_recalls(e: Evidence) -> tuple[float, ...] | None:
+def nearest_mean_recalls(e: Evidence) -> tuple[float, ...]:
     """Recall of the forgotten classes by nearest class means, at every stage."""
-    return _at_each(e, nearest_mean_recall)
+    return at_each(e, nearest_mean_recall)
+
+
+def retained_ranks(e: Evidence) -> tuple[float, ...]:
+    """Rank of the forgotten images' similarity to retained ones, at every stage."""
+    return at_each(e, lambda one: retained_rank_of(one, e.forget_class))
 
 
 # --- over the stages --------------------------------------------------------------------------------------
 
 
-def mean_over_stages(e: Evidence, of: PerStage) -> float | None:
-    """Mean of a value over stages."""
-    values = e.value(of)
-    return None if values is None else sum(values) / len(values)
+def mean_over_stages(e: Evidence, of: PerStage) -> float:
+    """Mean of a value over stages.
+
+    Raises:
+        Undefined: it has none.
+    """
+    values = e.needed(of)
+    return sum(values) / len(values)
 
 
-def differences(e: Evidence, of: PerStage) -> tuple[float, ...] | None:
-    """A value minus its mean over the retrained models, at every stage; None if there is nothing to compare with."""
-    ours = e.value(of)
+def differences(e: Evidence, of: PerStage) -> tuple[float, ...]:
+    """A value minus its mean over the retrained models, at every stage.
+
+    Raises:
+        Undefined: it has none, or there is nothing to compare it with.
+    """
+    ours = e.needed(of)
     theirs = [values for values in (r.value(of) for r in e.retrained) if values is not None]
-    if ours is None or not theirs:
-        return None
+    if not theirs:
+        raise Undefined("there is no retrained model to compare with")
     return tuple(mine - sum(other) / len(theirs) for mine, other in zip(ours, zip(*theirs, strict=True), strict=True))
 
 
-def largest_gap(e: Evidence, of: PerStage) -> float | None:
-    """Largest distance, over stages, to the retrained models' mean."""
-    found = differences(e, of)
-    return None if found is None else max(map(abs, found))
+def largest_gap(e: Evidence, of: PerStage) -> float:
+    """Largest distance, over stages, to the retrained models' mean; raises as `differences` does."""
+    return max(map(abs, differences(e, of)))
 
 
 TARGET = "as retrained, not chance"
 
 
 @metric("probe_layers", "%", "retrain", group="features", target=TARGET, source="1610.01644")
-def probe_layers(e: Evidence) -> float | None:
+def probe_layers(e: Evidence) -> float:
     """Recall of the forgotten classes on T by a linear probe, as in probe_input, on what a stage reads, averaged over
     stages: the last blocks that hold 90 % of the weights, all but the first of them.
     """
@@ -165,7 +204,7 @@ def probe_layers(e: Evidence) -> float | None:
 
 
 @metric("probe_layers_gap", "points", "lower", group="features", target="0")
-def probe_layers_gap(e: Evidence) -> float | None:
+def probe_layers_gap(e: Evidence) -> float:
     """The recall of probe_layers at a stage, its distance to the mean of the retrained models', above or below: the
     largest over stages.
     """
@@ -173,7 +212,7 @@ def probe_layers_gap(e: Evidence) -> float | None:
 
 
 @metric("auc_layers", "%", "retrain", group="features", target=TARGET, source="1610.01644")
-def auc_layers(e: Evidence) -> float | None:
+def auc_layers(e: Evidence) -> float:
     """The same stages and training images, but a probe of forgotten against retained (logistic regression, C = 1, both
     sides weighing the same): the area under its ROC curve on T (of each retained class up to 200 images), in percent,
     averaged over stages.
@@ -182,13 +221,13 @@ def auc_layers(e: Evidence) -> float | None:
 
 
 @metric("auc_layers_gap", "points", "lower", group="features", target="0")
-def auc_layers_gap(e: Evidence) -> float | None:
+def auc_layers_gap(e: Evidence) -> float:
     """The same of auc_layers as probe_layers_gap of probe_layers."""
     return largest_gap(e, binary_aucs)
 
 
 @metric("knn_layers", "%", "retrain", group="features", target=TARGET, source="k nearest neighbours")
-def knn_layers(e: Evidence) -> float | None:
+def knn_layers(e: Evidence) -> float:
     """Recall of the forgotten classes on T by the vote of the 10 nearest training images in what a stage reads
     (Euclidean, standardised; of classes with as many votes the one whose images are nearer), averaged over stages.
     """
@@ -196,13 +235,13 @@ def knn_layers(e: Evidence) -> float | None:
 
 
 @metric("knn_layers_gap", "points", "lower", group="features", target="0")
-def knn_layers_gap(e: Evidence) -> float | None:
+def knn_layers_gap(e: Evidence) -> float:
     """The same of knn_layers as probe_layers_gap of probe_layers."""
     return largest_gap(e, neighbour_recalls)
 
 
 @metric("nearest_mean_layers", "%", "retrain", group="features", target=TARGET, source="nearest class mean")
-def nearest_mean_layers(e: Evidence) -> float | None:
+def nearest_mean_layers(e: Evidence) -> float:
     """Recall of the forgotten classes on T by the nearest class mean in what a stage reads (Euclidean, standardised),
     averaged over stages.
     """
@@ -210,6 +249,18 @@ def nearest_mean_layers(e: Evidence) -> float | None:
 
 
 @metric("nearest_mean_layers_gap", "points", "lower", group="features", target="0")
-def nearest_mean_layers_gap(e: Evidence) -> float | None:
+def nearest_mean_layers_gap(e: Evidence) -> float:
     """The same of nearest_mean_layers as probe_layers_gap of probe_layers."""
     return largest_gap(e, nearest_mean_recalls)
+
+
+@metric(
+    "retained_rank", "share", "retrain", group="features", target="as retrained; 0.5 is RULER's", source="2605.27569"
+)
+def retained_rank(e: Evidence) -> float:
+    """After M4 of RULER: an image's similarity is the largest cosine of its features, in what a stage reads
+    (standardised), to those of retained training images. Probability that T's forgotten image is more similar than T's
+    retained one (of up to 200 a class; equal ones count half), averaged over stages. At 0.5, which needs no retrained
+    model, forgotten images lie as close to retained ones as unseen retained images do; retrained models may lie below.
+    """
+    return mean_over_stages(e, retained_ranks)

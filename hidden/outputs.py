@@ -8,7 +8,7 @@ from torch import Tensor
 from measure.attacks import separation
 from measure.metrics import Evidence, Outputs, metric
 
-TAKEN_FOR = 0.05  # of other retained images that a constant may turn into the forgotten classes
+TAKEN_FOR, FEW_TAKEN = 0.05, 0.01  # of other retained images that a constant may turn into the forgotten classes
 
 
 def lead(outputs: Outputs, classes: tuple[int, ...]) -> Tensor:
@@ -46,10 +46,24 @@ def forget_auroc(e: Evidence) -> float:
     return 100 * separation(lead(e.forget, e.forget_class), lead(e.retain, e.forget_class))
 
 
+def recall_after_constant(e: Evidence, share: float) -> float:
+    """Percent of T's forgotten images that a constant on their logit brings back: the largest one that turns at most a
+    share of retained images into them, of validation where T is test, else of D_r.
+    """
+    other = "val" if e.split == "test" else "train"
+    limit = constant(lead(e.outputs(other, False), e.forget_class), share)
+    return share_above(lead(e.forget, e.forget_class), limit)
+
+
 @metric("constant_recall", "%", "retrain", group="features", target="as retrained", source="ROC curve at 5 %")
 def constant_recall(e: Evidence) -> float:
     """Share of T's forgotten images that are taken for a forgotten class after one constant is added to its logit, the
     constant chosen on other images (validation where T is test, else D_r) so that at most 5 % of the retained ones are.
     """
-    other = "val" if e.split == "test" else "train"
-    return share_above(lead(e.forget, e.forget_class), constant(lead(e.outputs(other, False), e.forget_class)))
+    return recall_after_constant(e, TAKEN_FOR)
+
+
+@metric("constant_recall_1", "%", "retrain", group="features", target="as retrained", source="ROC curve at 1 %")
+def constant_recall_1(e: Evidence) -> float:
+    """As constant_recall, but at most 1 % of the retained images may be taken for a forgotten class."""
+    return recall_after_constant(e, FEW_TAKEN)

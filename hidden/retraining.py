@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from core.config import derive_seed
-from measure.metrics import Evidence, metric
+from measure.metrics import Evidence, Undefined, metric
 from measure.probes import RELEARN_TARGET, relearn
 from model import HookedModel
 
@@ -28,20 +28,32 @@ def with_fresh_head(model: HookedModel, seed: int) -> HookedModel:
     return learner
 
 
-def area(e: Evidence, shots: int, start: HookedModel | None = None) -> float | None:
-    """Mean, over RATES, of the recall after relearning; None where a class has fewer images than `shots`."""
+def area(e: Evidence, shots: int, start: HookedModel | None = None) -> float:
+    """Mean, over RATES, of the recall after relearning.
+
+    Raises:
+        Undefined: a forgotten class has fewer images than `shots`.
+    """
     found = [relearn(e, shots, rate, start) for rate in RATES]
     known = [value for value in found if value is not None]
-    return sum(known) / len(known) if len(known) == len(found) else None
+    if len(known) < len(found):
+        raise Undefined(f"a forgotten class has fewer than {shots} training images")
+    return sum(known) / len(known)
 
 
-def area_of_fresh_head(e: Evidence, shots: int) -> float | None:
+def area_of_fresh_head(e: Evidence, shots: int) -> float:
     """The same of a copy with a last layer that is drawn by the run's seed, alike for all models of a run."""
     return area(e, shots, with_fresh_head(e.model, derive_seed(e.seed, "fresh head")))
 
 
+@metric("relearn_area_1", "%", "retrain", group="features", target=RELEARN_TARGET, source="2602.18868")
+def relearn_area_1(e: Evidence) -> float:
+    """As relearn_area_10, from 1 training image of every class."""
+    return area(e, 1)
+
+
 @metric("relearn_area_10", "%", "retrain", group="features", target=RELEARN_TARGET, source="2602.18868")
-def relearn_area_10(e: Evidence) -> float | None:
+def relearn_area_10(e: Evidence) -> float:
     """relearn_10 at three learning rates of the linear stack, 5e-4, 2e-3 and 8e-3 (1e-4 ahead of it each time): the
     mean of the three recalls.
     """
@@ -49,13 +61,19 @@ def relearn_area_10(e: Evidence) -> float | None:
 
 
 @metric("relearn_area_50", "%", "retrain", group="features", target=RELEARN_TARGET, source="2602.18868")
-def relearn_area_50(e: Evidence) -> float | None:
+def relearn_area_50(e: Evidence) -> float:
     """As relearn_area_10, from 50 training images of every class."""
     return area(e, 50)
 
 
+@metric("fresh_head_1", "%", "retrain", group="features", target=RELEARN_TARGET, source="2602.18868")
+def fresh_head_1(e: Evidence) -> float:
+    """As fresh_head_10, from 1 training image of every class."""
+    return area_of_fresh_head(e, 1)
+
+
 @metric("fresh_head_10", "%", "retrain", group="features", target=RELEARN_TARGET, source="2602.18868")
-def fresh_head_10(e: Evidence) -> float | None:
+def fresh_head_10(e: Evidence) -> float:
     """As relearn_area_10, but from a copy whose last layer is drawn anew, so that nothing hides in it: what all layers
     below it still tell counts, and a dropped logit counts as one that is there.
     """
@@ -63,6 +81,6 @@ def fresh_head_10(e: Evidence) -> float | None:
 
 
 @metric("fresh_head_50", "%", "retrain", group="features", target=RELEARN_TARGET, source="2602.18868")
-def fresh_head_50(e: Evidence) -> float | None:
+def fresh_head_50(e: Evidence) -> float:
     """As fresh_head_10, from 50 training images of every class."""
     return area_of_fresh_head(e, 50)

@@ -6,16 +6,15 @@ from dataclasses import replace
 from hidden.layers import PerStage, binary_aucs, differences, neighbour_recalls, probe_recalls
 from hidden.outputs import forget_auroc
 from hidden.retraining import fresh_head_10, relearn_area_10
-from measure.metrics import Compute, Evidence
+from measure.metrics import Compute, Evidence, Undefined
 from measure.verdicts import LEAST_BAND, Band
 
 
 def single(of: Compute) -> PerStage:
     """A metric as if there were one stage."""
 
-    def value(e: Evidence) -> tuple[float, ...] | None:
-        found = e.value(of)
-        return None if found is None else (found,)
+    def value(e: Evidence) -> tuple[float, ...]:
+        return (e.needed(of),)
 
     return value
 
@@ -31,16 +30,17 @@ LOOKS: dict[str, PerStage] = {
 """By the name of the metric that must have been measured."""
 
 
-def width(retrained: Sequence[Evidence], of: PerStage) -> float | None:
-    """How far one of several retrained models is, at most, from the mean of the others, over stages."""
+def width(retrained: Sequence[Evidence], of: PerStage) -> float:
+    """How far one of several retrained models is, at most, from the mean of the others, over stages.
+
+    Raises:
+        Undefined: one has no such value, or there are fewer than two.
+    """
     widths = []
     for place, one in enumerate(retrained):
         others = (*retrained[:place], *retrained[place + 1 :])
-        found = differences(replace(one, retrained=others), of)
-        if found is None:
-            return None
-        widths += map(abs, found)
-    return max(widths, default=None)
+        widths += map(abs, differences(replace(one, retrained=others), of))
+    return max(widths)
 
 
 def bands(e: Evidence, values: Mapping[str, float | None], retrained: Sequence[Evidence]) -> dict[str, Band]:
@@ -54,9 +54,10 @@ def bands(e: Evidence, values: Mapping[str, float | None], retrained: Sequence[E
     if not measured or len(retrained) < 2 or not e.retrained:
         return {}
     found = {}
-    for name, of in LOOKS.items():
-        gaps, apart = differences(e, of), width(retrained, of)
-        if gaps is None or apart is None:
-            return {}
-        found[name] = Band(min(gaps), max(gaps), max(apart, LEAST_BAND[name]))
+    try:
+        for name, of in LOOKS.items():
+            gaps, apart = differences(e, of), width(retrained, of)
+            found[name] = Band(min(gaps), max(gaps), max(apart, LEAST_BAND[name]))
+    except Undefined:
+        return {}
     return found

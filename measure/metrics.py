@@ -29,6 +29,10 @@ Choose = Tensor | Callable[[Tensor], Tensor]
 Value = TypeVar("Value")
 
 
+class Undefined(Exception):
+    """A metric has no value for a model. The text says why, as a clause: "the network has no BatchNorm layer"."""
+
+
 class ImagesOf(Protocol):
     """(split, is_forget_set, which of them) -> images [S, C, H, W], normalised, and labels [S]; None: the whole set."""
 
@@ -228,12 +232,32 @@ class Evidence:
     def value(self, of: Callable[["Evidence"], Value]) -> Value:
         """Compute a metric of this model, or a value that several metrics share, once.
 
-        None where it is a number but not a finite one (logits that diverged).
+        None where it is a number but not a finite one (logits that diverged), or where it is `Undefined`.
         """
         if of not in self._values:
-            value = of(self)
+            try:
+                value = of(self)
+            except Undefined as reason:
+                value = reason
             self._values[of] = None if isinstance(value, float) and not math.isfinite(value) else value
-        return self._values[of]
+        found = self._values[of]
+        return None if isinstance(found, Undefined) else found  # ty: ignore[invalid-explicit-return]
+
+    def needed(self, of: Callable[["Evidence"], Value | None]) -> Value:
+        """The same of what another metric cannot do without.
+
+        Raises:
+            Undefined: there is no such value, for the reason that is known of it.
+        """
+        value = self.value(of)
+        if value is None:
+            raise Undefined(self.why(of) or "a value that it rests on is no finite number")
+        return value
+
+    def why(self, of: Callable[["Evidence"], object]) -> str | None:
+        """Why a metric that was asked for is `Undefined`; None if it is not."""
+        found = self._values.get(of)
+        return str(found) if isinstance(found, Undefined) else None
 
     @property
     def forget(self) -> Outputs:

@@ -151,18 +151,22 @@ def _sort(result: _Found, name: str, same: list[Path_], others: list[Path_]) -> 
 # --- what is written in their place -----------------------------------------------------------------------
 
 
-def _noise(value: Tensor, places: Tensor, count: int, name: str, seed: int) -> Tensor:
-    """Return bits [count] of normal noise with the standard deviation of the tensor's rest, outside of the places.
+def noise_like(value: Tensor, places: Tensor, count: int, name: str, seed: int) -> Tensor:
+    """Return normal noise [count] with the standard deviation of the tensor's rest, outside of the places.
 
-    Zeros tell where the mask was, and so what was forgotten (arXiv:2603.06640); noise does not. Copies of one target
-    get the same draws.
+    Zeros tell where the mask was, and so what was forgotten (arXiv:2603.06640); noise does not show it, though images
+    of the class point at some of the places. Copies of one target get the same draws.
+
+    Args:
+        value: the tensor. places: flat positions [k]. count: how many numbers are drawn, k or fewer.
+        name: of the target; with `seed` it decides what is drawn.
     """
     stays = torch.ones(value.numel(), dtype=torch.bool)
     stays[places] = False
     rest = value.detach().contiguous().view(-1)[stays].double()
     generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed} {name}".encode()).hexdigest()[:15], 16))
     noise = torch.randn(count, generator=generator, dtype=torch.float64)
-    return bits_of((noise * (rest.std(correction=0) if len(rest) else 0)).to(value.dtype))
+    return (noise * (rest.std(correction=0) if len(rest) else 0)).to(value.dtype)
 
 
 def _edit(value: Tensor, mask: Mask, name: str, seed: int | None) -> Edit:
@@ -177,7 +181,7 @@ def _edit(value: Tensor, mask: Mask, name: str, seed: int | None) -> Edit:
     if seed is None:
         return edit
     bits = edit.bits.clone()
-    bits[off] = _noise(value, edit.places, int(off.sum()), name, seed)
+    bits[off] = bits_of(noise_like(value, edit.places, int(off.sum()), name, seed))
     return Edit(edit.places, bits)
 
 

@@ -27,7 +27,7 @@ from reporting.tables import (
     caption,
     choose,
     grid,
-    headline,
+    headline_pieces,
     is_answered,
     known,
     metrics_of,
@@ -185,8 +185,11 @@ def _slim(panel: Panel) -> dict:
     return {name: value for name, value in values.items() if value not in (None, False, [])}
 
 
+UNANSWERED = "The answer or the untouched classifier has no values."
+
+
 def _bold(rows: list[list[str]]) -> list[list[tuple[str, bool]]]:
-    """Cells as (text, whether it leads)."""
+    """Cells, or the pieces of a text, as (text, whether it leads)."""
     return [[(str(cell), isinstance(cell, Lead)) for cell in row] for row in rows]
 
 
@@ -210,7 +213,7 @@ def _run_text(run: Run, apart: str) -> dict:
         "what": f"{first['model']} on {dataset_of(first)}" + (f" ({apart})" if apart else ""),
         "classes": named_classes(first),
         "seed": first["seed"],
-        "headline": headline(run) if is_answered(run) else "The answer or the untouched classifier has no values.",
+        "headline": _bold([headline_pieces(run) if is_answered(run) else [UNANSWERED]])[0],
         "caption": caption(run, apart=apart),
         "rows": _bold(table(run)),
         "all_rows": _bold(table(run, every=True)),

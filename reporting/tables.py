@@ -18,6 +18,7 @@ from reporting.families import Run, dataset_of, labels_of, told_apart
 from reporting.write import Lead
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
+DEEP = "mimu_deep"  # goes on to the features, so that its word stands beside the answer's
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
 
 
@@ -293,11 +294,15 @@ def _listed(classes: list[str]) -> str:
 
 
 def remarks(records: Run) -> list[str]:
-    """Name the references that failed their check, then each verdict as a sentence with its methods."""
+    """Name the references that failed their check, then each verdict as a sentence with its methods; also why a metric
+    has no value.
+    """
     said: dict[str, list[str]] = {}
     for best in best_points(records):
-        for one in best.verdicts:
-            said.setdefault(one["sentence"], []).append(best.label)
+        reasons = best.record["undefined"].get(best.method) or {}
+        sentences = [f"{name} is not defined: {why}" for name, why in reasons.items()]
+        for sentence in (*(one["sentence"] for one in best.verdicts), *sentences):
+            said.setdefault(sentence, []).append(best.label)
     near_chance = records[0]["footing"]["near_chance"]
     unfit = (one for one in records[0]["references"] if not one["sane"])
     left_out = [
@@ -334,8 +339,34 @@ def share_changed(record: Record) -> str:
     return f"{share:.1f} % of the {'masked layers' if len(record['mask_layer']) > 1 else 'layer'}"
 
 
+def _in_a_word(record: Record, method: str) -> list[str]:
+    """Its word and what that rests on, as sentences in pieces; the word itself is a `Lead`."""
+    words = (one for one in record["verdicts"][method] if one["key"] in WORDS)
+    pieces = ([" In a word: ", Lead(one["key"]), f", {one['sentence']}."] for one in words)
+    return [piece for some in pieces for piece in some]
+
+
+def _of_features(record: Record) -> list[str]:
+    """What the method that goes on to the features does, where a word is said of it and it is not the answer."""
+    word = _in_a_word(record, DEEP) if DEEP in record["labels"] and record["answer"] != DEEP else []
+    if not word:
+        return []
+    values, is_or_are = record["methods"][DEEP], "are" if len(record["forget_class"]) > 1 else "is"
+    return [
+        f" {record['labels'][DEEP]} changes {values['weights_changed']} numbers: {classes_of(record)} {is_or_are} "
+        f"recognised {values['forget_score']:.1f} % of the time, the other classes score "
+        f"{values['retain_score']:.1f} %.",
+        *word,
+    ]
+
+
 def headline(records: Run) -> str:
-    """Put the run's answer into words, from the chosen point of the method that gives it."""
+    """Put the run's answer into words, from the chosen point of the method that gives it; then the features' word."""
+    return "".join(headline_pieces(records))
+
+
+def headline_pieces(records: Run) -> list[str]:
+    """The same in pieces, of which those that matter most (`Lead`) are bold where a format has bold."""
     record = choose(records, records[0]["answer"])
     after, before = record["methods"][record["answer"]], record["methods"]["default"]
     is_or_are, them = ("are", "them") if len(record["forget_class"]) > 1 else ("is", "it")
@@ -345,8 +376,6 @@ def headline(records: Run) -> str:
         f"{before['forget_score']:.1f} %); the other classes score {after['retain_score']:.1f} % "
         f"(before: {before['retain_score']:.1f} %)."
     )
-    words = (one for one in record["verdicts"][record["answer"]] if one["key"] in WORDS)
-    text += "".join(f" In a word: {one['key']} ({one['sentence']})." for one in words)
     auto = record["auto"]
     if auto and not auto["achieved"]:
         target = f"forget score <= {auto['tau']} %, retain score at most {auto['epsilon']} points lower"
@@ -354,4 +383,4 @@ def headline(records: Run) -> str:
             f"Not achievable: no kappa tried shows {target}, with 95 % intervals on validation images. The best "
             f"trade-off found, not to be taken for {them} forgotten: {text}"
         )
-    return text
+    return [text, *_in_a_word(record, record["answer"]), *_of_features(record)]

@@ -39,7 +39,7 @@ STAIRCASE = {
     "unlearn": "masks features requests objectives registry finetuning methods",
     "rivals": "closed_form trained subspaces representations compared",
     "measure": "attacks integrity metrics comparisons exhibits probes verdicts snapshots auto_kappa",
-    "hidden": "outputs layers retraining heads words",
+    "hidden": "outputs layers critics retraining heads positions normalisation words",
     "eval": "",
     "forgetting": "pictures samples answers scores artefact python opening comparison hub",
     "reporting": "write families tables terminal panels curves compare draw page",

@@ -129,7 +129,7 @@ def test_the_headline_says_the_answer_s_word(records):
     records[0]["verdicts"]["mimu"] = [word]  # not the point that is chosen
     assert headline(records) == plain
     records[1]["verdicts"]["mimu"] = [word, {"key": "fine", "sentence": "nothing found"}]
-    assert headline(records) == f"{plain} In a word: suppressed (probe_layers_gap +9.0 points)."
+    assert headline(records) == f"{plain} In a word: suppressed, probe_layers_gap +9.0 points."
 
 
 def test_verdicts_of_the_chosen_point_are_shown(records):
@@ -146,6 +146,15 @@ def test_verdicts_of_the_chosen_point_are_shown(records):
     for name in ("default", "novel"):
         records[0]["verdicts"][name] = [{"key": "fine", "sentence": "nothing found; not checked"}]
     assert remarks(records)[2:] == ["untouched, a novel method: nothing found; not checked."]
+
+
+def test_a_value_that_is_not_there_says_why_of_the_chosen_point(records):
+    """Once for all methods that lack it for the same reason."""
+    records[0]["undefined"]["mimu"] = {"IDI": "of another point"}
+    records[1]["undefined"]["mimu"] = {"IDI": "it is a ratio to nothing"}
+    for one in records:
+        one["undefined"] |= {"default": {"IDI": "it is a ratio to nothing"}, "novel": None}
+    assert remarks(records) == ["MIMU, untouched: IDI is not defined: it is a ratio to nothing."]
 
 
 def test_a_reference_that_failed_its_check_is_named(records):

@@ -149,7 +149,7 @@ def test_a_record_that_contradicts_its_run_is_left_out(tmp_path, capsys):
         (lambda text: text + "{}", "no whole JSON"),
         (lambda text: "[]", "a JSON list"),
         (lambda text: "[" * 100_000, "no whole JSON"),
-        (lambda text: '{"schema": "mimu/2"}', "it has no digest"),
+        (lambda text: '{"schema": "mimu/3"}', "it has no digest"),
     ],
     ids=["digit", "empty", "half", "appended", "list", "deep", "other"],
 )

@@ -15,6 +15,8 @@ from hidden.layers import (
     nearest_mean_recall,
     neighbour_recall,
     probe_recalls,
+    retained_rank,
+    retained_rank_of,
     standardised,
 )
 from measure.attacks import separation
@@ -104,6 +106,18 @@ def test_nearest_means_by_hand():
     assert nearest_mean_recall(replace(one, true=torch.tensor([4, 7, 4, 9]))) == 75
 
 
+def test_ranks_of_similarity_by_hand():
+    """Cosines to the nearest of (1, 0) and (0, 1): .71 and 0 of forgotten images, 1, .89 and -.71 of retained ones. The
+    training image of the forgotten class, to which one is most similar, does not count.
+    """
+    train, labels = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], [1, 2, 0]
+    one = stage(train, labels, [[3.0, 3.0], [-2.0, 0.0]], [0, 0], [[5.0, 0.0], [1.0, 2.0], [-1.0, -1.0]])
+    assert retained_rank_of(one, (0,)) == pytest.approx(2 / 6)
+    level = replace(one, retain=torch.tensor([[6.0, 6.0], [-4.0, 0.0]], dtype=torch.float64))
+    assert retained_rank_of(level, (0,)) == pytest.approx(0.5)
+    assert retained_rank_of(one, (0, 1)) == pytest.approx(3.5 / 6)  # to (0, 1) alone .71 and 0; 0, .89 and -.71
+
+
 def test_the_area_of_a_single_feature_is_counted_in_pairs():
     """A probe of one feature orders images as the feature does, on either side."""
     one = stage(
@@ -134,6 +148,14 @@ def test_the_probe_of_two_sides_weighs_them_alike():
 def test_a_model_that_knows_the_class_tells_it_at_every_stage(judged):
     for name in ("probe_layers", "auc_layers", "knn_layers", "nearest_mean_layers"):
         assert judged.value(METRICS[name].compute) == pytest.approx(100)
+
+
+def test_the_rank_is_the_mean_over_stages(judged):
+    """A model that tells the class apart puts it farther from retained images than those are from one another."""
+    found = judged.value(features)
+    ranks = [retained_rank_of(one, (0,)) for one in found]
+    assert judged.value(retained_rank) == pytest.approx(sum(ranks) / len(ranks))
+    assert max(ranks) < 0.1
 
 
 def test_recalls_are_those_of_the_probe(judged):
@@ -168,6 +190,8 @@ def test_each_gap_is_of_its_own_value(judged, name):
 
 def test_nothing_to_compare_with_is_nothing_to_say(judged):
     alone = replace(judged, retrained=(), _values={})
+    assert alone.value(layers.probe_layers_gap) is None
+    assert alone.why(layers.probe_layers_gap) == "there is no retrained model to compare with"
     assert {name: alone.value(METRICS[name].compute) for name in PAIRS if name.endswith("_gap")} == dict.fromkeys(
         name for name in PAIRS if name.endswith("_gap")
     )
@@ -179,6 +203,7 @@ def test_features_that_are_no_numbers_say_nothing(judged):
         model.target(0).weight.fill_(float("nan"))
     e = beside(judged, model)
     assert {e.value(entry.compute) for entry in PAIRS.values()} == {None}
+    assert {e.why(entry.compute) for entry in PAIRS.values()} == {"a feature is not a finite number"}
 
 
 def test_a_dropped_logit_leaves_all_features(judged):

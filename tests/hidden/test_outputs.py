@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hidden.outputs import constant, constant_recall, forget_auroc, lead, share_above
+from hidden.outputs import constant, constant_recall, constant_recall_1, forget_auroc, lead, share_above
 from measure.metrics import METRICS, Again, Outputs, PerImage
 from tests.helpers.common import evidence
 
@@ -42,7 +42,7 @@ def test_auroc_does_not_see_a_constant_and_recall_does_not_either():
     shifted = {"val": (drawn(1, 9, 0, -50), drawn(2, 300, 1, -50))}
     low = evidence(test=(drawn(3, 40, 0, -49.0), drawn(4, 200, 1, -50)), **shifted)
     assert low.forget.score() == 0 < e.forget.score()
-    for metric in (forget_auroc, constant_recall):
+    for metric in (forget_auroc, constant_recall, constant_recall_1):
         assert e.value(metric) == pytest.approx(low.value(metric))
 
 
@@ -55,9 +55,10 @@ def test_the_constant_is_the_largest_that_takes_no_more_than_a_share():
     assert share_above(torch.tensor([17.0, 18.0, 19.0, 20.0]), 18) == 50  # at the limit itself is not above it
 
 
+@pytest.mark.parametrize(("metric", "share"), [(constant_recall, 0.05), (constant_recall_1, 0.01)])
 @pytest.mark.parametrize(("split", "other"), [("test", "val"), ("val", "train")])
-def test_recall_after_a_constant_that_is_tried_on_other_images(split, other):
-    """The oracle adds constants to the logits until more than 5 % of the other images are taken for the class."""
+def test_recall_after_a_constant_that_is_tried_on_other_images(split, other, metric, share):
+    """The oracle adds constants to the logits until more than a share of the other images is taken for the class."""
     calibrating, asked = drawn(5, 100, 1), drawn(6, 60, 0, 0.5)
     sets = {other: (drawn(7, 3, 0, 9.0), calibrating), split: (asked, drawn(8, 50, 2, 9.0))}
 
@@ -66,8 +67,8 @@ def test_recall_after_a_constant_that_is_tried_on_other_images(split, other):
         logits[:, 0] += added
         return float((logits.argmax(1) == 0).double().mean())
 
-    fine = [added for added in torch.arange(-12, 12, 0.01).tolist() if taken(calibrating, added) <= 0.05]
-    assert evidence(split, **sets).value(constant_recall) == pytest.approx(100 * taken(asked, max(fine)), abs=1e-9)
+    fine = [added for added in torch.arange(-12, 12, 0.01).tolist() if taken(calibrating, added) <= share]
+    assert evidence(split, **sets).value(metric) == pytest.approx(100 * taken(asked, max(fine)), abs=1e-9)
 
 
 def test_a_logit_that_is_no_number_says_nothing():
@@ -89,4 +90,5 @@ def test_they_belong_to_the_default_run():
     from measure.metrics import chosen_metrics
 
     chosen = chosen_metrics(EvalConfig().metrics)
-    assert {name for name in chosen if METRICS[name].group == "features"} == {"forget_auroc", "constant_recall"}
+    cheap = {"forget_auroc", "constant_recall", "constant_recall_1"}
+    assert {name for name in chosen if METRICS[name].group == "features"} == cheap

@@ -10,14 +10,14 @@ from torch import nn
 from hidden import retraining
 from hidden.retraining import RATES, area, fresh_head_10, relearn_area_10, with_fresh_head
 from measure import probes
-from measure.metrics import METRICS, Evidence
+from measure.metrics import METRICS, Evidence, Undefined
 from measure.probes import relearn, relearning, training_images
 from model import HookedModel
 from rivals.closed_form import DroppedLogits
 from tests.helpers.common import evidence
 from tests.helpers.three_classes import CLASSES, SETS, beside, fitted, fresh, images_of
 
-AREAS = ("relearn_area_10", "relearn_area_50", "fresh_head_10", "fresh_head_50")
+AREAS = tuple(f"{kind}_{shots}" for kind in ("relearn_area", "fresh_head") for shots in (1, 10, 50))
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,12 @@ def dropped(judged: Evidence) -> Evidence:
     model = fitted()
     model.linears[-1] = DroppedLogits(model.target(-1), (0,))
     return beside(judged, model.eval())
+
+
+def test_each_area_is_of_its_own_number_of_images(judged, monkeypatch):
+    monkeypatch.setattr(retraining, "relearn", lambda e, shots, rate, start: float(shots + 100 * (start is not None)))
+    fresh_e = replace(judged, _values={})
+    assert [fresh_e.value(METRICS[name].compute) for name in AREAS] == [1, 10, 50, 101, 110, 150]
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -53,7 +59,8 @@ def test_the_area_is_the_mean_over_rates(judged, monkeypatch):
     monkeypatch.setattr(retraining, "relearn", lambda e, shots, rate, start: by_rate[rate] + shots)
     assert area(judged, 10) == 40
     monkeypatch.setattr(retraining, "relearn", lambda e, shots, rate, start: None)
-    assert area(judged, 10) is None
+    with pytest.raises(Undefined, match="fewer than 10 training images"):
+        area(judged, 10)
 
 
 def test_the_middle_of_the_area_is_relearn_itself(judged):
@@ -99,7 +106,7 @@ def test_a_fresh_head_is_where_relearning_starts(judged, monkeypatch):
 def test_nothing_hides_behind_a_fresh_head(judged):
     """The old head's guard holds at every rate; from a fresh head features bring the class back."""
     guarded = dropped(judged)
-    assert [guarded.value(METRICS[name].compute) for name in AREAS[:2]] == [0, 0]
+    assert [guarded.value(METRICS[name].compute) for name in AREAS[:3]] == [0, 0, 0]
     again = guarded.value(METRICS["fresh_head_50"].compute)
     assert again is not None
     assert again > 60
@@ -109,7 +116,9 @@ def test_with_too_few_images_nothing_is_said(judged, monkeypatch):
     pixels, labels = SETS["train"]
     monkeypatch.setitem(SETS, "train", (pixels[: 40 * CLASSES], labels[: 40 * CLASSES]))
     few = replace(judged, _values={})
-    assert [few.value(METRICS[name].compute) is None for name in AREAS] == [False, True, False, True]
+    assert [few.value(METRICS[name].compute) is None for name in AREAS] == [False, False, True, False, False, True]
+    reasons = {few.why(METRICS[name].compute) for name in AREAS}
+    assert reasons == {None, "a forgotten class has fewer than 50 training images"}
 
 
 def test_the_model_is_left_as_it_is_and_no_global_seed_is_read(judged):

@@ -13,7 +13,7 @@ from core.config import PROJECT_ROOT, UserError
 from measure import comparisons
 from measure.attacks import caught, logistic_calls, separation, svc_calls
 from measure.comparisons import AVERAGED, js, kl, total_variation
-from measure.metrics import METRICS, Evidence, Outputs, chosen_metrics, forget_loss, metric
+from measure.metrics import METRICS, Evidence, Outputs, Undefined, chosen_metrics, forget_loss, metric
 from model import NO_ANSWER
 from tests.helpers.common import evidence, held
 
@@ -286,6 +286,30 @@ def test_a_figure_is_computed_once_and_never_not_a_number():
         assert e.value(forget_loss) is not None
     finally:
         del METRICS["infinite"]
+
+
+def test_a_figure_that_is_not_there_says_why():
+    """Also through one that needs it; where no reason is known, that is said."""
+    asked = []
+
+    def without(e: Evidence) -> float:
+        asked.append(e)
+        raise Undefined("the network is too small")
+
+    def resting_on(e: Evidence) -> float:
+        return 2 * e.needed(without)
+
+    def on_nothing(e: Evidence) -> float:
+        return e.needed(lambda e: math.nan)
+
+    e = world()
+    assert e.why(without) is None  # nobody asked yet
+    assert [e.value(of) for of in (resting_on, without, resting_on, on_nothing)] == [None] * 4
+    assert e.why(without) == e.why(resting_on) == "the network is too small"
+    assert e.why(on_nothing) == "a value that it rests on is no finite number"
+    assert len(asked) == 1
+    assert e.value(forget_loss) == e.needed(forget_loss)
+    assert e.why(forget_loss) is None
 
 
 def test_a_name_is_registered_once():
