@@ -19,6 +19,7 @@ def single(of: Compute) -> PerStage:
     return value
 
 
+FEW = 2  # images of the classes to forget: what so many say is no finding
 LOOKS: dict[str, PerStage] = {
     "probe_layers_gap": probe_recalls,
     "auc_layers_gap": binary_aucs,
@@ -53,11 +54,11 @@ def bands(e: Evidence, values: Mapping[str, float | None], retrained: Sequence[E
     measured = all(values.get(name) is not None for name in LOOKS)
     if not measured or len(retrained) < 2 or not e.retrained:
         return {}
-    found = {}
+    found, few = {}, 100 * FEW / len(e.outputs(e.split, True).labels)
     try:
         for name, of in LOOKS.items():
             gaps, apart = differences(e, of), width(retrained, of)
-            found[name] = Band(min(gaps), max(gaps), max(apart, LEAST_BAND[name]))
+            found[name] = Band(min(gaps), max(gaps), max(apart, LEAST_BAND[name], few))
     except Undefined:
         return {}
     return found

@@ -261,7 +261,8 @@ MEANT = {
     OVER_ERASED: "The forget score is below FORGOTTEN %, but at some stage a probe or neighbours find the classes less "
     "often than in retrained models, beyond the band; or another value is below its band and none is above.",
     ERASED: f"The forget score is below FORGOTTEN %, and {', '.join(LEAST_BAND)} are all within the band, above and "
-    "below: how far retrained models are from one another, and at least 2 points (of areas under a curve 1). Said "
+    "below: how far retrained models are from one another, and at least 2 points (of areas under a curve 1) and what "
+    "two images of the classes make. Said "
     "where all of these were measured, against two retrained models or more.",
 }
 """What the words of `word` stand for. One of them is a method's first verdict, where its features were looked at."""
