@@ -131,13 +131,11 @@ class Answering:
     def searching(self, request: Request, way: Ways) -> tuple[FrozenHead, Tensor]:
         """What a request's losses are computed with, and where its theta starts, [*graph.shape]."""
         classes, norms = request.classes, list(self.norms.values()) if way is Ways.robust else []
-        if way in BY_NETWORK:
-            return self.head, self.by_network(request)
-        if not norms and not self.in_stages:
-            return self.head, tail_start(self.head, classes)
         drawn = torch.Generator().manual_seed(derive_seed(0, "drawn", *classes)) if self.in_stages else None
         head = RequestHead(self.head, norms, drawn)
-        return head, head.start(classes)
+        if way in BY_NETWORK:
+            return head, self.by_network(request)
+        return head, head.start(classes) if norms or drawn else tail_start(self.head, classes)
 
     def check(self, classes: Sequence[int], names: Sequence[str]) -> None:
         """See that a request can be answered and judged with these images.

@@ -13,6 +13,7 @@ from measure.auto_kappa import Attempt
 from models.foreign import ForeignClassifier
 from tests.helpers.foreign import bits
 from tests.helpers.patterns import trained, words_for, write_folder
+from unlearn.requests import Request
 
 CLASSES, WIDTH = 4, 16
 
@@ -86,6 +87,15 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(net, images):
     for label in (0, 1):
         one.answer((label,), 80)
     assert torch.equal(one.answer((2,), 80).off, other.answer((2,), 80).off)
+
+
+def test_descent_from_the_networks_answer_draws_its_samples_too(net, images):
+    found = asking(net, images, ("cut",))
+    head, theta = found.searching(Request((1,), 130), Ways.network_refined)
+    assert isinstance(head, RequestHead)
+    assert head.drawn is not None
+    assert torch.equal(theta, found.by_network(Request((1,), 130)))
+    assert attempt(found, 1, 130, Ways.network_refined).forget_score < 5
 
 
 def test_drawn_samples_are_the_requests_own(net, images):
