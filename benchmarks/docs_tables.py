@@ -30,6 +30,7 @@ UNBROKEN = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"  # a value and its interval 
 NOT_SHOWN = (
     "--json",
     "--measured",
+    "--models",
     "--networks",
     "--curve",
     "--markdown",

@@ -251,7 +251,8 @@ def main() -> None:
     if rows := every.get("curve"):
         write_bytes(given.curve, drawn(rows))
     n = f"{len(classes)} classes x {len(seeds)} classifiers: mean (worst)"
-    publish_all(given.docs, {f"features_{section}": (n, table(rows)) for section, rows in every.items()})
+    name = "features" if given.classifier == "mlp" else f"features_{given.classifier}"
+    publish_all(given.docs, {f"{name}_{section}": (n, table(rows)) for section, rows in every.items()})
     keep(None if kept else given.json, every)
 
 
