@@ -49,6 +49,7 @@ JUDGED = 3_000  # test images of a model whose passes are dear
 KAPPAS, LEFT = (2_000, 4_000, 8_000), 0.5
 MEAN, STD = 0.286, 0.353
 REQUEST, SIDE, REPEATS = 500, 224, 3
+PRICED = (Ways.first_order, Ways.refined, Ways.network)
 COMPARED = {
     "robust": ((0, 3, 6, 8), (4_000, 8_000, 16_000), (Ways.refined, Ways.robust)),
     "network": (range(10), KAPPAS[-1:], (Ways.first_order, Ways.network, Ways.refined, Ways.network_refined)),
@@ -280,7 +281,7 @@ def efficientnet() -> nn.Module:
     return timm.create_model("tf_efficientnet_lite0")
 
 
-def cost(make: Make, name: str, outputs: int, classes: int = 10) -> dict[str, float]:
+def cost(make: Make, name: str, outputs: int, ways: Sequence[Ways], classes: int = 10) -> dict[str, float]:
     """A request and a further one, in forward passes over the same images; images are prepared in neither."""
     model, source = make().eval(), Noise(REQUEST, classes)
     batches = list(source)
@@ -295,7 +296,7 @@ def cost(make: Make, name: str, outputs: int, classes: int = 10) -> dict[str, fl
     found: dict[str, list[float]] = {}
     for _ in range(REPEATS):
         whole = seconds(forward)
-        for way in (Ways.first_order, Ways.refined):
+        for way in ways:
             classifier = ForeignClassifier(model, logits_of, first, outputs)
             _ = classifier.plan
             begun = time.perf_counter()
@@ -346,8 +347,8 @@ def main() -> None:
     values |= {name: ways(*asked) for name, asked in COMPARED.items() if name in given.only}
     if "cost" in given.only:
         values["cost"] = {
-            "resnet18": cost(lambda: torchvision.models.resnet18(), "ResNet-18", 1000),
-            "lite0": cost(efficientnet, "EfficientNet-Lite0", 1000),
+            "resnet18": cost(lambda: torchvision.models.resnet18(num_classes=10), "ResNet-18", 10, PRICED),
+            "lite0": cost(efficientnet, "EfficientNet-Lite0", 1000, PRICED[:2]),
         }
     if "library" in given.only:
         values["library"] = {classes: alone(library, classes) for classes in (10, 1000)}

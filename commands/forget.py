@@ -188,7 +188,7 @@ def forget(
     if methods:
         _compare(found, answering, answer, methods, place)
     missed = answer.search is not None and not answer.search.achieved
-    for line in _warnings(mask, len(names), missed):
+    for line in _warnings(mask, len(names), missed, asking.layers):
         show(line)
     if push and missed:
         show("not pushed: the target is not met")
@@ -339,7 +339,9 @@ def _show(mask: "Mask") -> None:
     show(f"method: {mask.config.method}")
 
 
-def _warnings(mask: "Mask", outputs: int, missed: bool) -> list[str]:
+def _warnings(mask: "Mask", outputs: int, missed: bool, layers: Sequence[str]) -> list[str]:
+    from models.targets import ALL, CUT, DEEP
+
     scores: Mapping[str, Any] = mask.config.scores or {}
     absent, lines = scores.get("classes_without_images", 0), []
     if scores["intervals"]["clean_forget"][0] <= 100 / outputs:
@@ -348,7 +350,8 @@ def _warnings(mask: "Mask", outputs: int, missed: bool) -> list[str]:
     lines += [f"{absent} classes have no images: what the mask does to them was not measured"] if absent else []
     if missed:
         lines.append("not achievable: no mask that was tried meets the target; this is the best trade-off")
-        lines.append("a class may reach the head around a layer (nothing goes around --layer cut)")
+        if not {ALL, CUT, DEEP} & set(layers):
+            lines.append("a class may reach the head around a layer: --layer cut takes stages that nothing goes around")
     return [*lines, "the mask makes nothing smaller or faster, and whoever has the parent can lift it"]
 
 

@@ -558,7 +558,14 @@ def test_a_target_that_is_met_and_one_that_is_not(home, tmp_path, capsys, monkey
     assert main.main([*words, NAMES[WANTED], "--out", str(tmp_path / "missed"), "--tau", "20"]) == 1
     missed = Mask.load(tmp_path / "missed")
     assert "without meeting it" in str(missed.config.method)
-    assert "not achievable: no mask that was tried meets the target" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not achievable: no mask that was tried meets the target" in said
+    assert "--layer cut takes stages that nothing goes around" in said
+    with monkeypatch.context() as patch:
+        patch.setattr("forgetting.answers.TARGET", replace(TARGET, largest_share=1e-3))
+        more = ["--out", str(tmp_path / "cut"), "--tau", "20", "--layer", "cut"]
+        assert main.main([*words, NAMES[WANTED], *more]) == 1
+    assert "--layer cut" not in capsys.readouterr().out
     assert "without meeting it" in (tmp_path / "missed/README.md").read_text()
     with pytest.raises(UserError, match=r"no mask meets the target \(best: kappa \d+"):
         forget(plain(home / "net.pt", home), [pictures(home / "photos")], [WANTED], target=target(20))
