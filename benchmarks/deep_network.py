@@ -30,7 +30,6 @@ from benchmarks.feature_models import MLPS, images_of
 from benchmarks.features import Row
 
 import torch
-from torch import Tensor
 
 from core.artifacts import write_bytes
 from core.config import GCNConfig, Trackers, plain
@@ -40,9 +39,8 @@ from erasing.descent import Schedule, guided
 from erasing.erasure import SHARE, Eraser
 from erasing.guide import PASSES, Guide
 from erasing.proxies import Proxies
-from erasing.stages import deep, rows_of
+from erasing.stages import Stages, deep, rows_of
 from erasing.teaching import Teaching
-from erasing.terms import Sides
 from measure.metrics import METRICS
 from reporting.write import as_text
 from trainer import GCNTrainer
@@ -65,14 +63,14 @@ HEAD = ("start", "passes", "steps", "forget", *MEASURED, *(f"{one}, unseen" for 
 
 
 class Remembering(Proxies):
-    """Proxies whose answer to a request is kept: it does not depend on how the mask is sought."""
+    """Proxies that are kept: they do not depend on how a mask is sought."""
 
-    def allowance(self, sides: Sides) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Proxies.allowance`."""
+    def trained(self, without: Sequence[int]) -> Stages:
+        """As `Proxies.trained`."""
         kept = self.__dict__.setdefault("kept", {})
-        if sides.classes not in kept:
-            kept[sides.classes] = super().allowance(sides)
-        return kept[sides.classes]
+        if tuple(without) not in kept:
+            kept[tuple(without)] = super().trained(without)
+        return kept[tuple(without)]
 
 
 @cache
@@ -167,7 +165,7 @@ def costs(every: Mapping[str, Way], seed: int, labels: Sequence[int]) -> dict[st
     What serves all requests of a classifier (its answers, the proxy that sees all classes) is there before.
     """
     eraser = eraser_for(seed)
-    eraser.proxies.allowance(Sides(eraser.stages, eraser.h, eraser.labels, (labels[0],), eraser.logits))
+    eraser.descent((labels[0],))
     kappa, found = round(SHARE * eraser.model.weight_graph().num_vertices), {name: [] for name in every}
     for label in labels:
         for name, way in every.items():

@@ -96,7 +96,9 @@ class Eraser:
     def descent(self, classes: Sequence[int], schedule: Schedule | None = None) -> tuple[Descent, Tensor, Tensor]:
         """What seeks the mask of a request; what features tell, and what they may, [stages] each."""
         sides = Sides(self.stages, self.h, self.labels, classes, self.logits)
-        before, may, target = self.proxies.allowance(sides)
+        without = self.proxies.trained(sides.classes)
+        before, may, target = self.proxies.allowance(sides, without)
+        sides.as_sure_as(without)
         barred = self._rows(sides.classes)
         return Descent(sides, target, self.seed, schedule or usual(barred.numel()), barred), before, may
 

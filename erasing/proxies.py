@@ -80,14 +80,18 @@ class Proxies:
     def _ahead(self, name: str) -> bool:
         return self.model.in_prefix()(name)
 
-    def allowance(self, sides: Sides) -> tuple[Tensor, Tensor, Tensor]:
-        """After every stage but the last, [stages] each: what features tell, may tell, and are brought down to."""
+    def allowance(self, sides: Sides, without: Stages) -> tuple[Tensor, Tensor, Tensor]:
+        """After every stage but the last, [stages] each: what features tell, may tell, and are brought down to.
+
+        Args:
+            without: the proxy that never saw the request's classes.
+        """
         seed = derive_seed(self.seed, "proxies", "judged")
 
         def told(stages: Stages) -> Tensor:
             return sides.tells(stages, torch.Generator().manual_seed(seed), DRAWS)
 
-        share = told(self.trained(sides.classes)) / told(self._with_all).clamp_min(1e-6)
+        share = told(without) / told(self._with_all).clamp_min(1e-6)
         now = told(sides.stages)
         may = now * share.clamp(0, 1)
         return now, may, (may - OVERSHOOT * (now - may)).clamp_min(0)

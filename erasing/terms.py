@@ -20,6 +20,13 @@ OWN = 3.0  # weight of directions of each next class's own, beside those that al
 LEAST_SPREAD = 0.1  # of the features' root mean square spread: below it a unit says nothing, and is not blown up
 FORGOTTEN, RETAINED = 128, 256  # images in a batch: to forget (and as many partners), to retain
 NEVER = -1e4  # a logit that is not there
+TEMPERATURES, HALVINGS = (0.05, 20.0), 30  # at which forgotten images' answers are as sure as is asked
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Mean entropy of the answers, nats. [B, C] -> []."""
+    logs = logits.log_softmax(1)
+    return -(logs.exp() * logs).sum(1).mean()
 
 
 def explained(forget: Tensor, partners: Tensor, retained: Tensor, groups: Tensor) -> Tensor:
@@ -95,13 +102,27 @@ class Sides:
         self.stages, self.h, self.labels, self.classes = stages, h, labels, tuple(classes)
         gone = torch.isin(labels, torch.tensor(self.classes, device=labels.device))
         self.forget, self.retain = gone.nonzero().flatten(), (~gone).nonzero().flatten()
-        self.answers = self.without(logits).softmax(1)
+        self.answers, self._logits = self.without(logits).softmax(1), logits
         counts = torch.bincount(labels[self.retain], minlength=self.answers.shape[1])
         self.next = self.answers[self.forget].masked_fill(counts == 0, -1).argmax(1)
         """Of each forgotten image the retained class, with images, that the untouched classifier prefers. [A]."""
         order = labels[self.retain].argsort(stable=True)
         self._by_class, self._counts = self.retain[order], counts
         self._begins = counts.cumsum(0) - counts
+
+    def as_sure_as(self, stages: Stages) -> None:
+        """Sharpen or soften what forgotten images are to be answered, until the mean entropy is another classifier's.
+
+        The untouched classifier without the classes is in doubt where one that never saw them is sure: it knows that a
+        boot is no sneaker. Its logits are divided by one temperature, so that the order of the classes stays.
+        """
+        logits = self.without(self._logits[self.forget])
+        wanted = entropy(self.without(stages.logits(self.h[self.forget])))
+        low, high = TEMPERATURES
+        for _ in range(HALVINGS):
+            middle = (low * high) ** 0.5
+            low, high = (low, middle) if entropy(logits / middle) > wanted else (middle, high)
+        self.answers[self.forget] = (logits / low).softmax(1)
 
     def without(self, logits: Tensor) -> Tensor:
         """Logits [B, C] with those of the classes to forget out of the race."""

@@ -1,5 +1,7 @@
 """What features tell, against ridge regression written out; partners, and the loss's terms by hand."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
@@ -67,6 +69,26 @@ def test_the_next_class_is_the_best_other_one_that_has_images(sides):
     logits = sides.stages(sides.h[sides.forget])[1]
     assert sides.next.tolist() == [[0, 2][int(row[[0, 2]].argmax())] for row in logits]
     assert set(sides.next.tolist()) == {0, 2}
+
+
+def test_forgotten_images_are_answered_as_surely_as_another_classifier_answers_them(sides):
+    """Mean entropies by scipy agree; the order of classes stays, and so do the answers of retained images."""
+    from scipy.stats import entropy as by_scipy
+
+    model = sides.stages.model
+    for factor in (0.3, 4.0):
+        ours = Sides(sides.stages, sides.h, sides.labels, (1,), sides.stages.logits(sides.h))
+        before, other = ours.answers.clone(), copy.deepcopy(model)
+        with torch.no_grad():
+            other.net.get_parameter(model.targets[-1].name).mul_(factor)
+        ours.as_sure_as(Stages(other))
+        logits = Stages(other).logits(ours.h[ours.forget])[:, [0, 2, 3]]
+        wanted = by_scipy(logits.softmax(1).numpy(), axis=1).mean()
+        found = ours.answers[ours.forget]
+        assert by_scipy(found[:, [0, 2, 3]].numpy(), axis=1).mean() == pytest.approx(wanted, abs=1e-4)
+        assert not found[:, 1].any()
+        assert torch.equal(found.argsort(1), before[ours.forget].argsort(1))
+        assert torch.equal(ours.answers[ours.retain], before[ours.retain])
 
 
 def test_partners_are_of_the_next_class_and_sides_do_not_mix(sides):
