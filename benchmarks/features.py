@@ -121,6 +121,8 @@ ABLATIONS = (
     variant("a_third_of_its_weight", schedule=Schedule(by=Weights(features=7))),
     variant("without_partners", schedule=Schedule(by=Weights(partners=0))),
     variant("cross-entropy_alone_on_retained_images", schedule=Schedule(by=Weights(fit=6, far=0))),
+    variant("as_much_in_doubt_as_the_untouched_classifier", schedule=Schedule(sure=False)),
+    variant("a_quarter_of_the_forget_term", schedule=Schedule(by=Weights(forget=0.5))),
     variant("100_steps", schedule=Schedule(steps=100)),
     variant("30_steps", schedule=Schedule(steps=30)),
     variant("first_order_alone", schedule=Schedule(steps=0)),

@@ -30,6 +30,8 @@ class Schedule:
             None: all.
         start: batches that the first-order start is averaged over. by: weights of the loss's terms.
         guide: says where to start; None: at the first-order start.
+        sure: forgotten images are to be answered as surely as a proxy without the class answers them, not as the
+            untouched classifier does.
     """
 
     steps: int = 300
@@ -41,6 +43,7 @@ class Schedule:
     start: int = 4
     by: Weights = field(default_factory=Weights)
     guide: Guide | None = None
+    sure: bool = True
 
     def temperature(self, step: int) -> float:
         """Of the soft mask at a step."""

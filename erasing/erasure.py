@@ -98,9 +98,11 @@ class Eraser:
         sides = Sides(self.stages, self.h, self.labels, classes, self.logits)
         without = self.proxies.trained(sides.classes)
         before, may, target = self.proxies.allowance(sides, without)
-        sides.as_sure_as(without)
         barred = self._rows(sides.classes)
-        return Descent(sides, target, self.seed, schedule or usual(barred.numel()), barred), before, may
+        schedule = schedule or usual(barred.numel())
+        if schedule.sure:
+            sides.as_sure_as(without)
+        return Descent(sides, target, self.seed, schedule, barred), before, may
 
     def _rows(self, classes: Sequence[int]) -> Tensor:
         """Which target weights lie in the rows that are drawn anew, bool [*graph.shape]."""

@@ -64,7 +64,7 @@ class Weights:
     fit: float = 1.5
     far: float = 4.5
     partners: float = 0.25
-    forget: float = 0.5
+    forget: float = 2.0
     features: float = 20.0
 
 
