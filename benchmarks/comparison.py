@@ -169,6 +169,18 @@ def tables(name: str, cells: Sequence[dict], methods: Sequence[str]) -> Tables:
     return {name: (counted, table(cells, methods))}
 
 
+def seed_means(cells: Sequence[dict], methods: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """By method and column of the table, the mean over classes of each seed."""
+    seeds = sorted({one["seed"] for one in cells})
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for method in methods:
+        for metric, column in COLUMNS.items():
+            parts = {seed: values_of([one for one in cells if one["seed"] == seed], method, metric) for seed in seeds}
+            means = {str(seed): within_seeds(values).mean for seed, values in parts.items() if values}
+            found.setdefault(METHODS[method].label, {})[column] = means
+    return found
+
+
 def significance(cells: Sequence[dict], methods: Sequence[str], metric: str) -> list[list[str]]:
     """Every method against refined MIMU on one metric: paired, classes averaged within seeds, Holm-corrected."""
     measured = {method: values_of(cells, method, metric) for method in methods}
@@ -207,7 +219,7 @@ def main() -> None:
     if arguments.markdown:
         write_text(arguments.markdown, as_text(table(cells, plan.methods)))
     keep(arguments.json, {"cells": cells})
-    publish_all(arguments.docs, tables(NAMES[plan.model], cells, plan.methods))
+    publish_all(arguments.docs, tables(NAMES[plan.model], cells, plan.methods), seed_means(cells, plan.methods))
 
 
 if __name__ == "__main__":

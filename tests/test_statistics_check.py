@@ -2,8 +2,9 @@
 
 import math
 
-from benchmarks import comparison, statistics_check, unlearning_tables
+from benchmarks import comparison, docs_tables, statistics_check, unlearning_tables
 from benchmarks.classifiers import Score
+from benchmarks.common import publish_all
 from benchmarks.statistics_check import Setting, judged, last_digit, limits_of_p, published, simulate
 
 import numpy as np
@@ -83,6 +84,30 @@ def test_judged_by_hand() -> None:
     ]
     assert statistics_check.between(0.0123, 0.2) == "0.012 to 0.2"
     assert math.isclose(limits_of_p(published("1 ± 2"), published("1 ± 2"), 3)[1], 1)
+
+
+def test_p_is_known_where_the_seeds_means_are_kept(tmp_path, monkeypatch) -> None:
+    """A comparison writes them, and their test has the p of the cells, not a range."""
+    monkeypatch.setattr(docs_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(docs_tables, "refresh", lambda: None)
+    scores = {"mimu_refined": (1.0, 2.0, 4.0), "random": (2.0, 3.5, 4.5)}
+
+    def made(seed: int, label: int) -> dict:
+        values = {name: {"avg_gap": means[seed] + (label - 0.5) * 9} for name, means in scores.items()}
+        return {"seed": seed, "class": label, "methods": {name: {"test": value} for name, value in values.items()}}
+
+    cells = [made(seed, label) for seed in range(3) for label in range(2)]
+    tables = comparison.tables("t", cells, list(scores))
+    publish_all(True, tables, comparison.seed_means(cells, list(scores)))
+    table = docs_tables.load("t")
+    assert table["seeds"][statistics_check.OURS]["Avg Gap"] == {"0": 1.0, "1": 2.0, "2": 4.0}
+    p = stats.ttest_rel(scores["random"], scores["mimu_refined"]).pvalue
+    ((_, (apart, plain, held)),) = judged(table, "Avg Gap", 3).items()
+    assert (apart, *plain, *held) == pytest.approx((1.0, p, p, p, p), abs=0.006)
+    assert statistics_check.counted(table) == "2 classes x 3 classifiers: the mean of each seed"
+    head, row = statistics_check.allowed_table(table, ["Avg Gap"])
+    assert row[1:] == ["+1", f"{p:.2g}", f"{p:.2g}", "not told apart"]
+    assert len(head) == len(row)
 
 
 # --- the benchmarks keep to it ----------------------------------------------------------------------------
