@@ -153,7 +153,7 @@ class Reporter:
         folder = self.plots / "grid"
         missing = without_records(groups)
         for metric, about in metrics_of([run for runs in groups for run in runs], every=False).items():
-            what = f"{metric} [{about['unit']}] over every model and dataset, mean ± 95 % interval over n runs"
+            what = f"{metric} [{about['unit']}] over every model and dataset, mean ± 95 % interval over seeds"
             what += f"; no records of: {', '.join(missing)}" if missing else ""
             write_table(folder, metric, grid(groups, metric), what)
 

@@ -83,10 +83,10 @@ Tables = Mapping[str, tuple[str, Sequence[Sequence[str]]]]
 """By name: over what the values are taken, and head and body."""
 
 
-def publish_all(wanted: bool, tables: Tables) -> None:
-    """Write tables to docs/results/ and into the pages that show them, if `--docs` was given."""
+def publish_all(wanted: bool, tables: Tables, seeds: dict | None = None) -> None:
+    """Write tables to docs/results/ and into the pages that show them, if `--docs` was given; `seeds`: as `publish`."""
     for name, (n, rows) in tables.items() if wanted else ():
-        publish(name, rows, n)
+        publish(name, rows, n, seeds)
 
 
 def run(

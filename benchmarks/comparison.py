@@ -27,7 +27,7 @@ from benchmarks.common import Tables, for_pages, keep, parser, publish_all
 from core.artifacts import read_json, write_json, write_text
 from core.config import PROJECT_ROOT, EvalConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels
 from core.hashes import code_key, key_of, provenance, sha256_file
-from core.intervals import against, t_interval
+from core.intervals import Cell, against, over_seeds, within_seeds
 from eval import Eval
 from pipeline import Pipeline
 from reporting.write import as_text
@@ -64,6 +64,10 @@ COLUMNS = {
     "seconds": "seconds",
 }
 PLAIN = ("weights_changed", "seconds")  # said without an interval
+SAID_OF_P = (
+    "± is the 95 % t interval over seeds, p a t test of the seeds' means, corrected for the number of methods by Holm; "
+    "flips is the permutation test that turns the signs of whole seeds, and least the smallest p that it can give."
+)
 
 
 @dataclass(frozen=True)
@@ -125,33 +129,31 @@ def cell(plan: Plan, seed: int, label: int) -> dict:
     return found
 
 
-def by_seed(cells: Sequence[dict], method: str, metric: str) -> dict[int, list[float]]:
-    """A metric's values over the classes, for each training seed."""
-    values: dict[int, list[float]] = {}
-    for one in cells:
-        value = one["methods"][method]["test"].get(metric)
-        if value is not None:
-            values.setdefault(one["seed"], []).append(value)
-    return values
+def values_of(cells: Sequence[dict], method: str, metric: str) -> dict[Cell, float]:
+    """A metric's values, where it has some."""
+    values = {
+        Cell(seed=one["seed"], classes=(one["class"],)): one["methods"][method]["test"].get(metric) for one in cells
+    }
+    return {cell: value for cell, value in values.items() if value is not None}
 
 
 def text_of(cells: Sequence[dict], method: str, metric: str) -> str:
     """Mean over classes, then over seeds, with the 95 % t interval over the seeds where there are three or more."""
-    means = [sum(values) / len(values) for values in by_seed(cells, method, metric).values()]
-    if not means:
+    values = values_of(cells, method, metric)
+    means = within_seeds(values)
+    if not values:
         return "-"
-    middle = sum(means) / len(means)
-    estimate = t_interval(means) if len(means) > 2 and metric not in PLAIN else None
-    said = f"{middle:,.0f}" if middle >= 1000 else f"{middle:.3g}"
-    return said + (f" ± {estimate.high - middle:.2g}" if estimate else "")
+    estimate = over_seeds(values) if len(means.values) > 2 and metric not in PLAIN else None
+    said = f"{means.mean:,.0f}" if means.mean >= 1000 else f"{means.mean:.3g}"
+    return said + (f" ± {estimate.high - means.mean:.2g}" if estimate else "")
 
 
 def table(cells: Sequence[dict], methods: Sequence[str]) -> list[list[str]]:
     """A row a method, in the order of their Avg Gap."""
 
     def gap(method: str) -> float:
-        values = [value for group in by_seed(cells, method, "avg_gap").values() for value in group]
-        return sum(values) / len(values) if values else math.inf  # a single retrained model has no like
+        values = values_of(cells, method, "avg_gap")
+        return within_seeds(values).mean if values else math.inf  # a single retrained model has no like
 
     rows = [["method", *COLUMNS.values()]]
     ordered = sorted(methods, key=gap)
@@ -167,17 +169,28 @@ def tables(name: str, cells: Sequence[dict], methods: Sequence[str]) -> Tables:
     return {name: (counted, table(cells, methods))}
 
 
+def seed_means(cells: Sequence[dict], methods: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """By method and column of the table, the mean over classes of each seed."""
+    seeds = sorted({one["seed"] for one in cells})
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for method in methods:
+        for metric, column in COLUMNS.items():
+            parts = {seed: values_of([one for one in cells if one["seed"] == seed], method, metric) for seed in seeds}
+            means = {str(seed): within_seeds(values).mean for seed, values in parts.items() if values}
+            found.setdefault(METHODS[method].label, {})[column] = means
+    return found
+
+
 def significance(cells: Sequence[dict], methods: Sequence[str], metric: str) -> list[list[str]]:
-    """Every method against refined MIMU on one metric: paired over cells, Holm-corrected."""
-    measured = {
-        method: {(one["class"], one["seed"]): one["methods"][method]["test"][metric] for one in cells}
-        for method in methods
-    }
-    results = {method: values for method, values in measured.items() if None not in values.values()}
-    rows = [["method", f"{metric}: it minus MIMU refined", "n", "test", "p", "p (Holm)"]]
+    """Every method against refined MIMU on one metric: paired, classes averaged within seeds, Holm-corrected."""
+    measured = {method: values_of(cells, method, metric) for method in methods}
+    results = {method: values for method, values in measured.items() if len(values) == len(cells)}
+    rows = [["method", f"{metric}: it minus MIMU refined", "seeds", "cells", "p", "p (Holm)", "p (flips)", "least"]]
     for method, test in against(results, "mimu_refined").items():
-        shown = [f"{test.difference:.3g}", f"{test.n} ({test.unit})", test.test, f"{test.p:.2g}", f"{test.p_holm:.2g}"]
-        rows.append([METHODS[method].label, *shown])
+        half = test.high - test.difference
+        counts = [f"{test.difference:.3g} ± {half:.2g}", str(test.seeds), str(test.cells)]
+        p = [f"{value:.2g}" for value in (test.p, test.p_holm, test.p_flips, test.least)]
+        rows.append([METHODS[method].label, *counts, *p])
     return rows
 
 
@@ -202,10 +215,11 @@ def main() -> None:
     if len(cells) > 1 and "mimu_refined" in plan.methods:
         for metric in ("avg_gap", "retain_score"):
             print(as_text(significance(cells, plan.methods, metric)))
+        print(SAID_OF_P)
     if arguments.markdown:
         write_text(arguments.markdown, as_text(table(cells, plan.methods)))
     keep(arguments.json, {"cells": cells})
-    publish_all(arguments.docs, tables(NAMES[plan.model], cells, plan.methods))
+    publish_all(arguments.docs, tables(NAMES[plan.model], cells, plan.methods), seed_means(cells, plan.methods))
 
 
 if __name__ == "__main__":

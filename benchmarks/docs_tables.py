@@ -104,19 +104,20 @@ def command_of(words: Sequence[str]) -> str:
     return shlex.join(["uv", "run", f"benchmarks/{Path(words[0]).name}", *kept])
 
 
-def publish(name: str, rows: Sequence[Sequence[str]], n: str) -> None:
+def publish(name: str, rows: Sequence[Sequence[str]], n: str, seeds: dict | None = None) -> None:
     """Write a measured table as JSON, and the pages that show it.
 
     Args:
         name: the table's name in the pages' markers.
         rows: the head and the body, one string a cell.
         n: over what the values are taken, e.g. "10 classes x 3 classifiers".
+        seeds: by row and column, the mean of each seed: what intervals and tests over seeds can be computed from again.
     """
     code = provenance()
     commit = str(code["commit"])[:7] + (" with changes" if code["dirty"] else "")
     head, *body = [list(row) for row in rows]
     table = {"columns": head, "rows": body, "n": n, "command": command_of(sys.argv), "commit": commit}
-    write_json(RESULTS / f"{name}.json", table)
+    write_json(RESULTS / f"{name}.json", table if seeds is None else table | {"seeds": seeds})
     refresh()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import for_pages, keep, parser, publish_all
-from benchmarks.comparison import Plan, cell, table, tables
+from benchmarks.comparison import Plan, cell, seed_means, table, tables
 
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -81,7 +81,7 @@ def main() -> None:
     cells = [cell(plan, seed, label) for seed in arguments.seeds for label in arguments.classes]
     print(as_text(table(cells, methods)))
     keep(arguments.json, {"cells": cells})
-    publish_all(arguments.docs, tables("public_erasus", cells, methods))
+    publish_all(arguments.docs, tables("public_erasus", cells, methods), seed_means(cells, methods))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from benchmarks.classifiers import SINGLES, Classes, Recipe, Score, TrainedClassifier, Way, classifiers
 
-from scipy.stats import t as student
-
 from core.config import PROJECT_ROOT
+from core.intervals import Cell, over_seeds, within_seeds
 from reporting.write import as_text
 from unlearn.requests import FrozenHead
 
@@ -65,15 +64,16 @@ def mean_forget(scores: Iterable[Score]) -> float:
 
 def summary(groups: Sequence[Sequence[Score]]) -> str:
     """`forget +- interval (worst class) / retain` of scores by classifier."""
-    means = [mean_forget(group) for group in groups]
-    spread = ""
-    if len(means) > 2:
-        half = student.ppf(0.975, len(means) - 1) * statistics.stdev(means) / len(means) ** 0.5
-        spread = f" +- {half:.2f}"
+    cells = {
+        Cell(seed=place, classes=score.classes): score.forget for place, group in enumerate(groups) for score in group
+    }
+    mean, spread = within_seeds(cells).mean, ""
+    if len(groups) > 2:
+        spread = f" +- {over_seeds(cells).high - mean:.2f}"
     scores = [score for group in groups for score in group]
     worst = max(mean_forget(score for score in scores if score.classes == c) for c in {s.classes for s in scores})
     retain = statistics.fmean(score.retain for score in scores)
-    return f"{statistics.fmean(means):.2f}{spread} ({worst:.1f}) / {retain:.1f}"
+    return f"{mean:.2f}{spread} ({worst:.1f}) / {retain:.1f}"
 
 
 def show(title: str, rows: Sequence[Row], kappas: Sequence[int], more: bool = False) -> tuple[str, list[list[str]]]:

@@ -1,24 +1,24 @@
 """Intervals for what is measured, and paired tests between methods. No torch: numpy, and scipy where a table is needed.
 
 One run is uncertain by its finite set of images (Wilson for shares, bootstrap for means of other values); repeats are
-uncertain by the training seed (t intervals over seeds). Shares are in [0, 1]; `Interval.times(100)` gives percent.
+uncertain by the training seed. Values of several classes of one seed share a classifier, so they are averaged first,
+and every interval and test over repeats takes these averages alone: `over_seeds` and `against` want values by `Cell`,
+and no function here takes repeats as a plain list. Shares are in [0, 1]; `Interval.times(100)` gives percent.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
 
 from core.config import UserError
 
-FEWEST_CELLS = 6  # with n pairs the smallest two-sided p of the exact signed-rank test is 2 / 2^n: .0625 for 5
-UNIT = "class x seed"
+MOST_FLIPPED = 20  # seeds whose 2^(n - 1) signings are enumerated
 CLOSE, DUST = 1e-9, 1e-12  # values that differ by less, as a share of them or at all, differ by rounding alone
 RESAMPLED = 2**17  # values drawn at a time: they stay in the processor's cache
-ClassAndSeed = tuple[int, int]
-Values = Mapping[str, Mapping[ClassAndSeed, float | None]]
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,6 @@ def same(a: float, b: float) -> bool:
 def minus(a: float, b: float) -> float:
     """a - b; 0 where they are equal but for rounding."""
     return 0.0 if same(a, b) else a - b
-
-
-@dataclass(frozen=True)
-class Test:
-    """A method against ours: mean of (its value minus ours) over n paired units; nan where no test can be made."""
-
-    __test__ = False  # for pytest: this is no test class
-
-    difference: float
-    n: int
-    unit: str
-    test: str
-    p: float
-    p_holm: float = math.nan
 
 
 def _level(level: float) -> float:
@@ -140,18 +126,116 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, level: float
     return Interval(float(array.mean()), float(low), float(high), len(array))
 
 
-def t_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
-    """Mean +- t_{n-1} s / sqrt(n) over independent repeats, s the standard deviation with n - 1 (Student 1908).
+# --- over seeds -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Where a value was measured: a classifier and the classes that it was to forget.
 
     Args:
-        values: one value per training seed (means over classes, say), at least two.
+        seed: what names the classifier: its training seed, or that with whatever else tells it from the others.
+        classes: the classes to forget, in order.
     """
-    from scipy.stats import t
 
-    array = _finite(values, 2, "t_interval")
-    n, mean = len(array), float(array.mean())
-    half = float(t.ppf((1 + _level(level)) / 2, n - 1) * array.std(ddof=1) / math.sqrt(n))
+    seed: Hashable
+    classes: tuple[int, ...]
+
+
+Cells = Mapping[Cell, float]
+
+
+@dataclass(frozen=True)
+class SeedMeans:
+    """One value a seed, the mean over its classes: what intervals and tests over repeats are computed from.
+
+    Seeds are independent of one another, classes of one seed are not. `within_seeds` makes these.
+    """
+
+    values: tuple[float, ...]
+    cells: int
+
+    @cached_property
+    def mean(self) -> float:
+        """The mean over seeds, each with the same weight; nan without any."""
+        return math.fsum(self.values) / len(self.values) if self.values else math.nan
+
+    @cached_property
+    def error(self) -> float:
+        """Standard error of the mean, s / sqrt(n) with s of n - 1; nan for fewer than two seeds."""
+        n, mean = len(self.values), self.mean
+        if n < 2:
+            return math.nan
+        squares = math.fsum((value - mean) ** 2 for value in self.values)
+        return math.sqrt(squares / (n - 1) / n)
+
+
+def within_seeds(cells: Cells) -> SeedMeans:
+    """Average the values of each seed over its classes.
+
+    Where seeds have different classes, what the classes differ by counts as a difference between seeds.
+
+    Raises:
+        TypeError: values that are not by `Cell`.
+        UserError: a value is not finite.
+    """
+    if not isinstance(cells, Mapping) or not all(isinstance(cell, Cell) for cell in cells):
+        raise TypeError("give values by Cell: of a list nobody knows which of its values share a classifier")
+    seeds: dict[Hashable, list[float]] = {}
+    for cell, value in cells.items():
+        if not math.isfinite(value):
+            raise UserError(f"the value of {cell} is {value}: leave it out, or name what has no value")
+        seeds.setdefault(cell.seed, []).append(value)
+    return SeedMeans(tuple(math.fsum(values) / len(values) for values in seeds.values()), len(cells))
+
+
+def over_seeds(cells: Cells, level: float = 0.95) -> Interval:
+    """Mean +- t_{n-1} s / sqrt(n) over the n seeds' means, s their standard deviation with n - 1 (Student 1908).
+
+    Raises:
+        UserError: there are fewer than two seeds, so that nothing is known about another one.
+    """
+    means = within_seeds(cells)
+    n = len(means.values)
+    if n < 2:
+        raise UserError(f"an interval over seeds needs at least 2 seeds, found {n}: values of one share a classifier")
+    return _interval(means, level)
+
+
+def _interval(means: SeedMeans, level: float = 0.95) -> Interval:
+    """Student's interval of seeds' means; ends of nan for fewer than two seeds."""
+    from scipy.special import stdtrit
+
+    n, mean = len(means.values), means.mean
+    half = float(stdtrit(n - 1, (1 + _level(level)) / 2)) * means.error
     return Interval(mean, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True)
+class Test:
+    """A method against ours: the mean over seeds of (its value minus ours). A p is nan where no test can be made.
+
+    Args:
+        difference, low, high: the mean with its 95 % t interval over seeds (`over_seeds`).
+        seeds, cells: how many classifiers it rests on, and how many values.
+        p: two-sided t test of the seeds' mean differences; p < .05 where the interval excludes 0.
+        p_holm: p corrected for the number of methods.
+        p_flips: two-sided permutation test, which flips the signs of whole seeds; exact for every distribution, if
+            the two methods can be exchanged for one another under the null hypothesis.
+        least: the smallest p_flips that so many seeds can give: .25 for 3, .0625 for 5, .03125 for 6.
+    """
+
+    __test__ = False  # for pytest: this is no test class
+
+    difference: float
+    low: float
+    high: float
+    seeds: int
+    cells: int
+    p: float
+    p_flips: float
+    least: float
+    p_holm: float = math.nan
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -167,27 +251,48 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def paired(differences: Sequence[float]) -> Test:
-    """Two-sided Wilcoxon signed-rank test over cells, pairs without a difference left out (Wilcoxon 1945).
+def _flipped(means: SeedMeans) -> float:
+    """Share of the 2^n signings of the seeds' means whose sum is as far from 0 as the one found (Fisher 1935).
 
-    Cells of one training seed share a classifier, so they are less independent than the test takes them to be; with
-    fewer than FEWEST_CELLS no difference could reach p < .05, and none is tested.
+    A signing and its opposite are equally far, so the first sign stands. nan: none, or too many to enumerate.
     """
-    from scipy.stats import wilcoxon
+    if not 1 <= len(means.values) <= MOST_FLIPPED:
+        return math.nan
+    sums = np.array(means.values[:1])
+    for value in means.values[1:]:
+        sums = np.concatenate((sums + value, sums - value))
+    rounding = CLOSE * math.fsum(map(abs, means.values))
+    return float((np.abs(sums) >= abs(math.fsum(means.values)) - rounding).mean())
 
-    n = len(differences)
-    mean = float(np.mean(differences)) if n else math.nan
-    if n < FEWEST_CELLS:
-        return Test(mean, n, UNIT, f"none: fewer than {FEWEST_CELLS} cells", math.nan)
-    p = float(wilcoxon(differences).pvalue) if any(differences) else 1.0  # no difference at all: nothing to rank
-    return Test(mean, n, UNIT, "Wilcoxon signed-rank", p)
+
+def _student(means: SeedMeans) -> float:
+    """Two-sided p of the t test that the seeds' means are of mean 0; 1 where all are 0, nan where none spreads."""
+    from scipy.special import stdtr
+
+    if len(means.values) > 1 and not any(means.values):
+        return 1.0
+    if not means.error > CLOSE * abs(means.mean):  # fewer than two seeds, or all alike: t would be infinite
+        return math.nan
+    return 2 * float(stdtr(len(means.values) - 1, -abs(means.mean) / means.error))
 
 
-def against(values: Values, ours: str) -> dict[str, Test]:
+def paired(differences: Cells) -> Test:
+    """Test whether a mean difference is 0, by one value a seed.
+
+    Args:
+        differences: by cell, of two methods' values there.
+    """
+    means = within_seeds(differences)
+    found, n = _interval(means), len(means.values)
+    least = 0.5 ** (n - 1) if n else math.nan
+    return Test(means.mean, found.low, found.high, n, means.cells, _student(means), _flipped(means), least)
+
+
+def against(values: Mapping[str, Mapping[Cell, float | None]], ours: str) -> dict[str, Test]:
     """Every other method against `ours` on one metric, paired over the cells that both have, Holm-corrected.
 
     Args:
-        values: {method: {(class, seed): value}}; None where a value cannot be said.
+        values: {method: {cell: value}}; None where a value cannot be said.
 
     Raises:
         UserError: `ours` is not among the methods.
@@ -196,8 +301,9 @@ def against(values: Values, ours: str) -> dict[str, Test]:
         raise UserError(f"there are no values of {ours!r}: choose from {', '.join(values)}")
     base, tests = values[ours], {}
     for name, cells in values.items():
-        pairs = [(value, base.get(cell)) for cell, value in cells.items()]
+        pairs = {cell: (value, base.get(cell)) for cell, value in cells.items()}
+        known = {cell: minus(a, b) for cell, (a, b) in pairs.items() if a is not None and b is not None}
         if name != ours:
-            tests[name] = paired([a - b for a, b in pairs if a is not None and b is not None])
+            tests[name] = paired(known)
     corrected = holm([test.p for test in tests.values()])
     return {name: replace(test, p_holm=p) for (name, test), p in zip(tests.items(), corrected, strict=True)}

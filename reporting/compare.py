@@ -1,4 +1,4 @@
-"""Compare runs: which is better on which metric, by paired differences with intervals.
+"""Compare runs: which is better on which metric, by paired differences with intervals over classifiers.
 
 A *side* is some runs under one name: an output folder, or one run by its id. Two sides are paired run by run over the
 same model, images, classes and seed, each method at its chosen point; what is not paired is named. A classifier that
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.choices import UserError, at_home
-from core.intervals import Interval, difference, minus, same
+from core.intervals import Cell, Interval, difference, minus, same
 from core.records import Metric, read_records
 from reporting.families import SHORT, Run, dataset_of, differing, labels_of, runs_of
-from reporting.tables import ARROWS, Best, Estimate, best_points, known, over_runs, shown
+from reporting.tables import ARROWS, Best, Estimate, best_points, cell_of, known, over_cells, shown
 
 Setting = tuple[str, str, tuple[int, ...], int]  # model, fingerprint of the images, classes, seed
 Points = dict[str, Best]  # method -> its chosen point
@@ -177,16 +177,16 @@ def _one_pair(a: Best, b: Best, metric: str) -> Estimate:
     """Compute b - a of a single pair, with Newcombe's interval if both have one."""
     mine, theirs = a.interval(metric), b.interval(metric)
     if not mine or not theirs:
-        return over_runs([minus(b.values[metric], a.values[metric])])
+        return Estimate(minus(b.values[metric], a.values[metric]), None, None, 1)
     found = difference(Interval(**theirs), Interval(**mine))
     return Estimate(found.value, found.low, found.high, 1)
 
 
-def _verdict(gain: Estimate, a: str, b: str) -> str:
-    """Say who is better, from b's gain over a (positive: b is better)."""
+def _verdict(gain: Estimate, pairs: int, a: str, b: str) -> str:
+    """Say who is better, from b's gain over a (positive: b is better) in some pairs."""
     if gain.low is None or gain.high is None:
         first = "equal" if same(gain.value, 0) else f"{b if gain.value > 0 else a} ahead"
-        return f"{first}; one pair, no interval"
+        return f"{first}; one {'pair' if pairs == 1 else 'classifier'}, no interval"
     return f"{b} better" if gain.low > 0 else f"{a} better" if gain.high < 0 else "no difference shown"
 
 
@@ -200,18 +200,28 @@ def _row(pairs: Sequence[Pair], sides: tuple[Side, Side], method: str, metric: s
     if not kept:
         return None
     found = [(one[method], two[method]) for (one, two), _ in kept]
+    cells = [_cell(one, two) for one, two in found]
     gains = [minus(one, two) for _, (one, two) in kept]  # ty: ignore[invalid-argument-type]
     if len(found) == 1:
         change = _one_pair(*found[0], metric)
         signs = {"higher": (change.low, change.high), "lower": (_negative(change.high), _negative(change.low))}
         gain = Estimate(gains[0], *signs.get(better, (None, None)), 1)
     else:
-        change = over_runs([minus(two.values[metric], one.values[metric]) for one, two in found])
-        gain = over_runs(gains)
-    means = [over_runs([pair[place].values[metric] for pair in found]).value for place in (0, 1)]
+        changes = [minus(two.values[metric], one.values[metric]) for one, two in found]
+        change, gain = (over_cells(dict(zip(cells, values, strict=True))) for values in (changes, gains))
+    sides_values = [[pair[place].values[metric] for pair in found] for place in (0, 1)]
+    means = [over_cells(dict(zip(cells, values, strict=True))).value for values in sides_values]
     about = f"{metric} [{a.metrics[metric]['unit']}, {ARROWS[better]}]"
+    counts = [str(len(found)), str(len({cell.seed for cell in cells}))]
     numbers = [f"{mean:.4g}" for mean in means]
-    return [found[0][0].label, about, str(len(found)), *numbers, shown(change), _verdict(gain, a.name, b.name)]
+    said = _verdict(gain, len(found), a.name, b.name)
+    return [found[0][0].label, about, *counts, *numbers, shown(change), said]
+
+
+def _cell(one: Best, other: Best) -> Cell:
+    """Return where a pair stands: pairs that share both sides' classifiers are no independent repeats."""
+    ours, theirs = cell_of(one.record), cell_of(other.record)
+    return Cell(seed=(ours.seed, theirs.seed), classes=ours.classes)
 
 
 def _negative(value: float | None) -> float | None:
@@ -221,6 +231,8 @@ def _negative(value: float | None) -> float | None:
 def compared(a: Side, b: Side) -> Comparison:
     """Compare all methods and metrics that both sides have: means, b - a with its 95 % interval, who is better.
 
+    Classes of one classifier are averaged first; the interval is over classifiers.
+
     Raises:
         UserError: they have nothing to pair, or one has several runs of the same model, images, classes and seed.
     """
@@ -229,7 +241,7 @@ def compared(a: Side, b: Side) -> Comparison:
     methods = dict.fromkeys(name for one, two in points for name in one if name in two)
     metrics = [metric for metric in a.metrics if metric in b.metrics]
     rows = [_row(points, (a, b), method, metric) for method in methods for metric in metrics]
-    head = ["method", "metric", "pairs", a.name, b.name, f"{b.name} - {a.name}", "95 % interval says"]
+    head = ["method", "metric", "pairs", "classifiers", a.name, b.name, f"{b.name} - {a.name}", "95 % interval says"]
     table = [head, *(row for row in rows if row)]
     ours, theirs = ([pair[place] for pair in pairs] for place in (0, 1))
     apart = [f"{name} ({one or '-'} | {two or '-'})" for name, (one, two) in differing([ours, theirs]).items()]
@@ -248,7 +260,7 @@ def in_words(rows: list[list[str]], a: str, b: str) -> str:
     for winner in (a, b):
         won = [f"{row[0]} on {row[1].split(' [')[0]}" for row in rows[1:] if row[-1] == f"{winner} better"]
         said.append(f"{winner} is better {len(won)} times" + (f" ({', '.join(won)})" if won else ""))
-    ahead = sum(row[-1].endswith(" ahead; one pair, no interval") for row in rows[1:])
+    ahead = sum(row[-1].endswith("no interval") and " ahead; " in row[-1] for row in rows[1:])
     if ahead:
-        said.append(f"in {ahead} one is ahead in a single pair without an interval")
+        said.append(f"in {ahead} one is ahead in a single pair or classifier, without an interval")
     return f"Of {len(rows) - 1} comparisons {'; '.join(said)}; the others show no difference."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from core.config import SupportedDatasets, SupportedVisionModels
-from core.intervals import DUST, minus, same, t_interval
+from core.intervals import DUST, Cell, Cells, minus, over_seeds, same, within_seeds
 from core.observe import visible
 from core.records import SCORES, WORDS, Limits, Metric, Record, axes_of
 from reporting.families import Run, dataset_of, labels_of, told_apart
@@ -45,7 +45,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval (None: not known) and the number of runs or images behind it."""
+    """A value with its 95 % interval (None: not known) and n, the number of seeds or images behind it."""
 
     value: float
     low: float | None
@@ -110,34 +110,49 @@ def chosen_in(runs: Sequence[Run]) -> dict[str, list[Best]]:
 # --- intervals --------------------------------------------------------------------------------------------
 
 
+def cell_of(record: Record) -> Cell:
+    """Return where the values of a record stand: its classifier, named by all that tells it from others, and classes.
+
+    A classifier that was given is the same for all seeds; an interval over seeds then says what another seed of the
+    run makes of this classifier.
+    """
+    classifier = (record["model"], record["images"], record["given"]["classifier"], record["seed"])
+    return Cell(seed=classifier, classes=tuple(labels_of(record)))
+
+
+def over_cells(cells: Cells) -> Estimate:
+    """Average within each seed, then over seeds, with the t interval over seeds; none for a single seed."""
+    means = within_seeds(cells)
+    if len(means.values) < 2:
+        return Estimate(means.mean, None, None, len(means.values))
+    found = over_seeds(cells)
+    return Estimate(found.value, found.low, found.high, found.n)
+
+
 def over_runs(values: Sequence[float]) -> Estimate:
-    """Average over runs, with Student's t interval (none for a single value)."""
-    n = len(values)
-    if n < 2:
-        return Estimate(values[0], None, None, n)
-    found = t_interval(values)
-    return Estimate(found.value, found.low, found.high, n)
+    """Average values of runs that do not say which classifier they are of, so without an interval: see `over_cells`."""
+    return Estimate(math.fsum(values) / len(values), None, None, len(values))
 
 
 def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
     """Average a metric over runs' chosen points; a single run keeps the interval of its record, if it has one."""
-    numbers = _all(points, metric)
-    if not numbers:
+    cells = _all(points, metric)
+    if not cells:
         return None
     if len(points) == 1 and (own := points[0].interval(metric)):
-        return Estimate(numbers[0], own["low"], own["high"], own["n"])
-    return over_runs(numbers)
+        return Estimate(points[0].values[metric], own["low"], own["high"], own["n"])
+    return over_cells(cells)
 
 
-def _all(points: Sequence[Best], metric: str) -> list[float]:
+def _all(points: Sequence[Best], metric: str) -> dict[Cell, float]:
     """Return a metric at every point; nothing if it is not known at one of them."""
-    values = [point.values.get(metric) for point in points]
-    finite = [value for value in values if known(value)]
-    return finite if len(finite) == len(values) else []
+    values = {cell_of(point.record): point.values.get(metric) for point in points}
+    finite = {cell: value for cell, value in values.items() if known(value)}
+    return finite if len(finite) == len(values) else {}
 
 
-def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str, list[float]]:
-    """method -> how far from the best possible it is in each run; methods without the value are left out."""
+def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str, dict[Cell, float]]:
+    """method -> how far from the best possible it is in each cell; methods without the value are left out."""
     losses = {}
     for name, points in found.items():
         values = _all(points, metric)
@@ -147,30 +162,31 @@ def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str,
             targets = _all(found.get("retrain", []), metric)
             if not targets:
                 return {}
-            losses[name] = [abs(minus(value, target)) for value, target in zip(values, targets, strict=True)]
+            losses[name] = {cell: abs(minus(value, targets[cell])) for cell, value in values.items()}
         else:
-            losses[name] = [-value if better == "higher" else value for value in values]
+            losses[name] = {cell: -value if better == "higher" else value for cell, value in values.items()}
     return losses
 
 
 def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
     """Find the best method, and those that cannot be told from it.
 
-    Over several runs: the 95 % t interval of the paired differences reaches 0. In one run: the intervals overlap, if
-    the record has some (which is cautious), else the values are equal.
+    Over several seeds: the 95 % t interval of the paired differences' means within the seeds reaches 0. In one run:
+    the intervals overlap, if the record has some (which is cautious). Else, as in several runs of one seed, which share
+    a classifier: the values are equal.
     """
     losses = _losses(found, metric, better)
     if not losses:
         return set()
-    means = {name: math.fsum(values) / len(values) for name, values in losses.items()}
+    means = {name: within_seeds(values).mean for name, values in losses.items()}
     first = min(means, key=lambda name: means[name])
 
     def tied(name: str) -> bool:
         if same(means[name], means[first]):
             return True
-        differences = [minus(a, b) for a, b in zip(losses[name], losses[first], strict=True)]
+        differences = {cell: minus(value, losses[first][cell]) for cell, value in losses[name].items()}
         if len(differences) > 1:
-            low = over_runs(differences).low
+            low = over_cells(differences).low
             return low is not None and low <= DUST
         mine, best = found[name][0].interval(metric), found[first][0].interval(metric)
         return bool(mine and best and mine["low"] <= best["high"] and best["low"] <= mine["high"])
@@ -220,9 +236,9 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
     for method, points in found.items():
         texts = {name: shown(estimate(points, name)) for name in metrics}
         marked = [Lead(text) if method in bold[name] else text for name, text in texts.items()]
-        changed = _budget([int(count) for count in _all(points, "weights_changed")])
+        changed = _budget([int(count) for count in _all(points, "weights_changed").values()])
         spent = _all(points, "seconds")
-        seconds = f"{over_runs(spent).value:.3f}" if spent else "-"
+        seconds = f"{over_cells(spent).value:.3f}" if spent else "-"
         budgets = [_budget([point.top_k for point in points]), _budget([point.kappa for point in points])]
         said = [", ".join(one["key"] for one in points[0].verdicts) or "-"] * judged
         rows.append([points[0].label, *budgets, *marked, changed, seconds, *said])
@@ -239,7 +255,10 @@ def caption(*runs: Run, apart: str = "") -> str:
     classes = sorted({tuple(labels_of(run[0])) for run in runs})
     seeds = sorted({run[0]["seed"] for run in runs})
     named = f"classes {', '.join('+'.join(map(str, labels)) for labels in classes)}; seeds {', '.join(map(str, seeds))}"
-    return f"{about}: test values, mean ± 95 % interval over n = {len(runs)} runs ({named})"
+    said = (
+        "mean ± 95 % interval over the seeds" if len(seeds) > 1 else "mean; one classifier, so no interval over seeds"
+    )
+    return f"{about}: test values, {said}, n = {len(runs)} runs ({named})"
 
 
 def grid(groups: Sequence[list[Run]], metric: str) -> list[list[str]]:

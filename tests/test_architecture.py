@@ -84,6 +84,8 @@ ONLY = {
     ("training.processes.reuse_freed_memory", "training.distributed.make_repeatable"): "training.distributed",
     ("training.distributed.prepare_process",): "pipeline",
     ("matplotlib",): "reporting.draw",
+    # So that no p value or interval is computed over values that share a classifier: see `core.intervals.Cell`.
+    ("scipy.stats", "statistics.stdev", "statistics.pstdev"): "core.intervals",
 }
 WRITER = "core.artifacts"
 WRITERS_OF_FILES = {WRITER, "mimu.files"}  # the second because an installed package cannot import the first
@@ -549,6 +551,7 @@ BAD = [
     (keeps_to_its_own_things, "pipeline", "from torch import distributed"),
     (keeps_to_its_own_things, "core.artifacts", "import torch\ntorch.distributed.get_rank()"),
     (keeps_to_its_own_things, "eval", "def f():\n    import matplotlib.pyplot as plt"),
+    (keeps_to_its_own_things, "reporting.tables", "def f():\n    from scipy.stats import ttest_rel"),
     (leaves_writing_to_artifacts, "eval", "open('a', 'w')"),
     (leaves_writing_to_artifacts, "eval", "open('a', mode)"),
     (leaves_writing_to_artifacts, "eval", "path.open('r+')"),

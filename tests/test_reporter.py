@@ -15,6 +15,7 @@ from scipy import stats
 
 from core.artifacts import read_json, write_json
 from core.config import ReporterConfig, UserError
+from core.intervals import Cell
 from core.records import read_records, record_path
 from reporter import Reporter
 from reporting.compare import compared, find_side, in_words, side
@@ -44,6 +45,7 @@ from reporting.tables import (
     grid,
     headline,
     leaders,
+    over_cells,
     over_runs,
     remarks,
     shown,
@@ -195,19 +197,48 @@ def test_mean_and_interval_over_runs():
     runs = family()
     assert families(runs) == [runs]
     mean, half = 12, 4.302652729749464 * 2 / math.sqrt(3)  # t(2) at 97.5 %, standard deviation 2
-    found = over_runs([10, 12, 14])
+    found = over_cells(by_seed([10], [12], [14]))
     assert (found.value, found.low, found.high, found.n) == pytest.approx((mean, mean - half, mean + half, 3))
-    assert over_runs([10]) == Estimate(10, None, None, 1)
+    assert over_cells(by_seed([10])) == Estimate(10, None, None, 1)
+    assert over_runs([10, 14]) == Estimate(12, None, None, 2)
     rows = marked(table(*runs))
     assert rows[1][:3] == ["MIMU", "5", "100"]
     assert rows[1][6] == "**12 ± 5**"
     assert rows[2][6] == "90 ± 0"
-    assert "n = 3 runs (classes 1; seeds 0, 1, 2)" in caption(*runs)
+    assert caption(*runs).endswith("mean ± 95 % interval over the seeds, n = 3 runs (classes 1; seeds 0, 1, 2)")
+
+
+def test_runs_of_one_classifier_are_averaged_before_the_interval():
+    """Two classes of three seeds: the interval is that of the three means, whatever the classes differ by."""
+    alone = family()
+    other = [changed(run, forget_class=[2], run=f"{run[0]['run']}-2") for run in alone]
+    for run in other:
+        for one in run:
+            one["methods"]["mimu"] = one["methods"]["mimu"] | {
+                "forget_score": one["methods"]["mimu"]["forget_score"] + 40
+            }
+    both = [*alone, *other]
+    assert families(both) == [sorted(both, key=lambda run: (run[0]["seed"], run[0]["forget_class"]))]
+    rows, single = (marked(table(*runs)) for runs in (both, alone))
+    assert (single[1][6], rows[1][6]) == ("**12 ± 5**", "**32 ± 5**")
+    assert "n = 6 runs (classes 1, 2; seeds 0, 1, 2)" in caption(*both)
+    one_seed = [alone[0], other[0]]
+    assert marked(table(*one_seed))[1][6] == "**30**"
+    assert "mean; one classifier, so no interval over seeds, n = 2 runs (classes 1, 2; seeds 0)" in caption(*one_seed)
+
+
+def by_seed(*seeds: list[float]) -> dict[Cell, float]:
+    """Values of the classes of each seed, by cell."""
+    return {
+        Cell(seed=seed, classes=(label,)): value
+        for seed, values in enumerate(seeds)
+        for label, value in enumerate(values)
+    }
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
 def test_interval_is_students(values):
-    found, error = over_runs(values), stats.sem(values)
+    found, error = over_cells(by_seed(*([value] for value in values))), stats.sem(values)
     if error > 1e-6:
         expected = stats.t.interval(0.95, len(values) - 1, math.fsum(values) / len(values), error)
         assert (found.low, found.high) == pytest.approx(expected, rel=1e-6, abs=1e-6)
@@ -369,7 +400,7 @@ def test_shown_by_hand():
     cases = {Estimate(12, None, None, 1): "12", Estimate(12, 9, 15, 3): "12 ± 3", Estimate(0, 0, 7.1, 50): "0 [0, 7.1]"}
     assert [shown(figure) for figure in cases] == list(cases.values())
     assert shown(None) == "-"
-    assert shown(over_runs([0.1 + 0.2, 0.3])) == "0.3 ± 0"
+    assert shown(over_cells(by_seed([0.1 + 0.2], [0.3]))) == "0.3 ± 0"
 
 
 # --- figures ----------------------------------------------------------------------------------------------
@@ -399,14 +430,10 @@ def test_curves_by_hand(records):
     assert {"unheard_of_over_kappa", "unheard_of_over_top_k", "trade_off"} <= set(figures_of([records]))
 
 
-def test_bands_span_the_runs():
+def test_lines_over_runs_have_no_band():
+    """A figure hands on values without their classifiers, of which no interval is known."""
     line = next(one for one in over(family(), "forget_score", "kappa").series if one.label.startswith("MIMU"))
-    expected = [over_runs([10, 12, 14]), over_runs([50, 60, 40])]
-    assert (line.x, line.y) == ([100, 200], [12, 50])
-    assert list(zip(line.low, line.high, strict=True)) == [(one.low, one.high) for one in expected]
-    wild = runs_of(record(5, 100, (5, 79), (s, 78), seed=i, run=f"{i}") for i, s in enumerate((0, 90)))
-    line = next(one for one in over(wild, "forget_score", "kappa").series if one.label.startswith("MIMU"))
-    assert (line.y, line.low, line.high) == ([45], [0], [100])  # percent end there
+    assert (line.x, line.y, line.low, line.high) == ([100, 200], [12, 50], None, None)
 
 
 def test_trade_off_has_front_and_star(records):
@@ -634,9 +661,9 @@ def three(run: str, scores: tuple[float, ...], retain: float = 78) -> list[Run]:
 def test_compared_by_hand():
     a, b = side("A", three("a", (10, 12, 14))), side("B", three("b", (5, 8, 8)))
     rows = {(row[0], row[1].split(" [")[0]): row for row in compared(a, b).rows[1:]}
-    gain = over_runs([-5, -4, -6])
-    assert rows["MIMU", "forget_score"][2:] == ["3", "12", "7", shown(gain), "B better"]
-    assert rows["MIMU", "retain_score"][2:] == ["3", "78", "78", "0 ± 0", "no difference shown"]
+    gain = over_cells(by_seed([-5], [-4], [-6]))
+    assert rows["MIMU", "forget_score"][2:] == ["3", "3", "12", "7", shown(gain), "B better"]
+    assert rows["MIMU", "retain_score"][2:] == ["3", "3", "78", "78", "0 ± 0", "no difference shown"]
     assert rows["untouched", "forget_score"][-1] == "no difference shown"
     assert in_words([["", ""], rows["MIMU", "forget_score"]], "A", "B") == (
         "Of 1 comparisons A is better 0 times; B is better 1 times (MIMU on forget_score); "
@@ -660,9 +687,28 @@ def test_one_pair_has_the_intervals_of_its_records():
         sides.append(side(name, [run]))
     row = next(row for row in compared(*sides).rows if row[0] == "MIMU" and row[1].startswith("forget_score"))
     half = math.sqrt(200)  # both reach 10 to either side
-    assert row[2:] == ["1", "60", "30", f"-30 ± {half:.2g}", "B better"]
+    assert row[2:] == ["1", "1", "60", "30", f"-30 ± {half:.2g}", "B better"]
     loss = next(row for row in compared(*sides).rows if row[0] == "MIMU" and row[1].startswith("unheard_of"))
     assert loss[-1] == "B ahead; one pair, no interval"
+
+
+def test_pairs_of_one_classifier_are_no_repeats():
+    """Six pairs: of three classifiers they have the interval of three means, of one they have none."""
+
+    def classes(name: str, scores: tuple[float, ...], label: int) -> list[list[dict]]:
+        return [changed(run, forget_class=[label], run=f"{run[0]['run']}-{label}") for run in three(name, scores)]
+
+    def said(a: list[Run], b: list[Run]) -> list[str]:
+        rows = compared(side("A", a), side("B", b)).rows
+        return next(row for row in rows if row[0] == "MIMU" and row[1].startswith("forget_score"))[2:]
+
+    a = [*classes("a", (10, 12, 14), 1), *classes("c", (20, 22, 24), 2)]
+    b = [*classes("b", (5, 13, 12), 1), *classes("d", (15, 17, 18), 2)]  # -5 -5, 1 -5, -2 -6: means -5, -2, -4
+    gain = over_cells(by_seed([-5], [-2], [-4]))
+    assert said(a, b) == ["6", "3", "17", "13.33", shown(gain), "no difference shown"]
+    assert stats.ttest_1samp([-5, -5, 1, -5, -2, -6], 0).pvalue < 0.05  # as six repeats they would be a difference
+    one = ([run for run in runs if run[0]["seed"] == 0] for runs in (a, b))
+    assert said(*one) == ["2", "1", "15", "10", "-5", "B ahead; one classifier, no interval"]
 
 
 def test_rounding_is_no_difference():

@@ -9,15 +9,18 @@ from scipy import stats
 
 from core.config import UserError
 from core.intervals import (
+    MOST_FLIPPED,
+    Cell,
     Interval,
     against,
     bootstrap_mean,
     difference,
     holm,
+    over_seeds,
     paired,
     paired_difference,
-    t_interval,
     wilson,
+    within_seeds,
 )
 
 
@@ -80,12 +83,47 @@ def test_times_changes_the_unit():
     assert Interval(0.5, 0.25, 0.75, 9).times(100) == Interval(50, 25, 75, 9)
 
 
-def test_t_interval_by_hand():
+def by_seed(*seeds: list[float]) -> dict[Cell, float]:
+    """Values of the classes of each seed, by cell."""
+    return {
+        Cell(seed=seed, classes=(label,)): value
+        for seed, values in enumerate(seeds)
+        for label, value in enumerate(values)
+    }
+
+
+def test_interval_over_seeds_by_hand():
     """1, 2, 3: s = 1, t_2(.975) = 4.3027, half = 4.3027 / sqrt(3) = 2.4841."""
-    found = t_interval([1, 2, 3])
+    found = over_seeds(by_seed([1], [2], [3]))
     assert (found.value, found.low, found.high) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), abs=1e-5)
     assert found.n == 3
-    assert t_interval([1, 2, 3], 0.9).high == pytest.approx(2 + 2.91999 / math.sqrt(3), abs=1e-5)
+    assert over_seeds(by_seed([1], [2], [3]), 0.9).high == pytest.approx(2 + 2.91999 / math.sqrt(3), abs=1e-5)
+
+
+def test_classes_of_a_seed_are_averaged_first():
+    """Means 1, 2 and 3 of two classes each: as three values, however the classes differ, and not as six."""
+    cells = by_seed([0, 2], [-3, 7], [3, 3])
+    assert within_seeds(cells).values == (1, 2, 3)
+    assert within_seeds(cells).cells == 6
+    assert over_seeds(cells) == over_seeds(by_seed([1], [2], [3]))
+    more = by_seed(
+        [0, 2] * 50, [-3, 7] * 50, [3, 3] * 50
+    )  # more classes of the same classifiers tell no more of others
+    assert over_seeds(more) == over_seeds(cells)
+    uneven = by_seed([1], [1, 2, 3], [3, 3])  # every seed has the same weight
+    assert over_seeds(uneven) == over_seeds(cells)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], {0: 1.0, 1: 2.0}, {(0, 1): 1.0, (1, 1): 2.0}])
+def test_values_that_do_not_say_their_classifier_are_refused(values):
+    for function in (over_seeds, within_seeds, paired):
+        with pytest.raises(TypeError, match="give values by Cell"):
+            function(values)
+
+
+def test_a_cell_cannot_be_written_the_wrong_way_round():
+    with pytest.raises(TypeError):
+        Cell(0, (1,))  # ty: ignore[too-many-positional-arguments, missing-argument]
 
 
 def test_bootstrap_is_near_the_normal_interval_and_repeatable():
@@ -114,47 +152,61 @@ def test_holm_by_hand():
     assert math.isnan(holm([0.02, math.nan, 0.01])[1])
 
 
-def test_signed_rank_by_enumeration():
-    """Exact p: the share of the 2^n signings whose smaller rank sum is at most the one found."""
-    differences = [1.0, 2.0, -0.5, 4.0, 3.0, -1.5, 6.0]
-    ranks = stats.rankdata(np.abs(differences))
-    total = ranks.sum()
-
-    def smaller(signs):
-        plus = sum(rank for rank, sign in zip(ranks, signs, strict=True) if sign > 0)
-        return min(plus, total - plus)
-
-    found = smaller(np.sign(differences))
-    signings = list(itertools.product([1, -1], repeat=len(ranks)))
-    p = sum(smaller(signs) <= found for signs in signings) / len(signings)
-    assert paired(differences).p == pytest.approx(p)
-    assert paired(differences).p == pytest.approx(stats.wilcoxon(differences).pvalue)
+def test_flipped_signs_by_enumeration():
+    """Exact p: the share of the 2^n signings of whole seeds whose mean is as far from 0 as the one found."""
+    means = [1.0, 2.0, -0.5, 4.0, 3.0, -1.5, 6.0]
+    found = paired(by_seed(*([mean - 1, mean + 1] for mean in means)))
+    sums = [sum(np.multiply(signs, means)) for signs in itertools.product([1, -1], repeat=len(means))]
+    assert found.p_flips == np.mean(np.abs(sums) >= sum(means))
+    whole = stats.permutation_test((means,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert found.p_flips == pytest.approx(whole.pvalue)
+    assert (found.seeds, found.cells) == (7, 14)
 
 
-def test_fewest_cells_that_can_reach_five_percent():
-    assert paired([1.0, 2, 3, 4, 5, 6]).p == pytest.approx(2 / 64)
-    five = paired([1.0, 2, 3, 4, 5])
-    assert (five.difference, five.n, five.test) == (3, 5, "none: fewer than 6 cells")
-    assert math.isnan(five.p)
-    assert paired([0.0] * 8).p == 1
+def test_paired_is_the_t_test_of_the_seeds_means():
+    means = [1.0, 2.0, -0.5, 4.0]
+    found, student = paired(by_seed(*([mean - 1, mean + 1] for mean in means))), stats.ttest_1samp(means, 0)
+    assert (found.difference, found.p) == pytest.approx((np.mean(means), student.pvalue))
+    assert (found.low, found.high) == pytest.approx(tuple(student.confidence_interval()))
+
+
+@pytest.mark.parametrize(("seeds", "least"), [(3, 0.25), (5, 0.0625), (6, 0.03125), (10, 2 / 1024)])
+def test_the_smallest_p_that_flipped_signs_can_give(seeds, least):
+    found = paired(by_seed(*([1.0 + seed] for seed in range(seeds))))
+    assert (found.p_flips, found.least) == (least, least)
+
+
+def test_tests_that_cannot_be_made():
+    none, one, alike, nothing = (paired(by_seed(*seeds)) for seeds in ([], [[3.0, 4]], [[2.0]] * 3, [[0.0, 0]] * 3))
+    assert (none.seeds, none.cells) == (0, 0)
+    assert all(map(math.isnan, (none.difference, none.low, none.p, none.p_flips, none.least)))
+    assert (one.difference, one.seeds, one.cells, one.p_flips, one.least) == (3.5, 1, 2, 1, 1)
+    assert all(map(math.isnan, (one.low, one.high, one.p)))
+    assert math.isnan(alike.p)  # no spread at all: t would be infinite
+    assert alike.p_flips == 0.25
+    assert (nothing.p, nothing.p_flips) == (1, 1)
+    assert math.isnan(paired(by_seed(*([1.0 + seed] for seed in range(MOST_FLIPPED + 1)))).p_flips)
 
 
 def test_against_pairs_cells_and_corrects():
-    cells = [(label, seed) for label in range(4) for seed in range(2)]
+    cells = [Cell(seed=seed, classes=(label,)) for seed in range(4) for label in range(2)]
     ours = dict.fromkeys(cells, 1.0)
     worse = {cell: 2.0 + place / 10 for place, cell in enumerate(cells)}
-    mixed = {cell: 1.0 + (-1) ** place * (1 + place / 10) for place, cell in enumerate(reversed(cells))}
-    lacking = {**worse, (0, 0): None, (9, 9): 50.0}
+    mixed = {cell: 1.0 + (-1) ** (place // 2) * (1 + place / 10) for place, cell in enumerate(cells)}
+    lacking = {**worse, cells[0]: None, Cell(seed=9, classes=(9,)): 50.0}
     tests = against({"ours": ours, "worse": worse, "mixed": mixed, "lacking": lacking}, "ours")
     assert list(tests) == ["worse", "mixed", "lacking"]
-    worst = tests["worse"]
-    assert (worst.difference, worst.n, worst.unit) == (pytest.approx(1.35), 8, "class x seed")
-    assert (tests["worse"].p, tests["worse"].p_holm) == pytest.approx((2 / 2**8, 3 * 2 / 2**8))
-    assert (tests["lacking"].n, tests["lacking"].p_holm) == (7, pytest.approx(2 * 2 / 2**7))
-    assert tests["lacking"].difference == pytest.approx(1.4)
-    expected = stats.wilcoxon([mixed[cell] - 1 for cell in cells]).pvalue
-    assert (tests["mixed"].p, tests["mixed"].p_holm) == pytest.approx((expected, expected))
-    assert expected > 0.5
+    expected = {
+        "worse": [1.05, 1.25, 1.45, 1.65],
+        "mixed": [1.05, -1.25, 1.45, -1.65],
+        "lacking": [1.1, 1.25, 1.45, 1.65],
+    }
+    p = {name: stats.ttest_1samp(means, 0).pvalue for name, means in expected.items()}
+    for name, test in tests.items():
+        assert (test.difference, test.p) == pytest.approx((np.mean(expected[name]), p[name]))
+        assert (test.seeds, test.cells) == (4, 7 if name == "lacking" else 8)
+    assert [test.p_holm for test in tests.values()] == pytest.approx(holm(list(p.values())))
+    assert p["mixed"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -165,8 +217,8 @@ def test_against_pairs_cells_and_corrects():
         (lambda: wilson(3, 2), "3 of 2 is no share"),
         (lambda: wilson(-1, 2), "-1 of 2 is no share"),
         (lambda: wilson(1, 2, 95), "level is 95"),
-        (lambda: t_interval([1]), "at least 2 finite values"),
-        (lambda: t_interval([1, math.nan]), "finite"),
+        (lambda: over_seeds(by_seed([1, 2, 3])), "needs at least 2 seeds, found 1: values of one share a classifier"),
+        (lambda: over_seeds(by_seed([1], [math.nan])), "the value of Cell.seed=1, classes=.0,.. is nan"),
         (lambda: bootstrap_mean([], 0), "at least 1 finite"),
         (lambda: against({"a": {}}, "b"), "no values of 'b': choose from a"),
     ],
