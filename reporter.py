@@ -5,6 +5,7 @@ the page and `compare` holds runs against each other; this file says what is wri
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from core.artifacts import HISTORY, DamagedError, read_json, write_text
@@ -15,7 +16,7 @@ from core.records import Record, read_records
 from core.store import read_manifest, write_manifest
 from reporting.compare import compared, find_side
 from reporting.curves import training
-from reporting.draw import save
+from reporting.draw import save_all
 from reporting.families import Run, families, family_key, runs_of, told_apart
 from reporting.page import write_page
 from reporting.panels import Panel, figures_of
@@ -31,14 +32,13 @@ from reporting.write import as_csv, as_latex, as_text
 PAGE = Path("reports/index.html")
 
 
-def is_drawn(folder: Path, key: str) -> bool:
-    """Return whether a folder holds, undamaged, what was made for `key`; damage gets a line in the log."""
+def drawn_in(folder: Path) -> dict:
+    """Read what a folder holds and what it was made from; an empty dict, with a line in the log, if it is damaged."""
     try:
-        manifest = read_manifest(folder) or {}
+        return read_manifest(folder) or {}
     except DamagedError as error:
         log(f"report: {error.found}, so that the folder is drawn anew")
-        return False
-    return manifest.get("key") == key
+        return {}
 
 
 def _curves(path: Path) -> list[dict] | None:
@@ -115,19 +115,26 @@ class Reporter:
         folder = self.plots / name
         inputs = {"runs": runs, "apart": apart, "config": plain(self.config), "code": code_key("reporter")}
         plugins = list(load_plugins(loaded_plugins()).values())
-        key = key_of(inputs | {"histories": histories, "plugins": plugins})
-        if is_drawn(folder, key):
+        key, made = key_of(inputs | {"histories": histories, "plugins": plugins}), drawn_in(folder)
+        if made.get("key") == key:
             log(f"report: unchanged, {folder}")
             return folder
         write_table(folder, "table", table(*runs), caption(*runs, apart=apart))
         write_table(folder, "table_all", table(*runs, every=True), caption(*runs, apart=apart))
         curves = {name: _panels(name, history) for name, history in histories.items()}
         drawn = figures_of(runs) | curves if self.config.formats else {}
-        for figure, panels in drawn.items():
-            save(panels, folder, figure, self.config)
-        write_manifest(folder, {"key": key})
-        log(f"report: {len(drawn)} figures and tables of {sum(map(len, runs))} points in {folder}")
+        keys = {figure: self._figure_key(panels) for figure, panels in drawn.items()}
+        changed = {figure: drawn[figure] for figure in drawn if made.get("figures", {}).get(figure) != keys[figure]}
+        save_all(changed, folder, self.config)
+        write_manifest(folder, {"key": key, "figures": keys})
+        kept = f" ({len(drawn) - len(changed)} of them unchanged)" if len(changed) < len(drawn) else ""
+        log(f"report: {len(drawn)} figures{kept} and tables of {sum(map(len, runs))} points in {folder}")
         return folder
+
+    def _figure_key(self, panels: Sequence[Panel]) -> str:
+        """Hash what a figure's files are made from."""
+        shown = [asdict(panel) for panel in panels]
+        return key_of({"panels": shown, "config": plain(self.config), "code": code_key("reporting.draw")})
 
     def compare(self, names: Sequence[str]) -> str:
         """Hold runs against the first one named; the tables go to reports/compare-*.md, .csv and .tex as well.

@@ -268,7 +268,7 @@ class ReporterConfig(Section):
 
     SECTION: ClassVar[str] = "reporter"
 
-    formats: tuple[str, ...] = ("png", "svg", "pdf")
+    formats: tuple[str, ...] = ("png", "svg")
     """Any of png, svg, pdf; with none, nothing is drawn, and tables and page are written alone."""
     dpi: Annotated[int, Within(10, 2400)] = 150
 

@@ -1,21 +1,31 @@
 """Draw panels for print: a matplotlib figure, one column (3.4 inches) wide, and its files. No other file draws.
 
+Run as a script (`python -m reporting.draw`), it draws what `save_all` of another process writes to its stdin.
+
 Colours are Okabe and Ito's, distinct for colour-blind readers; markers and dashes tell methods apart in grey.
 """
 
 import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from core.artifacts import write_bytes
-from core.config import ReporterConfig
-from core.observe import visible
+from core.config import PROJECT_ROOT, ReporterConfig, plain
+from core.observe import log, visible
 from reporting.panels import Panel, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6D00", "#000000")
@@ -27,6 +37,7 @@ SMALL, TINY = 7.5, 6.5  # points
 MOST_LETTERS = 40  # of the names below an axis that are written across; of more they are turned
 TITLE = 48  # characters of a title's line that fit into a column
 METADATA: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+START, WORTH = 2, 12  # panels drawn while a process starts; panels from which on a second process saves more than that
 SETTINGS: dict[Any, Any] = {"svg.hashsalt": "mimu", "font.size": SMALL, "axes.linewidth": 0.6}
 
 
@@ -48,7 +59,41 @@ def draw(panels: Sequence[Panel]) -> "Figure":
         if max(len(panel.series) for panel in panels) > 1:
             place = {"loc": "outside lower center", "ncols": 2 * across, "fontsize": TINY, "frameon": False}
             figure.legend(named.values(), named.keys(), handlelength=2.4, columnspacing=1, **place)
+        _remember_ticks(figure)
     return figure
+
+
+def _remember_ticks(figure: "Figure") -> None:
+    """Let each axis find its ticks, and measure their labels, once for each size: matplotlib does so up to six times.
+
+    The methods are matplotlib's own and not public: a version that has no such methods takes its time again.
+    """
+    from matplotlib.axis import Axis
+
+    for axis in figure.findobj(Axis):
+        for name in ("_update_ticks", "_get_ticklabel_bboxes"):
+            if method := getattr(axis, name, None):
+                setattr(axis, name, _remembered(method, partial(_size_of, axis)))
+
+
+def _size_of(axis: "Axis") -> tuple:
+    """Return what the ticks of an axis depend on, as long as neither data nor settings change."""
+    return *axis.get_view_interval(), *axis.axes.bbox.bounds, axis.axes.figure.dpi
+
+
+def _remembered(method: Callable[..., Any], state: Callable[[], tuple]) -> Callable[..., Any]:
+    """Wrap a method: called again with the arguments and in the state of the last call, it returns the last result.
+
+    The last arguments are held, so that no other renderer gets the identity of the last one.
+    """
+    last: list[Any] = [None, None]
+
+    def call(*given: object) -> object:
+        if last[0] != (now := (state(), given)):
+            last[:] = now, method(*given)
+        return last[1]
+
+    return call
 
 
 def _draw_panel(ax: "Axes", panel: Panel) -> None:
@@ -191,3 +236,67 @@ def _drawn(figure: "Figure", kind: str, dpi: int) -> bytes:
     else:
         FigureCanvasPdf(figure).print_pdf(file, metadata=METADATA[kind])
     return file.getvalue()
+
+
+# --- many figures -----------------------------------------------------------------------------------------
+
+
+def save_all(figures: Mapping[str, Sequence[Panel]], folder: Path, config: ReporterConfig) -> None:
+    """Draw and write figures (name -> panels) as `save`; where there are many, a second process draws half of them.
+
+    What the second process fails to draw, this one draws: an error is raised here.
+    """
+    mine, others = _shared(figures)
+    if not others:
+        _save_each(mine, folder, config)
+        return
+    work = {"figures": {name: [asdict(one) for one in panels] for name, panels in others.items()}}
+    with tempfile.TemporaryFile("w+") as given:
+        given.write(json.dumps(work | {"folder": str(folder.resolve()), "config": plain(config)}))
+        given.seek(0)
+        command = [sys.executable, "-m", "reporting.draw"]
+        silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, stdin=given, cwd=PROJECT_ROOT, **silent) as helper:
+            try:
+                _save_each(mine, folder, config)
+                failed = helper.wait()
+            except BaseException:
+                helper.kill()
+                raise
+    if failed:
+        log("report: a second process could not draw its figures, so that they are drawn here")
+        _save_each(others, folder, config)
+
+
+def _shared(figures: Mapping[str, Sequence[Panel]]) -> tuple[dict, dict]:
+    """Divide figures between this process and a second one, which has none where a second one would not pay."""
+    mine, others = {}, {}
+    if _cores() == 1 or sum(map(len, figures.values())) < WORTH:
+        return dict(figures), {}
+    for name in sorted(figures, key=lambda name: -len(figures[name])):
+        loads = [sum(map(len, share.values())) for share in (mine, others)]
+        (mine if loads[0] <= loads[1] + START else others)[name] = figures[name]
+    return mine, others
+
+
+def _cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _save_each(figures: Mapping[str, Sequence[Panel]], folder: Path, config: ReporterConfig) -> None:
+    for name, panels in figures.items():
+        save(panels, folder, name, config)
+
+
+def _help(given: TextIO) -> None:
+    """Draw what `save_all` of another process has written."""
+    work = json.load(given)
+    config = ReporterConfig(**work["config"])
+    for name, panels in work["figures"].items():
+        shown = [replace(Panel(**one), series=[Series(**series) for series in one["series"]]) for one in panels]
+        save(shown, Path(work["folder"]), name, config)
+
+
+if __name__ == "__main__":
+    _help(sys.stdin)

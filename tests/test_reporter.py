@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -13,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from core.artifacts import read_json, write_json
+from core.artifacts import read_json, write_json, write_text
 from core.config import ReporterConfig, UserError
 from core.intervals import Cell
 from core.records import read_records, record_path
 from reporter import Reporter
 from reporting.compare import compared, find_side, in_words, side
 from reporting.curves import training
-from reporting.draw import COLUMN, METADATA, SETTINGS, draw, save
+from reporting.draw import COLUMN, METADATA, SETTINGS, WORTH, _shared, draw, save, save_all
 from reporting.families import Run, families, family_key, runs_of, told_apart
 from reporting.panels import (
     MOST_BARS,
@@ -560,6 +561,67 @@ def test_a_file_is_what_matplotlib_itself_writes(records, kind, tmp_path):
             figure.set_layout_engine("none")
             figure.savefig(expected, format=kind, dpi=50, metadata=METADATA[kind])
         assert (tmp_path / f"{name}.{kind}").read_bytes() == expected.getvalue()
+
+
+def lines(count: int) -> list[Panel]:
+    return [
+        Panel("a", "x", "y", [Series("s", [1.0, 2.0, 3.5], [float(place), 0.1 + 0.2, 1e-3])]) for place in range(count)
+    ]
+
+
+def test_a_second_process_draws_the_same_files(tmp_path, monkeypatch):
+    """Many figures are divided between two processes; together they write what one of them would."""
+    config = ReporterConfig(formats=("svg",))
+    figures = {"few": lines(1), "many": lines(WORTH)}
+    monkeypatch.setattr("reporting.draw._cores", lambda: 2)
+    mine, others = _shared(figures)
+    assert (list(mine), list(others)) == (["many"], ["few"])
+    monkeypatch.setattr("reporting.draw._save_each", lambda figures, *_: list(map(save_only.append, figures)))
+    save_only: list[str] = []
+    save_all(figures, tmp_path / "two", config)
+    assert save_only == ["many"]
+    save(figures["few"], tmp_path / "one", "few", config)
+    assert (tmp_path / "two/few.svg").read_bytes() == (tmp_path / "one/few.svg").read_bytes()
+
+
+@pytest.mark.parametrize(("cores", "panels"), [(1, 100), (2, 1)])
+def test_no_second_process_where_it_would_not_pay(cores, panels, monkeypatch):
+    monkeypatch.setattr("reporting.draw._cores", lambda: cores)
+    figures = {"a": lines(panels), "b": lines(1)}
+    assert _shared(figures) == (figures, {})
+
+
+def test_what_a_second_process_fails_to_draw_is_drawn_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("reporting.draw._cores", lambda: 2)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    drawn: list[str] = []
+    monkeypatch.setattr("reporting.draw._save_each", lambda figures, *_: drawn.extend(figures))
+    save_all({"few": lines(1), "many": lines(WORTH)}, tmp_path, ReporterConfig())
+    assert drawn == ["many", "few"]
+    assert "a second process could not draw" in capsys.readouterr().err
+
+
+def test_a_figure_whose_panels_did_not_change_is_kept(records, tmp_path, monkeypatch):
+    """The oracle is what would be drawn: only figures whose panels hold something else are handed on."""
+    monkeypatch.setattr("reporter.figures_of", lambda runs: panels)
+    handed: list[list[str]] = []
+
+    def draw_all(figures: dict, folder: Path, config: ReporterConfig) -> None:
+        handed.append(sorted(figures))
+        for name in figures:
+            write_text(folder / f"{name}.svg", f"{name} {len(handed)}")
+
+    monkeypatch.setattr("reporter.save_all", draw_all)
+    panels = {"a": lines(1), "b": lines(2)}
+    (folder,) = Reporter(tmp_path).plot(records)
+    panels = {"a": lines(1), "b": lines(3), "c": lines(1)}
+    records[0]["methods"]["mimu"]["retain_score"] = 1.0  # so that the folder is out of date
+    Reporter(tmp_path).plot(records)
+    (folder / "c.svg").write_text("damaged")
+    records[0]["methods"]["mimu"]["retain_score"] = 2.0
+    Reporter(tmp_path).plot(records)
+    Reporter(tmp_path, ReporterConfig(dpi=99)).plot(records)
+    assert handed == [["a", "b"], ["b", "c"], ["a", "b", "c"], ["a", "b", "c"]]
 
 
 def test_levels_are_told_apart_in_grey(records):

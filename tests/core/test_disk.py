@@ -29,7 +29,7 @@ from core.artifacts import (
 from core.choices import MachineError, UserError
 from core.config import PROJECT_ROOT
 from core.store import MANIFEST, RUNNING, build_stage, clear_dead, locked, read_manifest, running, write_manifest
-from reporter import is_drawn
+from reporter import drawn_in
 
 # --- damage is seen ---------------------------------------------------------------------------------------
 
@@ -146,14 +146,13 @@ def test_a_damaged_stage_is_made_anew_and_that_is_said_in_one_line(damage, tmp_p
 def test_a_drawn_folder_is_its_files_not_their_names(tmp_path, capsys):
     write_text(tmp_path / "a.svg", "<svg>whole</svg>")
     write_manifest(tmp_path, {"key": "k"})
-    assert is_drawn(tmp_path, "k")
-    assert not is_drawn(tmp_path, "other")
+    assert drawn_in(tmp_path)["key"] == "k"
     (tmp_path / ".DS_Store").write_text("litter")
-    assert is_drawn(tmp_path, "k"), "hidden files are not ours"
+    assert drawn_in(tmp_path)["key"] == "k", "hidden files are not ours"
     os.truncate(tmp_path / "a.svg", 8)
-    assert not is_drawn(tmp_path, "k")
+    assert drawn_in(tmp_path) == {}
     assert f"{tmp_path / 'a.svg'} is damaged" in capsys.readouterr().err
-    assert not is_drawn(tmp_path / "none", "k")
+    assert drawn_in(tmp_path / "none") == {}
 
 
 def test_a_given_folder_of_an_earlier_version_is_held_against_its_list(tmp_path):
