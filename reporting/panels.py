@@ -16,13 +16,14 @@ from reporting.tables import (
     Estimate,
     best_points,
     by_gap,
+    cell_of,
     choose,
     chosen_in,
     classes_of,
     estimate,
     known,
     metrics_of,
-    over_runs,
+    over_cells,
 )
 
 MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
@@ -115,7 +116,7 @@ def _at(runs: Sequence[Run], method: str, metric: str, place: Mapping[Axis, int]
     own = (records[0]["intervals"][method] or {}).get(metric)
     if len(records) == 1 and own:
         return Estimate(own["value"], own["low"], own["high"], own["n"])
-    return over_runs([record["methods"][method][metric] for record in records])
+    return over_cells({cell_of(record): record["methods"][method][metric] for record in records})
 
 
 def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, style: int) -> Series:
@@ -236,13 +237,13 @@ def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
     first, gap = runs[0][0], by_gap(record for run in runs for record in run)
     series = []
     for method, points in chosen_in(runs).items():
-        times = [point.values["seconds"] for point in points]
-        found = [quality for point in points if known(quality := _quality(point.values, gap))]
-        if len(found) < len(points) or not all(map(known, times)):  # it diverged somewhere
+        times = {cell_of(point.record): point.values["seconds"] for point in points}
+        found = {cell_of(one.record): quality for one in points if known(quality := _quality(one.values, gap))}
+        if len(found) < len(points) or not all(map(known, times.values())):  # it diverged somewhere
             continue
-        seconds = over_runs(times).value
+        seconds = over_cells(times).value
         if seconds > 0:
-            place = [(seconds, over_runs(found))]
+            place = [(seconds, over_cells(found))]
             series.append(_with_limits(points[0].label, place, "points", style_of(first, method)))
     name = "Avg Gap to retrained [points], lower is better" if gap else "retain - forget score, higher is better"
     return [Panel("time against quality", "seconds to unlearn", name, series, f"{name}: {extent(series)}.", x_log=True)]

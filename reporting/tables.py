@@ -129,11 +129,6 @@ def over_cells(cells: Cells) -> Estimate:
     return Estimate(found.value, found.low, found.high, found.n)
 
 
-def over_runs(values: Sequence[float]) -> Estimate:
-    """Average values of runs that do not say which classifier they are of, so without an interval: see `over_cells`."""
-    return Estimate(math.fsum(values) / len(values), None, None, len(values))
-
-
 def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
     """Average a metric over runs' chosen points; a single run keeps the interval of its record, if it has one."""
     cells = _all(points, metric)

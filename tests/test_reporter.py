@@ -47,7 +47,6 @@ from reporting.tables import (
     headline,
     leaders,
     over_cells,
-    over_runs,
     remarks,
     shown,
     table,
@@ -201,7 +200,6 @@ def test_mean_and_interval_over_runs():
     found = over_cells(by_seed([10], [12], [14]))
     assert (found.value, found.low, found.high, found.n) == pytest.approx((mean, mean - half, mean + half, 3))
     assert over_cells(by_seed([10])) == Estimate(10, None, None, 1)
-    assert over_runs([10, 14]) == Estimate(12, None, None, 2)
     rows = marked(table(*runs))
     assert rows[1][:3] == ["MIMU", "5", "100"]
     assert rows[1][6] == "**12 ± 5**"
@@ -431,10 +429,17 @@ def test_curves_by_hand(records):
     assert {"unheard_of_over_kappa", "unheard_of_over_top_k", "trade_off"} <= set(figures_of([records]))
 
 
-def test_lines_over_runs_have_no_band():
-    """A figure hands on values without their classifiers, of which no interval is known."""
+def test_bands_span_the_seeds():
     line = next(one for one in over(family(), "forget_score", "kappa").series if one.label.startswith("MIMU"))
-    assert (line.x, line.y, line.low, line.high) == ([100, 200], [12, 50], None, None)
+    expected = [over_cells(by_seed([10], [12], [14])), over_cells(by_seed([50], [60], [40]))]
+    assert (line.x, line.y) == ([100, 200], [12, 50])
+    assert list(zip(line.low, line.high, strict=True)) == [(one.low, one.high) for one in expected]
+    wild = runs_of(record(5, 100, (5, 79), (s, 78), seed=i, run=f"{i}") for i, s in enumerate((0, 90)))
+    line = next(one for one in over(wild, "forget_score", "kappa").series if one.label.startswith("MIMU"))
+    assert (line.y, line.low, line.high) == ([45], [0], [100])  # percent end there
+    again = [changed(run, forget_class=[2], run=f"{run[0]['run']}-2") for run in wild]  # other classes, no other seed
+    line = next(one for one in over([*wild, *again], "forget_score", "kappa").series if one.label.startswith("MIMU"))
+    assert (line.y, line.low, line.high) == ([45], [0], [100])
 
 
 def test_trade_off_has_front_and_star(records):
