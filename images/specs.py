@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -95,12 +96,24 @@ def _read_mnist(root: Path, train: bool) -> Arrays:
     return images[:, None], read_idx(root / f"{part}-labels-idx1-ubyte", ()).astype(np.int64)
 
 
-def _read_digits(root: Path, train: bool) -> Arrays:
-    from sklearn.datasets import load_digits
+def digits_file() -> Path:
+    """Find the file of scikit-learn that holds the digits; the package itself, which takes seconds, is not imported.
 
-    digits = load_digits()
-    images = (digits.images[:, None] * (255 / 16)).round().astype(np.uint8)
-    labels = digits.target.astype(np.int64)
+    Raises:
+        UserError: scikit-learn is not installed, or has no such file.
+    """
+    found = find_spec("sklearn")
+    path = Path(found.origin).parent / "datasets/data/digits.csv.gz" if found and found.origin else None
+    if path is None or not path.is_file():
+        where = f"there is no {path}" if path else "scikit-learn is not there"
+        raise UserError(f"DIGITS lies inside scikit-learn, and {where}: install scikit-learn 1.6 or later, by pip")
+    return path
+
+
+def _read_digits(root: Path, train: bool) -> Arrays:
+    table = np.loadtxt(digits_file(), delimiter=",")  # a row an image: 64 pixels from 0 to 16, and the label
+    images = (table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    labels = table[:, -1].astype(np.int64)
     test, rest = stratified(labels, 0.2, derive_seed(0, "DIGITS", "test"))
     chosen = rest if train else test
     return images[chosen], labels[chosen]

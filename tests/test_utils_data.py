@@ -2,14 +2,20 @@
 
 import gzip
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
-from core.config import DataConfig, SupportedDatasets, UserError
+from core.config import PROJECT_ROOT, DataConfig, SupportedDatasets, UserError, derive_seed
+from images.specs import _read_digits
 from images.splits import find_duplicates
 from tests.helpers.formats import idx_bytes, write_cifar, write_mnist, write_svhn
 from utils_data import SPLITS, download, get_unlearning_dataset, read_idx, stratified
@@ -78,6 +84,27 @@ def test_real_digits_and_real_fashion_mnist():
     train = torch.bincount(fashion.splits["train"].labels) + torch.bincount(fashion.splits["val"].labels)
     assert train.tolist() == [6000] * 10
     assert torch.bincount(fashion.splits["test"].labels).tolist() == [1000] * 10
+
+
+def test_digits_are_what_scikit_learn_loads():
+    """Bit for bit, of the same types, and without an import of scikit-learn, which takes seconds."""
+    command = "import sys; import images.specs as s; s._read_digits(None, True); sys.exit('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=PROJECT_ROOT, check=False).returncode == 0
+    digits = load_digits()
+    pixels = (digits.images[:, None] * (255 / 16)).round().astype(np.uint8)
+    chosen = stratified(digits.target.astype(np.int64), 0.2, derive_seed(0, "DIGITS", "test"))
+    for train, rows in zip((False, True), chosen, strict=True):
+        images, labels = _read_digits(Path(), train)
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
+        assert (images == pixels[rows]).all()
+        assert (labels == digits.target[rows]).all()
+
+
+@pytest.mark.parametrize(("name", "said"), [(None, "scikit-learn is not there"), ("pytest", "there is no .*digits")])
+def test_digits_that_are_not_there_are_said_to_be_missing(name, said, monkeypatch):
+    monkeypatch.setattr("images.specs.find_spec", lambda _: name and find_spec(name))
+    with pytest.raises(UserError, match=said):
+        _read_digits(Path(), train=True)
 
 
 def test_splits_part_the_training_data(tmp_path):
