@@ -163,16 +163,14 @@ def opened(model: nn.Module, source: Any, outputs: int = 10, layers: tuple[str, 
     return Answering(classifier, read_samples(classifier, source))
 
 
-def smallest(
-    answering: Answering, label: int, kappas: Sequence[int], most: float = LEFT, way: Ways = Ways.refined
-) -> tuple[Answer, float]:
+def smallest(answering: Answering, label: int, kappas: Sequence[int], most: float = LEFT) -> tuple[Answer, float]:
     """The answer with the first kappa that leaves at most so many percent of a class on validation images, and how many
     it leaves there; the last kappa where none does.
     """
     val = answering.parts.val
     mine, left = val.labels == label, 100.0
     for kappa in kappas:
-        answer = answering.answer((label,), kappa, way)
+        answer = answering.answer((label,), kappa)
         left = 100 * float((answering.predictions(val, answer.off) == val.labels)[mine].double().mean())
         if left <= most:
             break
