@@ -114,6 +114,7 @@ def clip_art(folder: Path) -> list[str]:
 
 def new_head(folder: Path, file: Path) -> None:
     """Train a linear head on frozen features of the training images, and save a timm checkpoint."""
+    torch.manual_seed(0)  # of the head's initial weights, which have no argument for it
     model: Any = trunk(CLASSES)
     tree = open_folder(folder)
     how = load(f"timm:{NAME}@{weights()}", by_order=True).preprocessing
