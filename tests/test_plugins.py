@@ -228,7 +228,7 @@ def test_records_and_keys_name_the_plugins(run):
 def test_a_report_imports_what_its_flags_name_and_nothing_else(run, tmp_path, monkeypatch):
     """Records name plugins, whose files need not even be there; what is drawn depends on those that are imported."""
     drawn: list[str] = []
-    monkeypatch.setattr(reporter, "save", lambda panels, folder, name, config: drawn.append(name))
+    monkeypatch.setattr(reporter, "save_all", lambda figures, folder, config: drawn.extend(figures))
     shutil.copytree(run.folder / "eval/metrics_and_plots/json", tmp_path / "eval/metrics_and_plots/json")
     for file in run.files[:5]:
         file.rename(file.with_suffix(".away"))
