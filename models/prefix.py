@@ -218,7 +218,7 @@ class Prefix:
 
     def _plan(self, model: nn.Module, images: Tensor) -> None:
         """Find which stored outputs the logits depend on, and which of their dimensions are the images'."""
-        whole, fewer = (self._leaves(model, part) for part in (images, images[:-1]))
+        whole, fewer = (self._leaves(model, part, self.stored) for part in (images, images[:-1]))
         self.trees = {call: tree for call, (_, tree) in whole.items()}
         self.constants: dict[tuple[Call, int], Any] = {}
         needed = self._needed(model, images, {call: leaves for call, (leaves, _) in whole.items()})
@@ -244,10 +244,10 @@ class Prefix:
         else:
             raise NotResumable(f"{call[-1][0] if call else 'the input'} gives {list(value.shape)} for {count} images")
 
-    def _leaves(self, model: nn.Module, images: Tensor) -> dict[Call, tuple[list, Any]]:
-        """Leaves and structure of what every stored call returns; () has the images."""
-        outputs = record(model, images, keep=self.stored, stop=self.start).outputs
-        return {(): ([images], None)} | {call: pytree.tree_flatten(outputs[call]) for call in self.stored}
+    def _leaves(self, model: nn.Module, images: Tensor, calls: Iterable[Call]) -> dict[Call, tuple[list, Any]]:
+        """Leaves and structure of what these of the stored calls return; () has the images."""
+        outputs = record(model, images, keep=calls, stop=self.start).outputs
+        return {(): ([images], None)} | {call: pytree.tree_flatten(value) for call, value in outputs.items()}
 
     def _needed(self, model: nn.Module, images: Tensor, leaves: Mapping[Call, list]) -> set[tuple[Call, int]]:
         """The leaves that the logits depend on, by autograd: it follows values through any code between modules."""
@@ -291,7 +291,7 @@ class Prefix:
 
     def before(self, model: nn.Module, images: Tensor) -> Tensor:
         """Run the model up to the first use of a target weight. [B, C, H, W] -> what is stored, [B, size]."""
-        leaves = self._leaves(model, images)
+        leaves = self._leaves(model, images, {part.call for part in self.parts})  # a copy of each output was .2 of a pass
         rows = [part.pack(leaves[part.call][0][part.leaf]) for part in self.parts]
         kind = torch.float32
         for row in rows:
