@@ -95,9 +95,27 @@ class ClassStatistics:
         h, z = [members @ h for h in vectors.h], [members @ z for z in vectors.z]
         return cls(graphs.graph, graphs.weight.to(device), counts, h, z, gradient, most_kept)
 
+    def gradient_of(self, label: int) -> Tensor:
+        """Mean dL/dW of a class, [*graph.shape]."""
+        return self._kept[label] if self._kept else self.gradient(label)
+
     def gradients(self) -> Iterator[Tensor]:
         """Mean dL/dW of every class, in order. [*graph.shape] each."""
-        yield from self._kept or map(self.gradient, range(self.num_classes))
+        return map(self.gradient_of, range(self.num_classes))
+
+    def sides(self, classes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Labels to forget, and all others; classes without images are left out of both: nothing is known of them.
+
+        Raises:
+            UserError: a side is empty.
+        """
+        held, chosen = (self.counts > 0).tolist(), set(classes)
+        forget = [label for label in classes if held[label]]
+        retain = [label for label in range(self.num_classes) if held[label] and label not in chosen]
+        if not forget or not retain:
+            raise UserError(f"there are images of {len(forget)} classes to forget and of {len(retain)} to retain: "
+                            "at least one of each is needed")  # fmt: skip
+        return forget, retain
 
     def mean(self, values: Tensor, classes: Sequence[int]) -> Tensor:
         """Mean over some classes, each class alike. [C, k] -> [k]."""
@@ -120,14 +138,11 @@ class ClassStatistics:
         forgotten, so that a request among 1,000 classes costs as much as one among ten. Classes without images are
         left out of both means.
         """
-        held = [label for label in classes if self.counts[label]]
-        others = int((self.counts > 0).sum()) - len(held)
-        if not held or others < 1:
-            raise UserError(f"{len(held)} of the classes to forget and {others} of the others have images: give both")
+        held, others = self.sides(classes)
         forget = torch.zeros_like(self.weight)
         for label in held:
-            forget -= self.weight * (self._kept[label] if self._kept else self.gradient(label))
-        retain = (self._total - forget) / others
+            forget -= self.weight * self.gradient_of(label)
+        retain = (self._total - forget) / len(others)
         return forget / len(held) - weight_retain * retain.clamp_min(0)
 
     def contributions(self, classes: Sequence[int]) -> "Contributions":
@@ -144,24 +159,21 @@ class Contributions:
             All [*graph.shape].
 
     Raises:
-        UserError: the request names every class.
+        UserError: as `ClassStatistics.sides`.
     """
 
     def __init__(self, statistics: ClassStatistics, classes: Sequence[int]):
-        chosen = set(classes)
+        chosen, others = statistics.sides(classes)
         zero = torch.zeros_like(statistics.weight)
-        forget, retain, positive = zero, zero, zero
+        forget, gradient, retain, positive = zero, zero, zero, zero
         highest, lowest = torch.full_like(zero, -torch.inf), torch.full_like(zero, torch.inf)
-        others = statistics.num_classes - len(chosen)
-        if others < 1:
-            raise UserError(f"forget_class names all {statistics.num_classes} classes: leave at least one to retain")
-        gradient = zero
-        for label, mean_gradient in enumerate(statistics.gradients()):
+        for label in sorted(chosen + others):
+            mean_gradient = statistics.gradient_of(label)
             t = -statistics.weight * mean_gradient
             if label in chosen:
                 forget, gradient = forget + t / len(chosen), gradient + mean_gradient / len(chosen)
             else:
-                retain, positive = retain + t / others, positive + t.clamp_min(0) / others
+                retain, positive = retain + t / len(others), positive + t.clamp_min(0) / len(others)
                 highest, lowest = torch.maximum(highest, t), torch.minimum(lowest, t)
         self.forget, self.retain, self.positive, self.gradient = forget, retain, positive, gradient
         self.highest, self.lowest = highest, lowest
@@ -291,6 +303,6 @@ def request_features(
     statistics: ClassStatistics, contributions: Contributions, classes: Sequence[int], kind: FeatureSets
 ) -> Tensor:
     """The columns of a feature set for a request, [*graph.shape, len(FEATURES[kind].columns)]."""
-    retained = tuple(c for c in range(statistics.num_classes) if c not in set(classes))
-    inputs = Inputs(statistics, contributions, tuple(classes), retained)
+    forgotten, retained = statistics.sides(classes)
+    inputs = Inputs(statistics, contributions, tuple(forgotten), tuple(retained))
     return torch.stack(FEATURES[kind].tensors(inputs), -1)

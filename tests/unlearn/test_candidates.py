@@ -119,9 +119,9 @@ def test_classes_without_images_are_in_no_mean(kept, monkeypatch):
         expected = fewer.contributions([present.index(label) for label in classes]).signed_taylor()
         assert torch.allclose(whole.signed_taylor(classes), expected, rtol=1e-4, atol=1e-5)
     assert torch.allclose(whole.signed_taylor((0, 1)), whole.signed_taylor((0,)))
-    with pytest.raises(UserError, match="0 of the classes to forget and 4 of the others have images"):
+    with pytest.raises(UserError, match="images of 0 classes to forget and of 4 to retain"):
         whole.signed_taylor((1, 4))
-    with pytest.raises(UserError, match="4 of the classes to forget and 0 of the others"):
+    with pytest.raises(UserError, match="images of 4 classes to forget and of 0 to retain"):
         whole.signed_taylor((0, 2, 3, 5))
 
 

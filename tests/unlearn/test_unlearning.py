@@ -114,6 +114,30 @@ def test_first_order_importances_are_those_of_autograd(tiny, classes):
         torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", list(FeatureSets))
+def test_outputs_without_images_change_no_feature(tiny, kind):
+    """A model of 1,000 outputs and images of four classes: the other 996 are no retained classes of zeros."""
+    statistics = tiny[2].statistics
+
+    def padded(values: list[Tensor]) -> list[Tensor]:
+        return [
+            torch.cat([value.new_zeros(2, value.shape[1]), value, value.new_zeros(1, value.shape[1])])
+            for value in values
+        ]
+
+    def gradient(label: int) -> Tensor:
+        return statistics.gradient(label - 2) if 2 <= label < 6 else torch.zeros_like(statistics.weight)
+
+    counts = torch.cat([torch.zeros(2, dtype=torch.long), statistics.counts, torch.zeros(1, dtype=torch.long)])
+    wide = ClassStatistics(
+        statistics.graph, statistics.weight, counts, padded(statistics.h), padded(statistics.z), gradient
+    )
+    mine = request_features(statistics, statistics.contributions((1, 3)), (1, 3), kind)
+    assert torch.equal(request_features(wide, wide.contributions((3, 5)), (3, 5), kind), mine)
+    with pytest.raises(UserError, match="images of 0 classes to forget and of 4 to retain"):
+        wide.contributions((0, 6))
+
+
 def test_kept_and_recomputed_gradients_agree(tiny):
     _, graphs, head = tiny
     made_again = ClassStatistics.of_graphs(graphs, 4, most_kept=0)
@@ -189,7 +213,9 @@ def test_rank_and_log_by_hand():
 
 
 def test_all_classes_cannot_be_forgotten(tiny):
-    with pytest.raises(UserError, match="names all 4 classes: leave at least one"):
+    with pytest.raises(
+        UserError, match="images of 4 classes to forget and of 0 to retain: at least one of each is needed"
+    ):
         tiny[2].statistics.contributions((0, 1, 2, 3))
 
 
