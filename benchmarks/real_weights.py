@@ -6,9 +6,9 @@
 EfficientNet-Lite0 (timm, `tf_efficientnet_lite0`) with its ImageNet weights gets a new linear head, trained on frozen
 features of clip art at 224 px: the eight kinds with at least 200 pictures in the Debian package, of equal pictures
 one, of ten images five to train the head and to seek masks with, two to choose by and three for the test. Validation
-images choose the number of weights and one of three ways: the graph network that is shipped, a refined mask, or one
-refined from the network's answer. After that the same weights with their own 1,000 classes, on foolbox's twenty
-photographs: there is one of a class, so that no score is claimed, only what happens to the answers.
+images choose the number of weights and one of two ways: the graph network that is shipped, or a refined mask. After
+that the same weights with their own 1,000 classes, on foolbox's twenty photographs: there is one of a class, so that no
+score is claimed, only what happens to the answers.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ ART = {
 CLASSES = len(ART)
 FOLDERS = ("test",) * 3 + ("val",) * 2 + ("train",) * 5
 KAPPAS = (2_000, 4_000, 8_000)
-WAYS = (Ways.network, Ways.refined, Ways.network_refined)
+WAYS = (Ways.network, Ways.refined)
 
 
 def weights() -> Path:
