@@ -225,7 +225,7 @@ SECTIONS = {
     "rivals": (*BESIDE, *RIVALS, *AIMED),
     "gentle": GENTLE,
     "curve": ("default", *CURVE),
-    "ablations": ABLATIONS,
+    "ablations": ("mimu_deep", *ABLATIONS),
 }
 
 
