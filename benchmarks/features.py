@@ -31,9 +31,10 @@ from benchmarks.feature_models import RECIPES, Models
 import torch
 
 from core.artifacts import read_json, write_bytes
-from core.config import PROJECT_ROOT
+from core.config import PROJECT_ROOT, derive_seed
 from erasing.descent import Schedule
-from erasing.head import new_rows
+from erasing.erasure import Eraser
+from erasing.head import BATCH, EPOCHS, RATE, last_layer, new_rows, reading
 from erasing.terms import Weights
 from measure.metrics import METRICS, Evidence
 from reporting.write import as_text
@@ -73,28 +74,57 @@ def variant(name: str, share: float = 0.02, schedule: Schedule | None = None) ->
     return name
 
 
-def rows_anew(context: Context, seed: int, edit: Edit, classes: Sequence[int]) -> Edit:
-    """Of an edited copy, rows of the last layer are drawn anew and trained on D_r alone, as `mimu_deep` does."""
-    eraser, last = eraser_of(context, seed), edit.model.get_parameter("linears.2.weight")
+def rows_anew(context: Context, seed: int, edit: Edit) -> Edit:
+    """Of an edited copy, the forgotten classes' rows of the last layer are drawn anew, as `mimu_deep` draws them."""
+    eraser, classes = eraser_of(context, seed), context.config.forget_labels
     weights = [edit.model.get_parameter(one.name).reshape(one.matrix) for one in eraser.model.targets]
-    kept = ~torch.isin(eraser.labels, torch.tensor(context.config.forget_labels))
-    rows = new_rows(eraser.stages, weights, eraser.h[kept], classes, seed)
+    rows = new_rows(eraser.stages, weights, eraser.h[_retained(eraser, classes)], classes, seed)
     with torch.no_grad():
-        last[list(classes)] = rows
+        edit.model.get_parameter(eraser.head)[list(classes)] = rows
     return replace(edit, allowed=None)
+
+
+def layer_anew(context: Context, seed: int, edit: Edit) -> Edit:
+    """Of an edited copy, every row of the last layer is drawn anew and trained on D_r alone, biases as they are."""
+    eraser = eraser_of(context, seed)
+    kept, last = _retained(eraser, context.config.forget_labels), edit.model.get_parameter(eraser.head)
+    weights = [edit.model.get_parameter(one.name).reshape(one.matrix) for one in eraser.model.targets]
+    name, layer = last_layer(eraser.stages)
+    with reading(layer) as heard:
+        eraser.stages.logits(eraser.h[kept], weights)
+    features, labels, bias = (
+        torch.cat(heard),
+        eraser.labels[kept],
+        eraser.stages.model.net.get_parameter(f"{name}.bias"),
+    )
+    generator = torch.Generator().manual_seed(derive_seed(seed, "every row anew", *context.config.forget_labels))
+    rows = (features.shape[1] ** -0.5 * (2 * torch.rand(last.shape, generator=generator) - 1)).requires_grad_()
+    optimizer = torch.optim.Adam([rows], RATE)
+    for _ in range(EPOCHS):
+        for part in torch.randperm(len(labels), generator=generator).split(BATCH):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(features[part] @ rows.T + bias.detach(), labels[part]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        last.copy_(rows)
+    return replace(edit, allowed=None)
+
+
+def _retained(eraser: Eraser, classes: Sequence[int]) -> torch.Tensor:
+    return ~torch.isin(eraser.labels, torch.tensor(classes))
 
 
 @method("deep_and_last_layer_anew", "deep_and_last_layer_anew", axes=("seed",))
 def deep_and_last_layer_anew(context: Context, point: Point) -> Edit:
     """`mimu_deep`, and then every row of the last layer anew."""
-    return rows_anew(context, point.seed, deep_edit(context, point.seed), range(context.data.num_classes))
+    return layer_anew(context, point.seed, deep_edit(context, point.seed))
 
 
 @method("cola_and_row_anew", "cola_and_row_anew", axes=("seed",), grid=METHODS["cola"].grid)
 def cola_and_row_anew(context: Context, point: Point, **settings: Any) -> Edit:
     """`cola`, and then the forgotten classes' rows of the last layer anew."""
     with METHODS["cola"].enter(context, point, **settings) as edit:
-        return rows_anew(context, point.seed, replace(edit, seconds=None), context.config.forget_labels)
+        return rows_anew(context, point.seed, replace(edit, seconds=None))
 
 
 def gentle(name: str, **settings: Any) -> str:

@@ -38,7 +38,7 @@ def last_layer(stages: Stages) -> tuple[str, nn.Linear]:
 
 
 @contextmanager
-def _reading(module: nn.Module) -> Generator[list[Tensor]]:
+def reading(module: nn.Module) -> Generator[list[Tensor]]:
     """What a module reads in each call within the block."""
     heard: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0].detach()))
@@ -53,7 +53,7 @@ def new_rows(stages: Stages, weights: Sequence[Tensor] | None, h: Tensor, classe
 
     Args:
         stages: the classifier. weights: of its targets, masked, [m, n] each; None: as they are.
-        h: rows of retained images, [S, numbers].
+        h: rows of retained images, [S, numbers]; none is of the classes.
 
     Returns:
         The rows, [classes, d]; the classes' entries of a bias stay as they are.
@@ -62,7 +62,7 @@ def new_rows(stages: Stages, weights: Sequence[Tensor] | None, h: Tensor, classe
         NoLinearHead: there are no such rows.
     """
     name, layer = last_layer(stages)
-    with _reading(layer) as heard:
+    with reading(layer) as heard:
         logits = stages.logits(h, weights)
     features = torch.cat(heard).float()
     if features.dim() != 2 or logits.shape[1] != layer.out_features:
