@@ -89,7 +89,7 @@ def layer_anew(context: Context, seed: int, edit: Edit) -> Edit:
     eraser = eraser_of(context, seed)
     kept, last = _retained(eraser, context.config.forget_labels), edit.model.get_parameter(eraser.head)
     weights = [edit.model.get_parameter(one.name).reshape(one.matrix) for one in eraser.model.targets]
-    name, layer = last_layer(eraser.stages)
+    _, layer = last_layer(eraser.stages)
     with reading(layer) as heard:
         eraser.stages.logits(eraser.h[kept], weights)
     features, labels, bias = (
@@ -103,7 +103,8 @@ def layer_anew(context: Context, seed: int, edit: Edit) -> Edit:
     for _ in range(EPOCHS):
         for part in torch.randperm(len(labels), generator=generator).split(BATCH):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(features[part] @ rows.T + bias.detach(), labels[part]).backward()
+            logits = torch.nn.functional.linear(features[part], rows, layer.bias)
+            torch.nn.functional.cross_entropy(logits, labels[part]).backward()
             optimizer.step()
     with torch.no_grad():
         last.copy_(rows)
