@@ -92,11 +92,7 @@ def layer_anew(context: Context, seed: int, edit: Edit) -> Edit:
     _, layer = last_layer(eraser.stages)
     with reading(layer) as heard:
         eraser.stages.logits(eraser.h[kept], weights)
-    features, labels, bias = (
-        torch.cat(heard),
-        eraser.labels[kept],
-        eraser.stages.model.net.get_parameter(f"{name}.bias"),
-    )
+    features, labels = torch.cat(heard), eraser.labels[kept]
     generator = torch.Generator().manual_seed(derive_seed(seed, "every row anew", *context.config.forget_labels))
     rows = (features.shape[1] ** -0.5 * (2 * torch.rand(last.shape, generator=generator) - 1)).requires_grad_()
     optimizer = torch.optim.Adam([rows], RATE)
