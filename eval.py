@@ -14,6 +14,7 @@ from core.config import KappaModes
 from core.observe import log
 from core.records import SCORES, axes_as_written
 from graphs.subsets import hard_topk
+from hidden.layers import by_stage
 from hidden.words import bands
 from measure.comparisons import avg_gap
 from measure.exhibits import TABLES, intervals_of, mask_map, tables_of, thumbnails
@@ -145,6 +146,7 @@ class Eval(Snapshots):
             if split == "test":
                 self.about[key]["intervals"] = intervals_of(e, asked)
                 self.about[key]["undefined"] = {n: why for n, one in asked.items() if (why := e.why(one.compute))}
+                self.about[key]["by_stage"] = by_stage(e, asked)
                 self._bands[key] = bands(e, judged[split], self.retrained(split))
                 self._right[key] = {"forget_score": e.forget.right, "retain_score": e.retain.right}
         self.about[key] |= tables_of(outputs("test", True), outputs("test", False))
@@ -266,7 +268,7 @@ class Eval(Snapshots):
             "samples": self.samples,
             **{
                 title: {name: self.about[METHODS[name].key(context, point)].get(title) for name in measured}
-                for title in ("settings", "tuning", "integrity", "intervals", "undefined", *TABLES)
+                for title in ("settings", "tuning", "integrity", "intervals", "undefined", "by_stage", *TABLES)
             },
         }, masks
 

@@ -47,10 +47,15 @@ class Pipeline:
 
     def run(self) -> list[Record]:
         """Run all stages, then write the report; returns one record per (top_k, kappa) point."""
+        records = self.measure()
+        self.reporter.plot(records)
+        return records
+
+    def measure(self) -> list[Record]:
+        """Run all stages, and show their results where training curves are shown; returns as `run` does."""
         self.preflight()
         records = self.eval()
-        self._show_masks(records)
-        self.reporter.plot(records)
+        self._show_results(records)
         return records
 
     def prepare_process(self) -> None:
@@ -129,12 +134,17 @@ class Pipeline:
         """The trained classifier, eval mode; as it was before any method changed its copy."""
         return self.stages.classifier
 
-    def _show_masks(self, records: list[Record]) -> None:
-        """Show where the newly measured masks lie, as images in trackio; step is kappa."""
-        fresh = [record for record in records if record["provenance"]["started"] == self.evaluation.started]
+    def _show_results(self, records: list[Record]) -> None:
+        """Show new results in trackio: scores of every method and where the answer's mask lies, by kappa, which is the
+        step; last, the answer's scores at its chosen point.
+        """
+        fresh = any(record["provenance"]["started"] == self.evaluation.started for record in records)
         if self.stages.config.tracker is Trackers.trackio and fresh:
-            with self.stages.setup.tracker("masks") as tracker:
-                for record in fresh:
+            classes = "-".join(map(str, self.config.forget_labels))
+            with self.stages.setup.tracker(f"class-{classes}_results") as tracker:
+                for record in records:
+                    tracker.log(record["kappa"], **self.reporter.scores(record))
                     for layer in record["mask_map"]:
                         name = f"{layer['layer']}, top_k {record['top_k']}, kappa {record['kappa']}"
                         tracker.picture(record["kappa"], name, layer["cells"])
+                tracker.log(max(record["kappa"] for record in records), **self.reporter.final(records))

@@ -15,14 +15,16 @@ from core.observe import log, progress, visible
 from core.records import Record, read_records
 from core.store import read_manifest, write_manifest
 from reporting.compare import compared, find_side
-from reporting.curves import training
 from reporting.draw import save_all
 from reporting.families import Run, families, family_key, runs_of, told_apart
+from reporting.figures import figures_of, training
 from reporting.page import write_page
-from reporting.panels import Panel, figures_of
+from reporting.panels import Panel
 from reporting.tables import (
+    answer_of,
     caption,
     grid,
+    known,
     metrics_of,
     table,
     without_records,
@@ -93,8 +95,8 @@ class Reporter:
         records = records if records is not None else there
         if not records:
             raise UserError(f"there are no records below {self.output_dir}: make some with `uv run main.py`")
-        known = {record["id"] for record in there}
-        every = runs_of([*there, *(record for record in records if record["id"] not in known)])
+        found = {record["id"] for record in there}
+        every = runs_of([*there, *(record for record in records if record["id"] not in found)])
         histories = {run[0]["run"]: self._histories(run) for run in every}
         drawn = [
             self._plot([run], self.run_name(run[0]), histories[run[0]["run"]])
@@ -135,6 +137,27 @@ class Reporter:
         """Hash what a figure's files are made from."""
         shown = [asdict(panel) for panel in panels]
         return key_of({"panels": shown, "config": plain(self.config), "code": code_key("reporting.draw")})
+
+    @staticmethod
+    def scores(record: Record) -> dict[str, float]:
+        """Return what is shown first of a point: "method: metric" -> value, as far as it is known; and the point."""
+        shown = [*metrics_of([[record]], every=False), "weights_changed", "seconds"]
+        found = {
+            f"{record['labels'][name]}: {metric}": values[metric]
+            for name, values in record["methods"].items()
+            for metric in shown
+            if known(values.get(metric))
+        }
+        return {"kappa": record["kappa"], "top_k": record["top_k"], **found}
+
+    def final(self, records: Run) -> dict[str, float]:
+        """Return the same of the answer at its chosen point: "answer: kappa", "answer: forget_score" and so on."""
+        chosen = answer_of(records)
+        if chosen is None:
+            return {}
+        label = chosen["labels"][chosen["answer"]]
+        own = {name.removeprefix(f"{label}: "): value for name, value in self.scores(chosen).items()}
+        return {f"answer: {name}": value for name, value in own.items() if ": " not in name}
 
     def compare(self, names: Sequence[str]) -> str:
         """Hold runs against the first one named; the tables go to reports/compare-*.md, .csv and .tex as well.

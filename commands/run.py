@@ -13,27 +13,41 @@ from core.config import PipelineConfig, Trackers, UserError
 from core.observe import be_quiet
 
 if TYPE_CHECKING:  # its module loads numpy, which help pages do not need
-    from core.records import Record
+    from reporting.families import Run
 
 
-def run(here: Environment, settings: Settings, quiet: bool = False, json: bool = False) -> int:
+def run(
+    here: Environment, settings: Settings, seeds: tuple[int, ...] = (), quiet: bool = False, json: bool = False
+) -> int:
     """Run the pipeline; print its table, its answer, and where everything lies.
 
     Args:
+        seeds: Run it once for each of these seeds instead of --seed, and end in mean and interval over them.
         quiet: Print nothing about progress on stderr.
         json: Print the results as one JSON object on stdout, instead of the table.
     """
     be_quiet(quiet)
     config = _launched(settings, here)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds is {list(seeds)}: name each seed once")
+    if seeds and here.torchrun:
+        raise UserError("torchrun starts one run: give --seed, or leave torchrun out for --seeds")
+    configs = [replace(config, seed=seed) for seed in seeds] or [config]
     curves = here.curves(config.output_dir)
     from core.store import running
     from pipeline import Pipeline
 
+    runs = []
     with running(config.output_dir):
-        pipeline = Pipeline(config)
-        pipeline.prepare_process()
-        records = pipeline.with_others(pipeline.run)
-    return 0 if records is None else _print(config, records, json, curves)
+        for one in configs:
+            pipeline = Pipeline(one)
+            pipeline.prepare_process()
+            records = pipeline.with_others(pipeline.measure)
+            if records is None:  # a helper of torchrun's first process, which says everything
+                return 0
+            runs.append(records)
+        pipeline.reporter.plot([record for run in runs for record in run])
+    return _print(config, runs, json, curves)
 
 
 def train_gcn(
@@ -83,13 +97,15 @@ def sweep(
     if rest or not config:
         found = rest[0] if rest else "no --config FILE"
         raise UserError(f"sweep found {found}: it takes --config FILE alone, see configs/sweep_example.yaml")
-    from commands.sweep import load_sweep, run_sweep, table
+    from commands.sweep import load_sweep, run_sweep, scores, table
 
     jobs, base = load_sweep(config)
     base = replace(base, plugins=(*base.plugins, *plugin))
     here.curves(base.output_dir)
     ended = run_sweep(jobs, base)
     show(table(ended))
+    for text in scores(ended, _columns()):
+        show(f"\n{text}".removesuffix("\n"))
     return 1 if any(outcome["status"] == "failed" for _, outcome in ended) else 0
 
 
@@ -107,35 +123,51 @@ def _launched(config: PipelineConfig, here: Environment) -> PipelineConfig:
 # --- what a run prints ------------------------------------------------------------------------------------
 
 
-def _print(config: PipelineConfig, records: list["Record"], as_json: bool, curves: Path) -> int:
-    """Print a run's table, answer and paths; return the exit code, which is 1 if `kappa: auto` found no kappa."""
-    code = 0 if all(record["auto"] is None or record["auto"]["achieved"] for record in records) else 1
-    places = _places(config, records)
+def _columns() -> int:
+    """Return how many columns the terminal has."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def _print(config: PipelineConfig, runs: list["Run"], as_json: bool, curves: Path) -> int:
+    """Print the tables, answers and paths of runs of one configuration and several seeds, or of a single run.
+
+    Returns:
+        The exit code: 1 if `kappa: auto` found no kappa in one of them.
+    """
+    met = (record["auto"] is None or record["auto"]["achieved"] for run in runs for record in run)
+    code = 0 if all(met) else 1
     if as_json:
-        print(_for_programs(records, code, places))
+        print(_for_programs(config, runs, code))
         return code
     from core.records import RECORDS
-    from reporting.tables import headline, is_answered, remarks
-    from reporting.terminal import terminal_table
+    from reporter import Reporter
+    from reporting.tables import caption, headline, is_answered, remarks, warnings
+    from reporting.terminal import scores_table, terminal_table
 
-    show(terminal_table(records, shutil.get_terminal_size((100, 24)).columns))
-    if is_answered(records):
-        show(headline(records) + "\n")
-    show("\n".join([*remarks(records), ""]))
-    show("Test values; each method's point was chosen on validation images.")
-    if mask := places.get("mask"):
-        layers = records[0]["mask_layer"][0] if len(records[0]["mask_layer"]) == 1 else records[0]["mask_layer"]
+    one = runs[0] if len(runs) == 1 else None
+    show(terminal_table(one, _columns()) if one else f"{caption(*runs)}\n\n{scores_table(runs, _columns())}")
+    for run in runs:
+        said = [headline(run), ""] if is_answered(run) else []
+        said += [*warnings(run), *(remarks(run) if one else [])]
+        show("\n".join(said if one else [f"seed {run[0]['seed']}: {text}" for text in said if text]))
+    show("\nTest values; each method's point was chosen on validation images.")
+    layers, places = runs[0][0]["mask_layer"], [_places(config, run) for run in runs]
+    layers = layers[0] if len(layers) == 1 else layers
+    masks = [place["mask"] for place in places if "mask" in place]
+    for mask in masks:
         show(f"mask   {mask}")
+    if masks:
         show(f"       with masked(classifier.weights({layers}), Mask.load(path)): ...  # unlearn/masks.py")
     show(f"JSON   {config.output_dir / RECORDS}")
-    show(f"plots  {places['plots']}")
-    show(f"page   {places['page']}")
+    drawn = Path(places[0]["plots"])
+    show(f"plots  {drawn if one else drawn.with_name(Reporter.family_name(runs))}")
+    show(f"page   {places[0]['page']}")
     if config.tracker is Trackers.trackio:
         show(f"logs   {curves} (uv run main.py dashboard)")
     return code
 
 
-def _places(config: PipelineConfig, records: list["Record"]) -> dict[str, str]:
+def _places(config: PipelineConfig, records: "Run") -> dict[str, str]:
     """Name the folders and files of a run: output, plots, page, and the mask of the chosen point if there is one."""
     from reporter import Reporter
     from reporting.tables import answer_of
@@ -147,13 +179,26 @@ def _places(config: PipelineConfig, records: list["Record"]) -> dict[str, str]:
     return {name: str(path) for name, path in (places | {"page": reporter.page}).items()}
 
 
-def _for_programs(records: list["Record"], code: int, places: dict[str, str]) -> str:
-    """Write a run's results as JSON: exit code, answer, remarks, one object for each method, paths of all records."""
+def _for_programs(config: PipelineConfig, runs: list["Run"], code: int) -> str:
+    """Write results as JSON: of a run its exit code, answer, remarks, an object for each method, and paths; of several
+    seeds a list of these, and for each method and metric the mean over the seeds with its 95 % interval.
+    """
     import json
 
-    from core.records import record_path
-    from reporting.tables import as_json, headline, is_answered, remarks
+    from reporting.tables import over_seeds_as_json
 
-    said = {"exit": code, "headline": headline(records) if is_answered(records) else None, "remarks": remarks(records)}
-    files = [str(record_path(Path(places["output"]), record)) for record in records]
-    return json.dumps(said | {"methods": as_json(records), "records": files, **places}, indent=1)
+    found = [_one_for_programs(config, run) for run in runs]
+    if len(runs) == 1:
+        return json.dumps({"exit": code, **found[0]}, indent=1)
+    return json.dumps({"exit": code, "runs": found, "over_seeds": over_seeds_as_json(runs)}, indent=1)
+
+
+def _one_for_programs(config: PipelineConfig, records: "Run") -> dict[str, object]:
+    from core.records import record_path
+    from reporting.tables import as_json, headline, is_answered, remarks, warnings
+
+    places = _places(config, records)
+    answer = headline(records) if is_answered(records) else None
+    said = {"seed": records[0]["seed"], "headline": answer, "remarks": [*warnings(records), *remarks(records)]}
+    files = [str(record_path(config.output_dir, record)) for record in records]
+    return said | {"methods": as_json(records), "records": files, **places}

@@ -18,9 +18,12 @@ from core.choices import MachineError, did_you_mean
 from core.config import GIVEN, PipelineConfig, UserError, plain
 from core.hashes import check_same_code, key_of, sha256_file, versions, whole_code
 from core.observe import log
-from core.records import read_whole
+from core.records import read_record, read_whole
 from core.store import running, sha256_folder
 from core.yaml_files import load_config, read_words, resolved, typed
+from reporting.families import families, runs_of, told_apart
+from reporting.tables import caption
+from reporting.terminal import scores_table
 from reporting.write import as_text
 from training.engines import Engine, carry_out
 
@@ -273,3 +276,17 @@ def table(ended: list[tuple[Job, dict]]) -> str:
         values = [str(value) for value in job.settings.values()]
         rows.append([*values, outcome["status"], f"{outcome['seconds']:.1f}", last])
     return as_text(rows).removesuffix("\n")
+
+
+def scores(ended: list[tuple[Job, dict]], width: int) -> list[str]:
+    """Return the scores of the jobs that are done: for each family of runs what it is of, and a table for a terminal.
+
+    Args:
+        width: columns of the terminal.
+    """
+    done = [(job.config.output_dir, path) for job, outcome in ended for path in outcome["records"]]
+    groups = families(runs_of(read_record(root, root / path) for root, path in dict.fromkeys(done)))
+    return [
+        f"{caption(*runs, apart=apart)}\n\n{scores_table(runs, width)}"
+        for runs, apart in zip(groups, told_apart(groups), strict=True)
+    ]

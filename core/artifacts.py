@@ -26,7 +26,7 @@ import numpy as np
 from core.choices import MachineError, UserError
 from core.hashes import key_of, sha256_arrays
 
-SCHEMA = "mimu/3"
+SCHEMA = "mimu/4"
 HISTORY = "history.json"
 DIGEST = "digest"
 

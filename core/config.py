@@ -376,6 +376,26 @@ def written(config: PipelineConfig) -> PipelineConfig:
     return replace(config, forget_class=spelled(config.forget_class), gcn=gcn)
 
 
+UNTOLD = ("seed", "forget_class", "model_architecture", "vision_dataset", "topK_list", "kappa_list")
+"""Fields that names of runs say in words of their own, or that are points of a run."""
+NO_VALUES = ("output_dir", "tracker", "resume", "device", "reporter", "plugins")
+"""Fields that no value depends on, or that say where and by which code it was made."""
+
+
+def changed_settings(config: PipelineConfig) -> list[str]:
+    """Name the settings of a run that are not the defaults, for people: "train.epochs-2"."""
+    defaults, found = plain(PipelineConfig()), []
+    for name, value in plain(config).items():
+        if name in UNTOLD + NO_VALUES:
+            continue
+        known = defaults[name] if isinstance(value, dict) else {"": defaults[name]}
+        for inner, one in (value if isinstance(value, dict) else {"": value}).items():
+            if one != known[inner]:
+                text = "+".join(map(str, one)) if isinstance(one, list) else str(one)
+                found.append(f"{name}{'.' * bool(inner)}{inner}-{text.rpartition('/')[2]}")
+    return found
+
+
 def derive_seed(root: int, *parts: object) -> int:
     """A seed of its own for one purpose: SHA-256 of (root, parts), 63 bits.
 

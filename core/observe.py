@@ -87,7 +87,9 @@ class Tracker:
         if self.kind is Trackers.trackio:
             plain = {"auto_log_gpu": False, "auto_log_cpu": False}
             with redirect_stdout(io.StringIO()):  # a banner in colours
-                _trackio().init(project=TRACKIO_PROJECT, name=self.name, config=_all_visible(self.config), **plain)
+                _trackio().init(
+                    project=TRACKIO_PROJECT, name=visible(self.name), config=_all_visible(self.config), **plain
+                )
         return self
 
     def log(self, step: int, **values: float) -> None:

@@ -18,7 +18,6 @@ SCORES = ("forget_score", "retain_score")  # always measured: points, verdicts a
 WORDS = ("untouched", "suppressed", "over-erased", "erased to retraining's level")
 """Verdicts that say how far a method goes, not what speaks against it; `measure.verdicts` has the rule."""
 MOST = 1e30  # of any value: sums and squares of larger ones are no numbers
-BETTER = ("higher", "lower", "retrain")
 Axis = Literal["top_k", "kappa"]  # of a sweep
 CHANCE = ("accuracy", "low", "high", "chance")
 AXES = {"topK": "top_k", "kappa": "kappa", "seed": "seed"}
@@ -183,7 +182,7 @@ class Metric(TypedDict):
     """What a record says of a metric."""
 
     unit: Annotated[str, text()]
-    better: Annotated[str, one_of(*BETTER)]
+    better: Annotated[str, one_of("higher", "lower", "retrain")]
     target: Annotated[str, text()]
     definition: Annotated[str, text()]
     first: Annotated[bool, one_of(True, False)]
@@ -302,6 +301,8 @@ class Record(TypedDict):
     intervals: Annotated[dict[str, dict[str, Limits] | None], each(named(fits(Limits), keys=NAME))]
     undefined: Annotated[dict[str, dict[str, str] | None], each(named(text(), keys=NAME))]
     """Why a metric has no value for a method, by metric: "the network has no BatchNorm layer"."""
+    by_stage: Annotated[dict[str, dict[str, dict[str, float]] | None], each(named(named(number()), keys=NAME))]
+    """Metrics that are means over the network's stages: their value at each, by the stage's name, in order."""
     class_probability: Annotated[dict[str, list[float] | None], each(rows(number(0, 1 + 1e-6), least=1))]
     confusion: Annotated[dict[str, list[list[int]] | None], each(rows(counts, least=1))]
     class_score: Annotated[dict[str, list[float | None] | None], each(rows(maybe(number(0, 100)), least=1))]
@@ -317,7 +318,7 @@ class Record(TypedDict):
 FIELDS = checks_of(Record)
 EACH = (
     *("axes", "methods", "validation", "verdicts", "settings", "tuning", "integrity", "intervals", "undefined"),
-    *("class_probability", "confusion", "class_score", "taken_for", "said_of_samples"),
+    *("by_stage", "class_probability", "confusion", "class_score", "taken_for", "said_of_samples"),
 )
 """Fields that say something of every measured method."""
 

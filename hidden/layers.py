@@ -5,7 +5,7 @@ there are some. Up to 200 training images of a class are looked at, as `measure.
 images and up to 200 of each retained class.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import starmap
@@ -59,6 +59,12 @@ def stages_of(e: Evidence, images: Tensor) -> Callable[[Tensor], list[Tensor]]:
         return [torch.cat(stage).double().cpu() for stage in zip(*parts, strict=True)]
 
     return features
+
+
+def stage_names(e: Evidence) -> tuple[str, ...]:
+    """Names of the stages whose features are looked at, in the order of the forward pass."""
+    images, _ = probed_images(e)
+    return tuple(Stages(deep(e.model, images[:EXAMPLES].to(e.device), e.model.target(-1).out_features)).taps)
 
 
 def features(e: Evidence) -> tuple[Stage, ...]:
@@ -161,6 +167,16 @@ def retained_ranks(e: Evidence) -> tuple[float, ...]:
     return at_each(e, lambda one: retained_rank_of(one, e.forget_class))
 
 
+PER_STAGE: dict[str, PerStage] = {
+    "probe_layers": probe_recalls,
+    "auc_layers": binary_aucs,
+    "knn_layers": neighbour_recalls,
+    "nearest_mean_layers": nearest_mean_recalls,
+    "retained_rank": retained_ranks,
+}
+"""Metric that is a mean over stages -> what it is the mean of."""
+
+
 # --- over the stages --------------------------------------------------------------------------------------
 
 
@@ -190,6 +206,18 @@ def differences(e: Evidence, of: PerStage) -> tuple[float, ...]:
 def largest_gap(e: Evidence, of: PerStage) -> float:
     """Largest distance, over stages, to the retrained models' mean; raises as `differences` does."""
     return max(map(abs, differences(e, of)))
+
+
+def by_stage(e: Evidence, metrics: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Those of some metrics that are means over stages (PER_STAGE): their value at each, by its name.
+
+    One that has no value is left out.
+    """
+    found = {name: values for name in metrics if name in PER_STAGE and (values := e.value(PER_STAGE[name])) is not None}
+    if not found:
+        return {}
+    names = stage_names(e)
+    return {name: dict(zip(names, values, strict=True)) for name, values in found.items()}
 
 
 TARGET = "as retrained, not chance"

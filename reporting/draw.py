@@ -35,6 +35,7 @@ COLUMN, HEIGHT = 3.4, 2.5  # inches: the width of one column of a paper, the hei
 SIDE_BY_SIDE = 4  # from as many panels on they stand in two columns
 SMALL, TINY = 7.5, 6.5  # points
 MOST_LETTERS = 40  # of the names below an axis that are written across; of more they are turned
+PAD = 0.12  # of the range of an axis that ends before some values: room to name them
 TITLE = 48  # characters of a title's line that fit into a column
 METADATA: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 START, WORTH = 2, 12  # panels drawn while a process starts; panels from which on a second process saves more than that
@@ -119,11 +120,24 @@ def _draw_panel(ax: "Axes", panel: Panel) -> None:
     for one in panel.series:
         if one.kind != "bars":
             _draw_series(ax, one)
+    if panel.y_range:
+        _end_axis(ax, panel)
     if panel.ticks:
         crowded = len(panel.ticks) > 10 or len("".join(panel.ticks)) > MOST_LETTERS
         ax.set_xticks(
             range(len(panel.ticks)), [*map(_shown, panel.ticks)], fontsize=TINY, rotation=90 if crowded else 0
         )
+
+
+def _end_axis(ax: "Axes", panel: Panel) -> None:
+    """End the y axis where the panel says, and name at its ends what lies beyond."""
+    low, high = panel.y_range or (0.0, 1.0)
+    room = (high / low) ** PAD if panel.y_log else PAD * (high - low or 1)
+    ax.set_ylim(*((low / room, high * room) if panel.y_log else (low - room, high + room)))
+    for names, place, side, sign in ((panel.above, 0.99, "top", "\u25b2"), (panel.below, 0.01, "bottom", "\u25bc")):
+        if names:
+            text = _wrapped(f"{sign} {', '.join(names)}", TITLE)
+            ax.text(0.01, place, text, va=side, fontsize=TINY, transform=ax.transAxes, zorder=6)
 
 
 def _wrapped(text: str, width: int) -> str:

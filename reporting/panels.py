@@ -1,20 +1,19 @@
 """Figures declared as data: records -> panels, which `draw` draws for print and the page on screen.
 
-Every figure is one function with `@figure` (or one line of `TERMS` in `curves`); metrics and methods come from the
-records.
+Every figure is one function with `@figure` (or one line of `TERMS` in `figures`); metrics and methods come from the
+records. Here are those that hold methods against each other.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
 
 from core.choices import NotRegistered, Registry
 from core.records import SCORES, Axis, Metric, Record, axes_of
 from reporting.families import Run
 from reporting.tables import (
+    REFERENCES,
     Estimate,
-    best_points,
     by_gap,
     cell_of,
     choose,
@@ -22,11 +21,14 @@ from reporting.tables import (
     classes_of,
     estimate,
     known,
+    measurable,
     metrics_of,
     over_cells,
 )
 
-MOST_BARS = 20  # groups of bars, or blocks of a heat map's side: more are cut or joined, and the title says so
+FAR = 6  # times the range of what is shown: a value further away than that is named at the edge of the axis
+SLIGHT = 0.01  # share of a value that counts as a range: what lies closer together than that is not crushed
+MOST_NAMES = 4  # at an edge
 WIDE = 1e3  # largest / smallest value from which an axis is logarithmic
 BETTER = {"higher": "higher is better", "lower": "lower is better", "retrain": "best as retrained"}
 RANGES = {"%": (0.0, 100.0), "probability": (0.0, 1.0)}  # a band is drawn no further, though a t interval knows no end
@@ -50,7 +52,8 @@ class Series:
 @dataclass(frozen=True)
 class Panel:
     """One pair of axes. With `cells` [R][C] it is a heat map (with the sums of rows and columns if `margins`; about 0
-    if `signed`), with `ticks` its x axis has names.
+    if `signed`), with `ticks` its x axis has names. With `y_range` the y axis ends there, and what lies outside is
+    named in `above` and `below`.
     """
 
     title: str
@@ -64,6 +67,9 @@ class Panel:
     cells: Sequence[Sequence[float]] | None = None
     margins: bool = False
     signed: bool = False
+    y_range: tuple[float, float] | None = None
+    above: list[str] = field(default_factory=list)
+    below: list[str] = field(default_factory=list)
 
 
 def style_of(record: Record, method: str) -> int:
@@ -100,6 +106,74 @@ def figure(name: str, *, alone: bool = False) -> Callable[[Draw], Draw]:
     return register
 
 
+# --- outliers ---------------------------------------------------------------------------------------------
+
+
+def shown_range(values: Sequence[float], kept: Sequence[float]) -> tuple[float, float]:
+    """Choose which part of an axis to show: all of `kept`, and of the rest what does not crush it.
+
+    On each side the range grows from value to value, up to the first that is further away than FAR times the range so
+    far (at least SLIGHT of the values' size).
+    """
+    low, high = min(kept), max(kept)
+
+    def far(distance: float) -> bool:
+        return distance > FAR * max(high - low, SLIGHT * max(abs(low), abs(high)))
+
+    for value in sorted(values):
+        if value > high:
+            if far(value - high):
+                break
+            high = value
+    for value in sorted(values, reverse=True):
+        if value < low:
+            if far(low - value):
+                break
+            low = value
+    return low, high
+
+
+def within_range(panel: Panel, record: Record, nats: bool = False) -> Panel:
+    """End a panel's y axis before values that would crush the rest, and name these at the edge.
+
+    The answer's, the untouched and the retrained classifier's values are always shown; on a logarithmic axis all are.
+
+    Args:
+        panel: its series' styles are those of `style_of`, or by whole multiples of the methods' number larger.
+        record: names the methods.
+        nats: values are losses: those that are no measurement (`tables.measurable`) are left out in any case.
+    """
+    series = [one for one in panel.series if one.kind != "front"]
+    whole = {style_of(record, name) for name in (record["answer"], *REFERENCES) if name in record["labels"]}
+    fine = [[y for y in one.y if measurable(y, "nats" if nats else "")] for one in series]
+    count = len(record["labels"])
+    kept = [y for one, ys in zip(series, fine, strict=True) if one.style % count in whole for y in ys]
+    every = [y for ys in fine for y in ys]
+    if not kept:
+        return panel
+    low, high = (min(every), max(every)) if panel.y_log else shown_range(every, kept)
+    beyond = [{one.label: worst for one in series if (worst := of(one.y)) * sign > bound * sign}
+              for of, bound, sign in ((max, high, 1), (min, low, -1))]  # fmt: skip
+    if not any(beyond):
+        return panel
+    ends = [end for one in series for y, *limits in _with_ends(one) if low <= y <= high for end in limits]
+    ends = [end for end in ends if end > 0 or not panel.y_log]
+    shown = (min([low, *ends]), max([high, *ends]))
+    above, below = (_named(one) for one in beyond)
+    return replace(panel, y_range=shown, above=above, below=below)
+
+
+def _with_ends(one: Series) -> Iterator[tuple[float, ...]]:
+    """Yield each value of a series with the ends of its interval, if it has one."""
+    return zip(one.y, one.low, one.high, strict=True) if one.low and one.high else ((y,) for y in one.y)
+
+
+def _named(values: Mapping[str, float]) -> list[str]:
+    """Name values that are not shown, of many the first few: "SFT randomisation 40.9"."""
+    said = [f"{label} {value:.3g}" for label, value in values.items()]
+    return said if len(said) <= MOST_NAMES else [*said[:MOST_NAMES], f"and {len(said) - MOST_NAMES} more"]
+
+
 # --- metrics over the sweep -------------------------------------------------------------------------------
 
 
@@ -119,7 +193,7 @@ def _at(runs: Sequence[Run], method: str, metric: str, place: Mapping[Axis, int]
     return over_cells({cell_of(record): record["methods"][method][metric] for record in records})
 
 
-def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, style: int) -> Series:
+def with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, style: int) -> Series:
     """Make a series, with a band where every point has limits."""
     found = [estimate for _, estimate in points]
     limits = [[one.low for one in found], [one.high for one in found]]
@@ -129,13 +203,14 @@ def _with_limits(label: str, points: list[tuple[float, Estimate]], kind: str, st
 
 
 def _lines(runs: Sequence[Run], method: str, metric: str, axis: Axis) -> list[Series]:
-    """Plot a method over kappa (one line per top_k it depends on) or over top_k (at its chosen kappa)."""
+    """Plot a method over kappa (of several top_k, a line each) or over top_k (at its chosen kappa)."""
     first = runs[0][0]
     style, label, axes = style_of(first, method), first["labels"][method], axes_of(first, method)
     places = sorted({record[axis] for run in runs for record in run})
     fixed: list[dict[Axis, int]] = [{}]
-    if axis == "kappa" and "top_k" in axes:
-        fixed = [{"top_k": k} for k in sorted({record["top_k"] for run in runs for record in run})]
+    budgets = sorted({record["top_k"] for run in runs for record in run})
+    if axis == "kappa" and "top_k" in axes and len(budgets) > 1:
+        fixed = [{"top_k": k} for k in budgets]
     elif axis == "top_k" and "kappa" in axes:
         fixed = [{"kappa": choose(runs[0], method)["kappa"]}]
     found = []
@@ -144,7 +219,7 @@ def _lines(runs: Sequence[Run], method: str, metric: str, axis: Axis) -> list[Se
         known = [(float(x), one) for x, one in points if one]
         name = label + "".join(f", {k} {v:,}" for k, v in rest.items())
         if known:
-            found.append(_with_limits(name, known, "line", style + number * len(first["labels"])))
+            found.append(with_limits(name, known, "line", style + number * len(first["labels"])))
     return found
 
 
@@ -156,13 +231,14 @@ def over(runs: Sequence[Run], metric: str, axis: Axis) -> Panel:
         if axis in axes_of(first, method):
             series += _lines(runs, method, metric, axis)
         elif level := estimate(points, metric):
-            series.append(_with_limits(points[0].label, [(0.0, level)], "level", style_of(first, method)))
+            series.append(with_limits(points[0].label, [(0.0, level)], "level", style_of(first, method)))
     series = [_within(one, *RANGES.get(about["unit"], (-math.inf, math.inf))) for one in series]
-    values = [value for one in series for value in one.y]
+    nats = about["unit"] == "nats"
+    values = [value for one in series for value in one.y if measurable(value, about["unit"])]
     spread = bool(values) and min(values) > 0 and max(values) / min(values) > WIDE and about["unit"] != "probability"
     what = {"kappa": "kappa (weights switched off)", "top_k": "top_k (weights held to be important)"}[axis]
     alt = f"{metric.replace('_', ' ')} of {len(found)} methods over {axis}, {extent(series)}."
-    return Panel(_name(about, metric), what, about["unit"], series, alt, y_log=spread)
+    return within_range(Panel(_name(about, metric), what, about["unit"], series, alt, y_log=spread), first, nats)
 
 
 def _within(series: Series, least: float, most: float) -> Series:
@@ -197,14 +273,15 @@ def trade_off(runs: Sequence[Run]) -> list[Panel]:
         for forget, retain in _both(forgets, retains):
             pairs += list(zip(forget.y, retain.y, strict=True))
             kind = "star" if method == "retrain" else "line" if len(forget.y) > 1 else "points"
-            series.append(Series(retain.label, forget.y, retain.y, kind, retain.style, retain.low, retain.high))
+            limits = (retain.low, retain.high) if len(runs) > 1 or kind != "line" else (None, None)
+            series.append(Series(retain.label, forget.y, retain.y, kind, retain.style, *limits))
         every += [] if method in ("retrain", "default") else pairs
     if front := pareto(every):
         series.append(Series("Pareto front", [x for x, _ in front], [y for _, y in front], "front", -1))
     alt = f"Retain score against forget score; the Pareto front has {len(front)} points. {extent(series)}."
     title = f"forgetting {classes_of(first)}: top left is best" if len(runs) == 1 else "trade-off: top left is best"
     x, y = (_name(about[metric], metric) for metric in SCORES)
-    return [Panel(title, x, y, series, alt)]
+    return [within_range(Panel(title, x, y, series, alt), first)]
 
 
 def _both(ours: Sequence[Series], theirs: Sequence[Series]) -> Iterator[tuple[Series, Series]]:
@@ -228,7 +305,7 @@ def _or_level(runs: Sequence[Run], method: str, metric: str) -> list[Series]:
         return _lines(runs, method, metric, "kappa")
     points = chosen_in(runs)[method]
     found = estimate(points, metric)
-    return [_with_limits(points[0].label, [(0.0, found)], "level", style_of(runs[0][0], method))] if found else []
+    return [with_limits(points[0].label, [(0.0, found)], "level", style_of(runs[0][0], method))] if found else []
 
 
 @figure("time_against_quality")
@@ -244,7 +321,7 @@ def time_against_quality(runs: Sequence[Run]) -> list[Panel]:
         seconds = over_cells(times).value
         if seconds > 0:
             place = [(seconds, over_cells(found))]
-            series.append(_with_limits(points[0].label, place, "points", style_of(first, method)))
+            series.append(with_limits(points[0].label, place, "points", style_of(first, method)))
     name = "Avg Gap to retrained [points], lower is better" if gap else "retain - forget score, higher is better"
     return [Panel("time against quality", "seconds to unlearn", name, series, f"{name}: {extent(series)}.", x_log=True)]
 
@@ -253,179 +330,3 @@ def _quality(values: dict[str, float], gap: bool) -> float | None:
     """Avg Gap, or retain minus forget score; None for a method that diverged."""
     forget, retain = (values.get(score) for score in SCORES)
     return values.get("avg_gap") if gap else retain - forget if known(forget) and known(retain) else None
-
-
-# --- classes ----------------------------------------------------------------------------------------------
-
-
-def class_scores(record: Record, method: str) -> list[float | None] | None:
-    """Return every class's accuracy in percent (None: no images of it); None if the record has no such table."""
-    table = record["confusion"][method]
-    if table:
-        return [100 * row[place] / sum(row) if sum(row) else None for place, row in enumerate(table)]
-    return record["class_score"][method]
-
-
-def taken_for(record: Record, method: str) -> list[float] | None:
-    """Share of the forgotten test images that is taken for each class, percent."""
-    table = record["confusion"][method]
-    named = record["forget_class"]
-    if table:
-        counts = [sum(table[row][place] for row in named) for place in range(len(table))]
-    else:
-        counts = record["taken_for"][method]
-    return [100 * count / sum(counts) for count in counts] if counts and sum(counts) else None
-
-
-def _compared(record: Record) -> list[str]:
-    """Untouched, answer, retrained: as far as they are measured."""
-    return [name for name in ("default", record["answer"], "retrain") if name in record["labels"]]
-
-
-def _bars(
-    record: Record, of: dict[str, list], rank: Callable[[int], float], title: str, y_label: str, ranked: str = ""
-) -> list[Panel]:
-    """Bars by class; of many classes the forgotten ones and those with the largest `rank`.
-
-    Args:
-        ranked: what `rank` is, in a word, where it is not what the bars show.
-    """
-    count = len(next(iter(of.values())))
-    named = record["forget_class"]
-    order = sorted(range(count), key=lambda c: (c not in named, -rank(c)))[:MOST_BARS]
-    chosen = sorted(order)
-    if count > MOST_BARS:
-        others = [rank(c) for c in range(count) if c not in order]
-        title += f"\n({MOST_BARS} of {count} classes; the others' median{ranked}: {median(others):.2g})"
-    series = [
-        Series(record["labels"][name], [float(c) for c in range(len(chosen))], [values[c] or 0.0 for c in chosen],
-               "bars", style_of(record, name))
-        for name, values in of.items()
-    ]  # fmt: skip
-    ticks = [str(c) for c in chosen]
-    return [Panel(title, "class", y_label, series, f"{title}. {extent(series)}.", ticks=ticks)]
-
-
-@figure("accuracy_by_class", alone=True)
-def per_class(runs: Sequence[Run]) -> list[Panel]:
-    """Plot every class's accuracy before and after; of many classes those that change most."""
-    record = choose(runs[0], runs[0][0]["answer"])
-    of = {name: scores for name in _compared(record) if (scores := class_scores(record, name))}
-    if not {"default", record["answer"]} <= set(of):
-        return []
-
-    def change(c: int) -> float:
-        before, after = of["default"][c], of[record["answer"]][c]
-        return abs((after or 0.0) - (before or 0.0))
-
-    return _bars(record, of, change, "accuracy by class, test images", "accuracy [%]", " change")
-
-
-def _blocks(table: Sequence[Sequence[int]], size: int) -> list[list[float]]:
-    """Sum over blocks of `size` neighbouring rows and columns."""
-    places = range(0, len(table), size)
-    return [
-        [math.fsum(value for row in table[r : r + size] for value in row[c : c + size]) for c in places] for r in places
-    ]
-
-
-@figure("confusion_difference", alone=True)
-def confusion_difference(runs: Sequence[Run]) -> list[Panel]:
-    """Plot the confusion matrix after minus before, each row in percent of its images."""
-    record = choose(runs[0], runs[0][0]["answer"])
-    tables = record["confusion"]
-    before, after = tables.get("default"), tables.get(record["answer"])
-    if not before or not after:
-        return []
-    size, count = math.ceil(len(before) / MOST_BARS), len(before)
-    before, after = _blocks(before, size), _blocks(after, size)
-    cells = [
-        [100 * (b - a) / max(1, math.fsum(one)) for a, b in zip(one, two, strict=True)]
-        for one, two in zip(before, after, strict=True)
-    ]
-    ticks = [str(i * size) if size == 1 else f"{i * size}-{i * size + size - 1}" for i in range(len(cells))]
-    title = "confusion: after - before [% of a true class]"
-    title += f"\n(blocks of {size} of {count} classes)" if size > 1 else ""
-    alt = f"{title}; from {min(map(min, cells)):.3g} to {max(map(max, cells)):.3g}."
-    return [Panel(title, "predicted class", "true class", alt=alt, ticks=ticks, cells=cells, signed=True)]
-
-
-@figure("class_probability", alone=True)
-def class_probability(runs: Sequence[Run]) -> list[Panel]:
-    """Plot the mean probability of each class on forgotten images."""
-    record = choose(runs[0], runs[0][0]["answer"])
-    of = {name: values for name in _compared(record) if (values := record["class_probability"].get(name))}
-    title = f"probability for images of {classes_of(record)}"
-    if not of:
-        return []
-    return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "mean probability")
-
-
-@figure("forgotten_taken_for", alone=True)
-def forgotten_taken_for(runs: Sequence[Run]) -> list[Panel]:
-    """Plot the classes that forgotten images are taken for."""
-    record = choose(runs[0], runs[0][0]["answer"])
-    of = {name: shares for name in _compared(record) if (shares := taken_for(record, name))}
-    title = f"what images of {classes_of(record)} are taken for"
-    if not of:
-        return []
-    return _bars(record, of, lambda c: max(values[c] for values in of.values()), title, "share of images [%]")
-
-
-# --- masks and weights ------------------------------------------------------------------------------------
-
-
-@figure("mask_map", alone=True)
-def mask_map_panels(runs: Sequence[Run]) -> list[Panel]:
-    """Plot where the answer's mask switches weights off, with sums of rows and columns; one panel per layer."""
-    record = choose(runs[0], runs[0][0]["answer"])
-    found = []
-    for layer in record["mask_map"]:
-        (m, n), cells = layer["shape"], layer["cells"]
-        block = f"{math.ceil(m / len(cells))} x {math.ceil(n / len(cells[0]))}"
-        title = f"switched off in {layer['layer']},\n{m} x {n}, kappa {record['kappa']:,}"
-        title += f",\ncells of {block} weights" if block != "1 x 1" else ""
-        rows, columns = [sum(row) for row in cells], [sum(column) for column in zip(*cells, strict=True)]
-        alt = f"{title}. Most in one row of cells: {max(rows)}, in one column: {max(columns)} of {sum(rows)}."
-        found.append(Panel(title, "input neuron", "output neuron", alt=alt, cells=cells, margins=True))
-    return found
-
-
-@figure("weight_histogram", alone=True)
-def weight_histogram(runs: Sequence[Run]) -> list[Panel]:
-    """Plot histograms of the weights that the answer's mask keeps and switches off."""
-    record = choose(runs[0], runs[0][0]["answer"])
-    data = record["weight_histogram"]
-    parts = {"kept": data["kept"], "switched off": data["switched_off"]}
-    series = [
-        Series(name, data["edges"], [float(value) for value in values], "steps", place)
-        for place, (name, values) in enumerate(parts.items())
-    ]
-    label = record["labels"].get(record["answer"], record["answer"])
-    title = f"weights under the mask of {label}, kappa {record['kappa']:,}"
-    return [Panel(title, "weight", "count", series, f"{title}. {extent(series)}.", y_log=True)]
-
-
-# --- all figures of a run ---------------------------------------------------------------------------------
-
-
-def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
-    """Make every figure of a run, or of a family's runs: name -> panels.
-
-    Metrics that are shown first have a figure of their own over each axis that is swept; the others share one.
-    """
-    axes: tuple[Axis, ...] = ("kappa", "top_k")
-    swept = [axis for axis in axes if _varies(runs, axis)]
-    first, found = metrics_of(runs, every=False), {}
-    for axis in swept:
-        found |= {f"{metric}_over_{axis}": [over(runs, metric, axis)] for metric in first}
-        found[f"other_metrics_over_{axis}"] = [over(runs, m, axis) for m in metrics_of(runs) if m not in first]
-    answered = len(runs) == 1 and runs[0][0]["answer"] in {best.method for best in best_points(runs[0])}
-    found |= {name: panels(runs) for name, (panels, alone) in FIGURES.items() if answered or not alone}
-    return {name: panels for name, panels in found.items() if panels}
-
-
-def _varies(runs: Sequence[Run], axis: Axis) -> bool:
-    """Return whether a method depends on an axis and that has several values (kappa: in any case)."""
-    first, several = runs[0][0], len({record[axis] for run in runs for record in run}) > 1 or axis == "kappa"
-    return several and any(axis in axes_of(first, method) for method in first["axes"])

@@ -7,7 +7,7 @@ Everything is read from the records, so that a new method or metric appears with
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeGuard
 
 from core.config import SupportedDatasets, SupportedVisionModels
@@ -20,6 +20,7 @@ from reporting.write import Lead
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
 DEEP = "mimu_deep"  # goes on to the features, so that its word stands beside the answer's
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
+MOST_NATS = 103.3  # -log of 2^-149, the smallest probability that float32 tells from 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Estimate:
 def known(value: object) -> TypeGuard[float]:
     """Return whether a value can be compared: a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def measurable(value: float, unit: str) -> bool:
+    """Return whether a value is one that was measured: a larger loss than MOST_NATS is what a method wrote into a
+    logit, such as the 10,000 nats of a logit that is dropped.
+    """
+    return unit != "nats" or abs(value) <= MOST_NATS
 
 
 def by_gap(records: Iterable[Record]) -> bool:
@@ -131,7 +139,7 @@ def over_cells(cells: Cells) -> Estimate:
 
 def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
     """Average a metric over runs' chosen points; a single run keeps the interval of its record, if it has one."""
-    cells = _all(points, metric)
+    cells = values_of(points, metric)
     if not cells:
         return None
     if len(points) == 1 and (own := points[0].interval(metric)):
@@ -139,7 +147,7 @@ def estimate(points: Sequence[Best], metric: str) -> Estimate | None:
     return over_cells(cells)
 
 
-def _all(points: Sequence[Best], metric: str) -> dict[Cell, float]:
+def values_of(points: Sequence[Best], metric: str) -> dict[Cell, float]:
     """Return a metric at every point; nothing if it is not known at one of them."""
     values = {cell_of(point.record): point.values.get(metric) for point in points}
     finite = {cell: value for cell, value in values.items() if known(value)}
@@ -150,11 +158,12 @@ def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str,
     """method -> how far from the best possible it is in each cell; methods without the value are left out."""
     losses = {}
     for name, points in found.items():
-        values = _all(points, metric)
-        if name in REFERENCES or not values:
+        values = values_of(points, metric)
+        unit = points[0].record["metrics"].get(metric, {}).get("unit", "")
+        if name in REFERENCES or not values or not all(measurable(value, unit) for value in values.values()):
             continue
         if better == "retrain":
-            targets = _all(found.get("retrain", []), metric)
+            targets = values_of(found.get("retrain", []), metric)
             if not targets:
                 return {}
             losses[name] = {cell: abs(minus(value, targets[cell])) for cell, value in values.items()}
@@ -210,7 +219,8 @@ def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, Metric]:
     return {name: about for name, about in found.items() if every or about["first"]}
 
 
-def _budget(values: Sequence[int | None]) -> str:
+def budget(values: Sequence[int | None]) -> str:
+    """Return numbers of weights as one text: "400", "100-400", or "-" where there are none."""
     given = [value for value in values if value is not None]
     if not given:
         return "-"
@@ -231,10 +241,10 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
     for method, points in found.items():
         texts = {name: shown(estimate(points, name)) for name in metrics}
         marked = [Lead(text) if method in bold[name] else text for name, text in texts.items()]
-        changed = _budget([int(count) for count in _all(points, "weights_changed").values()])
-        spent = _all(points, "seconds")
+        changed = budget([int(count) for count in values_of(points, "weights_changed").values()])
+        spent = values_of(points, "seconds")
         seconds = f"{over_cells(spent).value:.3f}" if spent else "-"
-        budgets = [_budget([point.top_k for point in points]), _budget([point.kappa for point in points])]
+        budgets = [budget([point.top_k for point in points]), budget([point.kappa for point in points])]
         said = [", ".join(one["key"] for one in points[0].verdicts) or "-"] * judged
         rows.append([points[0].label, *budgets, *marked, changed, seconds, *said])
     return rows
@@ -289,6 +299,18 @@ def as_json(records: Run) -> list[dict]:
     ]
 
 
+def over_seeds_as_json(runs: Sequence[Run]) -> list[dict]:
+    """Return the table of a family's runs as objects: method -> metric -> {value, low, high, n}; low and high are the
+    95 % interval over n seeds, null for one.
+    """
+    objects = []
+    for name, points in chosen_in(runs).items():
+        found = {metric: values_of(points, metric) for metric in (*metrics_of(runs), "weights_changed", "seconds")}
+        measured = {metric: asdict(over_cells(cells)) for metric, cells in found.items() if cells}
+        objects.append({"method": name, "label": points[0].label, **measured})
+    return objects
+
+
 # --- in words ---------------------------------------------------------------------------------------------
 
 
@@ -307,26 +329,25 @@ def _listed(classes: list[str]) -> str:
     return f"class {classes[0]}" if len(classes) == 1 else f"classes {', '.join(classes[:-1])} and {classes[-1]}"
 
 
+def warnings(records: Run) -> list[str]:
+    """Say that the classifier is near chance, if it is, and name the references that failed their check."""
+    near_chance = records[0]["footing"]["near_chance"]
+    unfit = (one for one in records[0]["references"] if not one["sane"])
+    left_out = (
+        f"Retrained model {one['index']}, not used to choose or to compare with: {one['why']}." for one in unfit
+    )
+    return [*([f"Warning: {near_chance}."] if near_chance else []), *left_out]
+
+
 def remarks(records: Run) -> list[str]:
-    """Name the references that failed their check, then each verdict as a sentence with its methods; also why a metric
-    has no value.
-    """
+    """Return each verdict as a sentence with its methods; also why a metric has no value."""
     said: dict[str, list[str]] = {}
     for best in best_points(records):
         reasons = best.record["undefined"].get(best.method) or {}
         sentences = [f"{name} is not defined: {why}" for name, why in reasons.items()]
         for sentence in (*(one["sentence"] for one in best.verdicts), *sentences):
             said.setdefault(sentence, []).append(best.label)
-    near_chance = records[0]["footing"]["near_chance"]
-    unfit = (one for one in records[0]["references"] if not one["sane"])
-    left_out = [
-        f"Retrained model {one['index']}, not used to choose or to compare with: {one['why']}." for one in unfit
-    ]
-    return (
-        ([f"Warning: {near_chance}."] if near_chance else [])
-        + left_out
-        + [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
-    )
+    return [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
 
 
 def is_answered(records: Run) -> bool:
@@ -360,7 +381,7 @@ def _in_a_word(record: Record, method: str) -> list[str]:
     return [piece for some in pieces for piece in some]
 
 
-def _of_features(record: Record) -> list[str]:
+def of_features(record: Record) -> list[str]:
     """What the method that goes on to the features does, where a word is said of it and it is not the answer."""
     word = _in_a_word(record, DEEP) if DEEP in record["labels"] and record["answer"] != DEEP else []
     if not word:
@@ -397,4 +418,4 @@ def headline_pieces(records: Run) -> list[str]:
             f"Not achievable: no kappa tried shows {target}, with 95 % intervals on validation images. The best "
             f"trade-off found, not to be taken for {them} forgotten: {text}"
         )
-    return [text, *_in_a_word(record, record["answer"]), *_of_features(record)]
+    return [text, *_in_a_word(record, record["answer"]), *of_features(record)]

@@ -108,7 +108,7 @@ class ClassifierStage:
             job["state"] = [str(path), key, state.resume and path.exists()]
             if meeting:
                 meeting.announce(job)
-            trainer = self._trainer(job, setup.tracker(name))
+            trainer = self._trainer(job, setup.tracker(name, "train"))
             try:
                 facts, kind = trainer.train(folder), setup.config.model_architecture
             except Diverged as error:

@@ -23,6 +23,7 @@ from unlearn.requests import FrozenHead, Request, Unlearner, check_scores
 from utils_data import UnlearningDataset
 
 GCN_FILE = "gcn.safetensors"
+LEARNED_FROM = ("train", "graph", "gcn")  # sections of the settings
 
 
 def given_objective(path: Path) -> Objectives:
@@ -71,7 +72,7 @@ class GCNStage:
             gcn = MaskingGCN(len(FEATURES), *shape, config.activation, config.residual)
             model, graphs, layers = self.classifier.model, self.graphs.dataset, setup.config.mask_layer
             objective = Elbo(gcn, model, graphs, layers, top_k, config, setup.config.seed, setup.device)
-            facts = GCNTrainer(objective, setup.tracker(f"gcn_top-{top_k}")).train(folder)
+            facts = GCNTrainer(objective, setup.tracker(f"gcn_top-{top_k}", *LEARNED_FROM)).train(folder)
             gcn.save(folder / GCN_FILE, facts | {"topK": top_k, "objective": "elbo", "config": plain(config)})
             return facts
 
@@ -88,7 +89,9 @@ class GCNStage:
             unlearner = Unlearner.fresh(config)
             heads, seed = [teacher.head for teacher in teachers], setup.config.seed
             objective = Unlearning(unlearner, heads, config, seed, setup.device)
-            facts = GCNTrainer(objective, setup.tracker("gcn")).train(folder) | {"checkpoints": len(heads)}
+            facts = GCNTrainer(objective, setup.tracker("gcn", *LEARNED_FROM)).train(folder) | {
+                "checkpoints": len(heads)
+            }
             trained_on = {name: setup.common[name] for name in ("model", "dataset")} | {"shapes": setup.graph.shapes}
             trained_on["classifiers"] = [
                 {"seed": teacher.setup.config.seed, "train": plain(teacher.setup.config.train)} for teacher in teachers

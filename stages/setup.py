@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from core.config import GIVEN, PipelineConfig, UserError, derive_seed, plain
+from core.config import GIVEN, PipelineConfig, UserError, changed_settings, derive_seed, plain
 from core.hashes import load_plugins
 from core.observe import Tracker
 from core.store import Stage, build_stage
@@ -19,6 +19,8 @@ from model import HookedModel, vision_model_loader
 from trainer import check_recipe
 from training.distributed import by_torchrun, choose_device, local_device
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
+
+MOST_NAMED = 6  # settings that differ from the defaults, in the name of a tracked run
 
 
 def seed_weights(seed: int, *parts: object) -> None:
@@ -128,9 +130,16 @@ class Setup:
         """Name the architecture and the dataset, as folders and curves are called."""
         return f"{self.config.model_architecture.value}_{self.config.vision_dataset.value}"
 
-    def tracker(self, stage: str) -> Tracker:
-        """Make a tracker for the curves of one stage."""
-        name = f"{self.label}_{stage}_seed-{self.config.seed}"
+    def tracker(self, stage: str, *sections: str) -> Tracker:
+        """Make a tracker for the curves of one stage, named by what tells it from other runs.
+
+        Args:
+            sections: of the settings, that the stage depends on; none: all settings count.
+        """
+        changed = changed_settings(self.config)
+        apart = [one for one in changed if not sections or one.partition(".")[0] in sections]
+        more = [f"and-{len(apart) - MOST_NAMED}-more"] if len(apart) > MOST_NAMED else []
+        name = "_".join([self.label, stage, f"seed-{self.config.seed}", *apart[:MOST_NAMED], *more])
         return Tracker(self.config.tracker, name, plain(self.config))
 
     def keep(self, name: str, folder: str, label: str, inputs: dict, make: Callable[[Path], dict]) -> Path:

@@ -42,7 +42,7 @@ STAIRCASE = {
     "hidden": "outputs layers critics retraining heads positions normalisation words",
     "eval": "",
     "forgetting": "pictures samples answers scores artefact python opening comparison hub",
-    "reporting": "write families tables terminal panels curves compare draw page",
+    "reporting": "write families tables terminal panels figures compare draw page",
     "reporter": "",
     "stages": "setup limits crew classifier graphs gcn chain evaluation preflight",
     "pipeline": "",

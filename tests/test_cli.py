@@ -23,6 +23,7 @@ from commands.inspect import AS_IT_IS, Read
 from core.artifacts import write_tensors
 from core.choices import Choice, OpenChoice, bare, hints
 from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
+from core.records import read_records
 from model import save_classifier, vision_model_loader
 from reporting import terminal
 from tests.helpers.common import LOG_LINE, TINY, settings_of
@@ -227,6 +228,37 @@ def test_quiet_json_is_all_that_is_said(finished, tiny):
 
 
 @pytest.mark.slow
+def test_several_seeds_in_one_command(finished, tiny):
+    """The seed that is there is found; means and intervals are those of the records, by Student's t."""
+    folder, _ = finished
+    where = ("--config", tiny, "--output-dir", folder / "out", "--seeds", "0", "1", "--quiet")
+    result = process(folder, "main.py", "run", *where, "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    said = json.loads(result.stdout)
+    assert [run["seed"] for run in said["runs"]] == [0, 1]
+    for one, *points in zip(said["over_seeds"], *(run["methods"] for run in said["runs"]), strict=True):
+        a, b = (point["retain_score"] for point in points)
+        half = 12.706204736 * abs(a - b) / 2  # t of one degree of freedom, times the standard error of two values
+        found = one["retain_score"]
+        assert (found["value"], found["n"]) == (pytest.approx((a + b) / 2), 2)
+        assert found["high"] - found["value"] == pytest.approx(half, rel=1e-6, abs=1e-9)
+    words = process(folder, "main.py", "run", *where)
+    assert "mean ± 95 % interval over the seeds, n = 2 runs (classes 0; seeds 0, 1)" in words.stdout
+    assert re.findall(r"^seed (\d): Switching off", words.stdout, re.MULTILINE) == ["0", "1"]
+    places = dict(re.findall(r"^(plots|page) +(\S+)", words.stdout, re.MULTILINE))
+    assert Path(places["plots"], "table.md").is_file()
+    assert "n = 2 runs" in Path(places["page"]).read_text()
+
+
+def test_seeds_are_checked_before_anything_is_made(tiny, tmp_path, capsys):
+    for seeds, message in ((("1", "1"), "name each seed once"), (("-1",), "seed is -1")):
+        line = ["run", "--config", str(tiny), "--output-dir", str(tmp_path / "out"), "--seeds", *seeds]
+        assert main.main(line) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_dashboard_serves_this_projects_data(finished):
     """Started for real; its page and its runs are read over HTTP."""
     folder, _ = finished
@@ -253,7 +285,7 @@ def test_dashboard_serves_this_projects_data(finished):
             )
             with urllib.request.urlopen(asked, timeout=30) as answer:
                 text = answer.read().decode()
-            assert "HookedMLPClassifier_DIGITS_classifier_seed-0" in text
+            assert f"HookedMLPClassifier_DIGITS_classifier_seed-0_{TRAINED}" in text
         finally:
             server.terminate()
             server.wait(timeout=30)
@@ -263,6 +295,15 @@ def test_dashboard_serves_this_projects_data(finished):
 def test_log_in_a_file_has_no_escapes(finished):
     """stderr is no terminal here: colours would be noise in a log."""
     assert "\x1b" not in finished[1].stderr
+
+
+TRAINED = "train.epochs-2_train.batch_size-64"
+LEARNED = "graph.num_samples-640_gcn.objective-elbo_gcn.hidden_dim-8_gcn.steps-3_and-1-more"
+
+
+def mask_of(out: str) -> str:
+    """The mask that a run named."""
+    return re.findall(r"^mask +(\S+)", out, re.MULTILINE)[0]
 
 
 @pytest.mark.slow
@@ -279,13 +320,23 @@ def test_trackio_holds_the_history(finished):
     assert result.returncode == 0, result.stderr
     runs = json.loads(result.stdout.splitlines()[-1])
     histories = {
-        "HookedMLPClassifier_DIGITS_classifier_seed-0": "checkpoints/classifier/*/history.json",
-        "HookedMLPClassifier_DIGITS_gcn_top-300_seed-0": "checkpoints/gcn/*/history.json",
+        f"HookedMLPClassifier_DIGITS_classifier_seed-0_{TRAINED}": "checkpoints/classifier/*/history.json",
+        f"HookedMLPClassifier_DIGITS_gcn_top-300_seed-0_{TRAINED}_{LEARNED}": "checkpoints/gcn/*/history.json",
     }
-    masks = runs.pop("HookedMLPClassifier_DIGITS_masks_seed-0")
-    assert {entry["step"] for entry in masks} == {100, 400}
-    shown = [value for entry in masks for name, value in entry.items() if name.startswith("linears.1.weight")]
+    (name,) = (name for name in runs if "results" in name)
+    assert name.startswith(f"HookedMLPClassifier_DIGITS_class-0_results_seed-0_{TRAINED}")
+    results = runs.pop(name)
+    assert {entry["step"] for entry in results} == {100, 400}
+    shown = [value for entry in results for name, value in entry.items() if name.startswith("linears.1.weight")]
     assert {value["_type"] for value in shown} == {"trackio.image"}
+    records = {record["kappa"]: record for record in read_records(folder / "out")}
+    for kappa, record in records.items():
+        (scores,) = (entry for entry in results if entry.get("kappa") == kappa)
+        for method, label in record["labels"].items():
+            assert scores[f"{label}: forget_score"] == record["methods"][method]["forget_score"]
+    last = records[results[-1]["answer: kappa"]]
+    assert results[-1]["answer: retain_score"] == last["methods"][last["answer"]]["retain_score"]
+    assert folder.joinpath("out", last["mask_path"]).name == Path(mask_of(finished[1].stdout)).name
     assert set(runs) == set(histories)
     for name, pattern in histories.items():
         history = json.loads(one_file(folder / "out", pattern).read_text())["history"]

@@ -80,7 +80,16 @@ def with_answer(record: Record, name: str) -> Record:
     """The same record, as if the answer's values and verdicts were those of another method."""
     changed: Any = copy.deepcopy(record)
     answer = record["answer"]
-    for field in ("methods", "validation", "verdicts", "intervals", "undefined", "degradation", "class_probability"):
+    for field in (
+        "methods",
+        "validation",
+        "verdicts",
+        "intervals",
+        "undefined",
+        "by_stage",
+        "degradation",
+        "class_probability",
+    ):
         changed[field][answer] = changed[field][name]
     changed["methods"][answer]["weights_changed"] = min(
         changed["methods"][answer]["weights_changed"], record["num_graph_vertices"]

@@ -110,7 +110,7 @@ def test_records_say_what_is_documented(whole):
         for values in record["methods"].values():
             assert set(values) == set(record["metrics"]) | set(record["costs"])
             assert set(values) >= FIVE | {"UA", "RA", "MIA_efficacy", "avg_gap"}
-        assert (record["model"], record["dataset"], record["schema"]) == ("HookedMLPClassifier", "DIGITS", "mimu/3")
+        assert (record["model"], record["dataset"], record["schema"]) == ("HookedMLPClassifier", "DIGITS", "mimu/4")
         assert (record["num_graph_vertices"], record["num_graph_edges"]) == (8192, 1556480)
         assert (record["forget_class"], record["mask_layer"], record["seed"]) == ([0], [-2], 0)
         assert record["provenance"]["device"] == "cpu"

@@ -20,22 +20,18 @@ from core.intervals import Cell
 from core.records import read_records, record_path
 from reporter import Reporter
 from reporting.compare import compared, find_side, in_words, side
-from reporting.curves import training
 from reporting.draw import COLUMN, METADATA, SETTINGS, WORTH, _shared, draw, save, save_all
 from reporting.families import Run, families, family_key, runs_of, told_apart
-from reporting.panels import (
+from reporting.figures import (
     MOST_BARS,
-    Panel,
-    Series,
     class_probability,
     confusion_difference,
     figures_of,
     forgotten_taken_for,
-    over,
-    pareto,
     per_class,
-    time_against_quality,
+    training,
 )
+from reporting.panels import Panel, Series, over, pareto, shown_range, time_against_quality
 from reporting.tables import (
     Estimate,
     answer_of,
@@ -46,14 +42,16 @@ from reporting.tables import (
     grid,
     headline,
     leaders,
+    measurable,
     over_cells,
     remarks,
     shown,
     table,
+    warnings,
     without_records,
 )
 from reporting.write import Lead, as_csv, as_latex, as_text
-from tests.helpers.records import record, values
+from tests.helpers.records import about, full, record, values
 
 
 def marked(rows: list[list[str]]) -> list[list[str]]:
@@ -165,7 +163,8 @@ def test_a_reference_that_failed_its_check_is_named(records):
             {"index": 0, "sane": True, "why": None},
             {"index": 1, "sane": False, "why": "it still knows"},
         ]
-    assert remarks(records) == ["Retrained model 1, not used to choose or to compare with: it still knows."]
+    assert warnings(records) == ["Retrained model 1, not used to choose or to compare with: it still knows."]
+    assert remarks(records) == []
 
 
 def test_a_method_that_diverged_has_a_row_without_figures_and_no_place_in_figures(records):
@@ -356,6 +355,19 @@ def test_leaders_by_hand():
     assert leading([1], [4], "retrain", [3]) == {"novel"}  # closest to the retrained model
 
 
+def test_a_dropped_logit_s_loss_leads_nowhere():
+    """10,000 nats are what the method wrote; the highest loss that was measured is the best."""
+    one = record(5, 100, (5, 79), (5, 79))
+    for part in ("methods", "validation"):
+        for name, loss in (("mimu", 12.5), ("novel", 10_000.0)):
+            one[part][name]["forget_loss"] = loss
+    assert leaders(chosen_in([[one]]), "forget_loss", "higher") == {"mimu"}
+    for part in ("methods", "validation"):
+        one[part]["novel"]["forget_loss"] = 103.0  # float32 still tells such a probability from 0
+    assert leaders(chosen_in([[one]]), "forget_loss", "higher") == {"novel"}
+    assert measurable(1e4, "%")
+
+
 def test_interval_of_a_single_run_comes_from_the_record(records):
     for one in records:
         one["intervals"] |= {
@@ -453,6 +465,85 @@ def test_trade_off_has_front_and_star(records):
     kinds = {one.label: one for one in panel.series}
     assert (kinds["retrained"].kind, kinds["retrained"].x, kinds["retrained"].y) == ("star", [0], [95])
     assert (kinds["Pareto front"].x, kinds["Pareto front"].y) == ([0], [99])  # the reference is no part of it
+
+
+finite = st.floats(-1e6, 1e6)
+
+
+def test_shown_range_by_hand():
+    others = [97.8, 98.1, 98.8]
+    assert shown_range([*others, 40.9], [98.1, 98.5]) == (97.8, 98.8)  # SFT's 41 % would leave a fiftieth to the rest
+    assert shown_range([86, 90, 94, *others], [98.1, 98.5]) == (86, 98.8)  # from value to value
+    assert shown_range([0.044, 0.07, 1.8, 5.0], [0.044, 0.045]) == (0.044, 0.045)
+    assert shown_range([0.044, 0.05, 1.8, 5.0], [0.044, 0.045]) == (0.044, 0.05)
+    assert shown_range([0, 30, 50], [0, 50]) == (0, 50)
+
+
+@given(st.lists(finite, min_size=1), st.lists(finite, min_size=1))
+def test_an_axis_holds_what_is_kept_and_leaves_out_only_what_crushes(others, kept):
+    low, high = shown_range([*others, *kept], kept)
+    assert low <= min(kept)
+    assert max(kept) <= high
+    assert {low, high} <= {*others, *kept}
+    size = max(high - low, 0.01 * max(abs(low), abs(high)))
+    above, below = [v - high for v in others if v > high], [low - v for v in others if v < low]
+    assert not above or min(above) > 6 * (max(kept) - min(kept))
+    assert not below or min(below) > 6 * size
+
+
+def test_what_lies_beyond_an_axis_is_named_at_its_edge(records):
+    for one in records:
+        for part in ("methods", "validation"):
+            for name, score in (("mimu", 98.0), ("default", 98.5), ("novel", 41.0)):
+                one[part][name]["retain_score"] = score
+    panels = figures_of([records])
+    for name in ("trade_off", "retain_score_over_kappa"):
+        (panel,) = panels[name]
+        assert (panel.above, panel.below) == ([], ["a novel method 41"])
+        assert panel.y_range == (98.0, 98.5)
+        assert any("\u25bc a novel method 41" in text.get_text() for text in draw([panel]).axes[0].texts)
+    for one in records:
+        for part in ("methods", "validation"):
+            one[part]["novel"]["forget_loss"] = 10_000.0
+    (panel,) = figures_of([records])["forget_loss_over_kappa"]
+    assert (panel.above, panel.y_range, panel.y_log) == (["a novel method 1e+04"], (1.0, 1.0), False)
+
+
+def test_a_logarithmic_axis_that_ends_early_holds_intervals_that_reach_below_zero():
+    """Over two seeds the loss of MIMU is 5 ± 50; a dropped logit's is named at the edge."""
+    runs = [[full(5, kappa, 12, seed=seed, run=str(seed)) for kappa in (100, 400)] for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        for one, loss in zip(run, (1.0 + 8 * seed, 50.0), strict=True):
+            for name, value in (("mimu", loss), ("default", 0.002), ("novel", 10_000.0)):
+                one["methods"][name]["forget_loss"] = value
+    (panel,) = figures_of(runs)["forget_loss_over_kappa"]
+    assert (panel.y_log, panel.above) == (True, ["a novel method 1e+04"])
+    assert min(low for one in panel.series for low in one.low or [1]) < 0
+    assert panel.y_range is not None
+    assert 0 < panel.y_range[0] <= 0.002
+    low, high = draw([panel]).axes[0].get_ylim()
+    assert 0 < low < 0.002
+    assert 50 < high < 10_000
+
+
+def test_probes_stage_by_stage_and_relearning_by_hand(records):
+    for one in records:
+        one["metrics"] |= {name: about("%", "retrain") for name in ("probe_layers", "relearn_1", "relearn_10")}
+        one["by_stage"] |= {"mimu": {"probe_layers": {"a.1": 40.0, "b": 60.0}}, "novel": None}
+        one["by_stage"]["default"] = {"probe_layers": {"a.1": 90.0, "b": 95.0}}
+        one["methods"]["mimu"] |= {"relearn_1": 30.0, "relearn_10": 70.0}
+        one["methods"]["novel"] |= {"relearn_1": None, "relearn_10": 80.0}
+    drawn = figures_of([records])
+    (panel,) = drawn["probes"]
+    assert (panel.ticks, [(one.label, one.x, one.y) for one in panel.series]) == (
+        ["a.1", "b"],
+        [("MIMU", [0, 1], [40, 60]), ("untouched", [0, 1], [90, 95])],
+    )
+    (panel,) = drawn["relearning"]
+    assert (panel.ticks, [(one.label, one.x, one.y) for one in panel.series]) == (
+        ["1", "10"],
+        [("MIMU", [0, 1], [30, 70]), ("a novel method", [1], [80])],
+    )
 
 
 def test_classes_before_and_after_by_hand(records):

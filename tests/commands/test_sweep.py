@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -66,12 +67,15 @@ def check(executor: str, folder: Path, expected: list[dict], capsys, more: str =
     path = written(folder, f"sweep: {{{OVER}, executor: {executor}, workers: 2{more}}}")
     assert main.main(["sweep", "--config", str(path)]) == 1
     out, err = capsys.readouterr()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
     assert [row[:2] for row in rows[2:]] == [["[100]", "done"], ["[9000]", "failed"], ["[400]", "done"]]
     assert "choose from 1 to 8192" in rows[3][-1]
     assert "sweep: 2 done, 0 running, 1 failed, 0 left" in err
     found = sorted((measured(record) for record in read_records(folder / "out")), key=lambda record: record["kappa"])
     assert found == expected
+    _, _, scores = out.partition("HookedMLPClassifier on DIGITS")
+    chosen = read_records(folder / "out")[0]
+    assert re.findall(r"^(\S.*?) {2,}", scores.split("---\n")[1], re.MULTILINE) == list(chosen["labels"].values())
     manifests = list((folder / "out").rglob("manifest.json"))
     assert len(manifests) == 3, "classifier, graphs and GCN, each made once"
     assert not [p for p in (folder / "out").rglob(".*") if p.suffix in (".lock", ".part", ".tmp")]

@@ -17,8 +17,8 @@ from core.records import FIELDS, RECORDS, complaint, read_records, read_whole, r
 from reporter import Reporter
 from reporting.compare import compared, side
 from reporting.families import families, runs_of
+from reporting.figures import figures_of
 from reporting.page import as_page
-from reporting.panels import figures_of
 from reporting.tables import best_points, caption, headline, remarks, table
 from tests.helpers.records import whole
 
@@ -149,7 +149,7 @@ def test_a_record_that_contradicts_its_run_is_left_out(tmp_path, capsys):
         (lambda text: text + "{}", "no whole JSON"),
         (lambda text: "[]", "a JSON list"),
         (lambda text: "[" * 100_000, "no whole JSON"),
-        (lambda text: '{"schema": "mimu/3"}', "it has no digest"),
+        (lambda text: '{"schema": "mimu/4"}', "it has no digest"),
     ],
     ids=["digit", "empty", "half", "appended", "list", "deep", "other"],
 )

@@ -90,6 +90,7 @@ def record(
         "verdicts": {name: [] for name in methods},
         "intervals": {name: {} for name in methods},
         "undefined": {name: {} for name in methods},
+        "by_stage": {name: {} for name in methods},
         "mask_map": [{"layer": "w", "shape": [4, 2], "cells": [[1, 0], [2, 5]]}],
         "confusion": {"mimu": confusion(2, classes), "default": confusion(9, classes), "novel": confusion(5, classes)},
         "class_probability": {name: [1 / classes] * classes for name in methods},

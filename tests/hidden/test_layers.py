@@ -8,8 +8,10 @@ from sklearn.linear_model import LogisticRegression
 
 from hidden import layers
 from hidden.layers import (
+    PER_STAGE,
     Stage,
     binary_auc,
+    by_stage,
     differences,
     features,
     nearest_mean_recall,
@@ -165,6 +167,15 @@ def test_recalls_are_those_of_the_probe(judged):
     assert judged.value(probe_recalls) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", PER_STAGE)
+def test_values_at_each_stage_are_those_whose_mean_is_the_metric(judged, name):
+    found = by_stage(judged, [name, "probe_layers_gap", "retain_score"])
+    assert list(found) == [name]
+    assert list(found[name]) == ["linears.1", "linears.2"]
+    assert tuple(found[name].values()) == judged.value(PER_STAGE[name])
+    assert sum(found[name].values()) / 2 == pytest.approx(judged.value(METRICS[name].compute))
+
+
 def test_gaps_are_the_largest_over_stages_on_either_side(judged):
     """Ours 60 and 50, the retrained models' means 70 and 45: the gap is 10, and the mean 55."""
     preset = [(60.0, 50.0), (80.0, 40.0), (60.0, 50.0)]
@@ -202,6 +213,7 @@ def test_features_that_are_no_numbers_say_nothing(judged):
     with torch.no_grad():
         model.target(0).weight.fill_(float("nan"))
     e = beside(judged, model)
+    assert by_stage(e, PER_STAGE) == {}
     assert {e.value(entry.compute) for entry in PAIRS.values()} == {None}
     assert {e.why(entry.compute) for entry in PAIRS.values()} == {"a feature is not a finite number"}
 

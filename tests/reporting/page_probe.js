@@ -1,4 +1,5 @@
 // Appended to a copy of the page by test_page.py: uses it as a person would and leaves what it saw in #seen.
+document.querySelectorAll("details").forEach(d => { d.open = true; d.dispatchEvent(new Event("toggle")); });
 const seen = { errors: window.__errors || [] }, visible = [...document.querySelectorAll(".run")].filter(s => !s.hidden);
 const luminance = text => { const v = text.match(/[\d.]+/g).slice(0, 3).map(Number)
   .map(c => (c /= 255) <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4); return .2126 * v[0] + .7152 * v[1] + .0722 * v[2]; };
@@ -11,7 +12,17 @@ seen.text = Math.min(...["fg", "soft", "mark"].map(n => contrast(resolved(n), ba
 seen.series = Math.min(...[0, 1, 2, 3, 4, 5, 6, 7].map(n => contrast(resolved("c" + n), back)));
 seen.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 seen.visible = visible.map(s => s.id);
-seen.figures = [...visible[0].querySelectorAll(".figures figure")].map(f => f.dataset.name);
+seen.figures = [...new Set([...visible[0].querySelectorAll("figure[data-name]")].map(f => f.dataset.name))];
+seen.drawn = new Set(DATA[0].groups.flatMap(g => g.names)).size + 1;
+seen.legends = visible[0].querySelectorAll(".legend").length;
+const shown = () => ["MIMU", "untouched"].map(name => [...visible[0].querySelectorAll("[data-of]")].find(n => n.dataset.of === name).style.display);
+const buttons = ["MIMU", "untouched"].map(name => [...visible[0].querySelectorAll(".legend button")].find(b => b.textContent.trim() === name));
+seen.pressed = { before: shown() }; buttons.forEach(b => b.click()); seen.pressed.after = shown(); buttons.forEach(b => b.click());
+const top_ = selector => visible[0].querySelector(selector).getBoundingClientRect().top;
+seen.order = [".word", ".picture svg", ".costs", "table"].map(top_);
+seen.scrolling = []; const scrolls = when => { for (const s of visible[0].querySelectorAll(".sheet")) if (s.scrollWidth > s.clientWidth) seen.scrolling.push(`${when}: ${s.getAttribute("aria-label")}`); };
+scrolls("as it opens"); document.querySelectorAll(".more input").forEach(i => { i.checked = true; }); scrolls("all columns"); document.querySelectorAll(".more input").forEach(i => { i.checked = false; });
+seen.copied = [...document.querySelectorAll("pre + button")].filter(b => b.textContent === "Copy").length; seen.commands = document.querySelectorAll("pre").length;
 seen.unnamed = [...document.querySelectorAll('svg[role=img]')].filter(s => !s.getAttribute("aria-label")).length;
 seen.broken = [...document.querySelectorAll("svg *")].filter(n => [...n.attributes].some(a => /NaN|undefined|Infinity/.test(a.value))).length;
 seen.images = [...visible[0].querySelectorAll("img")].map(i => i.alt);
@@ -26,7 +37,7 @@ seen.dashes = [...new Set([...visible[0].querySelectorAll(".legend line")].map(n
 const slider = visible[0].querySelector("input.kappa"), said = () => visible[0].querySelector(".sweep .headline").textContent;
 seen.slider = [];
 for (let i = 0; i <= +slider.max; i++) { slider.value = i; slider.dispatchEvent(new Event("input")); seen.slider.push(said()); }
-const table = visible[0].querySelector("table.sortable"), column = [...table.querySelectorAll("th")].findIndex(t => t.textContent.startsWith("retain_score"));
+const table = visible[0].querySelector("table.sortable"), column = [...table.querySelectorAll("thead th")].findIndex(t => t.textContent.startsWith("retain_score"));
 const cells = () => [...table.tBodies[0].rows].map(r => r.cells[column].textContent), press = () => table.querySelectorAll("th button")[column].click();
 press(); seen.up = cells(); press(); seen.down = cells(); seen.sorted = table.querySelectorAll("th")[column].getAttribute("aria-sort");
 seen.focus = [...document.querySelectorAll("th button")].every(b => b.tabIndex === 0);

@@ -23,14 +23,29 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from core.config import KappaModes, PipelineConfig, SupportedDatasets, TrainConfig, plain, written
+from core.records import WORDS
 from core.yaml_files import load_config
+from measure.verdicts import CHECKS
 from reporting.families import families, runs_of
-from reporting.page import DEFAULT_CONFIG, as_page, command, rounded, sentence
-from reporting.panels import FIGURES, Panel, Series, figures_of
+from reporting.figures import figures_of
+from reporting.page import (
+    DEFAULT_CONFIG,
+    NOT_LOOKED,
+    WORD_OF,
+    as_page,
+    by_priority,
+    command,
+    costs,
+    in_parts,
+    rounded,
+    sentence,
+    word_of,
+)
+from reporting.panels import FIGURES, Panel, Series
 from reporting.tables import table
 from reporting.write import as_text
 from tests.helpers.common import settings_of
-from tests.helpers.records import DATA, full, page_data
+from tests.helpers.records import DATA, METRICS, full, page_data
 
 
 def page(records: list[dict]) -> str:
@@ -82,7 +97,8 @@ def test_page_holds_sentences_tables_and_provenance_without_its_script(html):
     static = DATA.sub("", html)
     assert static.count("Switching off 400 weights (40.0 % of the layer), class 1 is recognised 3.0 %") == 2
     assert "class 2 is recognised 3.0 %" in static
-    assert re.search(r"<td>MIMU</td>\s*<td>5</td><td>400</td>", static)
+    assert re.search(r'<th scope="row" class="c1">MIMU</th><td class="c1"><strong>3</strong></td>', static)
+    assert '<td class="c2">400</td><td class="c3">5</td>' in static  # kappa, top_k
     assert "<strong>3</strong>" in static
     assert "n = 3 runs" in static
     assert static.count("uv run main.py run --") == 3
@@ -97,8 +113,10 @@ def test_nothing_is_loaded_from_elsewhere(html):
             found.extend((tag, name, value) for name, value in attrs if name in ("src", "href", "srcset", "data"))
 
     Links().feed(html)
-    assert found == []
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(", html)
+    places = {(tag, name, value.rpartition("/")[0]) for tag, name, value in found}
+    below = "../eval/metrics_and_plots"
+    assert places == {("a", "href", f"{below}/masks/p"), ("a", "href", f"{below}/json/M_D_top-5_kappa_400")}
+    assert not re.search(r"@import|url\([^#]|fetch\(|XMLHttpRequest|import\(", html)
     assert set(re.findall(r"https?://[^\s\"'<>]+", html)) <= {"http://www.w3.org/2000/svg"}
 
 
@@ -117,7 +135,7 @@ def test_names_that_a_screen_would_obey_are_spelled_out():
     html.encode()
     assert not set("\x1b\u202e") & set(html)
     assert r"class 1 (a\x1b[31m\u202eb\x80\n)" in html
-    assert "<td>**not bold**</td>" in html
+    assert ">**not bold**</th>" in html
     attributes = [name for tag, name in attributes_of(html) if tag == "section"]
     assert set(attributes) == {"class", "id", "data-what", "data-classes", "data-name", "aria-label"}
 
@@ -256,6 +274,99 @@ def test_five_hundred_points_stay_small():
     assert len(page(records).encode()) <= 5_000_000
 
 
+# --- what a run's part begins with ------------------------------------------------------------------------
+
+
+def test_every_verdict_that_says_how_far_a_method_goes_has_a_word():
+    assert set(WORD_OF) <= {*CHECKS, *WORDS}
+    assert set(WORDS) <= set(WORD_OF)
+
+
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [
+        (["fine"], "suppressed"),  # the answers forget, and nobody has shown more
+        (["unchecked"], "suppressed"),
+        (["suppressed", "head suppression only"], "suppressed"),
+        (["erased to retraining's level", "fine"], "erased"),
+        (["over-erased", "costs a class"], "over-erased"),
+        (["no-op", "worse than logit drop"], "nothing happened"),
+        (["suppressed", "collapsed"], "collapsed"),
+        (["half forgotten", "too random"], "half forgotten"),
+        (["too few images", "half forgotten"], "cannot be told"),
+    ],
+)
+def test_the_word_follows_the_verdicts(keys, word):
+    one = full(5, 100, 12)
+    one["verdicts"]["mimu"] = [{"key": key, "sentence": f"about {key}"} for key in keys]
+    said, because = word_of(one, "mimu")
+    assert said == word
+    assert because == NOT_LOOKED if keys[0] in ("fine", "unchecked") else because in [f"About {key}." for key in keys]
+    html = DATA.sub("", page([one]))
+    opening = html[html.index('class="opening"') : html.index('class="legend"')]
+    assert re.findall(r'<p class="word"><strong>(.*?)</strong>', opening) == [word.replace("'", "&#39;")]
+    assert opening.index('class="word"') < opening.index("Switching off 100 weights") < opening.index('class="picture"')
+    assert html.index('class="legend"') < html.index("What it cost") < html.index("<table")
+
+
+def test_costs_by_hand():
+    one = full(5, 200, 12)
+    one["labels"]["retrain"] = "retrained"
+    one["methods"]["retrain"] = one["methods"]["default"] | {"seconds": 31.4}
+    one["methods"]["mimu"] |= {"seconds_offline": 60.2, "edit_bytes": 1024, "avg_gap": None}
+    assert costs(one) == [
+        ("weights changed", "200", "20.0 % of the layer"),
+        ("other classes", "-2.0 points", "80.0 to 78.0 %"),
+        ("time", "0.5 s", "retraining: 31 s"),
+        ("before any request", "60 s", "once for all requests, on this machine"),
+        ("size of the change", "1,024 bytes", "to be stored"),
+    ]
+
+
+def test_links_lead_to_the_chosen_point(html):
+    masks = re.findall(r'href="(\.\./[^"]*safetensors)"', html)
+    assert masks == [f"../eval/metrics_and_plots/masks/p/5-400{seed}_mimu.safetensors" for seed in ("", "", "-1")]
+    odd = full(5, 100, 12) | {"mask_path": "eval/a b/\"x\udce9'&.safetensors"}
+    assert 'href="../eval/a%20b/%22x%E9%27%26.safetensors"' in page([odd])
+
+
+def test_runs_are_named_by_what_differs(html):
+    named = re.findall(r'data-what="(.*?)" data-classes="(.*?)"\s+data-name="(.*?)"', html, re.DOTALL)
+    assert named == [
+        ("M on D", "class 1", "seed 0"),
+        ("M on D", "class 2", "seed 0"),
+        ("M on D", "class 1", "seed 1"),
+    ]
+    runs = [full(5, 100, 12, run=run) for run in ("a", "b")]
+    runs[1]["config"] = runs[1]["config"] | {"train": {"epochs": 5}}
+    assert re.findall(r'data-what="(.*?)"', page(runs)) == ["M on D (train.epochs 2)", "M on D (train.epochs 5)"]
+
+
+def test_columns_stand_by_priority():
+    one = full(5, 100, 12)
+    metrics = list(METRICS)
+    rows = by_priority(table([one]), metrics)
+    names = [text.partition(" [")[0] for text in rows[0]]
+    assert names[:4] == ["method", "forget_score", "retain_score", "unheard_of"]
+    assert set(names[1:7]) == set(metrics)
+    assert names[7:10] == ["kappa", "top_k", "weights changed"]
+    assert sorted(names) == sorted(text.partition(" [")[0] for text in table([one])[0])
+    plain = dict(zip(*table([one])[:2], strict=True))
+    assert dict(zip(*rows[:2], strict=True)) == plain  # each value below its own name
+    one["axes"]["mimu"] = ["kappa"]
+    assert "top_k" not in by_priority(table([one]), metrics)[0]
+
+
+@given(st.integers(1, 30), st.integers(1, 3))
+def test_a_wide_table_is_cut_into_narrow_ones(columns, fixed):
+    rows = [[f"{row}-{column}" for column in range(fixed + columns)] for row in range(3)]
+    parts = [[[cell["text"] for cell in row] for row in part["rows"]] for part in in_parts(rows, fixed, "all")]
+    assert all(len(part[0]) <= fixed + 6 for part in parts)
+    assert all([row[:fixed] for row in part] == [row[:fixed] for row in rows[1:]] for part in parts)
+    again = [sum((part[place][fixed:] for part in parts), rows[place + 1][:fixed]) for place in range(2)]
+    assert again == rows[1:]
+
+
 # --- in a browser -----------------------------------------------------------------------------------------
 
 PROBE = f"<script>{Path(__file__).with_name('page_probe.js').read_text(encoding='utf-8')}</script>"
@@ -295,8 +406,14 @@ def test_page_in_a_browser(browser, html, tmp_path, dark, width):
     assert seen["series"] >= 3  # and 1.4.11
     assert seen["overflow"] <= 0
     assert (seen["unnamed"], seen["broken"], seen["unlabelled"], seen["focus"]) == (0, 0, 0, True)
+    assert (seen["legends"], seen["pressed"]) == (1, {"before": ["", ""], "after": ["none", "none"]})
+    assert width < 1280 or seen["scrolling"] == []
+    word, picture, cost, table = seen["order"]
+    assert max(word, picture) < cost < table
+    assert (seen["copied"], seen["commands"]) == (3, 3)
     assert seen["visible"] == ["run-a"]
-    assert {"trade_off", "unheard_of_over_kappa", "mask_map", "accuracy_by_class"} <= set(seen["figures"])
+    assert {"trade_off", "unheard_of_over_kappa", "accuracy_by_class", "weight_histogram"} <= set(seen["figures"])
+    assert len(seen["figures"]) == len(set(seen["figures"])) == seen["drawn"]  # each once, what the slider shows beside
     assert [text.split(" (")[0] for text in seen["slider"]] == ["At kappa 100", "At kappa 200", "At kappa 400"]
     assert [re.findall(r"recognised ([\d.]+) %", text) for text in seen["slider"]] == [["60.0"], ["12.0"], ["3.0"]]
     assert seen["images"][0] == "test image of class 1, before taken for 1, after for 2"
@@ -342,5 +459,6 @@ def test_crowded_page_in_a_browser(browser, tmp_path, monkeypatch):
     assert (seen["errors"], seen["collisions"], seen["cut"]) == ([], [], [])
     assert seen["offPaper"] <= 0
     cut = "what images of class 1 are taken for\n(20 of 100 classes; the others' median: 0)"
-    assert seen["captions"].count(cut) == 2  # beside the slider as well
+    assert seen["captions"].count(cut) == 1
+    assert seen["scrolling"] == []
     assert len(seen["dashes"]) >= 3  # levels are told apart in grey

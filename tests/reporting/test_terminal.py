@@ -5,7 +5,7 @@ import re
 import pytest
 
 from reporting.tables import table
-from reporting.terminal import COLUMNS, DROPPED_FIRST, terminal_table
+from reporting.terminal import COLUMNS, DROPPED_FIRST, scores_table, terminal_table
 from tests.helpers.records import full
 
 NUMBER = re.compile(r"(?<![\w.,])[\d,]+\.?\d*(?![\w.,])")
@@ -50,6 +50,20 @@ def test_figures_are_those_of_the_table():
     column = next(place for place, cell in enumerate(rows[0]) if cell.startswith("forget_score"))
     found = [re.split(r" {2,}", line)[2] for line in terminal_table(records("short"), 200).splitlines()[2:]]
     assert found == [f"{float(row[column].split()[0]):.1f}" for row in rows[1:]]
+
+
+def test_scores_over_seeds_by_hand():
+    """Seeds 0 and 1 at 10 and 20 %: 15 ± 12.7 · 5; the classes of seed 0 are averaged before."""
+    runs = [[full(5, 100, forget, seed=seed, run=str(seed))] for seed, forget in ((0, 10.0), (1, 20.0))]
+    line = next(line for line in scores_table(runs, 120).splitlines() if line.startswith("MIMU"))
+    assert re.split(r" {2,}", line) == ["MIMU", "100", "15.0 ± 63.5", "78.0 ± 0.0", "-", "100", "0.500 ± 0.000"]
+    again = full(5, 200, 30.0, seed=0, run="other") | {"forget_class": [2]}
+    runs[0][0]["methods"]["mimu"]["forget_score"] = -10.0
+    line = next(line for line in scores_table([*runs, [again]], 120).splitlines() if line.startswith("MIMU"))
+    assert re.split(r" {2,}", line)[1:3] == ["100-200", "15.0 ± 63.5"]
+    one = next(line for line in scores_table(runs[1:], 120).splitlines() if line.startswith("MIMU"))
+    assert re.split(r" {2,}", one)[2] == "20.0"  # a single seed has no interval
+    assert max(map(len, scores_table(runs, 60).splitlines())) <= 60
 
 
 def test_a_name_cannot_move_the_cursor():
