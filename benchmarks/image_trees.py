@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -33,16 +34,18 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from core.choices import SupportedVisionModels
-from core.config import PROJECT_ROOT
+from core.choices import SupportedDatasets, SupportedVisionModels, Trackers
+from core.config import PROJECT_ROOT, DataConfig, TrainConfig
+from core.observe import Tracker
 from images.decode import How, decode_many
 from images.index import check, open_tree
-from images.pixel_cache import PixelCache
 from images.splits import LazyPixels
 from model import vision_model_loader
-from utils_data import Images, make_loader
+from trainer import VisionModelTrainer
+from utils_data import Images, UnlearningDataset, get_unlearning_dataset, make_loader
 
 CLASSES, BATCH, SIZE, SMALL = 100, 256, 128, 32
+EPOCHS, RUN_BATCHES, ANEW = 8, (32, 512), 256
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -138,9 +141,13 @@ def starting(root: Path, store: Path, repeats: int) -> dict:
 
 
 def pictures(root: Path, store: Path, repeats: int) -> dict:
-    """What the first look at a tree costs, and images/s of epochs from then on."""
+    """What the first look at a tree costs, and images/s from then on: of reading alone, and of the run's own training.
+
+    Rates are per second on the clock and per second of the processor, which other programs do not take.
+    """
     torch.set_num_threads(1)
-    tree, how, threads = open_tree(root, "folders", store), How(SMALL), 2 * len(os.sched_getaffinity(0))
+    index, how, threads = store / "index", How(SMALL), 2 * len(os.sched_getaffinity(0))
+    tree = open_tree(root, "folders", index)
     rows = np.arange(len(tree))
 
     def decode_all() -> None:
@@ -148,37 +155,58 @@ def pictures(root: Path, store: Path, repeats: int) -> dict:
 
     def first_look() -> None:
         shutil.rmtree(store, ignore_errors=True)
-        check(open_tree(root, "folders", store), rows, how, threads, 20e9)
+        check(open_tree(root, "folders", index), rows, how, threads, 20e9)
 
     bare, first = [], []
     for _ in range(repeats):  # no warm-up, which would cost minutes
         for function, taken in ((decode_all, bare), (first_look, first)):
-            begun = time.perf_counter(), time.process_time()
-            function()
-            taken.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
-    checked, cache = check(tree, rows, how, threads, 20e9)
-    sound = np.setdiff1d(rows, list(checked.bad))
-    labels = torch.from_numpy(tree.labels[sound].astype(np.int64))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, len(tree.classes), 3, SMALL)
-    optimizer = torch.optim.AdamW(model.parameters())
-
-    def epoch(kept: PixelCache | None) -> float:
-        """Images per second."""
-        loader = make_loader(Images(LazyPixels.kept(checked, sound, how, threads, kept), labels, mean, std), 512, 0)
-        begun = time.perf_counter()
-        for images, targets in loader:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(images), targets).backward()
-            optimizer.step()
-        return len(sound) / (time.perf_counter() - begun)
-
-    anew = epoch(None)
-    later = [epoch(cache) for _ in range(1 + repeats)][1:]
+            taken.append(clocks(function))
     wall, processor = (ratio([one[part] for one in first], [one[part] for one in bare]) for part in (0, 1))
-    results = {"images": len(sound), "decode_seconds": median(seconds for seconds, _ in bare)}
+    results = {"files": len(tree), "decode_seconds": median(seconds for seconds, _ in bare)}
     results |= {"first_pass_ratio": wall, "first_pass_processor_ratio": processor}
-    return results | {"epoch_images_per_second": median(later), "decoded_anew_images_per_second": anew}
+    for batch in RUN_BATCHES:
+        results |= {f"{name}_{batch}": value for name, value in epochs_of(root, store, batch).items()}
+    pixels = _pictures(root, store, 1).splits["train"].pixels
+    assert isinstance(pixels, LazyPixels)
+    few = pixels.take(slice(ANEW))
+    anew = clocks(lambda: LazyPixels(few.tree, few.rows, how, threads)[:])
+    kept = clocks(lambda: few[:])
+    return results | {"kept_against_anew": anew[1] / kept[1]}
+
+
+def clocks(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the clock, and of the processor, that a call takes."""
+    begun = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - begun[0], time.process_time() - begun[1]
+
+
+def _pictures(root: Path, store: Path, batch: int) -> UnlearningDataset:
+    """Open a folder of pictures as a run does; files that give no image are left out."""
+    config = DataConfig(image_size=SMALL, skip_bad_images=True)
+    return get_unlearning_dataset(SupportedDatasets.FOLDER, batch, 0, root, datasets_dir=store, data=config)
+
+
+def epochs_of(root: Path, store: Path, batch: int) -> dict:
+    """Images/s of epochs, of an MLP that the run's trainer trains and of reading batches alone; kept pixels."""
+    data = _pictures(root, store, batch)
+    images = len(data.splits["train"])
+    model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, data.num_classes, 3, SMALL)
+    tracker = Tracker(Trackers.none, "", {})
+    train = TrainConfig(epochs=EPOCHS, batch_size=batch)
+    trainer = VisionModelTrainer(model, data, train, torch.device("cpu"), tracker)
+    with tempfile.TemporaryDirectory() as folder:
+        _, processor = clocks(lambda: trainer.train(Path(folder)))
+    rates = [one["images_per_second"] for one in tracker.history if "images_per_second" in one]
+    loader = data.get_train_loader()
+    read = [clocks(lambda: [None for _ in loader]) for _ in range(EPOCHS)][1:]
+    return {
+        "images": images,
+        "epochs_per_second": median(rates[1:]),
+        "epochs_per_processor_second": EPOCHS * images / processor,
+        "read_per_second": images / median(wall for wall, _ in read),
+        "read_per_processor_second": images / median(seconds for _, seconds in read),
+    }
 
 
 MEMORY = """
