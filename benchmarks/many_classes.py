@@ -118,11 +118,10 @@ def main() -> None:
     runs = {}
     for classes in given.classes:
         runs[classes] = whole_run(make_tree(given.root, classes), given.root / "run", flags)
-        stages = ", ".join(f"{name} {runs[classes]['stages'].get(name, 0):.0f}" for name in SHOWN)
-        print(f"{classes:6,} classes: {runs[classes]['seconds']:7.1f} s on the clock ({stages})", end="")
-        print(
-            f", {runs[classes]['processor_seconds']:.1f} of the processor, {runs[classes]['peak_bytes'] / 1e9:.2f} GB"
-        )
+        one = runs[classes]
+        stages = ", ".join(f"{name} {one['stages'].get(name, 0):.0f}" for name in SHOWN)
+        spent = f"{one['seconds']:.1f} s on the clock ({stages}), {one['processor_seconds']:.1f} of the processor"
+        print(f"{classes:6,} classes: {one['peak_bytes'] / 1e9:.2f} GB, {spent}", flush=True)
     results = {"runs": runs, "exponent": exponent({classes: one["peak_bytes"] for classes, one in runs.items()})}
     print(f"memory beyond the smallest run's grows as classes^{results['exponent']:.2f}")
     keep(given.json, results)
