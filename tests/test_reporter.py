@@ -114,9 +114,9 @@ OLD = ["-", "-", "0.500"]  # seconds, of a record that knows those per request a
 def test_seconds_stand_in_three_columns(records):
     """Once per classifier, one request alone, per request; what is unknown of one point is unknown of the mean."""
     names = ["once per classifier [s]", "one request alone [s]", "per request [s]"]
-    for record in records:
-        record["methods"]["mimu"] |= {"seconds_offline": 20.0, "seconds_alone": 20.5}
-        record["methods"]["default"] |= {"seconds_offline": None, "seconds_alone": None}
+    for one in records:
+        one["methods"]["mimu"] |= {"seconds_offline": 20.0, "seconds_alone": 20.5}
+        one["methods"]["default"] |= {"seconds_offline": None, "seconds_alone": None}
     rows = table(records)
     first = rows[0].index(names[0])
     assert rows[0][first : first + 3] == names
