@@ -23,6 +23,7 @@ import yaml
 
 from core.artifacts import read_json, write_json
 from core.config import PROJECT_ROOT, UserError
+from reporting.tables import SPENT
 
 README = PROJECT_ROOT / "README.md"
 PICTURE = PROJECT_ROOT / "docs" / "picture.png"
@@ -325,6 +326,9 @@ def test_the_comparison_says_over_what_it_averages() -> None:
     assert n == "1 classes x 3 classifiers (3 cells); ± is the 95 % t-interval over the 3 classifiers"
     assert head == docs_tables.load("comparison_mlp")["columns"]
     assert (row[0], row[1], row[-2]) == ("MIMU (ours)", "1 ± 0", "1,234")
+    values |= {"seconds_offline": 12.0, "seconds_alone": 12.5}
+    spent = comparison.table(cells, ["mimu"], {cost: head for head, cost in SPENT.items()})
+    assert spent == [["method", *SPENT], ["MIMU (ours)", "12", "12.5", "0.5"]]
 
 
 def test_the_picture_shows_what_records_say() -> None:
