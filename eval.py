@@ -134,7 +134,7 @@ class Eval(Snapshots):
         model, same = edit.model, self._prefix_kept(edit)
         weights, size = extent(model, self.original, [n for n in self.original if self._may_differ(n, same)])
         outputs = self.remembered(name, model, same, keep=False)
-        seconds = {"seconds": edit.seconds, "seconds_offline": edit.seconds_offline}
+        seconds = {name: getattr(edit, name) for name in ("seconds", "seconds_offline", "seconds_alone")}
         extra = seconds | {"weights_changed": weights, "edit_bytes": size}
         judged = {}
         for split in JUDGED:

@@ -15,7 +15,7 @@ seeds, only adds.
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from core.hashes import code_key, key_of, provenance, sha256_file
 from core.intervals import Cell, against, over_seeds, within_seeds
 from eval import Eval
 from pipeline import Pipeline
+from reporting.tables import SPENT
 from reporting.write import as_text
 from rivals.compared import METHODS
 from training.processes import reuse_freed_memory
@@ -63,7 +64,7 @@ COLUMNS = {
     "weights_changed": "weights",
     "seconds": "seconds",
 }
-PLAIN = ("weights_changed", "seconds")  # said without an interval
+PLAIN = ("weights_changed", *SPENT.values())  # said without an interval
 SAID_OF_P = (
     "± is the 95 % t interval over seeds, p a t test of the seeds' means, corrected for the number of methods by Holm; "
     "flips is the permutation test that turns the signs of whole seeds, and least the smallest p that it can give."
@@ -148,16 +149,16 @@ def text_of(cells: Sequence[dict], method: str, metric: str) -> str:
     return said + (f" ± {estimate.high - means.mean:.2g}" if estimate else "")
 
 
-def table(cells: Sequence[dict], methods: Sequence[str]) -> list[list[str]]:
-    """A row a method, in the order of their Avg Gap."""
+def table(cells: Sequence[dict], methods: Sequence[str], columns: Mapping[str, str] = COLUMNS) -> list[list[str]]:
+    """A row a method, in the order of their Avg Gap; `columns`: metrics or costs, with their heads."""
 
     def gap(method: str) -> float:
         values = values_of(cells, method, "avg_gap")
         return within_seeds(values).mean if values else math.inf  # a single retrained model has no like
 
-    rows = [["method", *COLUMNS.values()]]
+    rows = [["method", *columns.values()]]
     ordered = sorted(methods, key=gap)
-    rows += ([METHODS[method].label, *(text_of(cells, method, metric) for metric in COLUMNS)] for method in ordered)
+    rows += ([METHODS[method].label, *(text_of(cells, method, metric) for metric in columns)] for method in ordered)
     return rows
 
 
@@ -216,6 +217,7 @@ def main() -> None:
         for metric in ("avg_gap", "retain_score"):
             print(as_text(significance(cells, plan.methods, metric)))
         print(SAID_OF_P)
+    print(as_text(table(cells, plan.methods, {cost: head for head, cost in SPENT.items()})))
     if arguments.markdown:
         write_text(arguments.markdown, as_text(table(cells, plan.methods)))
     keep(arguments.json, {"cells": cells})

@@ -2,13 +2,15 @@
 
     uv run benchmarks/image_trees.py                      20,000 JPEGs of 500x375 (about 1 GB in the folder --root)
     uv run benchmarks/image_trees.py --million 1280000    the index alone, of so many small files (5 GB)
-    uv run benchmarks/image_trees.py --pictures DIR       epochs of an MLP on real pictures at 32 pixels
+    uv run benchmarks/image_trees.py --pictures DIR       real pictures at 32 pixels: the first look, and later epochs
 
 Speed: medians of alternating repeats, images/s of whole loaders (decoding to 128x128 and normalising, 2 worker
 processes there, 4 threads here), and seconds from nothing to a dataset that knows its paths and labels. `busy`: the
 share of the two cores' time left free by other processes that our loader used. Pictures: `first_pass_ratio`, the
-first look at a tree (decoded, hashed, kept) / decoding every file of it (by the wall's clock, and by the processor's);
-then images/s of epochs that train an MLP on batches of 512, from what was kept and with each image decoded anew.
+first look at some of them (indexed, decoded, hashed, kept) / decoding each of the same once, on the clock and in
+seconds of the processor. Then images/s of later epochs, which read kept pixels: 3,072 bytes for each image, whatever
+its file, so that a generated tree of 100 x 81 images stands for any other; 8 epochs of an MLP by the run's own trainer,
+and reading the same batches without training.
 """
 
 import argparse
@@ -16,14 +18,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import many_classes
 from benchmarks.common import Tables, alternating, for_pages, keep, parser, peak_memory, publish_all, ratio
 
 import numpy as np
@@ -33,16 +38,19 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from core.choices import SupportedVisionModels
-from core.config import PROJECT_ROOT
+from core.choices import SupportedDatasets, SupportedVisionModels, Trackers
+from core.config import PROJECT_ROOT, DataConfig, TrainConfig
+from core.observe import Tracker
 from images.decode import How, decode_many
-from images.index import check, open_tree
-from images.pixel_cache import PixelCache
+from images.index import Tree, check, open_tree
 from images.splits import LazyPixels
 from model import vision_model_loader
-from utils_data import Images, make_loader
+from trainer import VisionModelTrainer
+from utils_data import Images, get_unlearning_dataset, make_loader
 
 CLASSES, BATCH, SIZE, SMALL = 100, 256, 128, 32
+EPOCHS, RUN_BATCHES, SPANS = 8, (32, 512), 8
+KEPT = (100, 81)  # classes, and images of each, whose kept pixels are read again: as many as openclipart has
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -137,48 +145,72 @@ def starting(root: Path, store: Path, repeats: int) -> dict:
     }
 
 
-def pictures(root: Path, store: Path, repeats: int) -> dict:
-    """What the first look at a tree costs, and images/s of epochs from then on."""
-    torch.set_num_threads(1)
-    tree, how, threads = open_tree(root, "folders", store), How(SMALL), 2 * len(os.sched_getaffinity(0))
-    rows = np.arange(len(tree))
+def pictures(root: Path, store: Path, most: int) -> dict:
+    """What the first look at pictures costs, against decoding each once: of `most` of them, spread over the tree.
 
-    def decode_all() -> None:
+    Both are done to the same SPANS parts of them in turn, the first look with a sync of the disk after each part.
+    """
+    torch.set_num_threads(1)
+    how, threads = How(SMALL), 2 * len(os.sched_getaffinity(0))
+    shutil.rmtree(store, ignore_errors=True)
+    found: list[Tree] = []
+    indexing = clocks(lambda: found.append(open_tree(root, "folders", store)))
+    tree = found[0]
+    rows = np.random.default_rng(0).permutation(np.unique(np.linspace(0, len(tree) - 1, most).astype(int)))
+
+    def decode_all(rows: np.ndarray) -> None:
         decode_many([tree.path(row) for row in rows], [tree.stamp(row) for row in rows], how, threads)
 
-    def first_look() -> None:
-        shutil.rmtree(store, ignore_errors=True)
-        check(open_tree(root, "folders", store), rows, how, threads, 20e9)
+    bare, first = [], [indexing]
 
-    bare, first = [], []
-    for _ in range(repeats):  # no warm-up, which would cost minutes
-        for function, taken in ((decode_all, bare), (first_look, first)):
-            begun = time.perf_counter(), time.process_time()
-            function()
-            taken.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+    def look(rows: np.ndarray) -> None:
+        check(tree, rows, how, threads, 20e9)
+
+    for place, span in enumerate(np.array_split(rows, SPANS)):
+        for path in map(Path, map(tree.path, span)):  # so that neither is the one that waits for the disk
+            _ = path.read_bytes() if path.is_file() else b""
+        for function, taken in ((decode_all, bare), (look, first))[:: 1 if place % 2 else -1]:
+            taken.append(clocks(partial(function, span)))
+    wall, processor = (sum(one[part] for one in first) / sum(one[part] for one in bare) for part in (0, 1))
     checked, cache = check(tree, rows, how, threads, 20e9)
     sound = np.setdiff1d(rows, list(checked.bad))
-    labels = torch.from_numpy(tree.labels[sound].astype(np.int64))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, len(tree.classes), 3, SMALL)
-    optimizer = torch.optim.AdamW(model.parameters())
+    kept = clocks(lambda: LazyPixels.kept(checked, sound, how, threads, cache)[:])
+    decoded = sum(seconds for _, seconds in bare)
+    results = {"files": len(tree), "read": len(rows), "first_pass_ratio": wall, "first_pass_processor_ratio": processor}
+    return results | {"decode_processor_seconds": decoded, "kept_against_anew": decoded / kept[1]}
 
-    def epoch(kept: PixelCache | None) -> float:
-        """Images per second."""
-        loader = make_loader(Images(LazyPixels.kept(checked, sound, how, threads, kept), labels, mean, std), 512, 0)
-        begun = time.perf_counter()
-        for images, targets in loader:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(images), targets).backward()
-            optimizer.step()
-        return len(sound) / (time.perf_counter() - begun)
 
-    anew = epoch(None)
-    later = [epoch(cache) for _ in range(1 + repeats)][1:]
-    wall, processor = (ratio([one[part] for one in first], [one[part] for one in bare]) for part in (0, 1))
-    results = {"images": len(sound), "decode_seconds": median(seconds for seconds, _ in bare)}
-    results |= {"first_pass_ratio": wall, "first_pass_processor_ratio": processor}
-    return results | {"epoch_images_per_second": median(later), "decoded_anew_images_per_second": anew}
+def clocks(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the clock, and of the processor, that a call takes."""
+    begun = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - begun[0], time.process_time() - begun[1]
+
+
+def epochs_of(root: Path, store: Path, batch: int) -> dict:
+    """Images/s of reading kept pixels, and of epochs in which the run's own trainer trains an MLP on them.
+
+    Rates are per second on the clock, and per second of the processor, which other programs do not take.
+    """
+    config = DataConfig(image_size=SMALL)
+    data = get_unlearning_dataset(SupportedDatasets.FOLDER, batch, 0, root, datasets_dir=store, data=config)
+    images = len(data.splits["train"])
+    model = vision_model_loader(SupportedVisionModels.HookedMLPClassifier, data.num_classes, 3, SMALL)
+    tracker = Tracker(Trackers.none, "", {})
+    train = TrainConfig(epochs=EPOCHS, batch_size=batch)
+    trainer = VisionModelTrainer(model, data, train, torch.device("cpu"), tracker)
+    with tempfile.TemporaryDirectory() as folder:
+        _, processor = clocks(lambda: trainer.train(Path(folder)))
+    rates = [one["images_per_second"] for one in tracker.history if "images_per_second" in one]
+    loader = data.get_train_loader()
+    read = [clocks(lambda: [None for _ in loader]) for _ in range(EPOCHS)][1:]
+    return {
+        "images": images,
+        "epochs_per_second": median(rates[1:]),
+        "epochs_per_processor_second": EPOCHS * images / processor,
+        "read_per_second": images / median(wall for wall, _ in read),
+        "read_per_processor_second": images / median(seconds for _, seconds in read),
+    }
 
 
 MEMORY = """
@@ -218,6 +250,22 @@ def million(root: Path, store: Path) -> dict:
 def tables(results: dict, given: argparse.Namespace) -> Tables:
     """Return the table of docs/speed.md that the results belong to."""
     head = ["what", "value"]
+    if given.pictures:
+        first = f"{results['first_pass_processor_ratio']:.2f} ({results['first_pass_ratio']:.2f} on the clock)"
+        rows = [
+            head,
+            [f"first look at {results['read']:,} of {results['files']:,} real pictures / decoding each once", first],
+            ["decoding them again / reading what was kept", f"{results['kept_against_anew']:,.0f}"],
+        ]
+        for batch in RUN_BATCHES:
+            one = results[f"batch {batch}"]
+            read, trained = (
+                f"{one[f'{name}_per_processor_second']:,.0f} ({one[f'{name}_per_second']:,.0f} on the clock)"
+                for name in ("read", "epochs")
+            )
+            rows.append([f"images/s of later epochs, batches of {batch}: read and normalised", read])
+            rows.append(["the same, and an MLP trained on them", trained])
+        return {"speed_pictures": (f"1 pass in {SPANS} parts; {EPOCHS} epochs; seconds of the processor", rows)}
     if given.million:
         sizes = {
             name: f"{results[f'{name}_seconds']:.2g} s, {results[f'{name}_peak_mib']:.0f} MiB"
@@ -240,30 +288,41 @@ def tables(results: dict, given: argparse.Namespace) -> Tables:
     return {"speed_image_trees": (f"medians of {given.repeats} repeats", rows)}
 
 
+def show(results: dict, indent: str = "") -> None:
+    """Print values by name, nested ones below their name."""
+    for name, value in results.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            show(value, "    ")
+        else:
+            print(f"{indent}{name:32} {value:12.3f}")
+
+
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--root", type=Path, default=Path("/tmp/mimu-trees"))
     made.add_argument("--count", type=int, default=20_000)
     made.add_argument("--million", type=int, help="index a tree of so many files instead")
     made.add_argument("--pictures", type=Path, help="a folder of class folders with pictures, instead")
+    made.add_argument("--most", type=int, default=10**9, help="of the pictures, so many are looked at (default: all)")
     made.add_argument("--batches", type=int, default=8)
     made.add_argument("--repeats", type=int, default=3)
     for_pages(made)
     given: argparse.Namespace = made.parse_args()
     store = given.root / "store"
     if given.pictures:
-        results = pictures(given.pictures, store, given.repeats)
+        results = pictures(given.pictures, store, given.most)
+        kept = many_classes.make_tree(given.root, *KEPT)
+        results |= {f"batch {batch}": epochs_of(kept, given.root / "kept", batch) for batch in RUN_BATCHES}
     elif given.million:
         results = million(make_tree(given.root, given.million, (32, 24)), store)
     else:
         root = make_tree(given.root, given.count, (500, 375))
         results = starting(root, store, given.repeats) | loading(root, store, given.batches, given.repeats)
         results["peak_bytes"] = peak_memory()
-    for name, value in results.items():
-        print(f"{name:32} {value:12.3f}")
+    show(results)
     keep(given.json, results)
-    if not given.pictures:
-        publish_all(given.docs, tables(results, given))
+    publish_all(given.docs, tables(results, given))
 
 
 if __name__ == "__main__":

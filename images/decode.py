@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ MAX_PIXELS = 178_956_970  # an image of 512 MiB; the limit of PIL, which stands 
 MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine lacks something: no file is to blame
 DIGEST = 16
 CHUNK = 64
+RACE_NS = 20_000_000  # a file or folder changed this shortly before it was read may change again without a new time
 READ = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG": "PNG",
@@ -129,6 +131,11 @@ def examine(path: str, how: How, stamp: tuple[int, int] | None = None, hashed: b
                 raise BadImageError(CHANGED)
             if facts.st_size == 0:
                 raise BadImageError(EMPTY)
+            # The system's clock of changes ticks every few milliseconds: within the tick of this file's last change,
+            # other bytes could be written after these were read, and its mark would stay the same.
+            age = time.time_ns() - facts.st_ctime_ns
+            if 0 <= age < RACE_NS:
+                time.sleep((RACE_NS - age) / 1e9)
             digest = hashlib.file_digest(file, "sha256").digest()[:DIGEST] if hashed else b""
             file.seek(0)
             pixels, bits = _pixels(file, how)

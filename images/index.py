@@ -26,6 +26,7 @@ from images.decode import (
     CHANGED,
     DIGEST,
     EMPTY,
+    RACE_NS,
     UNREADABLE,
     BadImageError,
     How,
@@ -37,8 +38,6 @@ from images.decode import (
 )
 from images.layouts import LAYOUTS, SPECIAL, NoTreeError, Scan, has_splits, innermost, nothing_there
 from images.pixel_cache import EVERY_EPOCH, PixelCache
-
-RACE_NS = 20_000_000  # a folder changed this shortly before it was read may change again without a new time
 
 
 @dataclass(frozen=True)

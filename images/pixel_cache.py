@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from core.artifacts import extending, map_rows, read_tensors, write_tensors
+from core.artifacts import extending, map_rows, read_tensors, told, write_tensors
 from core.config import UserError
 from core.hashes import code_key, key_of
 from core.observe import log
@@ -157,6 +157,9 @@ class PixelCache:
         block = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST)
         _, first = np.unique(block, axis=0, return_index=True)
         new = np.sort(first[self.places(block[first]) < 0])
+        if not len(self):  # a running process may still have the old file mapped: cut short, its pages would be gone
+            with told(self.data):
+                self.data.unlink(missing_ok=True)
         with extending(self.data, len(self) * self.row_bytes) as append:
             for one in new:
                 append(pixels[one].data)

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 POSITION_BYTES = 4
 COSTS = {
-    "seconds": "s from the request to the edited model, including the time of every result that the method took from "
-    "an earlier one in the run; of a retrained model, its whole training",
-    "seconds_offline": "s spent once, ahead of all requests: the graph network's training (none: unknown, as its file "
-    "was given)",
+    "seconds": "s per request when the classifier's part is there: from the request to the edited model, with the time "
+    "of every result that the method took from an earlier one in the run; of a retrained model, its whole training",
+    "seconds_offline": "s once per classifier, whatever is asked of it: graphs, class statistics and other values that "
+    "the method uses and no request changes, and the graph network's training; a network that was given counts "
+    "nothing, because it serves many classifiers (none: unknown, because the graphs were given)",
+    "seconds_alone": "s of one request to a classifier for which nothing was prepared: both together",
     "weights_changed": "parameters and buffer entries that differ from the untouched classifier's",
     "edit_bytes": "bytes that the edit needs beside the untouched classifier: for each changed tensor the places (4 "
     "bytes each, or a bit for every entry) and new values (none where all are 0), or all of its values",

@@ -21,6 +21,12 @@ ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
 DEEP = "mimu_deep"  # goes on to the features, so that its word stands beside the answer's
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
 MOST_NATS = 103.3  # -log of 2^-149, the smallest probability that float32 tells from 0
+SPENT = {
+    "once per classifier [s]": "seconds_offline",
+    "one request alone [s]": "seconds_alone",
+    "per request [s]": "seconds",
+}
+"""Columns of a table that say how long a method takes -> costs of a record (`measure.integrity.COSTS`)."""
 
 
 @dataclass(frozen=True)
@@ -237,16 +243,16 @@ def table(*runs: Run, every: bool = False) -> list[list[str]]:
     head = [f"{name} [{about['unit']}, {ARROWS[about['better']]}]" for name, about in metrics.items()]
     bold = {name: leaders(found, name, about["better"]) for name, about in metrics.items()}
     judged = len(runs) == 1 and any(points[0].verdicts for points in found.values())
-    rows = [["method", "top_k", "kappa", *head, "weights changed", "seconds", *["verdict"] * judged]]
+    rows = [["method", "top_k", "kappa", *head, "weights changed", *SPENT, *["verdict"] * judged]]
     for method, points in found.items():
         texts = {name: shown(estimate(points, name)) for name in metrics}
         marked = [Lead(text) if method in bold[name] else text for name, text in texts.items()]
         changed = budget([int(count) for count in values_of(points, "weights_changed").values()])
-        spent = values_of(points, "seconds")
-        seconds = f"{over_cells(spent).value:.3f}" if spent else "-"
+        spent = [values_of(points, name) for name in SPENT.values()]
+        seconds = [f"{over_cells(one).value:.3f}" if one else "-" for one in spent]
         budgets = [budget([point.top_k for point in points]), budget([point.kappa for point in points])]
         said = [", ".join(one["key"] for one in points[0].verdicts) or "-"] * judged
-        rows.append([points[0].label, *budgets, *marked, changed, seconds, *said])
+        rows.append([points[0].label, *budgets, *marked, changed, *seconds, *said])
     return rows
 
 

@@ -161,7 +161,8 @@ def fisher_of(context: Context, side: bool | None, per_sample: bool) -> Fisher:
         most = FISHER_SAMPLES if linear else SINGLE_SAMPLES
         return sample_fisher(model, training_images(context, side, most), device)
 
-    return context.shared.once(("fisher", context.config.forget_labels, side, per_sample), make).value
+    asked = None if side is None else context.config.forget_labels
+    return context.shared.once(("fisher", asked, side, per_sample), make, standing=side is None).value
 
 
 def dampened(
@@ -329,13 +330,16 @@ def damp(context: Context, point: Point, strength: float, layers: int) -> Edit:
     classes' means, so that these pass unchanged. Written after a summary of the paper, not checked against it.
     """
 
-    def make() -> list[Tensor]:
+    def means() -> tuple[Tensor, list[Tensor]]:
         images = training_images(context, None, FISHER_SAMPLES)
         present = images.labels.unique()
-        chosen = context.data.is_forgotten(present)
         inputs = [h.double() for h in layer_inputs(context.own, images, context.device)]
-        means = (torch.stack([h[images.labels == label].mean(0) for label in present]) for h in inputs)
-        return [residual_directions(prototypes, chosen.to(prototypes.device)) for prototypes in means]
+        return present, [torch.stack([h[images.labels == label].mean(0) for label in present]) for h in inputs]
+
+    def make() -> list[Tensor]:
+        present, prototypes = context.shared.once("mean inputs", means, standing=True).value
+        chosen = context.data.is_forgotten(present)
+        return [residual_directions(one, chosen.to(one.device)) for one in prototypes]
 
     found = context.shared.once(("residual directions", context.config.forget_labels), make).value
     places = range(max(0, len(found) - layers), len(found))

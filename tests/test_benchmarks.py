@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from benchmarks.many_classes import make_tree
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,3 +47,15 @@ def test_a_benchmark_that_can_be_run_does_something(path: Path) -> None:
     text = path.read_text("utf-8")
     told = f"benchmarks/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
     assert "def main(" not in text or told == ('\n\nif __name__ == "__main__":\n' in text)
+
+
+def test_a_tree_of_many_classes_is_made_once_and_of_different_images(tmp_path: Path) -> None:
+    """Equal files would be one row of kept pixels, and a classifier of theirs would be judged by what it was taught."""
+    tree = make_tree(tmp_path, 3, 5)
+    files = sorted(tree.rglob("*.png"))
+    assert [len(list(folder.iterdir())) for folder in sorted(tree.iterdir())] == [5, 5, 5]
+    assert len({file.read_bytes() for file in files}) == 15
+    times = [file.stat().st_mtime_ns for file in files]
+    assert make_tree(tmp_path, 3, 5) == tree
+    assert [file.stat().st_mtime_ns for file in files] == times
+    assert not list(tmp_path.glob("*.part"))

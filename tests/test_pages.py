@@ -11,6 +11,7 @@ from benchmarks import (
     docs_tables,
     graph_generation,
     image_trees,
+    many_classes,
     message_passing,
     picture,
     scaling,
@@ -22,6 +23,7 @@ import yaml
 
 from core.artifacts import read_json, write_json
 from core.config import PROJECT_ROOT, UserError
+from reporting.tables import SPENT
 
 README = PROJECT_ROOT / "README.md"
 PICTURE = PROJECT_ROOT / "docs" / "picture.png"
@@ -245,7 +247,7 @@ MILLION = {"cold_seconds": 5.8, "cold_peak_mib": 239.0, "cached_seconds": 0.061,
 
 def tables_by_hand() -> dict[str, tuple[str, list[list[str]]]]:
     """Tables of benchmarks for figures that were chosen so that their values are known."""
-    tree, count = Namespace(million=None, count=20_000, repeats=3), Namespace(million=1_280_000)
+    tree, count = (Namespace(pictures=None, million=most, count=20_000, repeats=3) for most in (None, 1_280_000))
     made = [
         scaling.tables(SCALING),
         message_passing.tables(PASSES),
@@ -278,6 +280,45 @@ def test_values_of_benchmarks_by_hand() -> None:
     assert found["speed_sweep"][1][1] == "1.8 % (1.7 %)"
 
 
+def test_values_of_pictures_by_hand() -> None:
+    rates = {"read_per_processor_second": 231_080.4, "read_per_second": 120_000.0}
+    rates |= {"epochs_per_processor_second": 19_965.2, "epochs_per_second": 7_638.9}
+    results = {"first_pass_processor_ratio": 1.049, "first_pass_ratio": 1.2, "read": 508, "files": 8121}
+    results |= {"kept_against_anew": 46_008.4} | {f"batch {batch}": rates for batch in image_trees.RUN_BATCHES}
+    found = image_trees.tables(results, Namespace(pictures=Path("png"), million=None))
+    ((n, (head, *body)),) = found.values()
+    assert set(found) == {"speed_pictures"}
+    assert n == "1 pass in 8 parts; 8 epochs; seconds of the processor"
+    assert head == ["what", "value"]
+    assert body[0] == ["first look at 508 of 8,121 real pictures / decoding each once", "1.05 (1.20 on the clock)"]
+    assert [value for _, value in body[1:4]] == [
+        "46,008",
+        "231,080 (120,000 on the clock)",
+        "19,965 (7,639 on the clock)",
+    ]
+    assert [what for what, _ in body if "batches" in what] == [
+        f"images/s of later epochs, batches of {batch}: read and normalised" for batch in (32, 512)
+    ]
+
+
+@pytest.mark.parametrize(("power", "peaks"), [(1, (500, 590, 1490)), (2, (500, 500 + 90**2, 500 + 990**2))])
+def test_growth_of_memory_by_hand(power: int, peaks: tuple[int, ...]) -> None:
+    """The smallest run's memory, which has little to do with classes, is taken off first."""
+    grown = many_classes.exponent(dict(zip((10, 100, 1000), peaks, strict=True)))
+    assert grown == pytest.approx(power)
+    one = {"peak_bytes": 1.468e9, "processor_seconds": 450.4, "seconds": 1812.0}
+    found = many_classes.tables({"runs": {1000: one}, "exponent": grown}, Namespace(model="HookedResnet"))
+    assert found == {
+        "speed_many_classes_resnet": (
+            f"1 run each; memory grows as classes^{power}.00",
+            [
+                ["classes", "images", "peak memory, GB", "processor seconds", "seconds on the clock"],
+                ["1,000", "40,000", "1.47", "450", "1,812"],
+            ],
+        )
+    }
+
+
 def test_the_comparison_says_over_what_it_averages() -> None:
     values = {"forget_score": 1.0, "avg_gap": 2.0, "weights_changed": 1234, "seconds": 0.5}
     cells = [{"seed": seed, "class": 0, "methods": {"mimu": {"test": values}}} for seed in range(3)]
@@ -285,6 +326,9 @@ def test_the_comparison_says_over_what_it_averages() -> None:
     assert n == "1 classes x 3 classifiers (3 cells); ± is the 95 % t-interval over the 3 classifiers"
     assert head == docs_tables.load("comparison_mlp")["columns"]
     assert (row[0], row[1], row[-2]) == ("MIMU (ours)", "1 ± 0", "1,234")
+    values |= {"seconds_offline": 12.0, "seconds_alone": 12.5}
+    spent = comparison.table(cells, ["mimu"], {cost: head for head, cost in SPENT.items()})
+    assert spent == [["method", *SPENT], ["MIMU (ours)", "12", "12.5", "0.5"]]
 
 
 def test_the_picture_shows_what_records_say() -> None:

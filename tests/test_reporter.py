@@ -106,15 +106,31 @@ def test_the_answers_mask_is_that_of_its_chosen_point(records):
     assert answer_of(unmeasured[:1]) == unmeasured[0]
 
 
+OLD = ["-", "-", "0.500"]  # seconds, of a record that knows those per request alone
+
+
+def test_seconds_stand_in_three_columns(records):
+    """Once per classifier, one request alone, per request; what is unknown of one point is unknown of the mean."""
+    names = ["once per classifier [s]", "one request alone [s]", "per request [s]"]
+    for one in records:
+        one["methods"]["mimu"] |= {"seconds_offline": 20.0, "seconds_alone": 20.5}
+        one["methods"]["default"] |= {"seconds_offline": None, "seconds_alone": None}
+    rows = table(records)
+    first = rows[0].index(names[0])
+    assert rows[0][first : first + 3] == names
+    assert rows[1][first : first + 3] == ["20.000", "20.500", "0.500"]
+    assert rows[2][first : first + 3] == OLD
+
+
 def test_table_and_headline_by_hand(records):
     rows = marked(table(records))
     assert rows[0][:4] == ["method", "top_k", "kappa", "forget_loss [nats, ↑]"]
     assert "unheard_of [furlongs, ↓]" in rows[0]
-    assert rows[1] == ["MIMU", "5", "200", "**1**", "**2**", "**0.12**", "**12**", "**78**", "**1.5**", "200", "0.500"]
+    assert rows[1] == ["MIMU", "5", "200", "**1**", "**2**", "**0.12**", "**12**", "**78**", "**1.5**", "200", *OLD]
     assert rows[2][3:6] == ["1", "2", "0.9"]  # the untouched classifier is a reference, never the best
     assert rows[3][:3] == ["a novel method", "-", "100"]
     rows = table(records)
-    assert as_csv(rows).splitlines()[1] == "MIMU,5,200,1,2,0.12,12,78,1.5,200,0.500"
+    assert as_csv(rows).splitlines()[1] == "MIMU,5,200,1,2,0.12,12,78,1.5,200,-,-,0.500"
     assert len({len(line) for line in as_text(rows).splitlines()}) == 1
     assert headline(records) == (
         "Switching off 200 weights (20.0 % of the layer), class 1 is recognised 12.0 % of the time (before: 90.0 %); "
@@ -139,7 +155,7 @@ def test_verdicts_of_the_chosen_point_are_shown(records):
     records[1]["verdicts"] |= {"mimu": [bad, {"key": "too random", "sentence": "it guesses"}], "default": [fine]}
     rows = table(records)
     assert [row[-1] for row in rows] == ["verdict", "collapsed, too random", "-", "-"]
-    assert rows[1][-3:-1] == ["200", "0.500"]
+    assert rows[1][-5:-1] == ["200", *OLD]
     records[0]["verdicts"]["default"] = [fine]
     assert [row[-1] for row in table(records)][2] == "fine"
     assert remarks(records) == ["MIMU: too much is lost.", "MIMU: it guesses."]

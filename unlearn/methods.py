@@ -123,7 +123,7 @@ def eraser_of(context: Context, seed: int) -> Eraser:
         except NoLinearHead as reason:
             raise NotApplicable(f"draws rows of the last layer anew, and {reason}") from None
 
-    return context.shared.once(("eraser", seed), make).value
+    return context.shared.once(("eraser", seed), make, standing=True).value
 
 
 def _written(context: Context, erasure: Erasure) -> Edit:

@@ -4,7 +4,7 @@ A method leaves the shared classifier bit-identical. `rivals.compared` lists the
 """
 
 import time
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -24,6 +24,7 @@ from unlearn.requests import FrozenHead, Request, Unlearner
 from utils_data import UnlearningDataset
 
 OURS = "this project"
+GRAPHS, STATISTICS = "graphs", "checkpoint"  # stages of a run: graphs, and class statistics made from them
 BUDGET = 5  # settings, at most, that a method may try on validation images: the same for all
 Made = TypeVar("Made")
 
@@ -50,9 +51,11 @@ class Edit:
             is changed or where a mask holds until the method is left.
         allowed: which entries may differ from the untouched classifier's: a bool tensor for each parameter by name; a
             parameter without one may not differ at all, so {} allows nothing. None: anything may differ.
-        seconds: from the request to the model, shared work included as if it were done for this request alone. None
-            in what a method returns: `Method.enter` fills in what it measures.
-        seconds_offline: spent once, ahead of all requests; None: unknown. `Method.enter` fills it in.
+        seconds: from the request to the model, once all is there that serves any request to this classifier. Work
+            that methods share counts as if it were done for this request alone. None in what a method returns:
+            `Method.enter` fills in what it measures.
+        seconds_offline: spent once for this classifier, ahead of all requests; None: unknown. `Method.enter` fills
+            it in.
     """
 
     model: Classifier
@@ -60,45 +63,92 @@ class Edit:
     seconds: float | None = None
     seconds_offline: float | None = 0.0
 
+    @property
+    def seconds_alone(self) -> float | None:
+        """Of one request to a classifier for which nothing was prepared; None: unknown."""
+        return None if self.seconds is None or self.seconds_offline is None else self.seconds + self.seconds_offline
+
+
+def clock() -> float:
+    """Seconds; read when a GPU has done all that it was given before."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
 
 @dataclass(frozen=True)
 class Timed(Generic[Made]):
-    """A value and the seconds that it takes somebody who starts from nothing."""
+    """A value and the seconds that it takes somebody who starts from nothing.
+
+    Args:
+        own: without the shared values that were used. used: keys of these, and of those that they rest on.
+        seconds: with all of them, each counted once.
+        standing: of these, the seconds of values that serve any request to the classifier.
+        stages: names of the run's stages whose products were used; their seconds are in none of the above.
+    """
 
     value: Made
+    own: float
+    used: frozenset[Hashable]
     seconds: float
+    standing: float
+    stages: frozenset[str]
 
 
 class Shared:
     """Values that several methods use: each is computed once, and its seconds are charged to every method that uses it.
 
-    The clock alone would favour whoever comes second. So `timed` adds, to the seconds on the clock, what each value
-    that was found here had cost when it was computed.
+    The clock alone would favour whoever comes second. So what a value costs is measured apart from the shared values
+    that it rests on, and `timed` adds up the costs of all that was used, found here or computed.
     """
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Timed[Any]] = {}
-        self._found = 0.0  # seconds of all values that were found rather than computed, so far
+        self._standing: set[Hashable] = set()
+        self._used: set[Hashable] = set()  # by the innermost call that is being timed
+        self._stages: set[str] = set()
+        self._apart = 0.0  # seconds on the clock, so far, in which shared values were made
 
     def timed(self, make: Callable[[], Made]) -> Timed[Made]:
-        """Call `make`, and charge it with the shared values that it finds; calls may be nested."""
-        begun, found = time.perf_counter(), self._found
-        made = make()
-        return Timed(made, time.perf_counter() - begun + self._found - found)
+        """Call `make`, and charge it with the shared values that it uses; calls may be nested."""
+        outside, begun, apart = (self._used, self._stages), clock(), self._apart
+        self._used, self._stages = set(), set()
+        try:
+            made = make()
+        finally:
+            used, stages = self._used, self._stages
+            self._used, self._stages = outside[0] | used, outside[1] | stages
+        own = clock() - begun - (self._apart - apart)
+        standing = sum((self._made[key].own for key in used & self._standing), 0.0)
+        rest = sum((self._made[key].own for key in used - self._standing), 0.0)
+        return Timed(made, own, frozenset(used), own + standing + rest, standing, frozenset(stages))
 
-    def once(self, key: Hashable, make: Callable[[], Made], *, charged: bool = True) -> Timed[Made]:
+    def once(
+        self, key: Hashable, make: Callable[[], Made], *, charged: bool = True, standing: bool = False
+    ) -> Timed[Made]:
         """Return `make()`, called only if nothing is kept under the key, and the seconds that its only call took.
 
         Args:
             key: names everything that varies within a run and that the value depends on.
-            charged: whether an enclosing `timed` is charged when the value is found. False is for what the evaluation
-                computes for itself, ahead of all methods.
+            charged: whether an enclosing `timed` is charged. False is for what the evaluation computes for itself.
+            standing: whether the value serves any request to the classifier: its seconds, and those of the shared
+                values that it rests on, are spent once for the classifier and not for each request.
         """
+        before = self._used, self._stages
         if key not in self._made:
+            begun, apart = clock(), self._apart
             self._made[key] = self.timed(make)
-        elif charged:
-            self._found += self._made[key].seconds
-        return self._made[key]
+            self._apart = apart + clock() - begun
+            self._standing |= {key, *self._made[key].used} if standing else set()
+        found = self._made[key]
+        self._used, self._stages = before
+        if charged:
+            self._used, self._stages = before[0] | {key} | found.used, before[1] | found.stages
+        return found
+
+    def uses(self, *stages: str) -> None:
+        """Note that what is being timed uses products of these stages of the run."""
+        self._stages = self._stages | set(stages)
 
 
 @dataclass(frozen=True)
@@ -149,9 +199,25 @@ class Context:
         """Layout of the target layers' weights."""
         return self.model.weight_graph(self.config.mask_layer)
 
-    def learning_seconds(self, top_k: int) -> float | None:
-        """Seconds that training the graph network took, once for all requests; None: unknown, its file was given."""
-        return self.stage_seconds.get(f"gcn_top-{top_k}" if self.unlearner is None else "gcn")
+    def offline_seconds(self, stages: Collection[str], top_k: int, learned: bool) -> float | None:
+        """Seconds that products of the run's stages took, once for this classifier.
+
+        A graph network that was trained in the run counts; one that was given does not, because it serves many
+        classifiers.
+
+        Args:
+            stages: whose products a method used. learned: whether it asks the graph network.
+
+        Returns:
+            None: unknown, because a product's file was given.
+        """
+        wanted = set(stages)
+        if learned and not self.config.gcn_path:
+            wanted.add(f"gcn_top-{top_k}" if self.unlearner is None else "gcn")
+        if "gcn" in wanted:
+            wanted -= {STATISTICS}  # they were made in that stage, on its clock
+        known = [self.stage_seconds.get(name) for name in sorted(wanted)]
+        return None if None in known else sum(filter(None, known), 0.0)
 
     @property
     def strategy(self) -> MaskStrategies:
@@ -170,13 +236,19 @@ class Context:
 
     @property
     def known_head(self) -> FrozenHead:
-        """Return `head`, without which the method cannot work."""
+        """Return `head`, without which the method cannot work; it is charged graphs and class statistics."""
         assert self.head is not None, "this method needs Context.head"
+        self.shared.uses(GRAPHS, STATISTICS)
         return self.head
 
     def theta(self, top_k: int) -> Tensor:
         """theta [C, *graph.shape], computed once per top_k."""
-        return self.shared.once(("theta", top_k), lambda: self.learn_importance(top_k)).value
+
+        def make() -> Tensor:
+            self.shared.uses(GRAPHS)
+            return self.learn_importance(top_k)
+
+        return self.shared.once(("theta", top_k), make, standing=True).value
 
     def importance(self, top_k: int) -> Tensor:
         """Graded importance [C, *graph.shape] as configured: theta, or the mask prior q = softmax(theta)."""
@@ -288,8 +360,9 @@ class Method:
         with ExitStack() as stack:
             timed = context.shared.timed(lambda: self._edited(context, point, settings, stack))
             edit = timed.value
-            seconds = timed.seconds if edit.seconds is None else edit.seconds
-            offline = context.learning_seconds(point.top_k) if self.learned else edit.seconds_offline
+            seconds = timed.seconds - timed.standing if edit.seconds is None else edit.seconds
+            parts = context.offline_seconds(timed.stages, point.top_k, self.learned), edit.seconds_offline
+            offline = None if None in parts else timed.standing + sum(filter(None, parts))
             yield replace(edit, seconds=seconds, seconds_offline=offline)
 
     def _edited(self, context: Context, point: Point, settings: Settings, stack: ExitStack) -> Edit:

@@ -1,11 +1,13 @@
 """One image file: pixels are what a viewer shows, and what gives none says why."""
 
 import errno
+import hashlib
 import io
 import os
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image, ImageOps
 
 from core.choices import MachineError
 from core.config import PROJECT_ROOT
-from images.decode import BadImageError, How, decode, examine, in_threads
+from images.decode import RACE_NS, BadImageError, How, decode, examine, in_threads, mark_of
 from tests.helpers.formats import images, photo
 
 
@@ -233,6 +235,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
 
 LOUD = """
 import sys
+import time
 from images.decode import BadImageError, How, decode, in_threads
 def one(place):
     try:
@@ -277,3 +280,25 @@ def test_work_in_threads_raises_its_first_error():
 
     with pytest.raises(BadImageError, match="seventy"):
         in_threads(work, 200, 2)
+
+
+# --- files that change ------------------------------------------------------------------------------------
+
+
+def test_bytes_are_read_only_when_another_change_would_show(tmp_path, monkeypatch):
+    """Two changes within one tick of the system's clock have one time: a file that was just written is waited for."""
+    path, begun = tmp_path / "a.png", []
+    digest = hashlib.file_digest
+
+    def noted(file, name):
+        begun.append(time.time_ns() - os.fstat(file.fileno()).st_ctime_ns)
+        return digest(file, name)
+
+    monkeypatch.setattr("images.decode.hashlib.file_digest", noted)
+    for level in range(3):
+        Image.new("RGB", (20, 20), (level, 9, 9)).save(path)
+        before = mark_of(path.stat())
+        assert (examine(str(path), How(16)).pixels[0] == level).all()
+        Image.new("RGB", (20, 20), (200, 9, 9)).save(path)  # as many bytes, at once
+        assert mark_of(path.stat()) != before
+    assert min(begun) >= RACE_NS

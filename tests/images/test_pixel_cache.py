@@ -143,6 +143,33 @@ def test_damage_is_noticed_and_mended(tree, tmp_path, what, capsys):
     assert caches(tmp_path)[0].stat().st_size == 30 * ROW
 
 
+def test_what_is_begun_anew_leaves_a_running_process_its_pixels(tree, tmp_path, monkeypatch):
+    """One run finds damage and goes on; the next, interrupted early, must not cut the file that the first has mapped:
+    reading pages beyond a file's end kills a process.
+    """
+    monkeypatch.setattr(index, "SPAN_BYTES", 7 * ROW)
+    monkeypatch.setattr(index, "LEAST_SPAN", 7)
+    data = load(tree, tmp_path)
+    wanted, file = pixels(data), caches(tmp_path)[0]
+    before = file.stat().st_ino
+    data.splits["train"].pixels.cache.distrust()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(index, "_saved", killed)
+        patched.setattr(index, "SECONDS_BETWEEN_SAVES", -1)
+        with pytest.raises(KeyboardInterrupt):
+            load(tree, tmp_path)
+    assert file.stat().st_size == 7 * ROW
+    assert file.stat().st_ino != before  # the old one lives as long as it is mapped
+    found = pixels(data)
+    assert all((found[name] == wanted[name]).all() for name in wanted)
+    again = pixels(load(tree, tmp_path))
+    assert all((again[name] == wanted[name]).all() for name in wanted)
+
+
 def test_rows_that_were_not_saved_do_not_count(tree, tmp_path, monkeypatch):
     """A process killed between two saves leaves rows behind the last one; the next writes over them."""
     monkeypatch.setattr(index, "SPAN_BYTES", 7 * ROW)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +173,8 @@ def test_shared_work_is_charged_to_each_method_once(context):
     cost = fresh.shared.once(("theta", 5), lambda: None).seconds
     assert 0.05 <= cost <= first.seconds < cost + 0.02  # on the clock, not charged on top of it
     assert cost <= again.seconds < cost + 0.02  # charged, not on the clock
+    assert first.standing == again.standing == cost  # importances of all classes serve any request
+    assert first.stages == again.stages == {"graphs"}
 
 
 def test_a_mask_is_made_once_and_charged_to_those_who_take_it_again(context, monkeypatch):
@@ -226,22 +229,94 @@ def test_unchanged_sees_every_bit():
 
 
 def test_a_retrained_model_costs_its_training_and_a_network_its_own(context):
-    known = {"retrained-0": 50.0, "gcn": 7.0, "gcn_top-500": 8.0}
-    charged = replace(context, stage_seconds=known, shared=Shared())
-
-    def costs(name: str, context: Context) -> tuple[float | None, float | None]:
-        with METHODS[name].enter(context, POINT) as edit:
-            return edit.seconds, edit.seconds_offline
-
-    assert costs("retrain", charged) == (50.0, 0.0)
-    seconds, _ = costs("retrain", replace(charged, stage_seconds={}))
+    charged = replace(context, stage_seconds=STAGES, shared=Shared())
+    assert costs("retrain", charged) == (50.0, 0.0, 50.0)
+    seconds, _, _ = costs("retrain", replace(charged, stage_seconds={}))
     assert seconds is not None
     assert 0 < seconds < 1  # what the clock says
-    offline = 7.0 if context.unlearner else 8.0
-    assert charged.learning_seconds(500) == costs("mimu", charged)[1] == offline
-    assert costs("random", charged)[1] == 0
-    assert costs("mimu", replace(charged, stage_seconds={}))[1] is None  # its file was given
     assert {name for name, entry in METHODS.items() if entry.learned} == {"mimu", "mimu_refined"}
+
+
+STAGES = {"retrained-0": 50.0, "gcn": 700.0, "gcn_top-500": 800.0, "graphs": 3000.0, "checkpoint": 20000.0}
+
+
+def costs(name: str, context: Context) -> tuple[float | None, float | None, float | None]:
+    """Per request, once per classifier, and one request alone."""
+    with METHODS[name].enter(context, POINT) as edit:
+        return edit.seconds, edit.seconds_offline, edit.seconds_alone
+
+
+def test_graphs_and_statistics_are_charged_to_those_who_use_them(context):
+    """Class statistics are made on the clock of the stage that trains a network for requests, and not counted twice."""
+    charged = replace(context, stage_seconds=STAGES, shared=Shared())
+    standing = 0.0
+    if context.unlearner is None:  # importances of all classes are made once, by whoever comes first
+        standing = charged.shared.timed(lambda: charged.theta(500)).standing
+    network = 700 if context.unlearner else 800
+    statistics = 0 if context.unlearner else 20000
+    wanted = {
+        "random": 0,
+        "logit_drop": 0,
+        "taylor_mask": 23000,
+        "mimu": 3000 + network + standing,
+        "mimu_refined": 3000 + network + statistics + standing,
+    }
+    for name, offline in wanted.items():
+        for _ in range(2):  # a mask that is found costs as much as one that is made
+            seconds, once, alone = costs(name, charged)
+            assert once == pytest.approx(offline)
+            assert seconds is not None
+            assert alone == pytest.approx(seconds + offline)
+            assert seconds < 10
+    if context.unlearner:  # a network that was given serves many classifiers; class statistics are still this one's
+        given = replace(charged, config=replace(charged.config, gcn_path=Path("gcn.safetensors")))
+        assert costs("mimu", given)[1] == 23000
+    del (unknown := dict(STAGES))["graphs"]
+    assert costs("mimu", replace(charged, stage_seconds=unknown))[1:] == (None, None)  # their folder was given
+
+
+@pytest.fixture
+def spend(monkeypatch):
+    """A clock that goes on by whole seconds, as many as it is told to."""
+    now = [0]
+    monkeypatch.setattr("unlearn.registry.clock", lambda: now[0])
+
+    def spend(seconds: int) -> None:
+        now[0] += seconds
+
+    return spend
+
+
+def test_shared_values_are_charged_once_however_often_they_are_used(spend):
+    """Nested, found and found again; the seconds of a value that serves any request are none of a request's."""
+    shared = Shared()
+
+    def asked() -> None:
+        for _ in range(3):
+            shared.once("outer", lambda: (shared.once("inner", lambda: spend(1)), spend(10)), standing=True)
+            shared.once("request", lambda: (shared.once("inner", lambda: spend(1)), spend(100)))
+            shared.once("judged", lambda: (shared.once("other", lambda: spend(5)), spend(50)), charged=False)
+        spend(1000)
+
+    for _ in range(2):
+        found = shared.timed(asked)
+        assert (found.own, found.standing, found.seconds) == (1000, 11, 1111)
+        assert found.used == {"outer", "inner", "request"}
+    assert shared.timed(lambda: shared.once("request", lambda: 0)).seconds == 101
+
+
+def test_what_fails_charges_nobody(spend):
+    shared = Shared()
+
+    def fails() -> None:
+        shared.uses("graphs")
+        spend(5)
+        raise NotApplicable("no")
+
+    with pytest.raises(NotApplicable):
+        shared.timed(lambda: shared.once("broken", fails))
+    after = shared.timed(lambda: None)
+    assert (after.seconds, after.used, after.stages) == (0, set(), set())
 
 
 def test_strategies_of_mimu(context):
