@@ -73,9 +73,11 @@ def drawable(text: str, bold: bool = False, mono: bool = False) -> str:
 @lru_cache(maxsize=10_000)  # a page is set in several sizes, of which each asks for nearly the same texts
 def _letters(text: str, bold: bool, mono: bool) -> float:
     """How long a text is, as a multiple of the size of its letters."""
+    from matplotlib.ft2font import LoadFlags
+
     font = _font(bold, mono)
     font.set_size(100, 72)
-    font.set_text(text, 0.0)
+    font.set_text(text, 0.0, flags=LoadFlags.NO_HINTING)  # paper has no pixels that letters would be moved to
     return font.get_width_height()[0] / 64 / 100
 
 
