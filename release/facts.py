@@ -18,7 +18,6 @@ from measure.verdicts import Other, Pair, References, Verdict, as_facts, meaning
 from mimu import Config, Mask
 
 FORMAT, VERSION = "mimu-certificate", 1
-DIGEST = "digest"  # of the JSON file; `core.artifacts` writes it, and asks for it
 LABELS = {
     "forget": "forget score",
     "retain": "retain score",
@@ -30,6 +29,7 @@ LABELS = {
 """What tables call a card's scores; those of test images, which had no part in making the mask."""
 FEATURES = ("features_before", "features_may", "features_now")
 POINTS = "retain_change"  # in percentage points, of two models; all other scores are percent
+MOST = 2**63  # no count of images is as large
 JUDGED = ("clean_forget", "clean_retain", "forget", "retain")
 
 
@@ -53,7 +53,8 @@ class Score:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_percent(value: Any) -> TypeGuard[float]:
@@ -62,7 +63,7 @@ def _is_percent(value: Any) -> TypeGuard[float]:
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
 
 
 def _numbers(value: object) -> tuple[float, ...]:
@@ -85,7 +86,7 @@ def scores_of(config: Config) -> list[Score]:
         before = scores.get(f"clean_{name.partition('_')[0]}") if name not in ("p_forget", POINTS) else None
         found.append(Score(
             *(name, what, "points" if name == POINTS else "%", float(value)),
-            *(map(float, span) if len(span) == 2 else (None, None)),
+            *(map(float, span) if len(span) == 2 and all(map(_is_percent, span)) else (None, None)),
             images=images if _is_count(images) else None,
             untouched=float(before) if _is_percent(before) else None,
         ))  # fmt: skip

@@ -76,6 +76,8 @@ def test_the_widest_pair_is_the_widest_of_all_that_have_these_counts(images):
     ({"n": {"forget": 2, "retain": 900}, "clean_forget": 100.0, "forget": 50.0}, ["too few images"]),
     ({"n": {"forget": 0, "retain": 900}}, []),
     ({"n": None}, []),
+    ({"n": {"forget": 10**400, "retain": 900}}, []),
+    ({"forget": 10**400}, []),
     ({"forget": "0"}, []),
     ({"forget": -1.0}, []),
     ({"clean_forget": 101.0}, []),
@@ -114,7 +116,10 @@ def test_a_value_of_another_kind_counts_as_not_measured(scores, gone):
     assert gone not in [one.name for one in scores_of(config(scores))]
 
 
-@pytest.mark.parametrize("spans", [None, {"forget": [0.0]}, {"forget": ["a", "b"]}, {"forget": [0.0, 1.0, 2.0]}, [1]])
+@pytest.mark.parametrize(
+    "spans",
+    [None, {"forget": [0.0]}, {"forget": [0.0, 1e300]}, {"forget": ["a", "b"]}, {"forget": [0.0, 1.0, 2.0]}, [1]],
+)
 def test_an_interval_of_another_kind_is_left_out(spans):
     (forget,) = [one for one in scores_of(config({"intervals": spans})) if one.name == "forget"]
     assert (forget.value, forget.low, forget.high) == (0.0, None, None)
