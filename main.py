@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dotenv import load_dotenv
 
-from commands import forget, inspect, library, report, run, sets
+from commands import forget, inspect, library, masks, report, run
 from commands.command_line import Environment, call, show
 from core.choices import MachineError
 from core.config import PROJECT_ROOT, UserError
@@ -33,15 +33,16 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "report": report.report,
     "docs": report.docs,
     "dashboard": report.dashboard,
-    "datasets": sets.datasets,
-    "download": sets.download,
-    "prepare": sets.prepare,
+    "datasets": report.datasets,
+    "download": report.download,
+    "prepare": report.prepare,
     "inspect": inspect.inspect,
     "forget": forget.forget,
     "library": library.library,
-    "verify": forget.verify,
-    "seal": forget.seal,
-    "compose": forget.compose,
+    "verify": masks.verify,
+    "certificate": masks.certificate,
+    "seal": masks.seal,
+    "compose": masks.compose,
 }
 """Name -> function. A new command is one line here and a function in `commands/`, whose parameters are its flags."""
 SPIN_COUNT = "30000"

@@ -1,4 +1,4 @@
-"""Forget a class of a classifier that a user already has: `forget`, `verify`, `seal`, `compose`."""
+"""Forget a class of a classifier that a user already has: `forget`, and what its neighbours share with it."""
 
 import re
 import time
@@ -158,7 +158,7 @@ def forget(
     """
     be_quiet(asking.quiet)
     _check_words(class_, methods)
-    _check_push(push)
+    check_push(push)
     from forgetting.artefact import answer_to, to_mask
     from forgetting.scores import check_clean
     from mimu.mask import check_place
@@ -193,30 +193,30 @@ def forget(
     if push and missed:
         show("not pushed: the target is not met")
     else:
-        _push(place, push)
+        upload(place, push)
     return int(missed)
 
 
-def _check_push(repository: str | None) -> None:
+def check_push(repository: str | None) -> None:
     """See that what is to be pushed has a place to go, before anything is computed.
 
     Raises:
         UserError: no repository can have this name.
     """
     if repository is not None:
-        from forgetting.hub import check_repository
+        from release.hub import check_repository
 
         check_repository(repository)
 
 
-def _push(place: Path, repository: str | None) -> None:
+def upload(place: Path, repository: str | None) -> None:
     """Upload what was written, if a repository is named.
 
     Raises:
         UserError: the hub does not take it.
     """
     if repository is not None:
-        from forgetting.hub import push
+        from release.hub import push
 
         show(f"pushed: {push(place, repository)}")
 
@@ -295,15 +295,6 @@ COMPARED = {
     "weights_changed": "weights",
     "seconds": "seconds",
 }
-NAMED = {
-    "forget": "forget score",
-    "retain": "retain score",
-    "forget_recalibrated": "forget, BatchNorm anew",
-    "retain_recalibrated": "retain, BatchNorm anew",
-    "p_forget": "p(forgotten class)",
-}
-
-
 TOLD = {
     "features_before": "percent that features read by a stage tell of the class, untouched",
     "features_may": "as two small networks expect after retraining",
@@ -313,23 +304,13 @@ TOLD = {
 
 def _show(mask: "Mask") -> None:
     """Print a mask's scores beside those of the untouched model."""
+    from release.facts import POINTS, scores_of
+    from release.sheet import score_rows
     from reporting.write import as_text
 
     scores = mask.config.scores or {}
-    rows = [["test images", "untouched", "masked", "95 % interval", "n"]]
-    for name, label in NAMED.items():
-        if name not in scores:
-            continue
-        before = scores.get(f"clean_{name.partition('_')[0]}") if "p_" not in name else None
-        span = scores["intervals"].get(name)
-        rows.append([
-            label,
-            "-" if before is None else f"{before:.1f} %",
-            f"{scores[name]:.1f} %",
-            "-" if span is None else f"{span[0]:.1f} to {span[1]:.1f}",
-            str(scores["n"][name]),
-        ])  # fmt: skip
-    show(as_text(rows))
+    measured = [one for one in scores_of(mask.config) if one.name != POINTS]
+    show(as_text([("test images", "untouched", "masked", "95 % interval", "n"), *score_rows(measured)]))
     for name, said in TOLD.items():
         if name in scores:
             show(f"{said}: {scores[name]}")
@@ -353,127 +334,3 @@ def _warnings(mask: "Mask", outputs: int, missed: bool, layers: Sequence[str]) -
         if not {ALL, CUT, DEEP} & set(layers):
             lines.append("a class may reach the head around a layer: --layer cut takes stages that nothing goes around")
     return [*lines, "the mask makes nothing smaller or faster, and whoever has the parent can lift it"]
-
-
-# --- what is done with masks ------------------------------------------------------------------------------
-
-
-def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS_IT_IS, quiet: bool = False) -> int:
-    """Check that a mask fits a model, forgets what its card says, and can be lifted bit for bit.
-
-    Args:
-        spec: Which classifier.
-        mask: Folder of the mask.
-        images: The folder of images that the mask was made with: the scores are measured again.
-        quiet: Print nothing about progress on stderr.
-    """
-    import copy
-    import warnings
-
-    from forgetting.opening import scores_again
-    from mimu import Mask, ParentWarning, state_sha256
-
-    be_quiet(quiet)
-    with as_user_errors():
-        loaded = Mask.load(at_home(mask))
-        found = opened(read, spec, images)
-        module = copy.deepcopy(found.loaded.module)
-        before = state_sha256(module)
-        with warnings.catch_warnings(action="ignore", category=ParentWarning):  # which the next line says
-            fit = loaded.apply(module)
-        show(f"parent: {'the very one' if fit.grade == 'parent' else fit.note}")
-        off, new = loaded.differing(module, fit)
-        show(f"switched off: {loaded.switched_off:,} weights, {'NOT all zero' if off else 'all zero'}")
-        if loaded.replaced:
-            show(f"replaced: {loaded.replaced:,} weights, {'NOT all' if new else 'all'} as the mask says")
-        agree = _scored(loaded, scores_again(found, loaded, module), found.images.digest()) if images else True
-        loaded.lift(module)
-        same = state_sha256(module) == before
-    show(f"lifted: {'the parent, bit for bit' if same else 'NOT the parent again'}")
-    return int(not (off == new == 0 and same and agree))
-
-
-def _scored(mask: "Mask", counts: Mapping[str, tuple[int, int]], digest: str) -> bool:
-    """Print scores that were measured again beside the card's; whether they agree to within one image."""
-    scores, same_images = mask.config.scores or {}, digest == mask.config.data_sha256
-    made_with = "those" if same_images else "others than those" if mask.config.data_sha256 else "perhaps not those"
-    show(f"images: {made_with} that the mask was made with")
-    agree = True
-    for name, (right, images) in counts.items():
-        value = 100 * right / images if images else float("nan")
-        close = not same_images or (name in scores and abs(value - scores[name]) * images <= 100)
-        agree &= close
-        said = f"{scores[name]:.2f} %" if name in scores else "nothing"
-        show(f"{name}: {value:.2f} % of {images} test images, the card says {said}{'' if close else ': NOT the same'}")
-    return agree
-
-
-def seal(
-    spec: Spec,
-    mask: Folder,
-    out: Path | None = None,
-    fill: str = "zero",
-    removed: Path | None = None,
-    copies: str | None = None,
-    seed: int | None = None,
-    push: Push = None,
-) -> None:
-    """Write a checkpoint in which a mask's weights are gone, in the parent's container.
-
-    Args:
-        spec: Which classifier, as for forget; its file or folder is copied.
-        mask: Folder of the mask.
-        out: Where the sealed checkpoint goes; nothing may be there.
-        fill: What stands where weights are off: zero, or noise of the layer's scale (zeros show what was removed).
-        removed: File for the removed values, to be locked away or destroyed: without it nothing can be restored.
-        copies: What happens to averaged copies (EMA) of the weights in the file: seal or drop.
-        seed: Of the noise; drawn if it is not given.
-        push: Upload the sealed checkpoint, and nothing else, to this model repository of the Hugging Face Hub.
-    """
-    import mimu
-    from models.specs import parse
-
-    if out is None:
-        raise UserError("seal needs a place for the sealed checkpoint: give --out")
-    _check_push(push)
-    if push and removed and at_home(removed).resolve().is_relative_to(at_home(out).resolve()):
-        raise UserError(f"--removed {removed} lies in what is to be pushed: put the removed values elsewhere")
-    parent = parse(spec).path
-    with as_user_errors():
-        loaded = mimu.Mask.load(at_home(mask))
-        target, kept = at_home(out), removed and at_home(removed)
-        done = mimu.seal(parent, loaded, target, fill, kept, copies, seed)  # ty: ignore[invalid-argument-type]
-    for name, count in done.weights.items():
-        new = done.replaced.get(name, 0)
-        kinds = ((count - new, fill), (new, "replaced"))
-        show(f"{name}: {', '.join(f'{number:,} weights are {how}' for number, how in kinds if number or not count)}")
-    for name in done.left_out:
-        show(f"left out: {name}")
-    show(f"written: {done.out}; load it as the parent is loaded")
-    show(f"the removed values are in {kept}" if kept else "the removed values are kept nowhere but in the parent")
-    _push(target, push)
-
-
-def compose(
-    masks: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MASK")],
-    out: Path,
-    push: Push = None,
-) -> None:
-    """Join masks of one parent: what any switches off is off, and what any replaces is replaced.
-
-    Args:
-        masks: Folders of masks.
-        out: Folder for the joint mask.
-        push: Upload it to this model repository of the Hugging Face Hub.
-    """
-    import mimu
-
-    _check_push(push)
-
-    with as_user_errors():
-        joint = mimu.compose(*(mimu.Mask.load(at_home(one)) for one in masks))
-        joint.save(at_home(out))
-    shared = (joint.config.composition or {})["shared"]
-    show(f"forgets {', '.join(joint.forgotten)}: {joint.changed:,} weights, {shared:,} of them in several masks")
-    show(f"written: {out}; nothing was measured with all of them on: `verify` does")
-    _push(at_home(out), push)

@@ -12,6 +12,8 @@ from core.config import UserError
 from core.observe import be_quiet
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from forgetting.opening import Opened
 
 FORMS = "torchvision:NAME@FILE, timm:NAME@FILE, timm:FOLDER, hf:FOLDER or py:FILE.py:FUNCTION@FILE."
@@ -50,8 +52,7 @@ class Reading(Group):
         from forgetting.opening import Opening, open_model
         from models.preprocessing import Given
 
-        if self.ema not in (None, "ema", "plain"):
-            raise UserError(f"--ema is {self.ema!r}: choose ema or plain")
+        self._check_ema()
         if self.most is not None and self.most < 3:
             raise UserError(
                 f"--most is {self.most}: give at least 3, for the three parts that a class's images go into"
@@ -60,6 +61,21 @@ class Reading(Group):
         names = self.classes and at_home(self.classes)
         how = Opening(names, given, self.ema, self.by_order, self.skip_bad_images, self.most)
         return open_model(spec, images and at_home(images), how)
+
+    def module(self, spec: str) -> "nn.Module":
+        """Load the model alone: nothing needs to be known of its images.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        from models.specs import module_of
+
+        self._check_ema()
+        return module_of(spec, self.ema, self.by_order)  # ty: ignore[invalid-argument-type]
+
+    def _check_ema(self) -> None:
+        if self.ema not in (None, "ema", "plain"):
+            raise UserError(f"--ema is {self.ema!r}: choose ema or plain")
 
 
 Read = Annotated[Reading, tyro.conf.arg(name="")]

@@ -212,6 +212,15 @@ def load(
     )
 
 
+def module_of(spec: ModelSpec | str, ema: Ema | None = None, by_order: bool = False) -> nn.Module:
+    """The module of a classifier alone: it is not asked, so that nothing must be known of its images.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return _build(parse(spec) if isinstance(spec, str) else spec, Reading(ema, by_order)).module
+
+
 def _build(spec: ModelSpec, reading: Reading) -> Built:
     settings = dict(spec.settings)
     if spec.kind == "torchvision":

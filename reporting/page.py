@@ -53,10 +53,8 @@ NO_FLAGS = ("reporter", "output_dir", "tracker", "resume")  # say nothing about 
 PATHS = ("dataset_path", "trained_vision_model_path", "graph_dir", "gcn_path")
 FIRST, LATER = ("forget_score", "retain_score", "avg_gap"), ("forget_loss", "retain_loss", "forget_probability")
 SOME, ON_DEMAND = 3, 4  # metrics that are not in FIRST, of level 3; all other metrics are shown on demand
-LEVELS = {
-    **{"method": 1, "weights changed": 2, "kappa": 2, "top_k": 3, "verdict": 5},
-    **{"per request": 2, "once per classifier": ON_DEMAND, "one request alone": ON_DEMAND},
-}
+TIMES = {"per request": 2, "once per classifier": ON_DEMAND, "one request alone": ON_DEMAND}
+LEVELS = {"method": 1, "weights changed": 2, "kappa": 2, "top_k": 3, "verdict": 5} | TIMES
 """Column -> how much width it needs to be shown (report.css): 1 in any case, 2 and 5 on a tablet, 3 on a desktop."""
 ACROSS = 6  # columns of values beside each other where all are shown
 SECTIONS: tuple[tuple[str, Callable[[str], bool], bool], ...] = (

@@ -38,10 +38,13 @@ def test_the_walk_ends_with_a_sealed_model_that_has_forgotten_one_class(tmp_path
     run(tmp_path, "photos.py")
     run(tmp_path, "train.py")
     before = recognised(run(tmp_path, "count.py", "mine.pt"))
+    said = {}  # of each command, what it said the last time
     for line in re.findall(r"^uv run main\.py (.*)$", PAGE, re.MULTILINE):
         few = ["--kappa", "8000"] if line.startswith("forget") else []  # `auto` needs more images than these
-        said = run(tmp_path, str(ROOT / "main.py"), *shlex.split(line), *few)
-    assert "locked-away.safetensors" in said
+        said[line.split()[0]] = run(tmp_path, str(ROOT / "main.py"), *shlex.split(line), *few)
+    assert "locked-away.safetensors" in said["seal"]
+    assert "says what the mask and its card say" in said["verify"]
+    assert "suppressed" in (tmp_path / "certificate/certificate.html").read_text()
     after = recognised(run(tmp_path, "count.py", "sealed.pt"))
     assert set(before) == set(after)
     assert len(after) == 10

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,6 +43,7 @@ from reporting.page import (
 from reporting.panels import FIGURES, Panel, Series
 from reporting.tables import table
 from reporting.write import as_text
+from tests.helpers.browser import FLAGS, NOWHERE, find_browser
 from tests.helpers.common import settings_of
 from tests.helpers.records import DATA, METRICS, full, page_data
 
@@ -374,12 +374,7 @@ PROBE = f"<script>{Path(__file__).with_name('page_probe.js').read_text(encoding=
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not found and os.environ.get("CI"):
-        pytest.fail("no browser is here: apt-get install chromium, as .ci/run does")
-    if not found:
-        pytest.skip("no chromium is installed here; .ci/run installs it")
-    return found
+    return find_browser()
 
 
 def use(browser: str, html: str, folder: Path, dark: bool, width: int) -> dict:
@@ -387,8 +382,7 @@ def use(browser: str, html: str, folder: Path, dark: bool, width: int) -> dict:
     watch = "<script>window.__errors = []; onerror = m => { __errors.push(m); };</script>"
     path = folder / "page.html"
     path.write_text(html.replace("<head>", "<head>" + watch).replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--window-size={width},1200"]
-    flags += [f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    flags = [*FLAGS, NOWHERE, f"--window-size={width},1200", f"--user-data-dir={folder / 'profile'}"]
     flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", path.as_uri()]
     result = subprocess.run([browser, *flags], capture_output=True, text=True, timeout=120)
     found = re.search(r'<pre id="seen">(.*?)</pre>', result.stdout, re.DOTALL)

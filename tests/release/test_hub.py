@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import main
-from forgetting.hub import check_repository
 from mimu import Mask
+from release.hub import check_repository
 from tests.helpers.patterns import NAMES, spec_of, trained, words_for, write_folder
 
 MASK = {"mask.safetensors", "mask_config.json", "README.md"}
