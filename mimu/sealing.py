@@ -71,12 +71,14 @@ class _Found:
     Args:
         own: tensor -> target, with the parent's values. copies: the same, of the averaged copies beside them.
         parent_is_copy: whether the mask was made for the averaged copy, so that the others are the plain weights.
+        strange: tensors of a target's name, in a file that does not hold the parent's values of it -> target.
     """
 
     container: Container
     own: dict[Path_, str] = field(default_factory=dict)
     copies: dict[Path_, str] = field(default_factory=dict)
     parent_is_copy: bool = False
+    strange: dict[Path_, str] = field(default_factory=dict)
 
     def target(self, key: Path_) -> str:
         """Name the target that a tensor holds."""
@@ -128,8 +130,35 @@ def _search(container: Container, targets: Mapping[str, Target], any_parent: boo
             hits = [key for key in named if copy_prefix(key) is None]
         same = list(dict.fromkeys(alias for hit in hits for alias in container.aliases(hit)))
         if same:
-            _sort(result, name, same, [key for key in named if key not in same])
+            others = dict.fromkeys((*named, *_elsewhere(container, names, target, same)))
+            _sort(result, name, same, [key for key in others if key not in same])
+        else:
+            result.strange |= dict.fromkeys(named, name)
     return result
+
+
+def _elsewhere(container: Container, names: set[str], target: Target, own: list[Path_]) -> list[Path_]:
+    """Find what is another version of a target in other tables of a file: of its name, or in a list of all weights.
+
+    Args:
+        names: of the target. own: tensors with its values; their tables are left out.
+    """
+    shapes, tables = container.shapes(), {key[:-1] for key in own}
+    there = [key for key, shape in shapes.items() if shape == target.shape and key[:-1] not in tables]
+    named = [key for key in there if any(f".{'.'.join(key)}".endswith(f".{name}") for name in names)]
+    lengths = [[shapes[key] for key in shapes if key[:-1] == table] for table in sorted(tables)]
+    return [key for key in there if key in named or any(_is_listed(key, shapes, every) for every in lengths)]
+
+
+def _is_listed(key: Path_, shapes: Mapping[Path_, tuple[int, ...]], every: list[tuple[int, ...]]) -> bool:
+    """Whether a tensor stands in a list of all weights, as some averages keep them: without names, in their order.
+
+    Args:
+        every: shapes of a table of weights. The list may lack some of them, such as buffers and what was not trained.
+    """
+    listed = [other for other in shapes if other[:-1] == key[:-1]]
+    rest = iter(every)
+    return len(listed) > 1 and all(one[-1].isdecimal() and shapes[one] in rest for one in listed)
 
 
 def _sort(result: _Found, name: str, same: list[Path_], others: list[Path_]) -> None:
@@ -351,14 +380,18 @@ def _told_left_out(found: Mapping[str, _Found], dropped: Mapping[str, set[Path_]
 
 
 def _check_found(parent: Path, mask: Mask, found: Mapping[str, _Found]) -> None:
-    """See that every target was found in some file.
+    """See that every target was found in some file, and that no file holds another version of one.
 
     Raises:
-        MaskError: one was not.
+        MaskError: one was not, or is there in two versions.
     """
     there = {target for one in found.values() for target in one.own.values()}
     lacking = [name for name in mask.positions if name not in there]
     if not lacking:
+        for one in found.values():
+            for key, name in one.strange.items():
+                what = f"{one.container.path} holds other values of {name} in {'.'.join(key)}"
+                raise MaskError(f"{what}, in which nothing would be removed: take that file out of {parent}")
         return
     for one in found.values():
         check_quantised(one.container)
