@@ -322,7 +322,7 @@ def build_transformers(folder: Path, reading: Reading) -> Built:
     _refuse_config(raw, file)
     stored = read_folder(folder, reading.ema)
     with _quiet(transformers):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = _config_of(transformers, folder)
         module, found, notes = _filled_transformers(transformers, config, stored)
         preprocessing = of_transformers(transformers, folder)
     head = str(head_of(module.state_dict()))
@@ -334,6 +334,20 @@ def build_transformers(folder: Path, reading: Reading) -> Built:
         *(module.eval(), stored, found, head, config.num_labels, f"transformers {transformers.__version__}"),
         *(own, preprocessing, (*stored.files, *beside), (*found.notes, *notes)),
     )
+
+
+def _config_of(transformers: Any, folder: Path) -> Any:
+    """A folder's config.json as the library reads it.
+
+    Raises:
+        UserError: the library does not know such a model, or refuses a value.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of several libraries, all of which mean: not understood
+        said = " ".join(str(error).split())[:160]
+        what = f"transformers {transformers.__version__} does not understand {folder / 'config.json'} ({said})"
+        raise UserError(f"{what}: put it right, or install the version that wrote it") from None
 
 
 def _refuse_config(raw: Mapping, file: Path) -> None:
@@ -374,10 +388,10 @@ def _filled_transformers(transformers: Any, config: Any, stored: Stored) -> tupl
     try:
         with _aside(), torch.device("meta"):
             shell = type(transformers.AutoModelForImageClassification.from_config(config))
-    except ValueError as error:
-        raise UserError(
-            f"{stored.path} is no image classifier of transformers: {' '.join(str(error).split())[:120]}"
-        ) from None
+    except Exception as error:  # of several libraries, all of which mean: nothing can be built from it
+        said = " ".join(str(error).split())[:120]
+        what = f"no image classifier of transformers can be built for {stored.path} ({said})"
+        raise UserError(f"{what}: give a folder of one, with the config.json that belongs to it") from None
     kind, notes = kind_of(stored.tensors)
 
     def load(tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
