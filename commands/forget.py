@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from forgetting.answers import Answer, Answering, Ways
     from forgetting.opening import Opened
     from mimu import Mask
+    from models.class_names import ClassNames
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
 Push = Annotated[str | None, tyro.conf.arg(metavar="REPO")]
@@ -29,6 +30,7 @@ Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
 DEPTHS = ("suppress", "erase")
 MOST_NAMES = 5  # of classes, in one line
 AS_FLAG = re.compile(r"ema='(\w+)'")  # how the package names the choice that is --copies here
+NO_FLAG = ", or say any_parent=True"  # what programs alone can ask the package for
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def as_user_errors() -> Generator[None]:
     try:
         yield
     except MaskError as error:
-        raise UserError(AS_FLAG.sub(r"--copies \1", str(error))) from None
+        raise UserError(AS_FLAG.sub(r"--copies \1", str(error)).replace(NO_FLAG, "")) from None
 
 
 @dataclass(frozen=True)
@@ -377,6 +379,7 @@ def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS
     with as_user_errors():
         loaded = Mask.load(at_home(mask))
         found = opened(read, spec, images)
+        _check_classes(loaded, found.loaded.classes)
         module = copy.deepcopy(found.loaded.module)
         before = state_sha256(module)
         with warnings.catch_warnings(action="ignore", category=ParentWarning):  # which the next line says
@@ -387,10 +390,31 @@ def verify(spec: Spec, mask: Folder, images: Path | None = None, read: Read = AS
         if loaded.replaced:
             show(f"replaced: {loaded.replaced:,} weights, {'NOT all' if new else 'all'} as the mask says")
         agree = _scored(loaded, scores_again(found, loaded, module), found.images.digest()) if images else True
+        if images and (other := _prepared_otherwise(loaded, found.loaded.preprocessing.describe())):
+            show(f"preprocessing: not the card's, other {', '.join(other)}: the scores are of other tensors")
         loaded.lift(module)
         same = state_sha256(module) == before
     show(f"lifted: {'the parent, bit for bit' if same else 'NOT the parent again'}")
     return int(not (off == new == 0 and same and agree))
+
+
+def _check_classes(mask: "Mask", names: "ClassNames") -> None:
+    """See that the classes that a mask forgets are the outputs that have their names.
+
+    Raises:
+        UserError: another output has the name of one.
+    """
+    for one in mask.config.forgotten:
+        if one.name in names.names and one.name not in names.names[one.index : one.index + 1]:
+            there = f"output {one.index} for it and output {names.names.index(one.name)} here ({names.source})"
+            how = "name the classes in the order of the outputs, with --classes FILE"
+            raise UserError(f"the mask forgets {one.name!r}, which is {there}: {how}")
+
+
+def _prepared_otherwise(mask: "Mask", now: Mapping[str, Any]) -> list[str]:
+    """What of a preprocessing is not as a mask's card has it; nothing if that says nothing."""
+    card = mask.config.preprocessing or now
+    return [name for name, value in now.items() if name != "source" and card.get(name) != value]
 
 
 def _scored(mask: "Mask", counts: Mapping[str, tuple[int, int]], digest: str) -> bool:
