@@ -406,9 +406,8 @@ def _check_classes(mask: "Mask", names: "ClassNames") -> None:
     """
     for one in mask.config.forgotten:
         if one.name in names.names and one.name not in names.names[one.index : one.index + 1]:
-            there = f"output {one.index} for it and output {names.names.index(one.name)} here ({names.source})"
-            how = "name the classes in the order of the outputs, with --classes FILE"
-            raise UserError(f"the mask forgets {one.name!r}, which is {there}: {how}")
+            there = f"which is output {one.index} for it and output {names.names.index(one.name)} here ({names.source})"
+            raise UserError(f"the mask forgets {one.name!r}, {there}: name them as it does, with --classes FILE")
 
 
 def _prepared_otherwise(mask: "Mask", now: Mapping[str, Any]) -> list[str]:

@@ -146,18 +146,17 @@ def _elsewhere(container: Container, names: set[str], target: Target, own: list[
     shapes, tables = container.shapes(), {key[:-1] for key in own}
     there = [key for key, shape in shapes.items() if shape == target.shape and key[:-1] not in tables]
     named = [key for key in there if any(f".{'.'.join(key)}".endswith(f".{name}") for name in names)]
-    lengths = [[shapes[key] for key in shapes if key[:-1] == table] for table in sorted(tables)]
-    return [key for key in there if key in named or any(_is_listed(key, shapes, every) for every in lengths)]
+    return [key for key in there if key in named or any(_is_listed(key, shapes, table) for table in tables)]
 
 
-def _is_listed(key: Path_, shapes: Mapping[Path_, tuple[int, ...]], every: list[tuple[int, ...]]) -> bool:
+def _is_listed(key: Path_, shapes: Mapping[Path_, tuple[int, ...]], table: Path_) -> bool:
     """Whether a tensor stands in a list of all weights, as some averages keep them: without names, in their order.
 
     Args:
-        every: shapes of a table of weights. The list may lack some of them, such as buffers and what was not trained.
+        table: of weights with names. The list may lack some of them, such as buffers and what was not trained.
     """
     listed = [other for other in shapes if other[:-1] == key[:-1]]
-    rest = iter(every)
+    rest = iter([shape for other, shape in shapes.items() if other[:-1] == table])
     return len(listed) > 1 and all(one[-1].isdecimal() and shapes[one] in rest for one in listed)
 
 
@@ -225,11 +224,14 @@ def _leave_out(found: _Found, averaged: Averaged | None) -> set[Path_]:
 
 
 def _check_averaged(found: _Found, averaged: Averaged | None) -> None:
-    """See that somebody decided about averaged copies.
+    """See that a file holds no other version of a target, and that somebody decided about averaged copies.
 
     Raises:
-        MaskError: nobody did, or they are the very weights that the mask was made for and are to be dropped.
+        MaskError: it does, or nobody did, or the averages are what the mask was made for and are to be dropped.
     """
+    for key, name in found.strange.items():
+        what = f"{found.container.path} holds other values of {name} in {'.'.join(key)}"
+        raise MaskError(f"{what}, in which nothing would be removed: take that file out of the folder")
     if not found.copies or averaged == "seal":
         return
     where = sorted({".".join(copy_prefix(key) or ()) for key in (*found.own, *found.copies)} - {""})
@@ -380,18 +382,14 @@ def _told_left_out(found: Mapping[str, _Found], dropped: Mapping[str, set[Path_]
 
 
 def _check_found(parent: Path, mask: Mask, found: Mapping[str, _Found]) -> None:
-    """See that every target was found in some file, and that no file holds another version of one.
+    """See that every target was found in some file.
 
     Raises:
-        MaskError: one was not, or is there in two versions.
+        MaskError: one was not.
     """
     there = {target for one in found.values() for target in one.own.values()}
     lacking = [name for name in mask.positions if name not in there]
     if not lacking:
-        for one in found.values():
-            for key, name in one.strange.items():
-                what = f"{one.container.path} holds other values of {name} in {'.'.join(key)}"
-                raise MaskError(f"{what}, in which nothing would be removed: take that file out of {parent}")
         return
     for one in found.values():
         check_quantised(one.container)
