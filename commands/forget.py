@@ -29,6 +29,7 @@ Classes = Annotated[Words, tyro.conf.arg(name="class", metavar="CLASS")]
 DEPTHS = ("suppress", "erase")
 MOST_NAMES = 5  # of classes, in one line
 AS_FLAG = re.compile(r"ema='(\w+)'")  # how the package names the choice that is --copies here
+NO_FLAG = ", or say any_parent=True"  # what programs alone can ask the package for
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def as_user_errors() -> Generator[None]:
     try:
         yield
     except MaskError as error:
-        raise UserError(AS_FLAG.sub(r"--copies \1", str(error))) from None
+        raise UserError(AS_FLAG.sub(r"--copies \1", str(error)).replace(NO_FLAG, "")) from None
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,18 @@ def _show_layers(opened: "Opened") -> None:
 
 def _show_classes(opened: "Opened") -> None:
     """Print which share of each class's images is recognised, as they are, through the whole model."""
+    import torch
+
     from core.intervals import wilson
-    from forgetting.opening import recognised_by_class
+    from forgetting.opening import answers_to
+    from forgetting.scores import at_chance
     from reporting.write import as_text
 
-    counts = recognised_by_class(opened)
+    predicted, labels = answers_to(opened)
+    sides = (labels[predicted == labels], labels)
+    counts = list(
+        zip(*(torch.bincount(one, minlength=len(opened.loaded.classes)).tolist() for one in sides), strict=True)
+    )
     rows = [["output", "class", "images", "recognised", "95 % interval"]]
     for label, (right, images) in enumerate(counts):
         if images:
@@ -147,3 +154,5 @@ def _show_classes(opened: "Opened") -> None:
     show(f"clean accuracy: {100 * right / images:.1f} % of {images} images")
     if absent := sum(not images for _, images in counts):
         show(f"{absent} of {len(counts)} classes have no images")
+    if doubt := at_chance(predicted.numpy(), labels.numpy(), opened.loaded.classes):
+        show(f"note: {doubt}")

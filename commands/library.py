@@ -55,9 +55,10 @@ def library(
         block.check(asked, names)
         rows = _fanned_out(block, held, found)
     width = max(len(names.names[label]) for label in held)
-    show(_line(width, "class", "weights", "forget", "retain", "change", "seconds", "mask"))
     made = missed = 0
     for row in rows:
+        if not made:
+            show(_line(width, "class", "weights", "forget", "retain", "change", "seconds", "mask"))
         show(_line(width, *row))
         made, missed = made + 1, missed + row[-1].endswith(NOT_MET)
     if absent := len(names) - len(held):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mimu import Fit, Mask
+    from models.class_names import ClassNames
 
 Measure = Callable[["nn.Module"], dict[str, tuple[int, int]]]
 
@@ -94,6 +95,8 @@ def verify(
         paper = _paper(at_home(mask), certificate and at_home(certificate))
         facts = read_certificate(paper) if paper else None
         found = opened(read, spec, images) if images else None
+        if found:
+            _check_classes(loaded, found.loaded.classes)
         module = copy.deepcopy(found.loaded.module) if found else read.module(spec)
         measure = partial(scores_again, found, loaded) if found else None
         tried = _tried(loaded, module, measure)
@@ -102,9 +105,29 @@ def verify(
     if loaded.replaced:
         show(f"replaced: {loaded.replaced:,} weights, {'NOT all' if tried.new else 'all'} as the mask says")
     agree = _scored(loaded, tried.scores, found.images.digest()) if found else True
+    if found and (other := _prepared_otherwise(loaded, found.loaded.preprocessing.describe())):
+        show(f"preprocessing: not the card's, other {', '.join(other)}: the scores are of other tensors")
     show(f"lifted: {'the parent, bit for bit' if tried.same else 'NOT the parent again'}")
     stands = _stands(facts, paper, loaded, at_home(mask), tried.fit) if paper and facts else True
     return int(not (tried.whole and agree and stands))
+
+
+def _check_classes(mask: "Mask", names: "ClassNames") -> None:
+    """See that the classes that a mask forgets are the outputs that have their names.
+
+    Raises:
+        UserError: another output has the name of one.
+    """
+    for one in mask.config.forgotten:
+        if one.name in names.names and one.name not in names.names[one.index : one.index + 1]:
+            there = f"which is output {one.index} for it and output {names.names.index(one.name)} here ({names.source})"
+            raise UserError(f"the mask forgets {one.name!r}, {there}: name them as it does, with --classes FILE")
+
+
+def _prepared_otherwise(mask: "Mask", now: Mapping[str, Any]) -> list[str]:
+    """What of a preprocessing is not as a mask's card has it; nothing if that says nothing."""
+    card = mask.config.preprocessing or now
+    return [name for name, value in now.items() if name != "source" and card.get(name) != value]
 
 
 def _scored(mask: "Mask", counts: Mapping[str, tuple[int, int]], digest: str) -> bool:

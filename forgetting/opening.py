@@ -125,15 +125,20 @@ def open_model(spec: str, images: Path | None, how: Opening) -> Opened:
     return Opened(loaded, Folder(tree, labels, loaded.preprocessing, how.skip, how.most))
 
 
-def recognised_by_class(opened: Opened) -> list[tuple[int, int]]:
-    """(recognised, images) of each class, through the whole model."""
-    counts = torch.zeros(len(opened.loaded.classes), 2, dtype=torch.long)
+def answers_to(opened: Opened) -> tuple[Tensor, Tensor]:
+    """What the whole model answers to each image, and the image's label, both int [images].
+
+    Raises:
+        UserError: no file gives an image.
+    """
+    found, labels = list[Tensor](), list[Tensor]()
     for batch in opened.images:
         with torch.no_grad():
-            right = opened.loaded(batch.images).argmax(1) == batch.labels
-        counts[:, 0] += torch.bincount(batch.labels[right], minlength=len(counts))
-        counts[:, 1] += torch.bincount(batch.labels, minlength=len(counts))
-    return [(right, images) for right, images in counts.tolist()]
+            found.append(opened.loaded(batch.images).argmax(1))
+        labels.append(batch.labels)
+    if not found:
+        raise UserError(NO_IMAGES)
+    return torch.cat(found), torch.cat(labels)
 
 
 def scores_again(opened: Opened, mask: Mask, module: nn.Module) -> dict[str, tuple[int, int]]:

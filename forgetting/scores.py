@@ -22,17 +22,27 @@ def check_clean(answering: Answering, names: ClassNames) -> Interval:
     predicted = [answering.predictions(part).numpy() for part in (parts.val, parts.test)]
     labels = [part.labels.numpy() for part in (parts.val, parts.test)]
     found, true = np.concatenate(predicted), np.concatenate(labels)
-    accuracy = clean_accuracy(found, true)
-    outputs = answering.model.num_classes
-    if not is_at_chance(accuracy, outputs):
-        return accuracy
-    shown = f"the model recognises {100 * accuracy.value:.1f} % of {len(true)} images, no more than chance"
-    if fit := permutation_that_fits(found, true, outputs):
+    if doubt := at_chance(found, true, names):
+        raise UserError(doubt)
+    return clean_accuracy(found, true)
+
+
+def at_chance(predicted: np.ndarray, labels: np.ndarray, names: ClassNames) -> str | None:
+    """Say of answers that are no better than chance what may be the reason; None: they are better.
+
+    Args:
+        predicted, labels: int [n], outputs of the model.
+    """
+    accuracy = clean_accuracy(predicted, labels)
+    if not is_at_chance(accuracy, len(names)):
+        return None
+    shown = f"the model recognises {100 * accuracy.value:.1f} % of {len(labels)} images, no more than chance"
+    if fit := permutation_that_fits(predicted, labels, len(names)):
         moved = ", ".join([f"{names.names[a]!r} is output {b}" for a, b in fit.items() if a != b][:3])
-        raise UserError(f"{shown}, but does well in another order of classes ({moved}): name them in the order of the "
-                        "outputs, with --classes FILE")  # fmt: skip
-    raise UserError(f"{shown}: check the preprocessing (--size, --mean, --std, --channels) and the images; a class "
-                    "that is not known cannot be forgotten")  # fmt: skip
+        how = "name them in the order of the outputs, with --classes FILE"
+        return f"{shown}, but does well in another order of classes ({moved}): {how}"
+    how = "check the preprocessing (--size, --mean, --std, --channels) and the images"
+    return f"{shown}: {how}; a class that is not known cannot be forgotten"
 
 
 def judge(answering: Answering, answer: Answer) -> dict[str, Any]:

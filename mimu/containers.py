@@ -75,8 +75,12 @@ def parts_of(key: Path_) -> Path_:
 
 
 def stem(key: Path_) -> Path_:
-    """Return a parameter's path without the parts that containers, wrappers and averaged copies put in front."""
-    parts = list(parts_of(key))
+    """Return a parameter's path without the parts that containers, wrappers and averaged copies put in front.
+
+    Of tables one of which is called an average, all are in front: `callbacks`, `EMA`, `weights`.
+    """
+    averaged = any(COPY.search(part) for part in parts_of(key[:-1]))
+    parts = list(parts_of(key[-1:] if averaged else key))
     while len(parts) > 1 and (parts[0] in HOLDERS or COPY.search(parts[0])):
         parts.pop(0)
     return tuple(parts)

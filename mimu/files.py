@@ -224,9 +224,9 @@ def attempt(path: Path, doing: Callable[[], object], errors: tuple[type[BaseExce
     Raises:
         MaskError: the file is damaged, or not of the kind that `doing` reads.
     """
-    try:
-        with told(path, "read"):
+    with told(path, "read"):
+        try:
             return doing()
-    except errors as error:
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise MaskError(f"{path} is damaged or of another kind ({what}): give a whole one") from None
+        except errors as error:
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise MaskError(f"{path} is damaged or of another kind ({what}): give a whole one") from None

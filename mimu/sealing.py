@@ -71,12 +71,14 @@ class _Found:
     Args:
         own: tensor -> target, with the parent's values. copies: the same, of the averaged copies beside them.
         parent_is_copy: whether the mask was made for the averaged copy, so that the others are the plain weights.
+        strange: tensors of a target's name, in a file that does not hold the parent's values of it -> target.
     """
 
     container: Container
     own: dict[Path_, str] = field(default_factory=dict)
     copies: dict[Path_, str] = field(default_factory=dict)
     parent_is_copy: bool = False
+    strange: dict[Path_, str] = field(default_factory=dict)
 
     def target(self, key: Path_) -> str:
         """Name the target that a tensor holds."""
@@ -128,8 +130,34 @@ def _search(container: Container, targets: Mapping[str, Target], any_parent: boo
             hits = [key for key in named if copy_prefix(key) is None]
         same = list(dict.fromkeys(alias for hit in hits for alias in container.aliases(hit)))
         if same:
-            _sort(result, name, same, [key for key in named if key not in same])
+            others = dict.fromkeys((*named, *_elsewhere(container, names, target, same)))
+            _sort(result, name, same, [key for key in others if key not in same])
+        else:
+            result.strange |= dict.fromkeys(named, name)
     return result
+
+
+def _elsewhere(container: Container, names: set[str], target: Target, own: list[Path_]) -> list[Path_]:
+    """Find what is another version of a target in other tables of a file: of its name, or in a list of all weights.
+
+    Args:
+        names: of the target. own: tensors with its values; their tables are left out.
+    """
+    shapes, tables = container.shapes(), {key[:-1] for key in own}
+    there = [key for key, shape in shapes.items() if shape == target.shape and key[:-1] not in tables]
+    named = [key for key in there if any(f".{'.'.join(key)}".endswith(f".{name}") for name in names)]
+    return [key for key in there if key in named or any(_is_listed(key, shapes, table) for table in tables)]
+
+
+def _is_listed(key: Path_, shapes: Mapping[Path_, tuple[int, ...]], table: Path_) -> bool:
+    """Whether a tensor stands in a list of all weights, as some averages keep them: without names, in their order.
+
+    Args:
+        table: of weights with names. The list may lack some of them, such as buffers and what was not trained.
+    """
+    listed = [other for other in shapes if other[:-1] == key[:-1]]
+    rest = iter([shape for other, shape in shapes.items() if other[:-1] == table])
+    return len(listed) > 1 and all(one[-1].isdecimal() and shapes[one] in rest for one in listed)
 
 
 def _sort(result: _Found, name: str, same: list[Path_], others: list[Path_]) -> None:
@@ -196,11 +224,14 @@ def _leave_out(found: _Found, averaged: Averaged | None) -> set[Path_]:
 
 
 def _check_averaged(found: _Found, averaged: Averaged | None) -> None:
-    """See that somebody decided about averaged copies.
+    """See that a file holds no other version of a target, and that somebody decided about averaged copies.
 
     Raises:
-        MaskError: nobody did, or they are the very weights that the mask was made for and are to be dropped.
+        MaskError: it does, or nobody did, or the averages are what the mask was made for and are to be dropped.
     """
+    for key, name in found.strange.items():
+        what = f"{found.container.path} holds other values of {name} in {'.'.join(key)}"
+        raise MaskError(f"{what}, in which nothing would be removed: take that file out of the folder")
     if not found.copies or averaged == "seal":
         return
     where = sorted({".".join(copy_prefix(key) or ()) for key in (*found.own, *found.copies)} - {""})

@@ -188,12 +188,7 @@ def build_torchvision(name: str, file: Path, settings: Mapping[str, Any], readin
     try:
         with torch.device("meta"):
             state = builder(**given).state_dict()
-    except (
-        RuntimeError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ):  # it computes with weights
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # it computes with weights
         state = made(builder, f"torchvision:{name}", **given).state_dict()
     head = str(head_of(state))
     rows = rows_on_disk(stored, state, head)
@@ -322,7 +317,8 @@ def build_transformers(folder: Path, reading: Reading) -> Built:
     _refuse_config(raw, file)
     stored = read_folder(folder, reading.ema)
     with _quiet(transformers):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with _told(f"transformers does not understand {file}", "put it right, or install the version that wrote it"):
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         module, found, notes = _filled_transformers(transformers, config, stored)
         preprocessing = of_transformers(transformers, folder)
     head = str(head_of(module.state_dict()))
@@ -334,6 +330,19 @@ def build_transformers(folder: Path, reading: Reading) -> Built:
         *(module.eval(), stored, found, head, config.num_labels, f"transformers {transformers.__version__}"),
         *(own, preprocessing, (*stored.files, *beside), (*found.notes, *notes)),
     )
+
+
+@contextmanager
+def _told(what: str, how: str) -> Generator[None]:
+    """Say in one sentence that a library does not take what it is given.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        yield
+    except Exception as error:  # of several libraries, all of which mean: not understood
+        raise UserError(f"{what} ({' '.join(str(error).split())[:160]}): {how}") from None
 
 
 def _refuse_config(raw: Mapping, file: Path) -> None:
@@ -371,13 +380,9 @@ def _filled_transformers(transformers: Any, config: Any, stored: Stored) -> tupl
     `layers.0.attention.q_proj` in memory) by rules of its own. They are read off exactly: one more model is loaded
     from tensors that hold nothing but their number, and where a number arrives, that tensor goes.
     """
-    try:
-        with _aside(), torch.device("meta"):
-            shell = type(transformers.AutoModelForImageClassification.from_config(config))
-    except ValueError as error:
-        raise UserError(
-            f"{stored.path} is no image classifier of transformers: {' '.join(str(error).split())[:120]}"
-        ) from None
+    what = f"no image classifier of transformers can be built for {stored.path}"
+    with _told(what, "give a folder of one, with the config.json that belongs to it"), _aside(), torch.device("meta"):
+        shell = type(transformers.AutoModelForImageClassification.from_config(config))
     kind, notes = kind_of(stored.tensors)
 
     def load(tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:

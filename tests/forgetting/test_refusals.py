@@ -203,6 +203,54 @@ def test_another_order_of_classes(home, tmp_path, capsys):
     assert said.endswith("with --classes FILE")
 
 
+def test_a_library_in_another_order_of_classes(home, tmp_path, capsys):
+    (tmp_path / "names").write_text("\n".join([*NAMES[1:], NAMES[0]]))
+    words = ["library", *words_for(home), "--kappa", "9", "--classes", str(tmp_path / "names")]
+    refused([*words, "--out", str(tmp_path / "all")], "another order of classes", capsys, tmp_path)
+
+
+def test_verify_in_another_order_of_classes(home, tmp_path, capsys):
+    """The file of names calls another output by the name of the class that the mask forgets."""
+    (tmp_path / "names").write_text("\n".join([*NAMES[1:], NAMES[0]]))
+    words = ["verify", *words_for(home, home / "mask"), "--classes", str(tmp_path / "names")]
+    refused(
+        words, rf"the mask forgets 'bars', which is output 0 .*output 3 here \({tmp_path}/names\)", capsys, tmp_path
+    )
+
+
+def test_inspect_and_verify_tell_another_preprocessing(home, capsys):
+    """`inspect` is what is asked first; `verify` compares with the card."""
+    images = ["--images", str(home / "photos"), "--quiet"]
+    wrong = ["--size", "16", "--mean", "40", "--std", "0.25"]
+    assert main.main(["inspect", spec_of(home), *images, *wrong]) == 0
+    assert re.search(
+        r"^note: the model recognises .*no more than chance: check the prep", capsys.readouterr().out, re.M
+    )
+    assert main.main(["verify", spec_of(home), str(home / "mask"), *images, *wrong]) == 1
+    assert "preprocessing: not the card's, other mean, std: the scores" in capsys.readouterr().out
+    assert main.main(["inspect", *words_for(home)]) == 0
+    assert "note: the model" not in capsys.readouterr().out
+    assert main.main(["verify", *words_for(home, home / "mask")]) == 0
+    assert "preprocessing" not in capsys.readouterr().out
+
+
+def test_inspect_tells_another_order_of_classes_and_counts_each(home, tmp_path, capsys):
+    """The oracle is the module itself on every file."""
+    net = network(home / "net.py")
+    net.load_state_dict(torch.load(home / "net.pt", weights_only=True))
+    assert main.main(["inspect", *words_for(home)]) == 0
+    said = capsys.readouterr().out
+    for label, name in enumerate(NAMES):
+        pictures = torch.stack([prepared(Image.open(path)) for path in (home / "photos" / name).iterdir()])
+        with torch.no_grad():
+            share = 100 * float((net.eval()(pictures).argmax(1) == label).double().mean())
+        assert re.search(rf"^\| {label} +\| {name} +\| 30 +\| {share:.1f} % ", said, re.MULTILINE)
+    (tmp_path / "names").write_text("\n".join([*NAMES[1:], NAMES[0]]))
+    assert main.main(["inspect", *words_for(home), "--classes", str(tmp_path / "names")]) == 0
+    assert "note: the model recognises" in (said := capsys.readouterr().out)
+    assert "'checks' is output 1" in said
+
+
 def test_a_class_that_is_not_recognised_is_told(home, tmp_path, capsys):
     """Two names exchanged leave the model better than chance, but not in these two classes."""
     (tmp_path / "names").write_text("\n".join([NAMES[1], NAMES[0], *NAMES[2:]]))
@@ -308,7 +356,8 @@ def test_another_parent(command, home, tmp_path, capsys):
     torch.save(of(home).state_dict(), tmp_path / "x.pt")
     spec = f"py:{home}/net.py:net@{tmp_path}/x.pt"
     more = [*FLAGS, "--quiet"] if command == "verify" else ["--out", str(tmp_path / "sealed.pt")]
-    refused([command, spec, str(home / "mask"), *more], "parent", capsys, tmp_path)
+    said = refused([command, spec, str(home / "mask"), *more], "parent", capsys, tmp_path)
+    assert "any_parent" not in said, "programs alone can ask for that"
 
 
 def test_another_architecture(home, tmp_path, capsys):
@@ -320,7 +369,7 @@ def test_another_architecture(home, tmp_path, capsys):
 
 def test_no_mask_and_a_damaged_one(home, tmp_path, capsys):
     words = [spec_of(home), str(tmp_path / "m"), *FLAGS]
-    refused(["verify", *words], "there is no file", capsys, tmp_path)
+    refused(["verify", *words], r"^error: there is no file .*/m: check the path$", capsys, tmp_path)
     shutil.copytree(home / "mask", tmp_path / "m")
     (tmp_path / "m/mask.safetensors").write_bytes((home / "mask/mask.safetensors").read_bytes()[:-5])
     refused(["verify", *words], "is damaged", capsys, tmp_path)

@@ -401,6 +401,79 @@ def test_another_version_without_such_a_name_is_refused(tmp_path):
         seal(tmp_path / "a.pt", mask_on(model, "2.weight"), tmp_path / "b.pt", ema="seal")
 
 
+OTHERS = {
+    "a best epoch": {"best": {f"net.{key}": value for key, value in mlp(1).state_dict().items()}},
+    "a table in a table": {"callbacks": {"checkpoint": {"weights": mlp(1).state_dict()}}},
+    "a list without names": {"history": [list(mlp(1).state_dict().values())]},
+    "a list of weights alone": {"history": (mlp(1)[0].weight.detach(), mlp(1)[2].weight.detach())},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_version_is_found_wherever_it_stands(name, tmp_path):
+    """Who loads it has the class back."""
+    model = mlp()
+    torch.save({"state_dict": model.state_dict(), **OTHERS[name]}, tmp_path / "a.pt")
+    with pytest.raises(MaskError, match=r"holds other values of 2\.weight in .*one version of the model"):
+        seal(tmp_path / "a.pt", mask_on(model, "2.weight"), tmp_path / "b.pt", ema="seal")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_what_has_only_the_shape_of_a_weight_is_no_version_of_it(tmp_path):
+    """Neither a block's own layer, nor a layer of another table, nor a list of other things."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    more = {
+        "memory": [torch.zeros(4, 4), torch.ones(7)],
+        "means": {"0": torch.ones(4, 4)},
+        "other.weight": torch.ones(4, 4),
+    }
+    torch.save({"state_dict": model.state_dict(), **more}, tmp_path / "a.pt")
+    assert seal(tmp_path / "a.pt", mask_on(model, "0.weight"), tmp_path / "b.pt").weights == {"state_dict.0.weight": 5}
+
+
+LISTED = {
+    "of Lightning": lambda values: {"callbacks": {"EMA": {"decay": 0.9, "ema_weights": values}}},
+    "without names": lambda values: {"ema": {"decay": 0.9, "shadow_params": list(values.values())}},
+}
+
+
+@pytest.mark.parametrize("kind", LISTED)
+def test_averages_deep_in_a_file_are_asked_about_too(kind, tmp_path):
+    model = mlp()
+    mask, average = mask_on(model, "2.weight"), averaged(model)
+    torch.save({"state_dict": model.state_dict()} | LISTED[kind](average), tmp_path / "a.pt")
+    with pytest.raises(MaskError, match="ema='seal' to seal both, or ema='drop'"):
+        seal(tmp_path / "a.pt", mask, tmp_path / "b.pt")
+    seal(tmp_path / "a.pt", mask, tmp_path / "b.pt", ema="seal")
+    read = torch.load(tmp_path / "b.pt", weights_only=True)
+    if kind == "without names":
+        sealed = read["ema"]["shadow_params"][list(average).index("2.weight")]
+    else:
+        sealed = read["callbacks"]["EMA"]["ema_weights"]["2.weight"]
+    assert torch.equal(sealed, put(average["2.weight"], mask, "2.weight"))
+    seal(tmp_path / "a.pt", mask, tmp_path / "c.pt", ema="drop")
+    assert {key[0] for key in flat(torch.load(tmp_path / "c.pt", weights_only=True))} == {"state_dict"}
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/model.safetensors", "model_ema.safetensors", "last.ckpt"])
+def test_another_version_in_a_file_of_its_own_is_refused(name, tmp_path):
+    """A folder of a training has earlier checkpoints beside the last."""
+    model, folder = mlp(), tmp_path / "hf"
+    (folder / name).parent.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    if name.endswith(".ckpt"):
+        torch.save({"state_dict": {f"net.{key}": value for key, value in mlp(1).state_dict().items()}}, folder / name)
+    else:
+        save_file(mlp(1).state_dict(), folder / name)
+    with pytest.raises(
+        MaskError, match=rf"{name} holds other values of 2\.weight in .*take that file out of the folder$"
+    ):
+        seal(folder, mask_on(model, "2.weight"), tmp_path / "sealed")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    (folder / name).unlink()
+    assert seal(folder, mask_on(model, "2.weight"), tmp_path / "sealed").weights == {"model.safetensors: 2.weight": 5}
+
+
 def test_the_state_of_optimisers_is_left_out_and_said(tmp_path):
     model = mlp()
     optimiser = torch.optim.Adam(model.parameters())
