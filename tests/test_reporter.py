@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -495,6 +495,7 @@ def test_shown_range_by_hand():
     assert shown_range([0, 30, 50], [0, 50]) == (0, 50)
 
 
+@settings(deadline=None)
 @given(st.lists(finite, min_size=1), st.lists(finite, min_size=1))
 def test_an_axis_holds_what_is_kept_and_leaves_out_only_what_crushes(others, kept):
     low, high = shown_range([*others, *kept], kept)

@@ -357,6 +357,7 @@ def test_columns_stand_by_priority():
     assert "top_k" not in by_priority(table([one]), metrics)[0]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 3))
 def test_a_wide_table_is_cut_into_narrow_ones(columns, fixed):
     rows = [[f"{row}-{column}" for column in range(fixed + columns)] for row in range(3)]
