@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FEATURES = ("h", "z", "W", "g")
 EPSILON = 1e-8  # added to a standard deviation that may be 0
-ROWS_AT_ONCE = 4096  # samples whose graphs are checked in one pass
+ROWS_AT_ONCE = 4096  # samples that pass through the last layers at once
 TOLERANCE = 1e-3  # between stored vectors and those that the classifier gives now, as a share of the largest value
 LAYOUT_FILE = "layout.json"
 _ARRAYS = ("h", "z", "delta", "labels", "weight")

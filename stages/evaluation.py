@@ -25,8 +25,10 @@ from core.hashes import code_key, key_of, load_plugins, now, provenance, sha256_
 from core.intervals import wilson
 from core.observe import log
 from core.records import Record, checked, read_whole, record_path
+from data import ROWS_AT_ONCE
 from eval import Eval
 from measure.auto_kappa import Search
+from model import predictions
 from rivals.compared import METHODS
 from stages.chain import Stages
 from training.distributed import repeatability
@@ -70,13 +72,13 @@ def footing(context: Context) -> Footing:
     right, labels = 0, []
     for is_forget_set in (True, False):
         h, true = context.activations("val", is_forget_set)
-        with torch.inference_mode():
-            logits = context.model.head(h, context.config.mask_layer)
-        right += int(((logits.argmax(1) == true) & logits.isfinite().all(1)).sum())
+        for part, own in zip(h.split(ROWS_AT_ONCE), true.split(ROWS_AT_ONCE), strict=True):
+            with torch.inference_mode():
+                right += int((predictions(context.model.head(part, context.config.mask_layer)) == own).sum())
         labels.append(true)
     counts = torch.cat(labels).bincount()
     count, interval = int(counts.sum()), wilson(right, int(counts.sum()))
-    chance = max(1 / logits.shape[1], int(counts.max()) / count)
+    chance = max(1 / context.data.num_classes, int(counts.max()) / count)
     return Footing(100 * right / count, 100 * interval.low, 100 * interval.high, 100 * chance)
 
 

@@ -124,7 +124,14 @@ def test_stages_report_their_seconds(whole):
         seconds = record["provenance"]["seconds"]
         assert {"classifier", "graphs", f"gcn_top-{record['top_k']}", "evaluation"} <= set(seconds)
         assert all(value > 0 for value in seconds.values())
-        assert record["methods"]["retrain"]["seconds"] == pytest.approx(seconds["retrained-0"], rel=1e-3)
+        spent = record["methods"]
+        assert spent["retrain"]["seconds"] == pytest.approx(seconds["retrained-0"], rel=1e-3)
+        assert spent["random"]["seconds_offline"] == spent["retrain"]["seconds_offline"] == 0
+        assert spent["taylor_mask"]["seconds_offline"] == pytest.approx(seconds["graphs"] + seconds["checkpoint"])
+        learned = seconds["graphs"] + seconds[f"gcn_top-{record['top_k']}"]
+        assert learned < spent["mimu"]["seconds_offline"] < learned + 10  # and the importances of all classes
+        for values in spent.values():
+            assert values["seconds_alone"] == pytest.approx(values["seconds"] + values["seconds_offline"])
 
 
 def test_disk_holds_what_is_returned(whole):

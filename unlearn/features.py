@@ -17,6 +17,7 @@ from graphs.layout import WeightGraph
 from graphs.subsets import signed_log
 
 TAYLOR_LAMBDA = 9.0  # of the signed Taylor score, where nothing is tuned
+MOST_MEMBERS = 2**22  # values of a matrix of images x classes that is made at once: 10,240 images of 400 classes
 MOST_KEPT = 2**28  # values of all classes' gradients that are kept (1 GB); more are computed again for each request
 
 
@@ -31,6 +32,21 @@ def centred_rank(column: Tensor) -> Tensor:
     ranks = torch.empty_like(column).flatten()
     ranks[order] = torch.linspace(-1, 1, len(order), dtype=column.dtype, device=column.device)
     return ranks.view(column.shape)
+
+
+def class_means(values: Sequence[Tensor], labels: Tensor, num_classes: int, most: int = MOST_MEMBERS) -> list[Tensor]:
+    """Mean of every class's rows, [S, k] -> [C, k], for each of some tensors.
+
+    Args:
+        labels: of the rows, [S]; a class without rows has no mean, NaN.
+        most: values of the matrix [S, classes] of who belongs where. With more, it is made for some classes at a time:
+            with as many images for each class, a whole one would grow with the square of the number of classes.
+    """
+    counts, blocks = torch.bincount(labels, minlength=num_classes), []
+    for classes in torch.arange(num_classes).split(max(1, most // len(labels))):
+        members = ((labels[:, None] == classes).float() / counts[classes]).T
+        blocks.append([members.to(one.device) @ one for one in values])
+    return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
 
 class ClassStatistics:
@@ -82,8 +98,6 @@ class ClassStatistics:
         graphs.check_classes(num_classes)
         counts = torch.bincount(graphs.labels, minlength=num_classes)
         vectors = graphs.vectors(torch.arange(len(graphs))).to(torch.device(device))
-        members = torch.nn.functional.one_hot(graphs.labels, num_classes).float()
-        members = (members / counts).T.to(device)
 
         def gradient(label: int) -> Tensor:
             """Mean over the outer products delta h^T of the class: one matrix product per layer."""
@@ -92,7 +106,7 @@ class ClassStatistics:
             pairs = zip(vectors.delta, vectors.h, strict=True)
             return graphs.graph.join([delta.T @ h / len(indices) for delta, h in pairs])
 
-        h, z = [members @ h for h in vectors.h], [members @ z for z in vectors.z]
+        h, z = (class_means(values, graphs.labels, num_classes) for values in (vectors.h, vectors.z))
         return cls(graphs.graph, graphs.weight.to(device), counts, h, z, gradient, most_kept)
 
     def gradient_of(self, label: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from core.choices import Registry
 from core.config import MaskStrategies, PipelineConfig
 from core.observe import progress
+from data import ROWS_AT_ONCE
 from graphs.layout import WeightGraph
 from model import HookedModel, inspecting, predictions
 from models.classifier import Classifier
@@ -286,8 +287,8 @@ class Context:
         """Accuracy of the masked classifier on a set, percent."""
         h, labels = self.activations(split, is_forget_set)
         with masked(self.weights, mask), torch.inference_mode():
-            right = predictions(self.model.head(h, self.config.mask_layer)) == labels
-        return 100 * float(right.double().mean())
+            said = [predictions(self.model.head(part, self.config.mask_layer)) for part in h.split(ROWS_AT_ONCE)]
+        return 100 * float((torch.cat(said) == labels).double().mean())
 
 
 Settings = Mapping[str, Any]

@@ -34,6 +34,7 @@ from mimu import state_sha256
 from model import vision_model_loader
 from rivals import representations, subspaces
 from rivals.compared import METHODS, MODULES, chosen_methods, mask_of
+from stages.evaluation import footing
 from unlearn import methods
 from unlearn.finetuning import Finetuner
 from unlearn.masks import Mask, feasibility_score, masked, random_mask, set_difference_mask, top_mask, weights_sha256
@@ -273,6 +274,15 @@ def test_graphs_and_statistics_are_charged_to_those_who_use_them(context):
         assert costs("mimu", given)[1] == 23000
     del (unknown := dict(STAGES))["graphs"]
     assert costs("mimu", replace(charged, stage_seconds=unknown))[1:] == (None, None)  # their folder was given
+
+
+def test_images_that_pass_the_last_layers_in_parts_are_judged_alike(context, monkeypatch):
+    mask = mask_of("random", context, replace(POINT, kappa=4000))
+    wanted = [context.score(mask, "val", side) for side in (True, False)], footing(context)
+    assert 0 < wanted[0][1] < 100
+    for name in ("unlearn.registry", "stages.evaluation"):
+        monkeypatch.setattr(f"{name}.ROWS_AT_ONCE", 7)
+    assert ([context.score(mask, "val", side) for side in (True, False)], footing(context)) == wanted
 
 
 @pytest.fixture

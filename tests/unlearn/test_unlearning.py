@@ -40,7 +40,7 @@ from pipeline import Pipeline
 from rivals.compared import mask_of
 from stages.chain import Stages
 from trainer import GCNTrainer
-from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features
+from unlearn.features import FEATURES, ClassStatistics, centred_rank, class_means, request_features
 from unlearn.methods import TAYLOR_LAMBDAS
 from unlearn.objectives import Unlearning
 from unlearn.registry import Point
@@ -143,6 +143,21 @@ def test_kept_and_recomputed_gradients_agree(tiny):
     made_again = ClassStatistics.of_graphs(graphs, 4, most_kept=0)
     for ours, again in zip(head.statistics.gradients(), made_again.gradients(), strict=True):
         assert torch.equal(ours, again)
+
+
+def test_class_means_are_those_of_a_loop_whatever_is_held_at_once():
+    """Of as many classes as fit at once they have the bits of one product with the whole matrix, as in older runs."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 7, (300,))
+    values = [torch.randn(300, 5), 100 * torch.rand(300, 2)]
+    whole = (nn.functional.one_hot(labels, 7).float() / torch.bincount(labels)).T
+    wanted = [torch.stack([one[labels == label].double().mean(0) for label in range(7)]) for one in values]
+    for most in (1, 300, 650, 2099, 2100, 10**9):
+        found = class_means(values, labels, 7, most)
+        for ours, loop, one in zip(found, wanted, values, strict=True):
+            torch.testing.assert_close(ours.double(), loop, rtol=1e-5, atol=1e-6)
+            assert most < 2100 or torch.equal(ours, whole @ one)
+    assert class_means(values, labels, 8)[0][7].isnan().all()  # no image of it
 
 
 def test_graphs_of_other_classes_are_refused_not_shifted(tiny):
