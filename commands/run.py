@@ -9,8 +9,8 @@ import tyro
 
 from commands.command_line import Environment, Files, Settings, show
 from core.choices import at_home
-from core.config import PipelineConfig, Trackers, UserError
-from core.observe import be_quiet
+from core.config import GIVEN, PipelineConfig, SupportedDatasets, Trackers, UserError
+from core.observe import be_quiet, log
 
 if TYPE_CHECKING:  # its module loads numpy, which help pages do not need
     from core.records import Record
@@ -26,13 +26,19 @@ def run(here: Environment, settings: Settings, quiet: bool = False, json: bool =
     be_quiet(quiet)
     config = _launched(settings, here)
     curves = here.curves(config.output_dir)
-    from core.store import running
-    from pipeline import Pipeline
+    from core.store import remember, running
 
     with running(config.output_dir):
-        pipeline = Pipeline(config)
-        pipeline.prepare_process()
-        records = pipeline.with_others(pipeline.run)
+        inputs = None if here.torchrun else _inputs(config)
+        records = None if inputs is None else _known(config, inputs)
+        if records is None:
+            from pipeline import Pipeline
+
+            pipeline = Pipeline(config)
+            pipeline.prepare_process()
+            records = pipeline.with_others(pipeline.run)
+            if records is not None and inputs is not None:
+                remember(config, pipeline.finished(records, inputs))
     return 0 if records is None else _print(config, records, json, curves)
 
 
@@ -102,6 +108,57 @@ def _launched(config: PipelineConfig, here: Environment) -> PipelineConfig:
     if here.torchrun and not config.train.use_ddp:
         raise UserError("torchrun started this, but train.use_ddp is off: add --train.use-ddp, or use no torchrun")
     return replace(config, resume=True) if here.torchrun and here.restarted else config
+
+
+# --- a run that changes nothing ---------------------------------------------------------------------------
+
+ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""What stands there where torch may find a GPU: NVIDIA's driver, that of Windows' Linux, AMD's."""
+
+
+def _inputs(config: PipelineConfig) -> dict[str, str] | None:
+    """Hash what a run reads from outside its output folder, by name.
+
+    Returns:
+        None if torch has to be asked, so that the run cannot be known again before torch is imported: which device
+        `auto` is, what the files of a dataset other than DIGITS hold, or which other classifiers a graph network
+        learns on.
+    """
+    gpu = config.device != "cpu" and any(Path(place).exists() for place in ACCELERATORS)
+    if gpu or config.vision_dataset is not SupportedDatasets.DIGITS:
+        return None
+    if config.gcn.train_seeds or config.gcn.train_batch_sizes:
+        return None
+    from core.hashes import sha256_file
+    from core.store import sha256_folder
+    from images.specs import digits_file
+
+    given = {name: path for name in GIVEN if (path := getattr(config, name))}
+    try:
+        found = {name: (sha256_folder if path.is_dir() else sha256_file)(path) for name, path in given.items()}
+    except OSError:
+        return None  # the run says what is wrong with it
+    return found | {"images": sha256_file(digits_file())}
+
+
+def _known(config: PipelineConfig, inputs: dict[str, str]) -> list["Record"] | None:
+    """Find the records of the same run, carried out before, and bring the report up to date; None: it must be run.
+
+    No torch here: most of the seconds of a run that changes nothing would be its import.
+    """
+    from core.records import read_record
+    from core.store import recall
+    from reporter import Reporter
+
+    if (found := recall(config, inputs)) is None:
+        return None
+    for line in found.said:
+        log(line)
+    for name in found.stages:
+        log(f"{Path(name).name.rpartition('-')[0]}: unchanged, using {config.output_dir / name}")
+    records = [read_record(config.output_dir, config.output_dir / name) for name in found.records]
+    Reporter(config.output_dir, config.reporter).plot(records)
+    return records
 
 
 # --- what a run prints ------------------------------------------------------------------------------------
