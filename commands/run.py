@@ -156,7 +156,7 @@ def _known(config: PipelineConfig, inputs: dict[str, str]) -> list["Record"] | N
         log(line)
     for name in found.stages:
         log(f"{Path(name).name.rpartition('-')[0]}: unchanged, using {config.output_dir / name}")
-    records = [read_record(config.output_dir, config.output_dir / name) for name in found.records]
+    records = [read_record(config.output_dir, config.output_dir / name) for name in found.record_sha256]
     Reporter(config.output_dir, config.reporter).plot(records)
     return records
 

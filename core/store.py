@@ -239,8 +239,8 @@ class Finished:
     Args:
         inputs: SHA-256 of what lies outside the output folder, by name.
         stages: key of each stage, by its folder.
-        records: SHA-256 of each record, by its file, in the order of the sweep.
-        masks: SHA-256 of each mask, by its file.
+        record_sha256: of each record, by its file, in the order of the sweep.
+        mask_sha256: of each mask, by its file.
         said: the lines that the run began with.
 
     Folders and files are named relative to the output folder.
@@ -248,8 +248,8 @@ class Finished:
 
     inputs: dict[str, str]
     stages: dict[str, str]
-    records: dict[str, str]
-    masks: dict[str, str]
+    record_sha256: dict[str, str]
+    mask_sha256: dict[str, str]
     said: list[str]
 
 
@@ -290,7 +290,7 @@ def recall(config: PipelineConfig, inputs: Mapping[str, str]) -> Finished | None
         whole &= all((read_manifest(root / name) or {}).get("key") == made for name, made in found.stages.items())
     except (UserError, KeyError):
         return None
-    left = found.records | found.masks
+    left = found.record_sha256 | found.mask_sha256
     return found if whole and all(_digest(root / name) == digest for name, digest in left.items()) else None
 
 

@@ -73,7 +73,8 @@ class Sized(Protocol):
         ...
 
 
-Key, Value = TypeVar("Key"), TypeVar("Value", bound=Sized)
+Key = TypeVar("Key")
+Value = TypeVar("Value", bound=Sized)
 
 
 class Recent(Generic[Key, Value]):
