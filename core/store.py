@@ -279,7 +279,10 @@ def recall(config: PipelineConfig, inputs: Mapping[str, str]) -> Finished | None
     Returns:
         None at any doubt: the run then begins, and each stage says what it finds.
     """
-    key, root = _run_key(config), config.output_dir
+    root = config.output_dir
+    if not (root / RUNS).is_dir():
+        return None
+    key = _run_key(config)
     path = root / RUNS / f"{key[:12]}.json"
     if not path.is_file():
         return None
