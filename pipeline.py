@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from core.config import KappaModes, PipelineConfig, Trackers
-from core.hashes import load_plugins
+from core.hashes import load_plugins, sha256_file
 from core.observe import progress
-from core.records import Record
+from core.records import Record, record_path
+from core.store import Finished
 from measure.auto_kappa import Search, check_provable, search
 from measure.metrics import chosen_metrics
 from model import HookedModel
@@ -19,7 +20,7 @@ from reporter import Reporter
 from rivals.compared import chosen_methods
 from stages.chain import Stages
 from stages.evaluation import Evaluation
-from stages.preflight import say
+from stages.preflight import say, understood
 from training.distributed import prepare_process
 
 __all__ = ["Pipeline", "PipelineConfig"]
@@ -123,6 +124,24 @@ class Pipeline:
             auto: the search that chose kappa; its outcome goes into the record and the masks.
         """
         return self.evaluation.measure(topK, kappa, auto)
+
+    def finished(self, records: list[Record], inputs: dict[str, str]) -> Finished:
+        """Say what a run used and left, for `core.store.remember`.
+
+        Args:
+            records: what `run` returned.
+            inputs: SHA-256 of what lies outside the output folder, by name.
+        """
+        root = self.config.output_dir
+        paths = [record_path(root, record) for record in records]
+        masks = {record["mask_paths"][name]: one for record in records for name, one in record["mask_sha256"].items()}
+        return Finished(
+            inputs,
+            {str(stage.path.relative_to(root)): stage.key for stage in self.stages.setup.kept},
+            {str(path.relative_to(root)): sha256_file(path) for path in paths},
+            masks,
+            understood(self.stages),
+        )
 
     @property
     def config(self) -> PipelineConfig:

@@ -3,14 +3,14 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import tyro
 
 from commands.command_line import Environment, Files, Settings, show
 from core.choices import at_home
-from core.config import PipelineConfig, Trackers, UserError
-from core.observe import be_quiet
+from core.config import GIVEN, PipelineConfig, SupportedDatasets, Trackers, UserError
+from core.observe import be_quiet, log
 
 if TYPE_CHECKING:  # its module loads numpy, which help pages do not need
     from reporting.families import Run
@@ -35,19 +35,33 @@ def run(
     configs = [replace(config, seed=seed) for seed in seeds] or [config]
     curves = here.curves(config.output_dir)
     from core.store import running
-    from pipeline import Pipeline
+    from reporter import Reporter
 
     runs = []
     with running(config.output_dir):
         for one in configs:
-            pipeline = Pipeline(one)
-            pipeline.prepare_process()
-            records = pipeline.with_others(pipeline.measure)
+            records = _measured(one, here)
             if records is None:  # a helper of torchrun's first process, which says everything
                 return 0
             runs.append(records)
-        pipeline.reporter.plot([record for run in runs for record in run])
+        Reporter(config.output_dir, config.reporter).plot([record for run in runs for record in run])
     return _print(config, runs, json, curves)
+
+
+def _measured(config: PipelineConfig, here: Environment) -> Optional["Run"]:
+    """Find the records of the same run, carried out before, or carry it out; None: in a helper of torchrun's."""
+    inputs = None if here.torchrun else _inputs(config)
+    if inputs is not None and (known := _known(config, inputs)):
+        return known
+    from core.store import remember
+    from pipeline import Pipeline
+
+    pipeline = Pipeline(config)
+    pipeline.prepare_process()
+    records = pipeline.with_others(pipeline.measure)
+    if records is not None and inputs is not None:
+        remember(config, pipeline.finished(records, inputs))
+    return records
 
 
 def train_gcn(
@@ -118,6 +132,54 @@ def _launched(config: PipelineConfig, here: Environment) -> PipelineConfig:
     if here.torchrun and not config.train.use_ddp:
         raise UserError("torchrun started this, but train.use_ddp is off: add --train.use-ddp, or use no torchrun")
     return replace(config, resume=True) if here.torchrun and here.restarted else config
+
+
+# --- a run that changes nothing ---------------------------------------------------------------------------
+
+ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""What stands there where torch may find a GPU: NVIDIA's driver, that of Windows' Linux, AMD's."""
+
+
+def _inputs(config: PipelineConfig) -> dict[str, str] | None:
+    """Hash what a run reads from outside its output folder, by name.
+
+    Returns:
+        None if torch has to be asked, so that the run cannot be known again before torch is imported: which device
+        `auto` is, what the files of a dataset other than DIGITS hold, or which other classifiers a graph network
+        learns on.
+    """
+    gpu = config.device != "cpu" and any(Path(place).exists() for place in ACCELERATORS)
+    if gpu or config.vision_dataset is not SupportedDatasets.DIGITS:
+        return None
+    if config.gcn.train_seeds or config.gcn.train_batch_sizes:
+        return None
+    from core.hashes import sha256_file
+    from core.store import sha256_folder
+    from images.specs import digits_file
+
+    given = {name: path for name in GIVEN if (path := getattr(config, name))}
+    try:
+        found = {name: (sha256_folder if path.is_dir() else sha256_file)(path) for name, path in given.items()}
+    except OSError:
+        return None  # the run says what is wrong with it
+    return found | {"images": sha256_file(digits_file())}
+
+
+def _known(config: PipelineConfig, inputs: dict[str, str]) -> Optional["Run"]:
+    """Find the records of the same run, carried out before; None: it must be carried out.
+
+    No torch here: most of the seconds of a run that changes nothing would be its import.
+    """
+    from core.records import read_record
+    from core.store import recall
+
+    if (found := recall(config, inputs)) is None:
+        return None
+    for line in found.said:
+        log(line)
+    for name in found.stages:
+        log(f"{Path(name).name.rpartition('-')[0]}: unchanged, using {config.output_dir / name}")
+    return [read_record(config.output_dir, config.output_dir / name) for name in found.record_sha256]
 
 
 # --- what a run prints ------------------------------------------------------------------------------------

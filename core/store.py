@@ -1,7 +1,8 @@
 """The store of stages: each lies in a folder that is named after the hash of all its inputs.
 
 The folder appears by one rename, its manifest written last: a folder that exists is complete, and one whose files
-no longer match its manifest is made again.
+no longer match its manifest is made again. A finished run is kept too, so that it is known again before torch is
+imported.
 """
 
 import fcntl
@@ -10,11 +11,12 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from core.artifacts import SCHEMA, DamagedError, new_part, open_to_lock, publish, read_json, told, write_json
-from core.hashes import key_of, now, provenance, sha256_file, versions
+from core.config import PipelineConfig, ReporterConfig, Trackers, UserError, plain
+from core.hashes import key_of, now, provenance, sha256_file, versions, whole_code
 from core.observe import log
 
 RUNNING = ".running"  # below the output folder, locked while a run works there: clean.sh looks for it
@@ -223,3 +225,81 @@ def _build(path: Path, key: str, inputs: Mapping[str, object], make: Callable[[P
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Stage(path, key, facts, about["seconds"])
+
+
+# --- finished runs ----------------------------------------------------------------------------------------
+
+RUNS = Path("checkpoints/runs")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run was made from and what it left, by which the same run is known again.
+
+    Args:
+        inputs: SHA-256 of what lies outside the output folder, by name.
+        stages: key of each stage, by its folder.
+        record_sha256: of each record, by its file, in the order of the sweep.
+        mask_sha256: of each mask, by its file.
+        said: the lines that the run began with.
+
+    Folders and files are named relative to the output folder.
+    """
+
+    inputs: dict[str, str]
+    stages: dict[str, str]
+    record_sha256: dict[str, str]
+    mask_sha256: dict[str, str]
+    said: list[str]
+
+
+def _run_key(config: PipelineConfig) -> str:
+    """Hash a configuration with all code and all versions that carry it out.
+
+    Where results lie, where curves are shown and how figures look change no record: these settings are left out.
+    """
+    asked = replace(config, output_dir=Path(), tracker=Trackers.none, reporter=ReporterConfig())
+    return key_of({"config": plain(asked), "code": whole_code(config.plugins), "versions": versions()})
+
+
+def remember(config: PipelineConfig, finished: Finished) -> None:
+    """Keep a finished run for `recall`."""
+    key = _run_key(config)
+    path = config.output_dir / RUNS / f"{key[:12]}.json"
+    write_json(path, {"schema": SCHEMA, "key": key, **asdict(finished)})
+
+
+def recall(config: PipelineConfig, inputs: Mapping[str, str]) -> Finished | None:
+    """Return the finished run of a configuration, if all that it used and left is there and whole.
+
+    Args:
+        config: as `remember` was given it; the output folder may have been moved.
+        inputs: SHA-256 of what lies outside the output folder, as of now.
+
+    Returns:
+        None at any doubt: the run then begins, and each stage says what it finds.
+    """
+    root = config.output_dir
+    if not (root / RUNS).is_dir():
+        return None
+    key = _run_key(config)
+    path = root / RUNS / f"{key[:12]}.json"
+    if not path.is_file():
+        return None
+    try:
+        kept = read_json(path)
+        found = Finished(**{name: kept[name] for name in Finished.__dataclass_fields__})
+        whole = (kept["key"], found.inputs) == (key, dict(inputs))
+        whole &= all((read_manifest(root / name) or {}).get("key") == made for name, made in found.stages.items())
+    except (UserError, KeyError):
+        return None
+    left = found.record_sha256 | found.mask_sha256
+    return found if whole and all(_digest(root / name) == digest for name, digest in left.items()) else None
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file; None if there is none that can be read."""
+    try:
+        return sha256_file(path)
+    except OSError:
+        return None

@@ -24,7 +24,8 @@ def _matched(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.flatten(0, -2), b.flatten(0, -2)
     even = len(a) // SPLITS * SPLITS
     left, right = a[:even].view(SPLITS, -1, a.shape[1]), b[:even].view(SPLITS, -1, b.shape[1])
-    return torch.bmm(left.transpose(1, 2), right).sum(0).addmm_(a[even:].T, b[even:])
+    product = torch.bmm(left.transpose(1, 2), right).sum(0)
+    return product if even == len(a) else product.addmm_(a[even:].T, b[even:])
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
@@ -65,9 +66,14 @@ class _Aggregation:
     def gather(self, nodes: Sequence[Tensor]) -> list[Tensor]:
         """Sum over the weights of each neuron. For each layer [B, m, n, d] -> for each row of neurons [B, count, d]."""
 
+        def over(place: int | None, axis: int) -> list[Tensor]:
+            if place is None:
+                return []
+            total, factor = nodes[place].sum(axis), self.inner[place]
+            return [total if factor == 1.0 else total.mul_(factor)]
+
         def at(row: Neurons) -> Tensor:  # an output's weights are a row of W, an input's a column
-            parts = [] if row.below is None else [nodes[row.below].sum(2).mul_(self.inner[row.below])]
-            parts += [] if row.above is None else [nodes[row.above].sum(1).mul_(self.inner[row.above])]
+            parts = over(row.below, 2) + over(row.above, 1)
             return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
         return [at(row) for row in self.graph.neurons]

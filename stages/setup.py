@@ -130,6 +130,11 @@ class Setup:
         """Name the architecture and the dataset, as folders and curves are called."""
         return f"{self.config.model_architecture.value}_{self.config.vision_dataset.value}"
 
+    @property
+    def kept(self) -> list[Stage]:
+        """The stages that were made or found, in this order."""
+        return list(self._kept.values())
+
     def tracker(self, stage: str, *sections: str) -> Tracker:
         """Make a tracker for the curves of one stage, named by what tells it from other runs.
 

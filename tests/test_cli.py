@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import get_args
@@ -20,9 +20,10 @@ import pytest
 import main
 from commands.forget import AS_USUAL, Asked
 from commands.inspect import AS_IT_IS, Read
+from commands.run import _inputs
 from core.artifacts import write_tensors
 from core.choices import Choice, OpenChoice, bare, hints
-from core.config import PipelineConfig, SupportedVisionModels, UserError, plain
+from core.config import GCNConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError, plain
 from core.records import read_records
 from model import save_classifier, vision_model_loader
 from reporting import terminal
@@ -256,6 +257,55 @@ def test_seeds_are_checked_before_anything_is_made(tiny, tmp_path, capsys):
         assert main.main(line) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_unchanged_run_needs_no_torch(finished, tiny):
+    """Most of the seconds of a run that changes nothing were the import of torch."""
+    folder, first = finished
+    code = (
+        "import sys, main\n"
+        "code = main.main(sys.argv[1:])\n"
+        "loaded = {'torch', 'torchvision', 'torch_geometric', 'sklearn', 'scipy', 'pandas', 'trackio', 'matplotlib'}\n"
+        "print(code, sorted(loaded & set(sys.modules)))"
+    )
+    where = ("--tracker", "trackio", "--output-dir", folder / "out")
+    again = process(folder, "-c", code, "run", "--config", tiny, *where)
+    *said, last = again.stdout.splitlines()
+    assert last == "0 []", again.stderr
+    assert said == first.stdout.splitlines()
+    lines = [[line.partition("] ")[2] for line in result.stderr.splitlines()] for result in (first, again)]
+    understood = lines[0][: next(place for place, line in enumerate(lines[0]) if line.startswith("model: ")) + 1]
+    assert lines[1][: len(understood)] == understood
+    found = [line.partition(": unchanged, using ")[0] for line in lines[1] if ": unchanged, using " in line]
+    assert found == [f"HookedMLPClassifier_DIGITS{end}" for end in ("", "", "_top-300")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({}, True),
+        ({"device": "cpu"}, True),
+        ({"vision_dataset": SupportedDatasets.MNIST}, False),
+        ({"gcn": GCNConfig(train_seeds=(1,))}, False),
+        ({"gcn_path": Path("nowhere.safetensors")}, False),
+        ({"gcn_path": Path(main.__file__)}, True),
+        ({"graph_dir": Path(main.__file__).parent / "configs"}, True),
+    ],
+)
+def test_what_a_run_reads_is_known_without_torch(changes, known, monkeypatch):
+    monkeypatch.setattr("commands.run.ACCELERATORS", ())
+    found = _inputs(replace(PipelineConfig(), **changes))
+    assert (found is not None) is known
+    if found:
+        assert {"images", *changes} - {"device"} == {*found}
+        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in found.values())
+
+
+def test_where_a_gpu_may_be_torch_is_asked_which_device_it_is(monkeypatch):
+    monkeypatch.setattr("commands.run.ACCELERATORS", ("/dev/null",))
+    assert _inputs(PipelineConfig()) is None
+    assert _inputs(PipelineConfig(device="cpu")) is not None
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from graphs.layout import WeightGraph, check_budget
 from graphs.subsets import SAMPLERS
 from model import HookedModel, MaskingGCN, MaskLayer, inspecting
 from trainer import Objective, Part
-from unlearn.requests import FrozenHead, Request, Unlearner
+from unlearn.requests import FrozenHead, Prepared, Recent, Request, Unlearner
 
 PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
 NODES_PER_PASS = 2**14  # nodes whose activations (2 MB at width 32) stay in the cache: twice as fast on a CPU
@@ -163,6 +163,7 @@ class Unlearning(Objective):
     ):
         super().__init__(unlearner.gcn, config, seed, device)
         self.unlearner, self.heads = unlearner, heads
+        self._prepared: Recent[tuple[int, tuple[int, ...]], Prepared] = Recent()
 
     def _uniform(self) -> float:
         return float(torch.rand((), generator=self.order))
@@ -184,7 +185,9 @@ class Unlearning(Objective):
         head, count = self.heads[place], self.config.requests_per_step
         for _ in range(count):
             request = self.draw(head)
-            theta = self.unlearner.theta(head, request)
+            key, classes = (place, request.classes), request.classes
+            prepared = self._prepared.get(key, lambda classes=classes: self.unlearner.prepare(head, classes))
+            theta = self.unlearner.theta(head, request, prepared)
             degrees = SAMPLERS[self.config.sampler](theta.flatten(), request.kappa, temperature, self.noise)
             forget, retain = head.losses(degrees.view_as(theta), request.classes, self.config.forget_loss)
             loss = forget + self.config.lambda_retain * retain

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
 MATCH_SHARE = 0.1  # weight of `match` in ForgetLosses.both: enough for the probabilities, too little to forget later
 MARGIN = 0.5  # logits by which a class to forget must lose before the margin loss levels off
 MOST_RETAINED = 1536  # retained samples at which a request's loss is computed
-MOST_SIDES_BYTES = 2**27  # of samples kept for requests that come again: every pair of ten classes on an MLP
+MOST_BYTES = 2**27  # kept for requests that come again: the samples of every pair of ten classes on an MLP
 TYPICAL_SHARE = 0.02  # share of all weights, kappa / N, at which the column log_kappa is 0
 CANDIDATES = 8  # times kappa: so many weights are refined from `tail_start`
 LOOK_TEMPERATURE = 0.15  # of the soft mask under which a later pass sees the classifier, in units of std(theta)
@@ -64,6 +64,37 @@ class Sides:
         return sum(tensor.nbytes for tensor in (self.h, self.labels, self.target))
 
 
+class Sized(Protocol):
+    """What knows how much memory it takes."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        ...
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value", bound=Sized)
+
+
+class Recent(Generic[Key, Value]):
+    """What was asked for last, up to MOST_BYTES, and at least one.
+
+    Training asks for many pairs of classes again and again, and the pairs of a thousand classes would fill the memory.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Key, Value] = {}  # least recently asked for first
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """Return what was made under a key; `make` makes it unless it is kept."""
+        value = self._kept.pop(key, None) or make()
+        self._kept[key] = value
+        while len(self._kept) > 1 and sum(one.bytes for one in self._kept.values()) > MOST_BYTES:
+            del self._kept[next(iter(self._kept))]
+        return value
+
+
 class Rows(Protocol):
     """Rows of numbers that are gathered when they are asked for, as a tensor's are."""
 
@@ -94,7 +125,7 @@ class FrozenHead:
         self.model, self.mask_layer, self.statistics, self.h, self.labels = model, mask_layer, statistics, h, labels
         self.graph, self.num_classes, self.weight = statistics.graph, statistics.num_classes, statistics.weight
         self.device = h.device
-        self._sides: dict[tuple[int, ...], Sides] = {}  # least recently asked for first
+        self._sides: Recent[tuple[int, ...], Sides] = Recent()
 
     @classmethod
     def of_graphs(
@@ -108,14 +139,9 @@ class FrozenHead:
     def sides(self, classes: tuple[int, ...]) -> Sides:
         """Return the samples to forget and those to retain.
 
-        Up to MOST_SIDES_BYTES are kept, those of the requests that came last: training asks for many pairs of classes,
-        and the pairs of a thousand classes would fill the memory. Samples that are made again have the same bits.
+        They are kept as `Recent` does; samples that are made again have the same bits.
         """
-        sides = self._sides.pop(classes, None) or self._made_sides(classes)
-        self._sides[classes] = sides
-        while len(self._sides) > 1 and sum(one.bytes for one in self._sides.values()) > MOST_SIDES_BYTES:
-            del self._sides[next(iter(self._sides))]
-        return sides
+        return self._sides.get(classes, lambda: self._made_sides(classes))
 
     def _made_sides(self, classes: tuple[int, ...]) -> Sides:
         forget = torch.isin(self.labels, torch.tensor(classes, device=self.device))
@@ -266,35 +292,66 @@ class Unlearner:
             raise UserError(f"{path} reads the columns {found}, this version makes {needed}: train one anew")
         return unlearner, facts
 
-    def theta(self, head: FrozenHead, request: Request) -> Tensor:
+    def prepare(self, head: FrozenHead, classes: tuple[int, ...]) -> "Prepared":
+        """Compute what a request's first pass reads, which neither kappa nor the GCN's weights change."""
+        contributions = head.statistics.contributions(classes)
+        static = request_features(head.statistics, contributions, classes, self.features)
+        theta = torch.zeros_like(head.weight)
+        if self.taylor_prior:
+            theta = 2 * centred_rank(contributions.signed_taylor())
+        return Prepared(static, theta, _seen(head, classes, theta, torch.zeros_like(theta)))
+
+    def theta(self, head: FrozenHead, request: Request, prepared: "Prepared | None" = None) -> Tensor:
         """Compute one logit per weight, large where the weight is to be switched off, [*graph.shape].
+
+        Args:
+            head: the classifier and its samples.
+            request: the classes to forget, and kappa.
+            prepared: `prepare` of this head and these classes (None: it is called).
 
         Raises:
             UserError: kappa is more than there are weights, or a logit is not finite (in training, the loop says so).
         """
         check_budget(request.kappa, head.graph.num_vertices, "kappa")
-        contributions = head.statistics.contributions(request.classes)
-        static = request_features(head.statistics, contributions, request.classes, self.features)
-        theta = torch.zeros_like(head.weight)
-        if self.taylor_prior:
-            theta = 2 * centred_rank(contributions.signed_taylor())
-        degrees = torch.zeros_like(theta)
+        prepared = prepared or self.prepare(head, request.classes)
+        theta, seen = prepared.theta, prepared.seen
+        share = request.kappa / head.graph.num_vertices
+        log_kappa = torch.full_like(theta, math.log(share / TYPICAL_SHARE)).unsqueeze(-1)
         for index in range(self.passes):
             if index:
                 degrees = soft_mask(theta.detach(), request.kappa, LOOK_TEMPERATURE)
+                seen = _seen(head, request.classes, theta.detach(), degrees)
             # A pass reads the last theta as data: the gradient reaches every pass through the sum alone, and backward
             # never differentiates the importances, which are gradients themselves.
-            columns = torch.cat([static, _state(head, request, theta.detach(), degrees)], -1)
+            columns = torch.cat([prepared.static, log_kappa, seen], -1)
             theta = theta + self.gcn(columns.unsqueeze(0), head.graph)[0]
         return theta if torch.is_grad_enabled() else check_scores(theta, self.given)
 
 
-def _state(head: FrozenHead, request: Request, theta: Tensor, degrees: Tensor) -> Tensor:
-    """Compute the columns STATE, which say where theta leads: [*graph.shape, len(STATE)]."""
-    u_forget, u_retain = head.importances(degrees, request.classes)
-    share = request.kappa / head.graph.num_vertices
-    log_kappa = torch.full_like(theta, math.log(share / TYPICAL_SHARE))
-    return torch.stack([log_kappa, signed_log(u_forget), signed_log(u_retain), 4 * degrees, standardised(theta)], -1)
+@dataclass(frozen=True)
+class Prepared:
+    """What the first pass over a graph reads for some classes to forget.
+
+    Args:
+        static: node features that stay the same in all passes, [*graph.shape, columns].
+        theta: the start, [*graph.shape].
+        seen: the columns STATE without log_kappa, at the untouched classifier.
+    """
+
+    static: Tensor
+    theta: Tensor
+    seen: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in (self.static, self.theta, self.seen))
+
+
+def _seen(head: FrozenHead, classes: tuple[int, ...], theta: Tensor, degrees: Tensor) -> Tensor:
+    """Compute the columns STATE, which say where theta leads, but log_kappa. [*graph.shape, len(STATE) - 1]."""
+    u_forget, u_retain = head.importances(degrees, classes)
+    return torch.stack([signed_log(u_forget), signed_log(u_retain), 4 * degrees, standardised(theta)], -1)
 
 
 def refine(

@@ -178,11 +178,11 @@ def test_samples_of_requests_are_kept_within_a_bound_and_made_again_alike(tiny, 
     first = [head.sides(classes) for classes in requests]
     assert all(head.sides(classes) is sides for classes, sides in zip(requests, first, strict=True))
     room = first[0].bytes + first[1].bytes + first[2].bytes
-    monkeypatch.setattr("unlearn.requests.MOST_SIDES_BYTES", room)
+    monkeypatch.setattr("unlearn.requests.MOST_BYTES", room)
     again = [head.sides(classes) for classes in (*requests, *requests)]
     for old, new in zip((*first, *first), again, strict=True):
         assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in ("h", "labels", "target"))
-    kept = head._sides
+    kept = head._sides._kept
     assert sum(sides.bytes for sides in kept.values()) <= room
     assert list(kept)[-1] == requests[-1]  # what was asked for last stays
     assert head.sides(requests[-1]) is again[-1]
@@ -282,6 +282,34 @@ def test_a_fresh_gcn_says_what_its_prior_says(tiny):
         assert torch.equal(theta, taylor_start(head, classes))
     with pytest.raises(UserError, match="kappa is 999, but the masked layers have"):
         Unlearner.fresh(SMALL).theta(head, Request((0,), 999))
+
+
+def test_what_requests_share_is_prepared_once_and_changes_no_bit(tiny, monkeypatch):
+    """A pass reads what was prepared for its classes: kept or made again for each request, training is the same."""
+    _, _, head = tiny
+    prepare, prepared = Unlearner.prepare, []
+
+    def counted(self, head, classes):
+        prepared.append(classes)
+        return prepare(self, head, classes)
+
+    def trained(most_bytes: int) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+        monkeypatch.setattr("unlearn.requests.MOST_BYTES", most_bytes)
+        prepared.clear()
+        torch.manual_seed(0)
+        config = replace(SMALL, requests_per_step=5)
+        unlearner = Unlearner.fresh(config)
+        trainer = GCNTrainer(Unlearning(unlearner, [head], config, 0, CPU), Tracker(Trackers.none, "x", {}))
+        terms = [trainer.step(0.2)[0] for _ in range(config.steps)]
+        return [*(torch.tensor(list(one.values())) for one in terms), *unlearner.gcn.parameters()], list(prepared)
+
+    monkeypatch.setattr(Unlearner, "prepare", counted)
+    kept, once = trained(2**27)
+    again, often = trained(0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert len(once) == len({*once}) <= 10, "four classes have four single requests and six pairs"
+    assert {*once} == {*often}
+    assert len(often) > 2 * len(once)
 
 
 def test_soft_mask_keeps_its_budget_and_tends_to_the_hard_one(tiny):
