@@ -32,6 +32,7 @@ from unlearn.masks import Mask
 
 ROOT = Path(main.__file__).parent
 METHODS = ("MIMU (ours)", "MIMU refined (ours)", "signed Taylor", "random mask", "SFT randomisation", "untouched")
+SPENT = ("once per classifier", "one request alone", "per request")
 METRICS = ("forget_loss", "retain_loss", "forget_probability", "forget_score", "retain_score", "worst_retained_drop")
 
 
@@ -175,7 +176,7 @@ def test_run_prints_its_table(finished):
     written = one_file(folder, "table.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in written]
     assert tuple(row[0] for row in rows[2:]) == METHODS
-    assert tuple(cell.split(" [")[0] for cell in rows[0] if " [" in cell) == METRICS
+    assert tuple(cell.split(" [")[0] for cell in rows[0] if " [" in cell) == (*METRICS, *SPENT)
     assert re.split(r" {2,}", lines[0]) == ["method", *terminal.COLUMNS, "verdict"]
     assert [re.split(r" {2,}", line)[0] for line in lines[2 : 2 + len(METHODS)]] == list(METHODS)
     column = rows[0].index(next(cell for cell in rows[0] if cell.startswith("forget_score")))
@@ -229,10 +230,11 @@ def test_quiet_json_is_all_that_is_said(finished, tiny):
 
 
 @pytest.mark.slow
-def test_several_seeds_in_one_command(finished, tiny):
+def test_several_seeds_in_one_command(finished, tiny, tmp_path):
     """The seed that is there is found; means and intervals are those of the records, by Student's t."""
     folder, _ = finished
-    where = ("--config", tiny, "--output-dir", folder / "out", "--seeds", "0", "1", "--quiet")
+    shutil.copytree(folder / "out", tmp_path / "out")
+    where = ("--config", tiny, "--output-dir", tmp_path / "out", "--seeds", "0", "1", "--quiet")
     result = process(folder, "main.py", "run", *where, "--json")
     assert (result.returncode, result.stderr) == (0, "")
     said = json.loads(result.stdout)
