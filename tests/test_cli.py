@@ -461,7 +461,7 @@ def test_failing_stage_gives_one(tiny, tmp_path, monkeypatch, capsys):
     def broken(_):
         raise RuntimeError("something broke")
 
-    monkeypatch.setattr("pipeline.Pipeline.run", broken)
+    monkeypatch.setattr("pipeline.Pipeline.measure", broken)
     assert main.main(["run", "--config", str(tiny), "--output-dir", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err

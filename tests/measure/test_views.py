@@ -26,7 +26,7 @@ from measure.exhibits import (
 )
 from measure.metrics import Outputs
 from model import NO_ANSWER, HookedMLPClassifier, predictions
-from reporting import panels
+from reporting import figures
 from tests.helpers.common import APART, held
 from tests.helpers.records import record
 from unlearn.masks import Mask
@@ -198,7 +198,7 @@ def test_map_of_a_large_layer_counts_equal_blocks(shape):
 @pytest.mark.parametrize(("m", "n", "block"), [(32, 33, "1 x 2"), (40, 65, "2 x 3"), (97, 784, "4 x 25")])
 def test_figures_name_the_size_of_the_blocks(m, n, block):
     mask = Mask(torch.zeros(m, n, dtype=torch.bool), WeightGraph(((m, n),), (), ("w",)))
-    (panel,) = panels.mask_map_panels([[record(5, 100, (50, 80), (50, 80)) | {"mask_map": mask_map(mask)}]])
+    (panel,) = figures.mask_map_panels([[record(5, 100, (50, 80), (50, 80)) | {"mask_map": mask_map(mask)}]])
     assert f"cells of {block} weights" in panel.title
     assert panel.cells
     assert panel.cells[0][0] == np.prod([int(side) for side in block.split(" x ")])

@@ -21,7 +21,7 @@ from core.config import (
 from core.observe import Tracker, be_quiet
 from core.yaml_files import made, merged, typed
 from pipeline import Pipeline
-from reporting.tables import remarks
+from reporting.tables import warnings
 from stages.chain import Stages
 from stages.classifier import ClassifierStage
 from stages.evaluation import Footing
@@ -240,12 +240,12 @@ def test_the_ends_of_the_ranges_end_in_a_sentence(finished, tmp_path, over, said
 
 
 def test_an_untrained_classifier_is_said_to_be_near_chance(tmp_path, capsys):
-    """Before the sweep in the log, after it in the remarks; a trained one is not."""
+    """Before the sweep in the log, after it in the warnings; a trained one is not."""
     config = tiny(tmp_path, kappa_list=[100], train={"epochs": 1, "lr": 1e-9})
     (record,) = Pipeline(config).eval()
     assert record["footing"]["low"] <= record["footing"]["chance"]
     assert "near chance" in capsys.readouterr().err
-    assert remarks([record])[0].startswith("Warning: the untouched classifier recognises ")
+    assert warnings([record])[0].startswith("Warning: the untouched classifier recognises ")
 
 
 def test_chance_is_inside_or_outside_the_interval(finished):
@@ -253,6 +253,6 @@ def test_chance_is_inside_or_outside_the_interval(finished):
     standing = first["record"]["footing"]
     assert standing["near_chance"] is None
     assert standing["low"] > standing["chance"] >= 10
-    assert not [line for line in remarks([first["record"]]) if "near chance" in line]
+    assert not [line for line in warnings([first["record"]]) if "near chance" in line]
     assert Footing(20.0, 9.9, 30.0, 10.0).near_chance
     assert not Footing(20.0, 10.1, 30.0, 10.0).near_chance
