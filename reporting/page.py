@@ -255,23 +255,28 @@ def costs(record: Record) -> list[tuple[str, str, str]]:
     """List what the answer cost at a point: (what, value, what to hold it against), as far as it was measured."""
     after, before = (record["methods"][name] for name in (record["answer"], "default"))
     retrained = record["methods"].get("retrain", {}).get("seconds")
-    versus = f"retraining: {retrained:.2g} s" if known(retrained) else "for the mask"
+    versus = f"retraining: {_two_digits(retrained)} s" if known(retrained) else "for the mask"
+    seconds, prepared = (_two_digits(after.get(name)) for name in ("seconds", "seconds_offline"))
     change = after["retain_score"] - before["retain_score"]
     found: list[tuple[str, object, str, str]] = [
         ("weights changed", after["weights_changed"], "{:,}", share_changed(record)),
         ("other classes", change, "{:+.1f} points", f"{before['retain_score']:.1f} to {after['retain_score']:.1f} %"),
         ("worst other class", after.get("worst_retained_drop"), "{:.1f} points", "lost by the one that loses most"),
         ("Avg Gap", after.get("avg_gap"), "{:.2f} points", "from a retrained model, mean of four percentages"),
-        (
-            "time",
-            after["seconds"],
-            "{:.2g} s",
-            versus,
-        ),
-        ("before any request", after.get("seconds_offline"), "{:.2g} s", "once for all requests, on this machine"),
+        ("time", seconds, "{} s", versus),
+        ("before any request", prepared, "{} s", "once for all requests, on this machine"),
         ("size of the change", after.get("edit_bytes"), "{:,} bytes", "to be stored"),
     ]
-    return [(what, shape.format(value), note) for what, value, shape, note in found if known(value)]
+    return [
+        (what, shape.format(value), note)
+        for what, value, shape, note in found
+        if isinstance(value, str) or known(value)
+    ]
+
+
+def _two_digits(value: object) -> str | None:
+    """Write a number with two digits, a large one without an exponent; None: not known."""
+    return (f"{value:.2g}" if value < 100 else f"{value:,.0f}") if known(value) else None
 
 
 def _opening(run: Run) -> dict:

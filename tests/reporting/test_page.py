@@ -313,12 +313,12 @@ def test_costs_by_hand():
     one = full(5, 200, 12)
     one["labels"]["retrain"] = "retrained"
     one["methods"]["retrain"] = one["methods"]["default"] | {"seconds": 31.4}
-    one["methods"]["mimu"] |= {"seconds_offline": 60.2, "edit_bytes": 1024, "avg_gap": None}
+    one["methods"]["mimu"] |= {"seconds_offline": 1260.2, "edit_bytes": 1024, "avg_gap": None}
     assert costs(one) == [
         ("weights changed", "200", "20.0 % of the layer"),
         ("other classes", "-2.0 points", "80.0 to 78.0 %"),
         ("time", "0.5 s", "retraining: 31 s"),
-        ("before any request", "60 s", "once for all requests, on this machine"),
+        ("before any request", "1,260 s", "once for all requests, on this machine"),
         ("size of the change", "1,024 bytes", "to be stored"),
     ]
 
