@@ -291,9 +291,8 @@ class Prefix:
 
     def before(self, model: nn.Module, images: Tensor) -> Tensor:
         """Run the model up to the first use of a target weight. [B, C, H, W] -> what is stored, [B, size]."""
-        leaves = self._leaves(
-            model, images, {part.call for part in self.parts}
-        )  # a copy of each output was .2 of a pass
+        read = {part.call for part in self.parts}  # copies of all outputs took a quarter of a forward pass
+        leaves = self._leaves(model, images, read)
         rows = [part.pack(leaves[part.call][0][part.leaf]) for part in self.parts]
         kind = torch.float32
         for row in rows:
