@@ -36,6 +36,7 @@ from commands.sweep import Job, SweepConfig, run_job
 from core.artifacts import read_tensors
 from core.config import UserError
 from core.hashes import code_key, provenance, sha256_arrays
+from core.store import RUNS
 from core.yaml_files import load_config
 from reporting.families import Run
 from reporting.panels import Panel
@@ -151,8 +152,9 @@ def contents(path: Path) -> bytes:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder: path -> contents."""
+    """Every file below a folder: path -> contents; without finished runs, which list the stages that each needed."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not CACHES.search(path.name)]
+    files = [path for path in files if path.parent != folder / RUNS]
     return {str(path.relative_to(folder)): contents(path) for path in files}
 
 

@@ -153,6 +153,8 @@ def _inputs(config: PipelineConfig) -> dict[str, str] | None:
         return None
     if config.gcn.train_seeds or config.gcn.train_batch_sizes:
         return None
+    if not all(path.is_file() for path in config.plugins):
+        return None  # the run says what is wrong with them
     from core.hashes import sha256_file
     from core.store import sha256_folder
     from images.specs import digits_file

@@ -256,9 +256,10 @@ class Finished:
 def _run_key(config: PipelineConfig) -> str:
     """Hash a configuration with all code and all versions that carry it out.
 
-    Where results lie, where curves are shown and how figures look change no record: these settings are left out.
+    Where results lie, where curves are shown, how figures look and whether a run goes on from an interruption change no
+    record: these settings are left out.
     """
-    asked = replace(config, output_dir=Path(), tracker=Trackers.none, reporter=ReporterConfig())
+    asked = replace(config, output_dir=Path(), tracker=Trackers.none, reporter=ReporterConfig(), resume=False)
     return key_of({"config": plain(asked), "code": whole_code(config.plugins), "versions": versions()})
 
 

@@ -53,9 +53,9 @@ NO_FLAGS = ("reporter", "output_dir", "tracker", "resume")  # say nothing about 
 PATHS = ("dataset_path", "trained_vision_model_path", "graph_dir", "gcn_path")
 FIRST, LATER = ("forget_score", "retain_score", "avg_gap"), ("forget_loss", "retain_loss", "forget_probability")
 SOME, ON_DEMAND = 3, 4  # metrics that are not in FIRST, of level 3; all other metrics are shown on demand
-TIMES = {"per request": 2, "once per classifier": ON_DEMAND, "one request alone": ON_DEMAND}
-LEVELS = {"method": 1, "weights changed": 2, "kappa": 2, "top_k": 3, "verdict": 5} | TIMES
+LEVELS = {"method": 1, "weights changed": 2, "per request": 2, "kappa": 2, "top_k": 3, "verdict": 5}
 """Column -> how much width it needs to be shown (report.css): 1 in any case, 2 and 5 on a tablet, 3 on a desktop."""
+ELSEWHERE = ("once per classifier", "one request alone")  # columns that stand below every metric
 ACROSS = 6  # columns of values beside each other where all are shown
 SECTIONS: tuple[tuple[str, Callable[[str], bool], bool], ...] = (
     ("Over the sweep", lambda name: "_over_" in name and not name.startswith("other_metrics"), True),
@@ -329,9 +329,9 @@ def _cell(text: str) -> dict:
 
 
 def by_priority(rows: list[list[str]], metrics: Sequence[str]) -> list[list[str]]:
-    """Put a table's columns in order: scores, other metrics, budgets, cost, verdict; an empty top_k is left out."""
+    """Order a table's columns: scores, other metrics, budgets, cost, verdict; without ELSEWHERE and an empty top_k."""
     names = [text.partition(" [")[0] for text in rows[0]]
-    own = [name for name in names if name not in ("method", "kappa", "top_k", *metrics)]
+    own = [name for name in names if name not in ("method", "kappa", "top_k", *metrics, *ELSEWHERE)]
     others = [name for name in metrics if name not in FIRST + LATER]
     order = ["method", *FIRST, *others, *LATER, "kappa", "top_k", *own]
     places = [names.index(name) for name in order if name in names]
@@ -353,7 +353,9 @@ def in_parts(rows: list[list[str]], fixed: int, about: str) -> list[dict]:
 
 def _every_metric(run: Run) -> list[dict]:
     rows, metrics = table(run, every=True), len(metrics_of([run]))
-    return in_parts([[row[0], *row[3 : 3 + metrics]] for row in rows], 1, "every metric")
+    costs = [place for place, text in enumerate(rows[0]) if text.partition(" [")[0] in ELSEWHERE]
+    found = [[row[0], *row[3 : 3 + metrics], *(row[place] for place in costs)] for row in rows]
+    return in_parts(found, 1, "every metric")
 
 
 def _grid_sheets(groups: Sequence[list[Run]], metric: str, about: Mapping) -> dict:

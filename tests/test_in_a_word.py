@@ -22,6 +22,7 @@ from core.records import WORDS, Record, read_records, record_path
 from measure.verdicts import LEAST_BAND
 from pipeline import Pipeline
 from reporter import Reporter
+from reporting.page import WORD_OF
 from reporting.tables import DEEP, headline, remarks
 from reporting.terminal import terminal_table
 from rivals.compared import METHODS
@@ -119,14 +120,16 @@ def test_the_sentence_names_what_lies_outside_of_its_band(run):
 def test_json_screen_and_page_say_the_word(run, name, tmp_path):
     _, record = run
     changed, word = with_answer(record, name), EXPECTED[name]
+    changed["verdicts"]["mimu"] = changed["verdicts"]["mimu"][:1]  # the page would say that narrow is collapsed as well
     path = record_path(tmp_path, changed)
     write_json(path, dict(changed))
     (plots,) = Reporter(tmp_path, ReporterConfig(formats=())).plot()
     html = (tmp_path / "reports" / "index.html").read_text("utf-8").replace("&#39;", "'")
     sentence = record["verdicts"][name][0]["sentence"].replace(">", "&gt;").replace("<", "&lt;")
-    (head,) = re.findall(r'<p class="headline">(.*?)</p>', html, re.DOTALL)
-    assert f"In a word: <strong>{word}</strong>, {sentence}." in head
-    assert re.findall("<strong>(.*?)</strong>", head) == [word]
+    (shown,) = re.findall(r'<p class="word"><strong>(.*?)</strong></p>', html)
+    assert shown == WORD_OF[word] == {ERASED: "erased"}.get(word, word)
+    (because,) = re.findall(r'<p class="headline">.*?</p>\n<p class="soft">(.*?)</p>', html, re.DOTALL)
+    assert because == f"{sentence[:1].upper()}{sentence[1:]}."
     assert f"In a word: {word}, {record['verdicts'][name][0]['sentence']}." in headline([changed])
     assert json.loads(path.read_text("utf-8"))["verdicts"]["mimu"][0]["key"] == word
     screen = terminal_table([changed], 200).splitlines()
