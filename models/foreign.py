@@ -74,7 +74,8 @@ class ForeignClassifier(Classifier):
         try:
             return Prefix(self.net, [target.name for target in self.targets], self.examples, self.logits)
         except NotResumable as reason:
-            log(f"the forward pass of this model cannot be resumed, the whole of it runs each time: {reason}")
+            name = type(self.net).__name__
+            log(f"the forward pass of {name} cannot be resumed, the whole of it runs each time: {reason}")
             return None
 
     def prefix(self, images: Tensor, mask_layer: None = None) -> Tensor:

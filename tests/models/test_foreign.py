@@ -174,7 +174,7 @@ class Sneaky(nn.Module):
         return self.last(self.layer(x))
 
 
-def test_model_that_cannot_be_resumed_is_found_out_and_runs_as_a_whole() -> None:
+def test_model_that_cannot_be_resumed_is_found_out_and_runs_as_a_whole(capsys) -> None:
     torch.manual_seed(0)
     net, images = Sneaky().eval().requires_grad_(False), torch.randn(4, 3, 2, 2)
     with pytest.raises(NotResumable, match="other logits"):
@@ -184,6 +184,7 @@ def test_model_that_cannot_be_resumed_is_found_out_and_runs_as_a_whole() -> None
     with torch.no_grad():
         resumed = model.head(model.prefix(images), None, [other])
         assert torch.equal(resumed, functional_call(net, {"layer.weight": other}, (images,)))
+    assert "the forward pass of Sneaky cannot be resumed, the whole of it runs each time: " in capsys.readouterr().err
 
 
 def test_gradient_of_a_class_is_autograds_on_the_whole_model(images: Tensor) -> None:
