@@ -38,6 +38,7 @@ from reporting.tables import (
     remarks,
     share_changed,
     table,
+    two_digits,
     warnings,
     without_records,
 )
@@ -255,8 +256,8 @@ def costs(record: Record) -> list[tuple[str, str, str]]:
     """List what the answer cost at a point: (what, value, what to hold it against), as far as it was measured."""
     after, before = (record["methods"][name] for name in (record["answer"], "default"))
     retrained = record["methods"].get("retrain", {}).get("seconds")
-    versus = f"retraining: {_two_digits(retrained)} s" if known(retrained) else "for the mask"
-    seconds, prepared = (_two_digits(after.get(name)) for name in ("seconds", "seconds_offline"))
+    versus = f"retraining: {two_digits(retrained)} s" if known(retrained) else "for the mask"
+    seconds, prepared = (two_digits(after.get(name)) for name in ("seconds", "seconds_offline"))
     change = after["retain_score"] - before["retain_score"]
     found: list[tuple[str, object, str, str]] = [
         ("weights changed", after["weights_changed"], "{:,}", share_changed(record)),
@@ -272,11 +273,6 @@ def costs(record: Record) -> list[tuple[str, str, str]]:
         for what, value, shape, note in found
         if isinstance(value, str) or known(value)
     ]
-
-
-def _two_digits(value: object) -> str | None:
-    """Write a number with two digits, a large one without an exponent; None: not known."""
-    return (f"{value:.2g}" if value < 100 else f"{value:,.0f}") if known(value) else None
 
 
 def _opening(run: Run) -> dict:
@@ -354,8 +350,7 @@ def in_parts(rows: list[list[str]], fixed: int, about: str) -> list[dict]:
 def _every_metric(run: Run) -> list[dict]:
     rows, metrics = table(run, every=True), len(metrics_of([run]))
     costs = [place for place, text in enumerate(rows[0]) if text.partition(" [")[0] in ELSEWHERE]
-    found = [[row[0], *row[3 : 3 + metrics], *(row[place] for place in costs)] for row in rows]
-    return in_parts(found, 1, "every metric")
+    return in_parts([[row[0], *row[3 : 3 + metrics], *(row[one] for one in costs)] for row in rows], 1, "every metric")
 
 
 def _grid_sheets(groups: Sequence[list[Run]], metric: str, about: Mapping) -> dict:

@@ -68,6 +68,11 @@ def known(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def two_digits(value: object) -> str | None:
+    """Write a number with two digits, a large one without an exponent; None: not known."""
+    return (f"{value:.2g}" if value < 100 else f"{value:,.0f}") if known(value) else None
+
+
 def measurable(value: float, unit: str) -> bool:
     """Return whether a value is one that was measured: a larger loss than MOST_NATS is what a method wrote into a
     logit, such as the 10,000 nats of a logit that is dropped.
