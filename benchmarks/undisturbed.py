@@ -40,6 +40,7 @@ from core.store import RUNS
 from core.yaml_files import load_config
 from reporting.families import Run
 from reporting.panels import Panel
+from reporting.tables import SPENT
 from training.engines import EXECUTORS
 
 PIPELINE = """
@@ -137,7 +138,7 @@ def contents(path: Path) -> bytes:
     try:
         if path.suffix == ".csv":
             head, *rows = csv.reader(data.decode().splitlines())
-            kept = [place for place, name in enumerate(head) if not CLOCK.search(name)]
+            kept = [place for place, name in enumerate(head) if name not in SPENT and not CLOCK.search(name)]
             return json.dumps([[row[place] for place in kept] for row in (head, *rows)]).encode()
         if path.suffix in (".md", ".tex"):  # the cells of the .csv beside it
             return re.sub(rb"[-\d.e ]+", b"#", data)

@@ -16,6 +16,8 @@ from benchmarks.undisturbed import Ended, Plan, leftovers, snapshot
 
 import pytest
 
+from reporting.tables import SPENT
+
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {"kills": 12, "errors": 4, "together": 3, "damage": 16, "workers": 0}  # damage: one of each kind
 
@@ -59,7 +61,7 @@ def test_rerun_is_undisturbed(kind, rows):
 # --- its eyes are open ------------------------------------------------------------------------------------
 
 RECORD, MASK = "eval/metrics_and_plots/json/a/b.json", "eval/metrics_and_plots/masks/a/b_mimu.safetensors"
-FIGURE = "eval/metrics_and_plots/plots/a/f.svg"
+FIGURE, TABLE = "eval/metrics_and_plots/plots/a/f.svg", "eval/metrics_and_plots/plots/a/table.csv"
 
 
 def made(folder: Path) -> Path:
@@ -67,6 +69,7 @@ def made(folder: Path) -> Path:
         RECORD: json.dumps({"score": 1.5, "seconds": {"evaluation": 2.0}, "provenance": {"started": "now"}}),
         MASK: "mask",
         FIGURE: "<svg></svg>\n",
+        TABLE: "\n".join((",".join(("score", *SPENT)), ",".join(("7", *("8.1" for _ in SPENT))))),
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +85,8 @@ CHANGES = {
     "a clock": (RECORD, lambda text: text.replace("2.0", "3.0").replace("now", "then"), []),
     "a digit": (RECORD, lambda text: text.replace("1.5", "1.6"), [f"different: {RECORD}"]),
     "half a record": (RECORD, lambda text: text[:9], [f"different: {RECORD}"]),
+    "a table's clock": (TABLE, lambda text: text.replace("8.1", "9.2"), []),
+    "a table's digit": (TABLE, lambda text: text.replace("7", "6"), [f"different: {TABLE}"]),
     "a mask": (MASK, lambda text: text + "x", [f"different: {MASK}"]),
     "a timed figure": (FIGURE, lambda text: text.replace("<svg>", "<svg>9 s"), []),
     "half a timed figure": (FIGURE, lambda text: text[:6], [f"cut off: {FIGURE}"]),
