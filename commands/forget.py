@@ -300,6 +300,7 @@ TOLD = {
     "features_before": "percent that features read by a stage tell of the class, untouched",
     "features_may": "as two small networks expect after retraining",
     "features_now": "with the mask",
+    "class_bias": "bias of the forgotten classes' outputs, which no mask changes",
 }
 
 

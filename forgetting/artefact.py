@@ -76,7 +76,7 @@ def to_mask(
         parts = zip(answering.model.targets, answering.model.weight_graph().split(answer.values), strict=True)
         held = {target.name: part.flatten() for target, part in parts}
         values = {name: held[name][at].to(getattr(torch, about.targets[name].dtype)) for name, at in flat.items()}
-    scores = judge(answering, answer)
+    scores = judge(answering, answer) | _biases(answering.model, answer.classes)
     absent = int((answering.parts.counts == 0).sum())
     config = Config.read({
         "forgotten": [{"index": label, "name": names.names[label]} for label in answer.classes],
@@ -88,6 +88,20 @@ def to_mask(
         "data_sha256": answering.parts.digest,
     })  # fmt: skip
     return Mask(flat, config, values)
+
+
+def _biases(model: ForeignClassifier, classes: Sequence[int]) -> dict[str, str]:
+    """`class_bias`: what the last layer adds to the logits of classes to forget, and of others; no mask changes it."""
+    try:
+        added = model.class_biases()
+    except UserError:  # no weight gives the logits by itself
+        return {}
+    if added is None:
+        return {}
+    of = torch.isin(torch.arange(len(added)), torch.tensor(classes))
+    own = ", ".join(f"{value:+.3f}" for value in added[of].tolist())
+    others = f" (others {float(added[~of].min()):+.3f} to {float(added[~of].max()):+.3f})" if not of.all() else ""
+    return {"class_bias": own + others}
 
 
 def _method(answer: Answer, target: AutoConfig) -> str:

@@ -188,7 +188,9 @@ def _short(error: BaseException) -> str:
 
 
 def _is_state(value: object) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+    """Whether it is a table of tensors; some scripts leave an entry at None."""
+    items = list(value.values()) if isinstance(value, Mapping) else []
+    return any(isinstance(one, Tensor) for one in items) and all(isinstance(one, Tensor | None) for one in items)
 
 
 def _unwrapped(value: object, path: Path, ema: Ema | None) -> Stored:
@@ -211,7 +213,7 @@ def _unwrapped(value: object, path: Path, ema: Ema | None) -> Stored:
         names = ", ".join(repr(str(name)) for name in list(value)[:SHOWN]) or "nothing"
         raise UserError(f"{path} holds no tensors but {names}: {HOW}")
     notes = (f"{path}: taking its {container!r}",) if found else ()
-    aside = sorted({str(name) for name in value} - {container.partition(".")[0]} - set(tensors))
+    aside = sorted((set(map(str, value)) - {container.partition(".")[0]} | set(map(str, state))) - set(tensors))
     notes += (f"{path}: left aside {', '.join(aside)}",) if aside else ()
     copies = tuple(name for name in found if name != container)
     return Stored(path, tensors, container=container, copies=copies, in_order=True, notes=notes)
@@ -418,9 +420,7 @@ def load_state(model: nn.Module, stored: Stored) -> None:
     for note in given.notes:
         _say(note)
     ready = checked(given.tensors, needed, stored.path, FITTING)
-    kinds = sorted(
-        {_kind(given.tensors[name]) for name, value in needed.items() if given.tensors[name].dtype != value.dtype}
-    )
+    kinds = sorted({_kind(given.tensors[name]) for name, t in needed.items() if given.tensors[name].dtype != t.dtype})
     if kinds:
         _say(f"{stored.path} holds {', '.join(kinds)}: converted to float32")
     elif stored.digest:

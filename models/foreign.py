@@ -20,7 +20,7 @@ from core.observe import log
 from graphs.layout import WeightGraph
 from models.classifier import Classifier
 from models.prefix import NotResumable, Prefix
-from models.targets import AUTO, Target, choose, find_targets, tells_nothing
+from models.targets import AUTO, Target, choose, find_targets, head_of, tells_nothing
 
 INSIDE = "net."
 """What stands before a parameter's own name, because the module is wrapped."""
@@ -99,6 +99,12 @@ class ForeignClassifier(Classifier):
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, classes]."""
         return self.logits(self.net(images))
+
+    def class_biases(self) -> Tensor | None:
+        """What the last layer adds to each logit, [classes], which no mask changes; None: it adds nothing."""
+        head = head_of(find_targets(self.net, self.examples), self.num_classes)
+        bias = getattr(self.net.get_submodule(head.name.rpartition(".")[0]), "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) and len(bias) == self.num_classes else None
 
     def class_gradient(self, h: Tensor, labels: Tensor, batch: int = 128) -> Tensor:
         """Mean gradient of the cross-entropy with respect to the target weights, [*graph.shape]; of no image: zeros.

@@ -24,7 +24,7 @@ from core.config import UserError
 from core.hashes import sha256_file
 from models.checkpoints import FLOAT_PARENT, Ema, Matched, Stored, checked, matched, read_checkpoint, read_folder
 from models.class_names import ClassNames
-from models.preprocessing import Preprocessing, from_torchvision, of_timm, of_transformers
+from models.preprocessing import PREPROCESSOR, Preprocessing, from_torchvision, of_timm, of_transformers
 
 ADVICE = "name the architecture that the checkpoint is of"
 COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # kinds of numbers that models run in
@@ -234,14 +234,26 @@ def build_timm(name: str, file: Path, settings: Mapping[str, Any], reading: Read
     return _filled_timm(name, read_checkpoint(file, reading.ema), dict(settings), reading, {})
 
 
+def _config(folder: Path, writer: str) -> tuple[Path, dict]:
+    """A folder's config.json, and what it says.
+
+    Raises:
+        UserError: there is none.
+        DamagedError: it is no JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} has no config.json: give a folder that {writer} wrote")
+    return file, read_json(file, foreign=True)
+
+
 def build_timm_folder(folder: Path, reading: Reading) -> Built:
     """A folder that timm wrote for a hub: config.json beside the weights.
 
     Raises:
         UserError: config.json names no architecture, or as for files.
     """
-    file = folder / "config.json"
-    config = read_json(file, foreign=True)
+    file, config = _config(folder, "timm")
     name = config.get("architecture")
     if not isinstance(name, str):
         raise UserError(f"{file} names no architecture of timm: a folder of transformers is given as hf:{folder}")
@@ -312,8 +324,7 @@ def build_transformers(folder: Path, reading: Reading) -> Built:
         UserError: it is no classifier of one label a picture, is quantised, needs code, or its weights do not fit.
     """
     transformers = _import("transformers", "hf")
-    file = folder / "config.json"
-    raw = read_json(file, foreign=True)
+    file, raw = _config(folder, "save_pretrained")
     _refuse_config(raw, file)
     stored = read_folder(folder, reading.ema)
     with _quiet(transformers):
@@ -325,7 +336,7 @@ def build_transformers(folder: Path, reading: Reading) -> Built:
     known = {int(place): str(name) for place, name in (config.id2label or {}).items()}
     names = tuple(known[place] for place in sorted(known))
     own = None if all(map(PLACEHOLDER.fullmatch, names)) else ClassNames(names, f"id2label in {file}")
-    beside = [one for one in (file, folder / "preprocessor_config.json") if one.is_file()]
+    beside = [one for one in (file, folder / PREPROCESSOR) if one.is_file()]
     return Built(
         *(module.eval(), stored, found, head, config.num_labels, f"transformers {transformers.__version__}"),
         *(own, preprocessing, (*stored.files, *beside), (*found.notes, *notes)),

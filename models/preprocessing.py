@@ -24,6 +24,7 @@ from core.config import UserError
 Channels = Literal["RGB", "BGR", "grey"]
 CHANNELS = ("RGB", "BGR", "grey")
 LEVELS = 255
+PREPROCESSOR = "preprocessor_config.json"  # of a folder that save_pretrained wrote
 FLAGS = "--size, --mean and --std (and --channels if they are not RGB)"
 
 
@@ -261,20 +262,26 @@ PIL_MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # b
 
 
 def of_transformers(transformers: Any, folder: Path) -> Preprocessing | None:
-    """What a folder's preprocessor_config.json says, checked against the library's own; None if there is none.
+    """What a folder's PREPROCESSOR says, checked against the library's own; None if there is none.
 
     Raises:
         UserError: it asks for what `Preprocessing` cannot do.
     """
-    file = folder / "preprocessor_config.json"
+    file = folder / PREPROCESSOR
     if not file.is_file():
         return None
-    theirs = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    try:
+        theirs = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        mine = from_transformers(theirs.to_dict(), file)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library meets in a file that it does not understand
+        said = " ".join(str(error).split())[:160]
+        raise UserError(f"{file} is not understood ({said}): put it right, or remove it and give {FLAGS}") from None
 
     def prepared(picture: Image.Image) -> Tensor:
         return theirs(picture, return_tensors="pt")["pixel_values"][0]
 
-    mine = from_transformers(theirs.to_dict(), file)
     if not agrees(mine, prepared):
         name = type(theirs).__name__
         raise UserError(f"{file} prepares pictures by {name} in a way that is not supported: give {FLAGS}")

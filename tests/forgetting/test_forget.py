@@ -121,6 +121,9 @@ def test_the_cards_scores_are_those_of_plain_torch(way, home, net, tmp_path):
         again = renewed(net, train[train_labels != WANTED])(images).argmax(1) == labels
     assert scores["forget_recalibrated"] == pytest.approx(percent(again[of]), abs=100 / int(of.sum()))
     assert scores["retain_recalibrated"] == pytest.approx(percent(again[~of]), abs=100 / int((~of).sum()))
+    bias = net.fc.bias.tolist()
+    others = sorted(bias[:WANTED] + bias[WANTED + 1 :])
+    assert scores["class_bias"] == f"{bias[WANTED]:+.3f} (others {others[0]:+.3f} to {others[-1]:+.3f})"
 
 
 def test_a_change_of_nothing_has_no_sign(home, tmp_path, capsys):

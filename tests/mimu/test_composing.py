@@ -123,6 +123,29 @@ def test_a_mask_becomes_pairs_of_torchs_pruning_and_comes_back():
     assert back.apply(model).grade == "parent"
 
 
+def test_training_under_pruning_leaves_the_weights_off():
+    """`prune.remove` then leaves plain zeros under the parent's own names."""
+    model = mlp()
+    mask = mask_on(model, "2.weight", 12)
+    mask.to_prune(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
+    before = model[2].weight.detach().clone()
+    for step in range(3):
+        images = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(model(images), torch.arange(8) % model[2].out_features).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model(images)
+    prune.remove(model[2], "weight")
+    off = torch.zeros_like(before, dtype=torch.bool).flatten()
+    off[mask.positions["2.weight"].long()] = True
+    after = model[2].weight.detach().flatten()
+    assert not after[off].any()
+    assert (after[~off] != before.flatten()[~off]).all()
+    assert "2.weight" in model.state_dict()
+    assert "2.weight_orig" not in model.state_dict()
+
+
 def test_a_pruned_layer_without_zeros_and_a_model_without_pruning():
     model = mlp()
     with pytest.raises(MaskError, match="no weight of the model is pruned"):

@@ -194,6 +194,25 @@ def test_folders_that_are_refused(change, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("kind", "writer"), [("hf", "save_pretrained"), ("timm", "timm")])
+def test_a_folder_without_a_whole_config(kind, writer, tmp_path):
+    pytest.importorskip("transformers" if kind == "hf" else "timm")
+    with pytest.raises(UserError, match=f"has no config.json: give a folder that {writer} wrote"):
+        load(f"{kind}:{tmp_path}", preprocessing=SMALL)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        load(f"{kind}:{tmp_path}", preprocessing=SMALL)
+
+
+@pytest.mark.parametrize("text", ["{", '{"image_processor_type": "Unheard"}', '{"size": []}'])
+def test_a_preprocessor_that_cannot_be_read(text, tmp_path):
+    module, _ = made_by_transformers("vit")
+    module.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"preprocessor_config\.json is not understood .*: put it right, or remove it"):
+        load(f"hf:{tmp_path}", preprocessing=SMALL)
+
+
 def test_a_shard_that_is_gone_or_elsewhere(tmp_path):
     module, _ = made_by_transformers("resnet")
     module.save_pretrained(tmp_path, max_shard_size="10KB")

@@ -180,6 +180,22 @@ def test_wrappers_are_taken_off_and_remembered(prefix, container, tmp_path):
         assert any("left aside args, epoch, optimizer" in note for note in loaded.notes)
 
 
+@pytest.mark.parametrize("container", [None, "state_dict"])
+def test_what_is_no_tensor_is_left_aside_or_missing(container, tmp_path):
+    module = network()
+
+    def saved(more: dict) -> Path:
+        state = {**module.state_dict(), **more}
+        torch.save({container: state} if container else state, tmp_path / "x.pt")
+        return tmp_path / "x.pt"
+
+    loaded = given(SMALL, saved({"extra": None}))
+    assert same(loaded, module)
+    assert any("left aside extra" in note for note in loaded.notes)
+    file = saved({"classifier.1.bias": None})
+    assert "does not fit the model: 1 missing (classifier.1.bias)" in refusal(f"torchvision:{SMALL}@{file}")
+
+
 def test_lightning_keeps_other_things_beside_the_model(tmp_path):
     module = network()
     state = {f"net.{name}": value for name, value in module.state_dict().items()}
