@@ -85,7 +85,7 @@ class Descent:
 
     def terms(self, degrees: Tensor) -> Terms:
         """Of one batch; degrees: of the weights at `places`."""
-        every = self.weight.new_zeros(self.weight.numel()).index_put((self.places,), degrees)
+        every = self.weight.new_zeros(self.weight.numel()).scatter(0, self.places, degrees)
         weights = self.graph.split(self.weight * (1 - every.view(self.weight.shape)))
         return self.sides.terms(weights, self.generator, self.how.by)
 

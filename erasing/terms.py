@@ -151,7 +151,7 @@ class Sides:
         return total / draws
 
     def _rows(self, batch: Batch) -> Tensor:
-        return self.h[torch.cat([batch.forget, batch.partners, batch.retain])]
+        return self.h.index_select(0, torch.cat([batch.forget, batch.partners, batch.retain]))
 
     def _tell(self, features: Sequence[Tensor], batch: Batch) -> Tensor:
         sizes = [len(batch.forget), len(batch.partners), len(batch.retain)]
