@@ -3,6 +3,7 @@
     uv run benchmarks/features.py                 the short form: one classifier, two classes, 3 minutes
     uv run benchmarks/features.py --full          ten classes x 3 classifiers, rivals on one of them
     [--sections ours rivals gentle curve ablations] [--seeds N ...] [--classes N ...] [--curve PATH] [--json PATH]
+    [--methods NAME ...]                          of these sections some methods alone
     [--docs] [--measured PATH]                    tables and curve from what an earlier call kept with --json
     [--classifier resnet] [--models FOLDER]       ResNet-18, judged by fewer metrics; trained ones are kept in a folder
 
@@ -264,6 +265,7 @@ def main() -> None:
     asked.add_argument("--classifier", choices=list(RECIPES), default="mlp")
     asked.add_argument("--models", type=Path, help="folder in which trained classifiers are kept for further calls")
     asked.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=["ours"])
+    asked.add_argument("--methods", nargs="+", help="of the sections' methods these alone")
     asked.add_argument("--seeds", nargs="+", type=int, help="of classifiers")
     asked.add_argument("--classes", nargs="+", type=int, help="each forgotten by itself")
     asked.add_argument("--curve", type=Path, default=PROJECT_ROOT / "docs" / "size-curve.png")
@@ -275,9 +277,11 @@ def main() -> None:
     kept = read_json(given.measured) if given.measured else {}
     for section in given.sections:
         pairs = [(seed, label) for label in classes for seed in seeds]
-        every[section] = kept.get(section) or [row for pair in pairs for row in cell(models, *pair, SECTIONS[section])]
+        chosen = [name for name in SECTIONS[section] if name in (given.methods or SECTIONS[section])]
+        every[section] = kept.get(section) or [row for pair in pairs for row in cell(models, *pair, chosen)]
         print(f"\n{section}, {torch.get_num_threads()} threads\n{as_text(table(every[section]))}\n", flush=True)
-    if rows := every.get("curve"):
+    rows = every.get("curve", [])
+    if set(CURVE) <= {row["method"] for row in rows}:
         write_bytes(given.curve, drawn(rows))
     n = f"{len(classes)} classes x {len(seeds)} classifiers: mean (worst)"
     name = "features" if given.classifier == "mlp" else f"features_{given.classifier}"
