@@ -223,11 +223,14 @@ def test_deterministic_algorithms_on_a_gpu_alone(kind, monkeypatch):
     flags = torch.backends.cudnn
     for name in ("benchmark", "deterministic"):
         monkeypatch.setattr(flags, name, name == "benchmark")
+    monkeypatch.setattr(flags, "allow_tf32", True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", (asked := []).append)
     try:
         distributed.make_repeatable(torch.device(kind))
         assert torch.are_deterministic_algorithms_enabled() == (kind == "cuda")
         assert torch.is_deterministic_algorithms_warn_only_enabled() == (kind == "cuda")
         assert (flags.benchmark, flags.deterministic) == ((False, True) if kind == "cuda" else (True, False))
+        assert (flags.allow_tf32, asked) == ((False, ["highest"]) if kind == "cuda" else (True, []))
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
