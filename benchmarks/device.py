@@ -2,8 +2,8 @@
 
     uv run benchmarks/device.py [--device cuda] [--json PATH] [--docs]
 
-A device finishes what it was given before a clock is read. float32 is float32, never TF32; bf16 is `train.bf16`, measured
-on a GPU. Requests are those of the shipped graph network, on the MLP's target layer: alone, and refined by 30 steps.
+A device finishes what it was given before a clock is read. float32 is float32, never TF32; bf16 is `train.bf16`, for a
+GPU alone. Requests are those of the shipped graph network, on the MLP's target layer: alone, and refined by 30 steps.
 """
 
 import statistics
