@@ -11,7 +11,6 @@ of the memory beyond the smallest run's: 1 is linear in classes, and therefore a
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -29,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from core.config import PROJECT_ROOT
+from core.records import read_records
 
 EACH, SIDE, ROUGH = 40, 32, 4
 SHOWN = ("classifier", "graphs", "gcn", "evaluation")
@@ -74,7 +74,7 @@ def whole_run(tree: Path, output: Path, flags: Sequence[str]) -> dict:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{said.read_text()[-2000:]}")
-    records = [json.loads(path.read_text()) for path in sorted((output / "eval").rglob("*.json"))]
+    records = read_records(output)
     stages = records[0]["provenance"]["seconds"]
     evaluation = sum(record["provenance"]["seconds"]["evaluation"] for record in records)
     return {
