@@ -1,15 +1,21 @@
-"""Tell which runs are pooled into a family, and by which settings two families of one name differ.
+"""Tell which runs are pooled into a family, by which settings two families of one name differ, and what command makes
+a run again.
 
 A *run* is a list of records that differ in top_k and kappa alone; a *family* is a list of runs that differ in the seed
 and in the classes to forget alone. Files and folders count by their contents, never by where they lie.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import PurePath
 
+from core.config import PROJECT_ROOT, plain
 from core.hashes import key_of
 from core.observe import log
 from core.records import Record
+from core.yaml_files import load_config
 
 Run = list[Record]
 APART = {
@@ -18,7 +24,7 @@ APART = {
     # the sweep's points: those that the run has are counted instead
     *("topK_list", "kappa_list"),
     # files and folders: their contents are counted instead
-    *("vision_dataset", "dataset_path", "trained_vision_model_path", "graph_dir", "gcn_path"),
+    *("vision_dataset", "dataset_path", "trained_vision_model_path", "graph_dir", "gcn_path", "plugins"),
     # the kind of device that was used is counted instead
     "device",
     # what no value depends on
@@ -26,6 +32,9 @@ APART = {
     *("train.ddp_timeout", "train.ddp_restarts", "train.save_seconds"),
 }
 SHORT = 6  # digits of a hash, where people read it
+DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
+NO_FLAGS = ("reporter", "output_dir", "tracker", "resume")  # say nothing about the results
+PATHS = ("dataset_path", "trained_vision_model_path", "graph_dir", "gcn_path")
 
 
 def runs_of(records: Iterable[Record]) -> list[Run]:
@@ -65,6 +74,7 @@ def identity(run: Run) -> dict[str, object]:
     if not automatic:
         points["kappa tried"] = sorted({record["kappa"] for record in run})
     made_by = {"code": first["code"], "device": about["device"].partition(":")[0]}
+    made_by |= {"plugins": sorted(about["plugins"].values())} if about["plugins"] else {}
     return {
         "model": first["model"],
         "images": first["images"],
@@ -76,19 +86,24 @@ def identity(run: Run) -> dict[str, object]:
     }
 
 
-def family_key(run: Run) -> str:
-    """Hash what the runs of a family share."""
-    return key_of(identity(run))[:8]
+def family_key(run: Run, beside: Collection[str] = ()) -> str:
+    """Hash what the runs of a family share; `beside`: settings that they may differ in, too, such as "eval.methods"."""
+    return key_of({name: value for name, value in identity(run).items() if name not in beside})[:8]
 
 
-def families(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs by family. Of several with the same seed and classes as well, the one that started last; that is said."""
+def families(runs: Iterable[Run], beside: Collection[str] = (), say: Callable[[str], object] = log) -> list[list[Run]]:
+    """Runs by family. Of several with the same seed and classes as well, the one that started last; that is said.
+
+    Args:
+        beside: as of `family_key`.
+        say: Takes each sentence about a run that is left out.
+    """
     found: dict[str, dict[str, Run]] = {}
     for run in sorted(runs, key=lambda run: run[0]["provenance"]["started"]):
         place = f"{run[0]['seed']} {labels_of(run[0])}"
-        family = found.setdefault(family_key(run), {})
+        family = found.setdefault(family_key(run, beside), {})
         if place in family:
-            log(f"report: run {family[place][0]['run']} is left out of its family: {run[0]['run']} repeats it")
+            say(f"report: run {family[place][0]['run']} is left out of its family: {run[0]['run']} repeats it")
         family[place] = run
     return [
         sorted(family.values(), key=lambda run: (run[0]["seed"], str(run[0]["forget_class"])))
@@ -101,6 +116,8 @@ def families(runs: Iterable[Run]) -> list[list[Run]]:
 
 def _short(name: str, value: object) -> str:
     """Return a setting's value for people: hashes by their first digits, lists without brackets."""
+    if name == "plugins" and isinstance(value, list):
+        return " ".join(str(one)[:SHORT] for one in value)
     if name in ("images", "code") or name.startswith("given "):
         return str(value)[:SHORT] if value else "none"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -119,7 +136,7 @@ def differing(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
     return found
 
 
-def _told(found: Mapping[str, list[str]], count: int) -> list[str]:
+def as_told(found: Mapping[str, list[str]], count: int) -> list[str]:
     """Return the values of some settings in words, for each group."""
     return [", ".join(f"{name} {values[place] or 'none'}" for name, values in found.items()) for place in range(count)]
 
@@ -131,8 +148,66 @@ def told_apart(groups: Sequence[list[Run]]) -> list[str]:
     for name in set(named):
         places = [place for place, one in enumerate(named) if one == name]
         found = differing([groups[place] for place in places])
-        short = _told({name: values for name, values in found.items() if all(values)}, len(places))
+        short = as_told({name: values for name, values in found.items() if all(values)}, len(places))
         enough = all(short) and len(set(short)) == len(places)  # else name what some of them do not have, too
-        for place, told in zip(places, short if enough else _told(found, len(places)), strict=True):
+        for place, told in zip(places, short if enough else as_told(found, len(places)), strict=True):
             said[place] = told
     return said
+
+
+# --- the command that makes a run again -------------------------------------------------------------------
+
+
+@lru_cache
+def _defaults() -> dict:
+    return plain(load_config([DEFAULT_CONFIG]))
+
+
+def _flags(values: Mapping, defaults: Mapping, prefix: str = "") -> list[str]:
+    """Command-line flags for every value that is not the default."""
+    flags = []
+    for name, value in values.items():
+        known, flag = defaults.get(name), f"--{prefix}{name.replace('_', '-')}"
+        if value == known or name in NO_FLAGS or name not in defaults:
+            continue
+        if isinstance(value, dict):
+            flags += _flags(value, known or {}, f"{prefix}{name.replace('_', '-')}.")
+        elif isinstance(value, bool):
+            flags.append(flag if value else f"--{prefix}no-{name.replace('_', '-')}")
+        else:
+            flags += [flag, *(map(str, value) if isinstance(value, list) else [_typed(name, value)])]
+    return flags
+
+
+def _typed(name: str, value: object) -> str:
+    """Return a value as it may be typed after its flag."""
+    text = str(value)
+    if name in PATHS and value is not None and (text[:1] in ("-", "~") or text == "None"):
+        return f"./{text}"  # else it would be a flag, the home folder or no path at all
+    return text
+
+
+def command(run: Run, seeds: Sequence[int] = ()) -> str:
+    """Return the command that makes a run again, from the commit that its provenance names: text for a POSIX shell.
+
+    Args:
+        seeds: Once for each of these instead of the run's own seed.
+    """
+    config = dict(run[0]["config"])
+    if seeds:
+        config["seed"] = _defaults().get("seed")
+    config["topK_list"] = sorted({record["top_k"] for record in run})
+    if run[0]["auto"] is None:
+        config["kappa_list"] = sorted({record["kappa"] for record in run})
+    elif "kappa_list" in _defaults():
+        config["kappa_list"] = _defaults()["kappa_list"]
+    flags = [*_flags(config, _defaults()), *(["--seeds", *map(str, seeds)] if seeds else [])]
+    return " ".join(map(_quoted, ["uv", "run", "main.py", "run", *flags]))
+
+
+def _quoted(word: str) -> str:
+    """Return a word for a shell; bytes that are no UTF-8 are spelled out as bash, zsh and ksh read them."""
+    if word.isprintable() or not any("\ud800" <= sign <= "\udfff" for sign in word):
+        return shlex.quote(word)
+    codes = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
+    return f"$'{codes}'"

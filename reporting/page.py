@@ -7,7 +7,6 @@ pickers and the figures are made by the script in `templates/report.js` from the
 import json
 import math
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -18,11 +17,10 @@ from urllib.parse import quote
 from markupsafe import Markup, escape
 
 from core.artifacts import write_text
-from core.config import PROJECT_ROOT, plain
+from core.config import PROJECT_ROOT
 from core.observe import visible
 from core.records import SCORES, Record, axes_of, record_path
-from core.yaml_files import load_config
-from reporting.families import Run, dataset_of, told_apart
+from reporting.families import Run, command, dataset_of, told_apart
 from reporting.figures import FEATURES, figures_of, forgotten_taken_for
 from reporting.panels import Panel
 from reporting.tables import (
@@ -48,10 +46,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 TEMPLATES = PROJECT_ROOT / "reporting" / "templates"
-DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "default.yaml"
 DIGITS = 4  # significant ones that a value keeps on the page
-NO_FLAGS = ("reporter", "output_dir", "tracker", "resume")  # say nothing about the results
-PATHS = ("dataset_path", "trained_vision_model_path", "graph_dir", "gcn_path")
 FIRST, LATER = ("forget_score", "retain_score", "avg_gap"), ("forget_loss", "retain_loss", "forget_probability")
 SOME, ON_DEMAND = 3, 4  # metrics that are not in FIRST, of level 3; all other metrics are shown on demand
 LEVELS = {"method": 1, "weights changed": 2, "per request": 2, "kappa": 2, "top_k": 3, "verdict": 5}
@@ -93,57 +88,6 @@ def rounded(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-# --- the command that makes a run again -------------------------------------------------------------------
-
-
-@lru_cache
-def _defaults() -> dict:
-    return plain(load_config([DEFAULT_CONFIG]))
-
-
-def _flags(values: Mapping, defaults: Mapping, prefix: str = "") -> list[str]:
-    """Command-line flags for every value that is not the default."""
-    flags = []
-    for name, value in values.items():
-        known, flag = defaults.get(name), f"--{prefix}{name.replace('_', '-')}"
-        if value == known or name in NO_FLAGS or name not in defaults:
-            continue
-        if isinstance(value, dict):
-            flags += _flags(value, known or {}, f"{prefix}{name.replace('_', '-')}.")
-        elif isinstance(value, bool):
-            flags.append(flag if value else f"--{prefix}no-{name.replace('_', '-')}")
-        else:
-            flags += [flag, *(map(str, value) if isinstance(value, list) else [_typed(name, value)])]
-    return flags
-
-
-def _typed(name: str, value: object) -> str:
-    """Return a value as it may be typed after its flag."""
-    text = str(value)
-    if name in PATHS and value is not None and (text[:1] in ("-", "~") or text == "None"):
-        return f"./{text}"  # else it would be a flag, the home folder or no path at all
-    return text
-
-
-def command(run: Run) -> str:
-    """Return the command that makes a run again, from the commit that its provenance names: text for a POSIX shell."""
-    config = dict(run[0]["config"])
-    config["topK_list"] = sorted({record["top_k"] for record in run})
-    if run[0]["auto"] is None:
-        config["kappa_list"] = sorted({record["kappa"] for record in run})
-    elif "kappa_list" in _defaults():
-        config["kappa_list"] = _defaults()["kappa_list"]
-    return " ".join(map(_quoted, ["uv", "run", "main.py", "run", *_flags(config, _defaults())]))
-
-
-def _quoted(word: str) -> str:
-    """Return a word for a shell; bytes that are no UTF-8 are spelled out as bash, zsh and ksh read them."""
-    if word.isprintable() or not any("\ud800" <= sign <= "\udfff" for sign in word):
-        return shlex.quote(word)
-    codes = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
-    return f"$'{codes}'"
 
 
 def _pasted(text: str) -> Markup:
@@ -308,7 +252,7 @@ def _levels(metrics: Sequence[str]) -> dict[str, int]:
     return levels | LEVELS
 
 
-def _sheet(rows: list[list[str]], about: str, levels: Mapping[str, int] | None = None) -> dict:
+def sheet(rows: list[list[str]], about: str, levels: Mapping[str, int] | None = None) -> dict:
     """Return a table for the template: columns with their levels, cells with what stands behind their value."""
     of = [1 if levels is None else levels.get(text.partition(" [")[0], 3) for text in rows[0]]
     head = [{"text": text, "level": level} for text, level in zip(rows[0], of, strict=True)]
@@ -337,14 +281,14 @@ def by_priority(rows: list[list[str]], metrics: Sequence[str]) -> list[list[str]
 
 def _priority_sheet(runs: Sequence[Run], about: str) -> dict:
     metrics = list(metrics_of(runs, every=False))
-    return _sheet(by_priority(table(*runs), metrics), about, _levels(metrics))
+    return sheet(by_priority(table(*runs), metrics), about, _levels(metrics))
 
 
 def in_parts(rows: list[list[str]], fixed: int, about: str) -> list[dict]:
     """Cut a wide table into several, each with the first `fixed` columns and ACROSS others."""
     places = range(fixed, len(rows[0]), ACROSS)
     parts = [[row[:fixed] + row[place : place + ACROSS] for row in rows] for place in places]
-    return [_sheet(part, about if not number else f"{about} ({number + 1})") for number, part in enumerate(parts)]
+    return [sheet(part, about if not number else f"{about} ({number + 1})") for number, part in enumerate(parts)]
 
 
 def _every_metric(run: Run) -> list[dict]:
@@ -400,20 +344,21 @@ def _visible(value: object) -> object:
 
 
 @lru_cache
-def _template() -> "Template":
-    """Compile the page's template, once for this process."""
-    from jinja2 import Environment, StrictUndefined
+def template(name: str, folder: Path = TEMPLATES) -> "Template":
+    """Compile a page's template, once for this process.
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["pasted"] = _pasted
-    return environment.from_string((TEMPLATES / "report.html").read_text("utf-8"))
+    Args:
+        folder: where it lies. It may import parts of TEMPLATES; `verbatim("X")` in it is a file of either folder.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    def verbatim(part: str) -> Markup:
+        return Markup(next(path for one in folders if (path := one / part).is_file()).read_text("utf-8"))
 
-def _verbatim(name: str) -> Markup:
-    """Read a file that the page holds as it is."""
-    return Markup((TEMPLATES / name).read_text("utf-8"))
+    folders, looks = (folder, TEMPLATES), {"trim_blocks": True, "lstrip_blocks": True, "finalize": _visible}
+    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined, **looks)
+    environment.filters["pasted"], environment.globals["verbatim"] = _pasted, verbatim
+    return environment.get_template(name)
 
 
 def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Sequence[Panel]]]) -> str:
@@ -430,7 +375,7 @@ def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Seq
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     texts = [_run_text(run, differs) for group, differs in apart for run in group]
     one = texts[0]
-    return _template().render(
+    return template("report.html").render(
         title=f"MIMU: {one['classes']} {one['word']}" if len(texts) == 1 else f"MIMU: {len(texts)} runs",
         runs=texts,
         families=[_priority_sheet(group, caption(*group, apart=differs)) for group, differs in apart if len(group) > 1],
@@ -438,8 +383,6 @@ def as_page(groups: Sequence[list[Run]], training: Mapping[str, Mapping[str, Seq
         missing=without_records(groups),
         metrics=metrics_of(runs),
         data=text,
-        style=_verbatim("report.css"),
-        script=_verbatim("report.js"),
     )
 
 

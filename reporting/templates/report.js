@@ -1,13 +1,5 @@
-"use strict";
 const DATA = JSON.parse(document.getElementById("data").textContent), SMALL = [320, 225];
 let W = 320, H = 225, M = { l: 56, r: 10, t: 8, b: 36 }, clips = 0; // size and margins of the figure that is being drawn
-document.documentElement.classList.add("js");
-const el = (tag, attrs = {}, ...kids) => {
-  const svg = "svg g path rect line circle text title polygon clipPath".split(" ").includes(tag);
-  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [k, v] of Object.entries(attrs)) node.setAttribute(k, v);
-  node.append(...kids); return node;
-};
 const short = v => v === null || v === undefined ? "-" : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(1).replace(".0e", "e") : String(+v.toPrecision(4));
 const breakable = text => text.split("_").flatMap((part, i) => i ? ["_", el("wbr"), part] : [part]);
 
@@ -224,26 +216,8 @@ function build(section, run) {
   }
 }
 
-// --- tables that sort, a command that copies, runs to choose from ---
+// --- runs to choose from ---
 
-document.querySelectorAll("table.sortable").forEach(table => table.querySelectorAll("thead th").forEach((th, column) => {
-  const button = el("button", { type: "button" }, ...th.childNodes); th.replaceChildren(button);
-  button.addEventListener("click", () => {
-    const up = th.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0], value = r => { const t = r.cells[column].textContent, n = parseFloat(t.replaceAll(",", "")); return isNaN(n) ? t : n; };
-    table.querySelectorAll("th").forEach(o => o.removeAttribute("aria-sort")); th.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const order = (a, b) => { const x = value(a), y = value(b); if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1; return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1); };
-    body.append(...[...body.rows].sort(order));
-  });
-}));
-document.querySelectorAll("pre").forEach(pre => {
-  const button = el("button", { type: "button", class: "plain" }, "Copy"), said = el("span", { role: "status", class: "soft" });
-  button.addEventListener("click", async () => {
-    try { await navigator.clipboard.writeText(pre.textContent); said.textContent = " copied"; } catch {
-      getSelection().selectAllChildren(pre); // where the page may not write to the clipboard
-      said.textContent = document.execCommand("copy") ? " copied" : " selected: press Ctrl+C"; }
-  });
-  pre.after(button, said);
-});
 addEventListener("beforeprint", () => document.querySelectorAll("details.paper").forEach(d => { d.open = true; }));
 const sections = [...document.querySelectorAll(".run")], picks = ["what", "class", "run"].map(n => document.getElementById("pick-" + n));
 function reveal(id) { sections.forEach(s => { s.hidden = s.id !== id; }); sections.forEach((s, i) => { if (!s.hidden) build(s, DATA[i]); }); }

@@ -17,7 +17,7 @@ from core.observe import visible
 from core.yaml_files import load_config
 from images.names import resolve_classes
 from images.specs import SPECS
-from reporting import page
+from reporting import families
 from stages.chain import Stages
 from tests.helpers.common import settings_of
 from tests.helpers.formats import photo, write_tree
@@ -194,7 +194,7 @@ def test_a_run_works_with_labels_and_records_what_means_the_same(numbered):
 def test_the_pages_command_makes_the_same_run(numbered):
     config = Stages(numbered).config
     kept = {"config": plain(written(config)), "top_k": 9, "kappa": 5, "auto": None}
-    words = shlex.split(page.command([kept]))[4:]
+    words = shlex.split(families.command([kept]))[4:]
     place = ["--output-dir", str(config.output_dir)]
     assert Stages(settings_of([*words, *place])).config.forget_class == (1, 2)
 

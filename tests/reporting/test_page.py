@@ -25,16 +25,14 @@ from core.config import KappaModes, PipelineConfig, SupportedDatasets, TrainConf
 from core.records import WORDS
 from core.yaml_files import load_config
 from measure.verdicts import CHECKS
-from reporting.families import families, runs_of
+from reporting.families import DEFAULT_CONFIG, command, families, runs_of
 from reporting.figures import figures_of
 from reporting.page import (
-    DEFAULT_CONFIG,
     ELSEWHERE,
     NOT_LOOKED,
     WORD_OF,
     as_page,
     by_priority,
-    command,
     costs,
     in_parts,
     rounded,
