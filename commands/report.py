@@ -1,4 +1,4 @@
-"""What shows what is here: results (`report`), training curves (`dashboard`), what is registered (`docs`), `datasets`.
+"""What shows what is here: results (`report`, `leaderboard`), training curves (`dashboard`), `docs`, `datasets`.
 
 `download` and `prepare` bring datasets that are not here yet.
 """
@@ -15,6 +15,7 @@ from core.hashes import load_plugins
 
 NAMES = f"One of {', '.join(one.value for one in SupportedDatasets)}; in any case."
 Dataset = Annotated[SupportedDatasets, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help=NAMES)]
+Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 Sides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="A B ...", help_behavior_hint="")]
 
 
@@ -41,6 +42,18 @@ def report(
     for folder in made.plot():
         show(folder)
     show(made.page)
+
+
+def leaderboard(folders: Folders = (Path(),), out: Path | None = None) -> None:
+    """Write one page on which methods are ranked by dataset and model, from the JSON records of many runs.
+
+    Args:
+        folders: Folders that runs wrote to.
+        out: The page. None: reports/leaderboard.html in the first folder.
+    """
+    from showing.leaderboard import write_leaderboard
+
+    show(write_leaderboard([at_home(folder) for folder in folders], out and at_home(out)))
 
 
 def docs(example: Path | None = None, folder: Path = PROJECT_ROOT / "docs", plugin: Files = ()) -> None:

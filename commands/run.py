@@ -1,4 +1,6 @@
-"""What runs the pipeline: as a whole (`run`), as far as its graph network (`train-gcn`), or many times (`sweep`)."""
+"""What runs the pipeline: as a whole (`run`), as far as its graph network (`train-gcn`), many times (`sweep`), or live
+(`demo`).
+"""
 
 import shutil
 from dataclasses import replace
@@ -93,6 +95,30 @@ def train_gcn(
             copy_file(made, target)
             show(target)
     return 0
+
+
+def demo(here: Environment, settings: Settings, port: int = 8765, quiet: bool = False) -> None:
+    """Open a page on this machine: pick a class, see the mask made and what it does, lift it again.
+
+    Args:
+        port: On 127.0.0.1, which no other machine reaches. 0: any that is free.
+        quiet: Print nothing about progress on stderr.
+    """
+    be_quiet(quiet)
+    config = _launched(settings, here)
+    from core.store import running
+    from showing.answers import Answers
+    from showing.server import Server
+
+    answers = Answers(config)
+    with Server(port, answers) as server, running(config.output_dir):
+        answers.pipeline.prepare_process()
+        server.prepare()
+        print(f"open {server.address} in a browser; Ctrl+C ends it", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            log("demo: ended")
 
 
 def sweep(

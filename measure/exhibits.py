@@ -43,12 +43,14 @@ def sampled(labels: Tensor) -> list[int]:
     return sorted(chosen)
 
 
-def thumbnails(data: UnlearningDataset) -> dict[str, list]:
-    """Encode some test images of the forgotten classes: base64 PNG, at most WIDEST pixels a side; and their labels."""
+def thumbnails(data: UnlearningDataset, is_forget_set: bool = True) -> dict[str, list]:
+    """Encode some test images of the forgotten classes, or of the others: base64 PNG, at most WIDEST pixels a side; and
+    their labels.
+    """
     from PIL import Image
 
     part = data.splits["test"]
-    places = data.is_forgotten(part.labels).nonzero().flatten()
+    places = (data.is_forgotten(part.labels) == is_forget_set).nonzero().flatten()
     places = places[sampled(part.labels[places])]
     pictures = []
     for pixels in part.pixels[places].permute(0, 2, 3, 1).numpy():  # [H, W, C] uint8
@@ -60,15 +62,15 @@ def thumbnails(data: UnlearningDataset) -> dict[str, list]:
     return {"images": pictures, "labels": part.labels[places].tolist()}
 
 
-def said_of_samples(forget: Outputs) -> list[list[float]] | None:
-    """Return a model's predictions on the images of `thumbnails`: class and probability, for each.
+def said_of_samples(outputs: Outputs) -> list[list[float]] | None:
+    """Return a model's predictions on the images of `thumbnails`, by its outputs on that set: class and probability.
 
     None if it has no answer for one of them.
     """
-    places = sampled(forget.labels)
-    if NO_ANSWER in forget.predicted[places]:
+    places = sampled(outputs.labels)
+    if NO_ANSWER in outputs.predicted[places]:
         return None
-    best = forget.at(places).exp().max(1)
+    best = outputs.at(places).exp().max(1)
     return [[int(label), round(float(p), 4)] for p, label in zip(best.values, best.indices, strict=True)]
 
 

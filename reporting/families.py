@@ -74,7 +74,7 @@ def identity(run: Run) -> dict[str, object]:
     if not automatic:
         points["kappa tried"] = sorted({record["kappa"] for record in run})
     made_by = {"code": first["code"], "device": about["device"].partition(":")[0]}
-    made_by |= {"plugins": sorted(about["plugins"].values())} if about["plugins"] else {}
+    plugins = {"plugins": sorted(about["plugins"].values())} if about["plugins"] else {}
     return {
         "model": first["model"],
         "images": first["images"],
@@ -82,6 +82,7 @@ def identity(run: Run) -> dict[str, object]:
         **{f"given {name}": value for name, value in first["given"].items()},
         **points,
         **made_by,
+        **plugins,
         **about["versions"],
     }
 

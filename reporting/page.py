@@ -152,7 +152,7 @@ def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) ->
     return {
         "id": first["run"],
         "metrics": {name: first["metrics"][name] for name in metrics},
-        "levels": _levels(metrics),
+        "levels": levels_of(metrics),
         "labels": first["labels"],
         "swept": [name for name in first["labels"] if "kappa" in axes_of(first, name)],
         "answer": first["answer"],
@@ -245,7 +245,7 @@ def _bold(rows: list[list[str]]) -> list[list[tuple[str, bool]]]:
     return [[(str(cell), isinstance(cell, Lead)) for cell in row] for row in rows]
 
 
-def _levels(metrics: Sequence[str]) -> dict[str, int]:
+def levels_of(metrics: Sequence[str]) -> dict[str, int]:
     """Column -> its level (LEVELS), of a table with some metrics."""
     others = [name for name in metrics if name not in FIRST + LATER]
     levels = {**dict.fromkeys(metrics, ON_DEMAND), **dict.fromkeys(others[:SOME], 3), **dict.fromkeys(FIRST, 1)}
@@ -281,13 +281,13 @@ def by_priority(rows: list[list[str]], metrics: Sequence[str]) -> list[list[str]
 
 def _priority_sheet(runs: Sequence[Run], about: str) -> dict:
     metrics = list(metrics_of(runs, every=False))
-    return sheet(by_priority(table(*runs), metrics), about, _levels(metrics))
+    return sheet(by_priority(table(*runs), metrics), about, levels_of(metrics))
 
 
-def in_parts(rows: list[list[str]], fixed: int, about: str) -> list[dict]:
-    """Cut a wide table into several, each with the first `fixed` columns and ACROSS others."""
-    places = range(fixed, len(rows[0]), ACROSS)
-    parts = [[row[:fixed] + row[place : place + ACROSS] for row in rows] for place in places]
+def in_parts(rows: list[list[str]], fixed: int, about: str, across: int = ACROSS) -> list[dict]:
+    """Cut a wide table into several, each with the first `fixed` columns and `across` others."""
+    places = range(fixed, len(rows[0]), across)
+    parts = [[row[:fixed] + row[place : place + across] for row in rows] for place in places]
     return [sheet(part, about if not number else f"{about} ({number + 1})") for number, part in enumerate(parts)]
 
 
@@ -348,16 +348,24 @@ def template(name: str, folder: Path = TEMPLATES) -> "Template":
     """Compile a page's template, once for this process.
 
     Args:
-        folder: where it lies. It may import parts of TEMPLATES; `verbatim("X")` in it is a file of either folder.
+        folder: where it lies. It may import parts of TEMPLATES; `"X" | verbatim` in it is a file of either folder.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     def verbatim(part: str) -> Markup:
         return Markup(next(path for one in folders if (path := one / part).is_file()).read_text("utf-8"))
 
-    folders, looks = (folder, TEMPLATES), {"trim_blocks": True, "lstrip_blocks": True, "finalize": _visible}
-    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined, **looks)
-    environment.filters["pasted"], environment.globals["verbatim"] = _pasted, verbatim
+    folders = (folder, TEMPLATES)
+    environment = Environment(
+        loader=FileSystemLoader(folders),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["pasted"] = _pasted
+    environment.filters["verbatim"] = verbatim
     return environment.get_template(name)
 
 

@@ -165,8 +165,10 @@ def values_of(points: Sequence[Best], metric: str) -> dict[Cell, float]:
     return finite if len(finite) == len(values) else {}
 
 
-def _losses(found: dict[str, list[Best]], metric: str, better: str) -> dict[str, dict[Cell, float]]:
-    """method -> how far from the best possible it is in each cell; methods without the value are left out."""
+def losses_of(found: dict[str, list[Best]], metric: str, better: str) -> dict[str, dict[Cell, float]]:
+    """method -> how far from the best possible it is in each cell; references, and methods without the value, are left
+    out.
+    """
     losses = {}
     for name, points in found.items():
         values = values_of(points, metric)
@@ -190,7 +192,7 @@ def leaders(found: dict[str, list[Best]], metric: str, better: str) -> set[str]:
     the intervals overlap, if the record has some (which is cautious). Else, as in several runs of one seed, which share
     a classifier: the values are equal.
     """
-    losses = _losses(found, metric, better)
+    losses = losses_of(found, metric, better)
     if not losses:
         return set()
     means = {name: within_seeds(values).mean for name, values in losses.items()}

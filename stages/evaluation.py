@@ -117,12 +117,19 @@ class Evaluation:
     @cached_property
     def eval(self) -> Eval:
         """The methods and metrics with the activations that they share."""
-        stages, data, config = self.stages, self.stages.data, self.config
-        judged = UnlearningDataset(data.name, data.splits, config.eval.batch_size, data.forget_class, data.seed)
+        return self.for_classes(self.stages.data.forget_class)
+
+    def for_classes(self, labels: tuple[int, ...]) -> Eval:
+        """Judge requests to forget other classes with the run's own classifier, graphs and graph network.
+
+        Retrained models are without the run's own classes, so that for others there is none.
+        """
+        stages, data, config = self.stages, self.stages.data, replace(self.config, forget_class=labels)
+        judged = UnlearningDataset(data.name, data.splits, config.eval.batch_size, labels, data.seed)
         shared = (stages.classifier, judged, config, stages.device, stages.learn_importance)
-        retrain = stages.retrained if config.eval.references else None
-        made = (stages.head, stages.gcn_stage.unlearner, retrain, stages.classifier_stage.untrained)
-        return Eval(Context(*shared, *made, stage_seconds=stages.seconds))
+        compared = config.eval.references and labels == data.forget_class
+        made = (stages.head, stages.gcn_stage.unlearner, stages.retrained if compared else None)
+        return Eval(Context(*shared, *made, stages.classifier_stage.untrained, stage_seconds=stages.seconds))
 
     @cached_property
     def run_inputs(self) -> dict:
