@@ -171,7 +171,9 @@ def _flags(values: Mapping, defaults: Mapping, prefix: str = "") -> list[str]:
         known, flag = defaults.get(name), f"--{prefix}{name.replace('_', '-')}"
         if value == known or name in NO_FLAGS or name not in defaults:
             continue
-        if isinstance(value, dict):
+        if name == "plugins":  # each by the flag that is read ahead of all others, which may be names it registers
+            flags += [word for path in value for word in ("--plugin", path)]
+        elif isinstance(value, dict):
             flags += _flags(value, known or {}, f"{prefix}{name.replace('_', '-')}.")
         elif isinstance(value, bool):
             flags.append(flag if value else f"--{prefix}no-{name.replace('_', '-')}")

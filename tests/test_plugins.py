@@ -4,11 +4,13 @@ import hashlib
 import json
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ import reporter
 from commands.sweep import load_sweep
 from core import choices, hashes
 from core.choices import FeatureSets, SupportedDatasets, SupportedVisionModels, UserError
-from core.config import PROJECT_ROOT, GCNConfig, PipelineConfig, plain
+from core.config import PROJECT_ROOT, GCNConfig, PipelineConfig, plain, written
 from core.hashes import check_same_code, load_plugins, plugin, whole_code
 from core.observe import be_quiet
 from core.records import read_records
@@ -32,6 +34,7 @@ from main import main
 from reporting.panels import FIGURES
 from stages import setup
 from stages.setup import Setup
+from tests.helpers.common import settings_of
 from tests.helpers.records import page_data
 from unlearn.features import FEATURES as FEATURE_SETS
 
@@ -241,6 +244,24 @@ def test_a_report_imports_what_its_flags_name_and_nothing_else(run, tmp_path, mo
         for file in run.files[:5]:
             file.with_suffix(".away").rename(file)
     assert [one.path for one in hashes._PLUGINS.values()] == [run.files[5]]
+
+
+@pytest.mark.slow
+def test_the_leaderboard_has_a_row_and_its_command_is_taken(run, capsys):
+    """Without the plugins: a row is made from records, and its command names the files that register its parts."""
+    capsys.readouterr()
+    assert main(["leaderboard", str(run.folder)]) == 0
+    html = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
+    assert re.search(r'<th scope="row" class="c1">smallest weights<small class="note">1 seed, 1 cell', html)
+    assert "<dt>sure</dt><dd>Share of T&#39;s images of the forgotten classes whose" in html
+    assert hashes._PLUGINS == {}
+    (line,) = re.findall(r"<pre><code>(.*?)</code></pre>", html, re.DOTALL)
+    again = settings_of(shlex.split(unescape(line))[4:])
+    assert plain(written(again)) | {"reporter": None, "tracker": None} == {
+        **run.record["config"],
+        "reporter": None,
+        "tracker": None,
+    }
 
 
 @pytest.mark.slow
