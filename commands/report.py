@@ -45,7 +45,7 @@ def report(
 
 
 def leaderboard(folders: Folders = (Path(),), out: Path | None = None) -> None:
-    """Write one page on which methods are ranked by dataset and model, from the JSON records of many runs.
+    """Write one page with the methods of many runs, ordered by dataset, model and question.
 
     Args:
         folders: Folders that runs wrote to.

@@ -98,7 +98,7 @@ def train_gcn(
 
 
 def demo(here: Environment, settings: Settings, port: int = 8765, quiet: bool = False) -> None:
-    """Open a page on this machine: pick a class, see the mask made and what it does, lift it again.
+    """Open a local page: pick a class and a budget, see what the mask does, lift it again.
 
     Args:
         port: On 127.0.0.1, which no other machine reaches. 0: any that is free.

@@ -47,6 +47,8 @@ def test_every_command_shown_is_taken(line, monkeypatch, tmp_path):
         "pipeline.Pipeline",
         "commands.sweep.run_sweep",
         "reporter.Reporter",
+        "showing.leaderboard.write_leaderboard",
+        "showing.answers.Pipeline",
         "commands.docs.write_docs",
         "forgetting.opening.open_model",
         "models.specs.parse",
