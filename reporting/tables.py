@@ -222,7 +222,7 @@ def shown(found: Estimate | None) -> str:
         return f"{found.value:.4g}"
     low, high = (0.0 if side < DUST else side for side in (found.value - found.low, found.high - found.value))
     if math.isclose(low, high, rel_tol=1e-6, abs_tol=DUST):
-        return f"{found.value:.4g} ± {high:.2g}"
+        return f"{found.value:.4g} ± {high:{'.2g' if high < 99.5 else '.0f'}}"
     return f"{found.value:.4g} [{found.low:.3g}, {found.high:.3g}]"
 
 

@@ -132,9 +132,10 @@ def _where(place: int, source: Source) -> str:
 
 def _noted(table: dict, rows: Sequence[Row], place: int) -> dict:
     """Write below each method on how much its row rests, with a link to how that was made."""
+    several = len({row.source.number for row in rows}) > 1
     for cells, row in zip(table["rows"], rows, strict=True):
-        commit = row.source.commits[0][:MOST_SHORT]
-        cells[0] |= {"note": row.source.count, "href": f"#{_where(place, row.source)}", "link": commit}
+        link = row.source.commits[0][:MOST_SHORT] + (f" ({row.source.number})" if several else "")
+        cells[0] |= {"note": row.source.count, "href": f"#{_where(place, row.source)}", "link": link}
     return table
 
 
@@ -180,6 +181,7 @@ def _made(source: Source, place: int) -> dict:
     labels = source.runs[0][0]["labels"]
     return {
         "id": _where(place, source),
+        "number": source.number,
         "methods": ", ".join(labels[name] for name in source.methods),
         "count": source.count,
         "classes": ", ".join(source.classes),
@@ -199,7 +201,7 @@ def _board(board: Board, place: int) -> dict:
         "apart": board.apart,
         "tables": [one for one in tables if one],
         "sources": [_made(source, place) for source in board.sources],
-        "methods": len({row.method for row in board.rows}),
+        "rows": len(board.rows),
     }
 
 

@@ -424,7 +424,13 @@ def test_grid_has_a_row_for_each_family_and_says_what_is_missing(records):
 
 
 def test_shown_by_hand():
-    cases = {Estimate(12, None, None, 1): "12", Estimate(12, 9, 15, 3): "12 ± 3", Estimate(0, 0, 7.1, 50): "0 [0, 7.1]"}
+    cases = {
+        Estimate(12, None, None, 1): "12",
+        Estimate(12, 9, 15, 3): "12 ± 3",
+        Estimate(12, -148, 172, 2): "12 ± 160",
+        Estimate(12, -87.6, 111.6, 2): "12 ± 100",
+        Estimate(0, 0, 7.1, 50): "0 [0, 7.1]",
+    }
     assert [shown(figure) for figure in cases] == list(cases.values())
     assert shown(None) == "-"
     assert shown(over_cells(by_seed([0.1 + 0.2], [0.3]))) == "0.3 ± 0"

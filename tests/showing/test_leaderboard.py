@@ -141,7 +141,7 @@ def test_a_method_that_some_runs_lack_has_its_row():
     assert ("mimu", "3 seeds, 6 cells") in found
     assert ("novel", "3 seeds, 6 cells") in found  # pooled: which other methods were measured changes no value
     html = as_leaderboard(runs_of([*records(), *later]))
-    assert "my method 2 seeds, 4 cells, 1a85c8b" in [row[0] for row in rows_of(html, "outputs").values()]
+    assert "my method 2 seeds, 4 cells, 1a85c8b (3)" in [row[0] for row in rows_of(html, "outputs").values()]
 
 
 def test_other_settings_images_and_plugins_are_not_pooled():
@@ -238,9 +238,12 @@ PROBE = f"<script>{Path(__file__).with_name('leaderboard_probe.js').read_text(en
 @pytest.mark.parametrize(("dark", "width"), [(False, 1280), (True, 420)], ids=["light and wide", "dark and narrow"])
 def test_page_in_a_browser(tmp_path, dark, width):
     """In a frame as wide as the screen in question: the browser's own window is never narrower than 500 pixels."""
-    browser, other = find_browser(), records()
+    browser, other = find_browser(), records()[:1]
+    limits = {"value": 98.76, "low": 97.65, "high": 99.87, "n": 100}
     for one in other:
         one |= {"dataset": "E", "model": "N", "images": "e", "run": f"e{one['run']}", "id": f"e{one['id']}"}
+        one["labels"] = {"mimu": "MIMU deep, by a network (ours)", "novel": "boundary shrink", "default": "untouched"}
+        one["intervals"] = {name: dict.fromkeys(one["metrics"], limits | {"low": 97.7}) for name in one["labels"]}
     watch = "<script>window.__errors = []; onerror = m => { __errors.push(m); };</script>"
     html = as_leaderboard(runs_of([*records(), *other]))
     html = html.replace("<head>", "<head>" + watch).replace("</body>", PROBE + "</body>")
