@@ -67,8 +67,10 @@ class Answers:
             "seed": config.seed,
             "classes": list(self.pipeline.stages.data.classes),
             "size": self.size,
+            "layers": len(self.pipeline.evaluation.setup.layers),
             "budgets": sorted({*kappas(self.size, config.auto), *config.kappa_list}),
             "network": config.gcn_path.name if config.gcn_path else "",
+            "warning": self.pipeline.evaluation.footing["footing"]["near_chance"],
             "first": answer,
         }
 

@@ -22,7 +22,7 @@ function mask(answer) {
   shown = answer; const { before, after } = answer, lost = after.retain_score - before.retain_score;
   at("said").textContent = `With ${answer.changed.toLocaleString("en")} weights switched off, ${named(answer.class)} is recognised ${percent(after.forget_score)} of the time (before: ${percent(before.forget_score)}).`;
   costs([["the class", percent(after.forget_score), `before: ${percent(before.forget_score)}`], ["other classes", percent(after.retain_score), `before: ${percent(before.retain_score)}, ${signed(lost)}`],
-    ["weights off", answer.changed.toLocaleString("en"), `${(100 * answer.changed / DATA.size).toFixed(1)} % of the masked layer`], ["time", `${(1000 * answer.seconds).toFixed(0)} ms`, "to make the mask, on this machine"]]);
+    ["weights off", answer.changed.toLocaleString("en"), `${(100 * answer.changed / DATA.size).toFixed(1)} % of the masked layer${DATA.layers > 1 ? "s" : ""}`], ["time", `${(1000 * answer.seconds).toFixed(0)} ms`, "to make the mask, on this machine"]]);
   at("bits").textContent = ""; at("lift").disabled = false;
   for (const side of ["forgotten", "others"]) pictures(at(side), answer.samples[side], "now");
 }

@@ -139,6 +139,18 @@ def test_answers_do_not_depend_on_who_asks_at_the_same_time(demo):
     assert together == alone
 
 
+@pytest.mark.slow
+def test_a_classifier_at_chance_is_named(demo, tmp_path):
+    """One step of training with a tiny rate leaves the first weights nearly as they were drawn."""
+    assert "Warning" not in demo.server.page
+    guessing = TrainConfig(epochs=1, lr=1e-9, batch_size=1295)
+    answers = Answers(PipelineConfig(output_dir=tmp_path, device="cpu", train=guessing))
+    with Server(0, answers) as server:
+        server.prepare()
+        assert "Warning: the untouched classifier recognises " in server.page
+        assert "near chance" in server.page
+
+
 def test_the_network_that_ships_is_used_unless_one_is_given():
     config = PipelineConfig(tracker="trackio")
     assert for_demo(config).gcn_path == PROJECT_ROOT / "pretrained/gcn_mlp.safetensors"
