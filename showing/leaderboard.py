@@ -189,7 +189,7 @@ def _made(source: Source, place: int) -> dict:
         "commits": ", ".join(source.commits),
         "plugins": ", ".join(source.plugins),
         "apart": source.apart,
-        "commands": "\n".join(source.commands),
+        "commands": source.commands,
     }
 
 

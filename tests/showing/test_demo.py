@@ -3,15 +3,19 @@
 import http.client
 import json
 import re
+import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -231,6 +235,25 @@ def test_ports_that_cannot_be_had(tmp_path, capsys):
     assert not (tmp_path / "checkpoints").exists()  # said before anything is trained
     with pytest.raises(UserError, match="port"):
         Server(65_536, SimpleNamespace())
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_interrupted(tmp_path):
+    words = ["demo", "--port", "0", "--output-dir", str(tmp_path), "--train.epochs", "1", "--device", "cpu", "--quiet"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": PROJECT_ROOT}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # whoever started the tests may ignore it
+    with subprocess.Popen([sys.executable, "main.py", *words], preexec_fn=heard, **pipes) as process:
+        try:
+            found = re.fullmatch(r"open (http://127\.0\.0\.1:\d+/) in a browser.*\n", process.stdout.readline())
+            assert found
+            with urlopen(found[1], timeout=60) as reply:
+                assert "Forget a class, and lift it again" in reply.read().decode()
+            process.send_signal(signal.SIGINT)
+            assert (process.wait(60), process.stderr.read()) == (0, "")
+        finally:
+            process.kill()
+    assert list(tmp_path.glob("checkpoints/classifier/*/classifier.safetensors"))
+    assert not list(tmp_path.glob("eval/**/*.json"))  # what is shown is no record
 
 
 # --- in a browser -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The leaderboard: values against numpy and scipy, which rows are pooled and compared, and the page in a browser."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -122,6 +123,19 @@ def test_bold_is_the_best_and_what_cannot_be_told_from_it():
     differences = np.array([[5 - 4, 8 - 10], [4 - 6, 12 - 9], [2 - 1, 3 - 3]]).mean(1)
     assert stats.ttest_1samp(differences, 0).pvalue > 0.05
     assert board_of(close).leading("forget_score", "lower") == {("mimu", 1), ("novel", 1)}
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+@pytest.mark.parametrize("method", ["mimu", "novel", "default"])
+def test_a_method_without_values_has_a_row_of_dashes(value, method):
+    made = records()
+    for part in ("methods", "validation"):
+        made[0][part][method] = dict.fromkeys(made[0][part][method], value)
+    html = as_leaderboard(runs_of(made))
+    label = made[0]["labels"][method]
+    assert set(rows_of(html, "outputs")[label][1:]) == set(rows_of(html, "cost")[label][1:]) == {"-"}
+    assert len(rows_of(html, "outputs")) == 3
+    assert not re.search(r">(nan|inf|None)\b", html)
 
 
 # --- which runs a row rests on ----------------------------------------------------------------------------
