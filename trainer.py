@@ -25,6 +25,7 @@ from core.config import GCNConfig, Trackers, TrainConfig, UserError, derive_seed
 from core.observe import Tracker, log, progress
 from model import HookedModel, MaskingGCN, inspecting, predictions
 from training.distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
+from training.optimisers import AdamW
 from training.resume import Progress, StateFile, Training
 from utils_data import UnlearningDataset
 
@@ -98,7 +99,7 @@ class VisionModelTrainer:
         # Every process updates all weights. The fused update takes a third of the time, but rounds otherwise: it is
         # left out without `use_ddp`, so that results there stay the same to the bit.
         fused, rate, decay = config.use_ddp or None, config.lr, config.weight_decay
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=fused)
+        self.optimizer = AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=fused)
 
     def train(self, folder: Path) -> dict:
         """Train; write the curves to `folder`/history.json; return the last epoch's loss and accuracy on validation.
@@ -371,7 +372,7 @@ class GCNTrainer:
         self.objective, self.config, self.tracker = objective, objective.config, tracker
         self.gcn = objective.gcn.to(objective.device)
         rate, steps = self.config.lr, max(2, self.config.steps)
-        self.optimizer = torch.optim.AdamW(self.gcn.parameters(), lr=rate, weight_decay=self.config.weight_decay)
+        self.optimizer = AdamW(self.gcn.parameters(), lr=rate, weight_decay=self.config.weight_decay)
         self.schedule = None
         if objective.one_cycle:
             # With a warm-up of one step or less, PyTorch would divide by that phase's length, which is 0.

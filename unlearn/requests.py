@@ -21,6 +21,7 @@ from graphs.subsets import signed_log, sinkhorn_topk, tail
 from model import MaskingGCN, MaskLayer, inspecting
 from models.classifier import Classifier
 from trainer import annealed
+from training.optimisers import Adam
 from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, standardised
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
@@ -395,7 +396,7 @@ def _descend(
     head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig, spread: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Carry out the steps of `refine`; `spread`: degrees of theta's weights -> degrees of all, [*graph.shape]."""
-    optimizer = torch.optim.Adam([theta], lr=config.lr)
+    optimizer = Adam([theta], lr=config.lr)
     with torch.enable_grad(), inspecting(head.model):
         for step in range(config.steps):
             temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
