@@ -85,6 +85,8 @@ ONLY = {
     ("training.processes.reuse_freed_memory", "training.distributed.make_repeatable"): "training.distributed",
     ("training.distributed.prepare_process",): "pipeline",
     ("matplotlib",): "reporting.draw release.paper",
+    # One step of any of torch's own imports its compiler, which takes two seconds.
+    ("torch.optim.Adam", "torch.optim.AdamW", "torch.optim.SGD"): "training.optimisers",
     # So that no p value or interval is computed over values that share a classifier: see `core.intervals.Cell`.
     ("scipy.stats", "statistics.stdev", "statistics.pstdev"): "core.intervals",
 }

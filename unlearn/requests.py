@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -82,17 +83,20 @@ class Recent(Generic[Key, Value]):
     """What was asked for last, up to MOST_BYTES, and at least one.
 
     Training asks for many pairs of classes again and again, and the pairs of a thousand classes would fill the memory.
+    Several threads may ask; one of them makes what is not there, and the others wait for it.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Key, Value] = {}  # least recently asked for first
+        self._asked = Lock()
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """Return what was made under a key; `make` makes it unless it is kept."""
-        value = self._kept.pop(key, None) or make()
-        self._kept[key] = value
-        while len(self._kept) > 1 and sum(one.bytes for one in self._kept.values()) > MOST_BYTES:
-            del self._kept[next(iter(self._kept))]
+        with self._asked:
+            value = self._kept.pop(key, None) or make()
+            self._kept[key] = value
+            while len(self._kept) > 1 and sum(one.bytes for one in self._kept.values()) > MOST_BYTES:
+                del self._kept[next(iter(self._kept))]
         return value
 
 
