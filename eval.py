@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.choices import Diverged
 from core.config import KappaModes
-from core.observe import log
+from core.observe import log, progress
 from core.records import SCORES, axes_as_written
 from graphs.subsets import hard_topk
 from hidden.layers import by_stage
@@ -105,7 +105,7 @@ class Eval(Snapshots):
             if not self.retrained("val"):
                 log(f"{name}: not tuned, its first settings are used; eval.references 1 tunes it")
                 return grid[0]
-            gaps = [self._tried(name, point, settings) for settings in grid]
+            gaps = [self._tried(name, point, settings) for settings in progress(grid, f"tuning {name}")]
             known = [gap if math.isfinite(gap) else None for gap in gaps]  # JSON has no word for infinity
             about["tuning"] = [dict(one) | {"avg_gap": gap} for one, gap in zip(grid, known, strict=True)]
             about["settings"] = dict(grid[min(range(len(grid)), key=lambda place: gaps[place])])
@@ -250,7 +250,8 @@ class Eval(Snapshots):
     def eval(self, top_k: int, kappa: int) -> tuple[dict, dict[str, Mask]]:
         """Measure all that a record holds of one (top_k, kappa) point; also return the masks of its methods."""
         point, context = Point(top_k, kappa, self.config.seed), self.context
-        measured = {name: self.eval_unlearning(name, point) for name in self.config.eval.methods}
+        names = progress(self.config.eval.methods, f"methods at kappa {kappa}")
+        measured = {name: self.eval_unlearning(name, point) for name in names}
         masks = self.masks(point)
         part = {key: {name: values[split] for name, values in measured.items()} for split, key in JUDGED.items()}
         return part | {

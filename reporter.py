@@ -5,13 +5,14 @@ the page and `compare` holds runs against each other; this file says what is wri
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 from core.artifacts import HISTORY, DamagedError, read_json, write_text
 from core.config import ReporterConfig, UserError, plain
 from core.hashes import code_key, key_of, load_plugins, loaded_plugins
-from core.observe import log, progress, visible
+from core.observe import log, progress, visible, working
 from core.records import Record, read_records
 from core.store import read_manifest, write_manifest
 from reporting.compare import compared, find_side
@@ -127,7 +128,8 @@ class Reporter:
         drawn = figures_of(runs) | curves if self.config.formats else {}
         keys = {figure: self._figure_key(panels) for figure, panels in drawn.items()}
         changed = {figure: drawn[figure] for figure in drawn if made.get("figures", {}).get(figure) != keys[figure]}
-        save_all(changed, folder, self.config)
+        with working(f"report: drawing {len(changed)} figures") if changed else nullcontext():
+            save_all(changed, folder, self.config)
         write_manifest(folder, {"key": key, "figures": keys})
         kept = f" ({len(drawn) - len(changed)} of them unchanged)" if len(changed) < len(drawn) else ""
         log(f"report: {len(drawn)} figures{kept} and tables of {sum(map(len, runs))} points in {folder}")

@@ -8,7 +8,9 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +27,7 @@ from core.config import GCNConfig, Trackers, TrainConfig, UserError, derive_seed
 from core.observe import Tracker, log, progress
 from model import HookedModel, MaskingGCN, inspecting, predictions
 from training.distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
+from training.optimisers import AdamW
 from training.resume import Progress, StateFile, Training
 from utils_data import UnlearningDataset
 
@@ -98,7 +101,7 @@ class VisionModelTrainer:
         # Every process updates all weights. The fused update takes a third of the time, but rounds otherwise: it is
         # left out without `use_ddp`, so that results there stay the same to the bit.
         fused, rate, decay = config.use_ddp or None, config.lr, config.weight_decay
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=fused)
+        self.optimizer = AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=fused)
 
     def train(self, folder: Path) -> dict:
         """Train; write the curves to `folder`/history.json; return the last epoch's loss and accuracy on validation.
@@ -335,6 +338,8 @@ class Objective(ABC):
         remedy: the settings to lower where the loss diverges.
         clip: the gradient's L2 norm at most.
         one_cycle: whether the learning rate follows one cycle; otherwise it stays.
+        at_once: how many parts of a step may be worked on at a time, in threads.
+        models: classifiers that are kept frozen while parts of a step are worked on.
     """
 
     seeds: ClassVar[str]
@@ -344,6 +349,8 @@ class Objective(ABC):
     label = "GCN"
     clip = math.inf
     one_cycle = False
+    at_once = 1
+    models: Sequence[nn.Module] = ()
 
     def __init__(self, gcn: MaskingGCN, config: GCNConfig, seed: int, device: torch.device):
         self.gcn, self.config, self.device = gcn, config, device
@@ -353,6 +360,10 @@ class Objective(ABC):
     @abstractmethod
     def parts(self, temperature: float) -> Iterator[Part]:
         """Draw the next step's samples and yield their losses, part by part, at a temperature of the sampler."""
+
+    def works(self, temperature: float) -> Iterator[Callable[[], Part]]:
+        """As `parts`, but what was drawn is computed by a call; with `at_once`, calls come from several threads."""
+        return (lambda part=part: part for part in self.parts(temperature))
 
     def remarks(self, means: dict[str, float]) -> list[str]:
         """List sentences for the user about a finished training, from the means of its terms over the last steps."""
@@ -370,8 +381,9 @@ class GCNTrainer:
     def __init__(self, objective: Objective, tracker: Tracker):
         self.objective, self.config, self.tracker = objective, objective.config, tracker
         self.gcn = objective.gcn.to(objective.device)
+        self._map: Callable[..., Iterator[Any]] = map
         rate, steps = self.config.lr, max(2, self.config.steps)
-        self.optimizer = torch.optim.AdamW(self.gcn.parameters(), lr=rate, weight_decay=self.config.weight_decay)
+        self.optimizer = AdamW(self.gcn.parameters(), lr=rate, weight_decay=self.config.weight_decay)
         self.schedule = None
         if objective.one_cycle:
             # With a warm-up of one step or less, PyTorch would divide by that phase's length, which is 0.
@@ -391,13 +403,14 @@ class GCNTrainer:
         objective, count = self.objective, 0
         terms = dict.fromkeys(objective.terms, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
-        for part in objective.parts(temperature):
-            # Backward frees a part's autograd graph before the next one is built: only one part takes memory at a
-            # time, and the gradients add up in the parameters.
-            part.weigh(part.terms["loss"]).backward()
-            count += part.count
-            for name, value in part.terms.items():
-                terms[name] += part.weigh(float(value.detach()))
+        with ExitStack() as frozen:
+            for model in objective.models:
+                frozen.enter_context(inspecting(model))
+            for gradients, values, size in self._map(self._differentiated, objective.works(temperature)):
+                count += size
+                for name, value in values.items():
+                    terms[name] += value
+                self._add(gradients)
         # A bound of infinity multiplies every gradient by 1, which changes no bit: the norm is measured, not clipped.
         terms["grad_norm"] = float(nn.utils.clip_grad_norm_(self.gcn.parameters(), objective.clip))
         if not all(map(math.isfinite, terms.values())):
@@ -407,6 +420,38 @@ class GCNTrainer:
             self.schedule.step()
         return terms, count
 
+    def _differentiated(self, work: Callable[[], Part]) -> tuple[Sequence[Tensor | None], dict[str, float], int]:
+        """Carry out a part of a step: gradients of the network's parameters, weighed terms by name, and its size.
+
+        It frees the part's autograd graph, so that a part takes memory only while it is worked on.
+        """
+        part = work()
+        parameters = list(self.gcn.parameters())
+        gradients = torch.autograd.grad(part.weigh(part.terms["loss"]), parameters, allow_unused=True)
+        return gradients, {name: part.weigh(float(one.detach())) for name, one in part.terms.items()}, part.count
+
+    def _add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add a part's gradients to the parameters', in the order of the parts: sums have the same bits every time."""
+        for parameter, gradient in zip(self.gcn.parameters(), gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+
+    @contextmanager
+    def _several_at_once(self) -> Generator[None]:
+        """Work on `at_once` parts of a step at a time; their threads share the cores that torch may use."""
+        several, threads = self.objective.at_once, torch.get_num_threads()
+        if several == 1:
+            yield
+            return
+        torch.set_num_threads(max(1, threads // several))  # threads that begin from here on take this number over
+        try:
+            with ThreadPoolExecutor(several) as pool:
+                self._map = pool.map
+                yield
+        finally:
+            self._map = map
+            torch.set_num_threads(threads)
+
     def train(self, folder: Path) -> dict[str, float]:
         """Train; write the terms of each step to `folder`/history.json; return their means over the last tenth.
 
@@ -415,7 +460,7 @@ class GCNTrainer:
         """
         objective, config = self.objective, self.config
         self.gcn.train()
-        with self.tracker:
+        with self.tracker, self._several_at_once():
             for step in progress(range(config.steps), objective.label):
                 temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)
                 begun = time.perf_counter()

@@ -12,7 +12,7 @@ import tyro
 from commands.command_line import Environment, Files, Settings, show
 from core.choices import at_home
 from core.config import GIVEN, PipelineConfig, SupportedDatasets, Trackers, UserError
-from core.observe import be_quiet, log
+from core.observe import be_quiet, log, working
 
 if TYPE_CHECKING:  # its module loads numpy, which help pages do not need
     from reporting.families import Run
@@ -56,7 +56,9 @@ def _measured(config: PipelineConfig, here: Environment) -> Optional["Run"]:
     if inputs is not None and (known := _known(config, inputs)):
         return known
     from core.store import remember
-    from pipeline import Pipeline
+
+    with working("loading torch"):
+        from pipeline import Pipeline
 
     pipeline = Pipeline(config)
     pipeline.prepare_process()
@@ -86,7 +88,9 @@ def train_gcn(
     target = at_home(out[0])
     from core.artifacts import copy_file
     from core.store import running
-    from pipeline import Pipeline
+
+    with working("loading torch"):
+        from pipeline import Pipeline
 
     with running(config.output_dir):
         pipeline = Pipeline(config)

@@ -4,9 +4,11 @@ import io
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import redirect_stdout
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from threading import Event, Thread
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ from core.config import Trackers
 TRACKIO_PROJECT = "mimu"
 TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of writing
 PIXELS = 8  # of a picture's cell, in each direction
+RECENT, LEAST_MARKS, APART = 20.0, 4, 0.1  # seconds and marks that a rate is judged by; seconds between two marks
 _START = time.monotonic()
 _QUIET = [False]
 T = TypeVar("T")
@@ -50,10 +53,39 @@ def log(text: str) -> None:
         print(f"[{time.monotonic() - _START:7.1f} s] {visible(text)}", file=sys.stderr, flush=True)
 
 
+class Pace:
+    """How fast work goes, judged by its last seconds.
+
+    The first piece never counts: it pays for what all share, such as retrained models, imports and first reads.
+    """
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, int]] = deque()  # (when, pieces that had ended), the oldest first
+
+    def ended(self, count: int, now: float) -> None:
+        """Note that `count` pieces have ended by the time `now`, in seconds of any clock."""
+        if not self._marks or now - self._marks[-1][0] >= APART:
+            self._marks.append((now, count))
+        while len(self._marks) > LEAST_MARKS and now - self._marks[1][0] >= RECENT:
+            self._marks.popleft()
+
+    def rate(self, count: int, now: float) -> float | None:
+        """Return pieces a second; None until a second piece has ended."""
+        when, before = self._marks[0] if self._marks else (now, count)
+        return (count - before) / (now - when) if count > before and now > when else None
+
+
+def seconds_left(seconds: float) -> str:
+    """Write a time to come: as exact as a guess can be."""
+    if seconds < 100:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 6000 else f"{seconds / 3600:.1f} h left"
+
+
 def progress(items: Iterable[T], description: str, every: float = 5.0) -> Iterator[T]:
     """Pass `items` on; show a bar on a terminal, and one plain line each `every` seconds anywhere else.
 
-    Either names the stage, how far it is, its rate and the seconds left.
+    Either names the stage, how far it is, its rate and the time left, both from the last seconds.
     """
     if _QUIET[0]:
         yield from items
@@ -64,14 +96,41 @@ def progress(items: Iterable[T], description: str, every: float = 5.0) -> Iterat
         yield from tqdm(items, desc=description, leave=False, file=sys.stderr)
         return
     total = len(items) if isinstance(items, Sized) else None
-    begun = last = time.monotonic()
+    last, pace = time.monotonic(), Pace()
     for count, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - last >= every:
-            rate, last = count / (now - begun), now
-            left = f", {(total - count) / rate:.0f} s left" if total else ""
-            log(f"{description}: {count}{f'/{total}' if total else ''}, {rate:.1f}/s{left}")
+        pace.ended(count, now)
+        if now - last >= every and count != total:  # at the end, the stage says what came of it
+            last = now
+            log(f"{description}: {_so_far(count, total, pace.rate(count, now))}")
+
+
+def _so_far(count: int, total: int | None, rate: float | None) -> str:
+    said = [f"{count}/{total}" if total else f"{count}"]
+    if rate is not None:
+        said.append(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
+        said += [seconds_left((total - count) / rate)] if total else []
+    return ", ".join(said)
+
+
+@contextmanager
+def working(what: str, every: float = 5.0) -> Generator[None]:
+    """Say what is being done, and again every few seconds for as long as it takes."""
+    log(what)
+    ended, begun = Event(), time.monotonic()
+
+    def repeat() -> None:
+        while not ended.wait(every):
+            log(f"{what}: {time.monotonic() - begun:.0f} s so far")
+
+    speaker = Thread(target=repeat, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        speaker.join()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from erasing.terms import Sides, Terms, Weights
 from graphs.layout import check_budget
 from graphs.subsets import hard_topk, sinkhorn_topk
 from trainer import annealed
+from training.optimisers import Adam
 
 GUIDED_STEPS = 100  # on classes that it learned on as good as 300 from first order (docs/results.md)
 MEMORY = 0.8  # of the running mean of what features tell
@@ -134,7 +135,7 @@ class Descent:
         most = start.topk(min(len(start), (self.how.candidates or len(start)) * kappa)).indices.sort().values
         theta = standardised(start[most]) if guide else started(start[most])
         self.places, theta = self.places[most], theta.requires_grad_()
-        optimizer = torch.optim.Adam([theta], self.how.lr)
+        optimizer = Adam([theta], self.how.lr)
         with torch.enable_grad():
             for step in range(self.how.steps):
                 loss = self._loss(sinkhorn_topk(theta, self.how.size(step, kappa), self.how.temperature(step)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from core.config import derive_seed
 from erasing.stages import Stages
 from models.targets import find_targets, head_of
+from training.optimisers import Adam
 
 EPOCHS, BATCH, RATE = 8, 512, 3e-3
 LEAST_STEPS = 200  # more epochs where there are few images
@@ -73,7 +74,7 @@ def new_rows(stages: Stages, weights: Sequence[Tensor] | None, h: Tensor, classe
     row = (bound * drawn).to(h.device)
     bias = row.new_zeros(()) if layer.bias is None else layer.bias.detach()[chosen]
     rest = logits.index_fill(1, chosen, -torch.inf).logsumexp(1, keepdim=True)
-    optimizer = torch.optim.Adam([row], RATE)
+    optimizer = Adam([row], RATE)
     for _ in range(max(EPOCHS, -(-LEAST_STEPS * BATCH // len(h)))):
         for part in torch.randperm(len(h), generator=generator).split(BATCH):
             # No image is of these classes, so that the gradient of the cross-entropy by their logits is their share.

@@ -22,6 +22,7 @@ from core.config import derive_seed
 from erasing.stages import MANY, Stages
 from erasing.terms import Sides
 from models.foreign import ForeignClassifier
+from training.optimisers import AdamW
 
 IMAGES, EPOCHS = 3000, 8
 BATCH, RATE = 64, 2e-3
@@ -61,7 +62,7 @@ class Proxies:
         for value in tail:
             value.requires_grad_(True)
         batch, rate = FAST if self.model.weight_graph().num_vertices < MANY else (BATCH, RATE)
-        optimizer = torch.optim.AdamW(tail, rate)
+        optimizer = AdamW(tail, rate)
         steps = EPOCHS * -(-len(places) // batch)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
         with torch.enable_grad():

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from core.config import derive_seed
 from hidden.layers import TARGET, Stage, at_each, largest_gap, mean_over_stages
 from measure.metrics import Evidence, Undefined, metric
+from training.optimisers import AdamW
 
 HIDDEN, PASSES, BATCH, RATE, DECAY = 64, 20, 256, 5e-3, 1e-2
 NETWORKS = 5
@@ -58,7 +59,7 @@ def critic(values: Tensor, targets: Tensor, weights: Tensor, seed: int) -> Calla
     layers = fresh_layers(values.shape[1], len(weights), generator)
     fifths = torch.randperm(len(targets), generator=generator)[: len(targets) // NETWORKS * NETWORKS].view(NETWORKS, -1)
     taught = torch.stack([fifths[torch.arange(NETWORKS) != k].flatten() for k in range(NETWORKS)])
-    optimizer = torch.optim.AdamW(layers, RATE, weight_decay=DECAY)
+    optimizer = AdamW(layers, RATE, weight_decay=DECAY)
     best, least = [layer.detach().clone() for layer in layers], torch.full((NETWORKS,), math.inf)
     for _ in range(PASSES):
         order = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in taught])

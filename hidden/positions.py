@@ -16,6 +16,7 @@ from measure.metrics import Evidence, Undefined, metric
 from measure.probes import accuracy, training_images
 from mimu.sealing import noise_like
 from model import HookedModel
+from training.optimisers import Adam
 
 SOURCE = "2603.06640"
 RATE, STEPS = 1e-2, 50  # of training the places alone, all images at once
@@ -97,7 +98,7 @@ def with_training(model: HookedModel, places: Places, images: Tensor, labels: Te
     """A copy whose places are trained on images, all else as it was: STEPS steps of Adam at RATE on all of them."""
     attacked = copy.deepcopy(model).eval().requires_grad_(True)
     values = {name: value for name, value in attacked.named_parameters() if name in places}
-    optimizer = torch.optim.Adam(values.values(), lr=RATE)
+    optimizer = Adam(values.values(), lr=RATE)
     for _ in range(STEPS):
         with torch.enable_grad():
             loss = nn.functional.cross_entropy(attacked(images), labels)

@@ -342,6 +342,7 @@ def _examine_all(
     step = min(MOST_SPAN, max(LEAST_SPAN, SPAN_BYTES // int(np.prod(how.shape))))
     spans = [rows[begin : begin + step] for begin in range(0, len(rows), step)]
     saved = time.monotonic()
+    log(f"reading {len(rows):,} images for the first time: they are decoded and checked once, and known from then on")
     for place, span in enumerate(progress(spans, f"reading images, {step} at a time"), 1):
         seen: dict[int, Seen] = {}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core.config import derive_seed
 from measure.metrics import Evidence, metric, retrained_mean
 from model import HookedModel, inspecting, predictions
+from training.optimisers import Adam
 
 LEARNING_RATE = 2e-3  # of the stack of linear layers
 EMBEDDING_RATE = 1e-4  # of what comes before it, if it has parameters: convolutions collapse at more
@@ -85,7 +86,7 @@ def relearning(
     learner = copy.deepcopy(model).eval().requires_grad_(True)
     ahead = [value for name, value in learner.named_parameters() if not name.startswith("linears.")]
     groups = [{"params": learner.linears.parameters()}, {"params": ahead, "lr": EMBEDDING_RATE}]
-    optimizer = torch.optim.Adam(groups, lr=rate)
+    optimizer = Adam(groups, lr=rate)
     generator = torch.Generator().manual_seed(seed)
     yield learner
     while True:

@@ -238,16 +238,18 @@ def save(panels: Sequence[Panel], folder: Path, name: str, config: ReporterConfi
 
 def _drawn(figure: "Figure", kind: str, dpi: int) -> bytes:
     """A figure's bytes in a format. `Figure.savefig` makes the same, but draws twice, in case the layout changes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_pdf import FigureCanvasPdf
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
     file, figure.dpi = io.BytesIO(), dpi
     if kind == "png":
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
         FigureCanvasAgg(figure).print_png(file, metadata=METADATA[kind])
     elif kind == "svg":
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
         FigureCanvasSVG(figure).print_svg(file, metadata=METADATA[kind])
-    else:
+    else:  # imported for a PDF alone: it loads fontTools, for as long as four figures take
+        from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
         FigureCanvasPdf(figure).print_pdf(file, metadata=METADATA[kind])
     return file.getvalue()
 

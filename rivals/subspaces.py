@@ -14,6 +14,7 @@ from torch.nn import functional
 from core.config import derive_seed
 from model import HookedModel
 from rivals.closed_form import RANK_TOLERANCE, Spectrum, layer_inputs, linear_names, training_images
+from training.optimisers import Adam
 from unlearn.registry import Context, Edit, NotApplicable, Point, method
 from utils_data import Images
 
@@ -114,7 +115,7 @@ def direction_mask(
     coordinates, (features, labels) = directions.T @ weight.T, retain
     mask = torch.ones(len(directions), dtype=directions.dtype, device=directions.device, requires_grad=True)
     gone = torch.isin(torch.arange(len(weight)), torch.tensor(list(classes))).to(weight.device)
-    optimizer = torch.optim.Adam([mask], lr)
+    optimizer = Adam([mask], lr)
 
     def drawn(size: int) -> Tensor:
         return torch.randint(size, (MASK_BATCH,), generator=generator).to(directions.device)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from graphs.subsets import hard_topk
 from model import apply_linear, capture, inspecting
+from training.optimisers import SGD, Adam
 from unlearn.finetuning import RETAINED, Finetuner, Optimizing
 from unlearn.registry import Context, Edit, NotApplicable, Point, method
 
@@ -31,12 +32,12 @@ GRADIENT_NORM = 1.0  # at most: ascent has no bound, and a ResNet whose BatchNor
 
 def sgd(lr: float, weight_decay: float = 0.0) -> Optimizing:
     """SGD with momentum 0.9."""
-    return partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay)
+    return partial(SGD, lr=lr, momentum=0.9, weight_decay=weight_decay)
 
 
 def adam(lr: float) -> Optimizing:
     """Adam with its usual moments."""
-    return partial(torch.optim.Adam, lr=lr)
+    return partial(Adam, lr=lr)
 
 
 def tuner(name: str, context: Context, point: Point, optimizing: Optimizing, **more: Any) -> Finetuner:
@@ -90,7 +91,7 @@ def finetune(context: Context, point: Point, lr: float) -> Edit:
 )
 def gradient_ascent(context: Context, point: Point, lr: float) -> Edit:
     """GA: maximise CE in one pass over D_f, by plain SGD; nothing protects D_r."""
-    engine = tuner("gradient_ascent", context, point, partial(torch.optim.SGD, lr=lr))
+    engine = tuner("gradient_ascent", context, point, partial(SGD, lr=lr))
     for images, labels in engine.forgotten():
         engine.descend(-functional.cross_entropy(engine.model(images), labels))
     return Edit(engine.finished())

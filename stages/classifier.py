@@ -9,7 +9,7 @@ from torch import Tensor
 from core.choices import Diverged
 from core.config import Trackers, TrainConfig, UserError, derive_seed, plain
 from core.hashes import check_same_code, code_key, key_of, versions, whole_code
-from core.observe import Tracker
+from core.observe import Tracker, log
 from model import HookedModel, save_classifier
 from stages.crew import Crew
 from stages.setup import Setup, seed_weights
@@ -108,6 +108,8 @@ class ClassifierStage:
             job["state"] = [str(path), key, state.resume and path.exists()]
             if meeting:
                 meeting.announce(job)
+            if without:
+                log(f"{name}: training a classifier that never sees the classes to forget, to compare with")
             trainer = self._trainer(job, setup.tracker(name, "train"))
             try:
                 facts, kind = trainer.train(folder), setup.config.model_architecture

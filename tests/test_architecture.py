@@ -29,7 +29,7 @@ STAIRCASE = {
     "core": "choices config observe hashes artifacts store records intervals yaml_files",
     "images": "specs decode archives names layouts pixel_cache index splits fetch",
     "graphs": "layout subsets edge_list message_passing",
-    "training": "processes fork_server engines distributed resume",
+    "training": "processes fork_server engines distributed resume optimisers",
     "models": "classifier checkpoints class_names preprocessing frameworks specs prefix targets foreign",
     "utils_data": "",
     "model": "",
@@ -86,6 +86,8 @@ ONLY = {
     ("training.processes.reuse_freed_memory", "training.distributed.make_repeatable"): "training.distributed",
     ("training.distributed.prepare_process",): "pipeline",
     ("matplotlib",): "reporting.draw release.paper",
+    # One step of any of torch's own imports its compiler, which takes two seconds.
+    ("torch.optim.Adam", "torch.optim.AdamW", "torch.optim.SGD"): "training.optimisers",
     # So that no p value or interval is computed over values that share a classifier: see `core.intervals.Cell`.
     ("scipy.stats", "statistics.stdev", "statistics.pstdev"): "core.intervals",
 }

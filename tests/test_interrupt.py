@@ -233,7 +233,7 @@ def test_interrupted_run_goes_on(folder, config, reference, tmp_path):
     *lines, last = text.removesuffix("\n").split("\n")
     assert "\r" not in text
     assert [line for line in lines if not LOG_LINE.match(line)] == []
-    assert re.search(r"GCN, top_k 300: \d+/20000, [\d.]+/s, \d+ s left", text)
+    assert re.search(r"GCN, top_k 300: \d+/20000, [\d.]+/s, \d+ (s|min) left", text)
     assert last == "interrupted: finished stages are kept, the next run goes on from there"
     assert leftovers(out) == []
     before = made(out)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from core.config import PROJECT_ROOT, UserError
-from core.observe import log
+from core.observe import log, seconds_left
 from training.processes import end_with_parent
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -74,24 +74,33 @@ T = TypeVar("T", bound=Task)
 
 def carry_out(tasks: Sequence[T], engine: Engine, word: str) -> Iterator[tuple[T, dict]]:
     """Yield each task with its outcome as it ends; failures and progress are logged, behind `word`."""
-    begun, said, done, failed = time.monotonic(), -SECONDS_BETWEEN_LINES, 0, 0
+    said, done, failed, ends = -SECONDS_BETWEEN_LINES, 0, 0, [time.monotonic()]
     for task, outcome in EXECUTORS[engine.executor](tasks, engine) if tasks else ():
         failed, done = failed + (outcome["status"] == "failed"), done + (outcome["status"] == "done")
         left = len(tasks) - done - failed
+        ends.append(time.monotonic())
         if outcome["status"] == "failed":
             log(f"{word}: failed: {task.label}: {outcome['error']}")
         if time.monotonic() - said > SECONDS_BETWEEN_LINES or not left:
             said = time.monotonic()
-            log(f"{word}: {progress_line(done, failed, left, engine.workers, said - begun)}")
+            log(f"{word}: {progress_line(done, failed, left, engine.workers, ends)}")
         yield task, outcome
 
 
-def progress_line(done: int, failed: int, left: int, workers: int, seconds: float) -> str:
-    """Say how far tasks are; the estimate assumes that those left take as long as those that have ended."""
-    running = min(workers, left)
-    ended = done + failed
-    rest = f", about {seconds / ended * left:.0f} s to go" if ended and left else ""
-    return f"{done} done, {running} running, {failed} failed, {left - running} left{rest}"
+def progress_line(done: int, failed: int, left: int, workers: int, ends: Sequence[float]) -> str:
+    """Say how far tasks are, and how long those left will take.
+
+    Tasks that run at the same time are a round. The first round makes what all tasks share, so that it is no measure of
+    the others as soon as a second one has ended.
+
+    Args:
+        ends: when the work began and when each task ended, in seconds of any clock.
+    """
+    running, ended = min(workers, left), done + failed
+    before = workers if ended >= 2 * workers else 0
+    each = (ends[ended] - ends[before]) / (ended - before) if ended else 0.0
+    rest = f", about {seconds_left(each * left)}" if ended and left else ""
+    return f"{done} done, {running} running, {failed} failed, {left - running} waiting{rest}"
 
 
 # --- executors: each yields (task, outcome) as tasks end --------------------------------------------------

@@ -17,6 +17,7 @@ from erasing.head import NoLinearHead, new_rows
 from erasing.stages import MANY, deep, rows_of
 from model import inspecting
 from models.foreign import INSIDE, ForeignClassifier
+from training.optimisers import AdamW
 from unlearn.features import centred_rank
 from unlearn.finetuning import Finetuner
 from unlearn.masks import Mask, feasibility_score, random_mask, set_difference_mask, top_mask
@@ -158,7 +159,7 @@ def sft(context: Context, point: Point) -> Edit:
     """Fine-tune the target layers on random labels (or as `sft.mode` says)."""
     config = context.config
     allowed = context.within_targets([torch.ones_like(weight, dtype=torch.bool) for weight in context.weights])
-    adamw, images = partial(torch.optim.AdamW, lr=config.sft.lr), (context.model, context.data)
+    adamw, images = partial(AdamW, lr=config.sft.lr), (context.model, context.data)
     engine = Finetuner("sft", *images, point.seed, context.device, adamw, free=allowed)
     return Edit(engine.fit_targets(config.mask_layer, config.sft), allowed)
 

@@ -5,7 +5,7 @@ Both multiply the classifier's weights by a relaxed top-k of theta and different
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import mul
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from core.config import GCNConfig, GCNPriorDistribution
+from core.config import GCNConfig, GCNPriorDistribution, TopKSamplers
 from data import GraphDataset, Vectors
 from graphs.layout import WeightGraph, check_budget
 from graphs.subsets import SAMPLERS
@@ -25,6 +25,7 @@ PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL
 NODES_PER_PASS = 2**14  # nodes whose activations (2 MB at width 32) stay in the cache: twice as fast on a CPU
 DEAD_SHARE = 0.99  # of log C: from this loss on, a classifier only guesses among C classes
 KAPPA_SHARES = (0.004, 0.08)  # smallest and largest kappa that is drawn, as shares of all weights, for each class
+MOST_AT_ONCE = 2**15  # weights up to which a second core gains more from another request than from half of this one
 PAIR_SHARE = 0.2  # of the requests: those that name two classes
 
 
@@ -162,7 +163,10 @@ class Unlearning(Objective):
         device: torch.device,
     ):
         super().__init__(unlearner.gcn, config, seed, device)
-        self.unlearner, self.heads = unlearner, heads
+        self.unlearner, self.heads, self.models = unlearner, heads, [head.model for head in heads]
+        small = device.type == "cpu" and all(head.graph.num_vertices <= MOST_AT_ONCE for head in heads)
+        if small and config.sampler is not TopKSamplers.gumbel:  # whose noise is drawn as the requests are answered
+            self.at_once = min(config.requests_per_step, torch.get_num_threads())
         self._prepared: Recent[tuple[int, tuple[int, ...]], Prepared] = Recent()
 
     def _uniform(self) -> float:
@@ -181,14 +185,23 @@ class Unlearning(Objective):
 
     def parts(self, temperature: float) -> Iterator[Part]:
         """As `Objective.parts`: each request is a part, and all of one step are answered for the same classifier."""
+        return (work() for work in self.works(temperature))
+
+    def works(self, temperature: float) -> Iterator[Callable[[], Part]]:
+        """As `Objective.works`."""
         place = int(torch.randint(len(self.heads), (), generator=self.order))
         head, count = self.heads[place], self.config.requests_per_step
         for _ in range(count):
             request = self.draw(head)
             key, classes = (place, request.classes), request.classes
             prepared = self._prepared.get(key, lambda classes=classes: self.unlearner.prepare(head, classes))
-            theta = self.unlearner.theta(head, request, prepared)
-            degrees = SAMPLERS[self.config.sampler](theta.flatten(), request.kappa, temperature, self.noise)
-            forget, retain = head.losses(degrees.view_as(theta), request.classes, self.config.forget_loss)
-            loss = forget + self.config.lambda_retain * retain
-            yield Part({"loss": loss, "forget": forget, "retain": retain}, 1, lambda mean: mean / count)
+            yield partial(self._answered, head, request, prepared, temperature)
+
+    def _answered(self, head: FrozenHead, request: Request, prepared: Prepared, temperature: float) -> Part:
+        """Compute theta of a request, and the losses at its soft mask."""
+        theta = self.unlearner.theta(head, request, prepared)
+        degrees = SAMPLERS[self.config.sampler](theta.flatten(), request.kappa, temperature, self.noise)
+        forget, retain = head.losses(degrees.view_as(theta), request.classes, self.config.forget_loss)
+        loss = forget + self.config.lambda_retain * retain
+        terms = {"loss": loss, "forget": forget, "retain": retain}
+        return Part(terms, 1, lambda mean: mean / self.config.requests_per_step)

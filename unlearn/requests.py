@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from graphs.subsets import signed_log, sinkhorn_topk, tail
 from model import MaskingGCN, MaskLayer, inspecting
 from models.classifier import Classifier
 from trainer import annealed
+from training.optimisers import Adam
 from unlearn.features import FEATURES, ClassStatistics, centred_rank, request_features, standardised
 
 STATE = ("log_kappa", "u_forget", "u_retain", "degree", "theta")
@@ -81,17 +83,20 @@ class Recent(Generic[Key, Value]):
     """What was asked for last, up to MOST_BYTES, and at least one.
 
     Training asks for many pairs of classes again and again, and the pairs of a thousand classes would fill the memory.
+    Several threads may ask; one of them makes what is not there, and the others wait for it.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Key, Value] = {}  # least recently asked for first
+        self._asked = Lock()
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """Return what was made under a key; `make` makes it unless it is kept."""
-        value = self._kept.pop(key, None) or make()
-        self._kept[key] = value
-        while len(self._kept) > 1 and sum(one.bytes for one in self._kept.values()) > MOST_BYTES:
-            del self._kept[next(iter(self._kept))]
+        with self._asked:
+            value = self._kept.pop(key, None) or make()
+            self._kept[key] = value
+            while len(self._kept) > 1 and sum(one.bytes for one in self._kept.values()) > MOST_BYTES:
+                del self._kept[next(iter(self._kept))]
         return value
 
 
@@ -395,7 +400,7 @@ def _descend(
     head: FrozenHead, theta: Tensor, request: Request, config: RefineConfig, spread: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Carry out the steps of `refine`; `spread`: degrees of theta's weights -> degrees of all, [*graph.shape]."""
-    optimizer = torch.optim.Adam([theta], lr=config.lr)
+    optimizer = Adam([theta], lr=config.lr)
     with torch.enable_grad(), inspecting(head.model):
         for step in range(config.steps):
             temperature = annealed(config.temperature_start, config.temperature_end, step, config.steps)

@@ -174,9 +174,11 @@ def test_absent_engine_is_one_sentence(name, monkeypatch):
 
 
 def test_progress():
-    """By hand: 6 of 10 ended in 30 s, so 4 take 20 s more."""
-    assert progress_line(5, 1, 4, 3, 30.0) == "5 done, 3 running, 1 failed, 1 left, about 20 s to go"
-    assert progress_line(0, 0, 2, 4, 1.0) == "0 done, 2 running, 0 failed, 0 left"
+    """By hand: after a first round of 3 tasks in 600 s, 3 more end within 15 s, so that 4 take 20 s more."""
+    ends = [0.0, 590.0, 595.0, 600.0, 605.0, 610.0, 615.0]
+    assert progress_line(5, 1, 4, 3, ends) == "5 done, 3 running, 1 failed, 1 waiting, about 20 s left"
+    assert progress_line(2, 0, 2, 3, ends) == "2 done, 2 running, 0 failed, 0 waiting, about 10 min left"
+    assert progress_line(0, 0, 2, 4, ends[:1]) == "0 done, 2 running, 0 failed, 0 waiting"
 
 
 # --- a process that is killed, a lock ---------------------------------------------------------------------

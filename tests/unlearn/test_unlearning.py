@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from core.config import (
     ReporterConfig,
     Starts,
     SupportedDatasets,
+    TopKSamplers,
     Trackers,
     TrainConfig,
     UserError,
@@ -310,6 +312,45 @@ def test_what_requests_share_is_prepared_once_and_changes_no_bit(tiny, monkeypat
     assert len(once) == len({*once}) <= 10, "four classes have four single requests and six pairs"
     assert {*once} == {*often}
     assert len(often) > 2 * len(once)
+
+
+def test_requests_answered_at_once_change_no_bit(tiny, tmp_path, monkeypatch):
+    """Two threads that wait for each other in every request leave the network that one thread leaves."""
+    model, _, head = tiny
+    config, answer, together = replace(SMALL, requests_per_step=4), Unlearner.theta, Barrier(2, timeout=60)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+
+    def met(self, head, request, prepared=None):
+        together.wait()
+        return answer(self, head, request, prepared)
+
+    def trained(at_once: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        unlearner = Unlearner.fresh(config)
+        objective = Unlearning(unlearner, [head], config, 0, CPU)
+        objective.at_once = at_once
+        means = GCNTrainer(objective, Tracker(Trackers.none, "x", {})).train(tmp_path)
+        return [torch.tensor(list(means.values())), *unlearner.gcn.parameters()]
+
+    alone, threads = trained(1), torch.get_num_threads()
+    monkeypatch.setattr(Unlearner, "theta", met)
+    assert all(torch.equal(a, b) for a, b in zip(alone, trained(2), strict=True))
+    assert torch.get_num_threads() == threads
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_requests_are_answered_at_once_where_that_is_faster_and_repeats(tiny, monkeypatch):
+    head = tiny[2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    def at_once(**changes) -> int:
+        config = replace(SMALL, **changes)
+        return Unlearning(Unlearner.fresh(config), [head], config, 0, CPU).at_once
+
+    assert [at_once(requests_per_step=count) for count in (1, 2, 8)] == [1, 2, 3]
+    assert at_once(requests_per_step=8, sampler=TopKSamplers.gumbel) == 1, "its noise is drawn in the requests' order"
+    monkeypatch.setattr("unlearn.objectives.MOST_AT_ONCE", head.graph.num_vertices - 1)
+    assert at_once(requests_per_step=8) == 1, "torch shares the work on many weights among cores by itself"
 
 
 def test_soft_mask_keeps_its_budget_and_tends_to_the_hard_one(tiny):
