@@ -218,12 +218,13 @@ def shown(found: Estimate | None) -> str:
     """ "12", "12 ± 3.1" over runs, "12 [9.2, 15.4]" where the interval is lopsided; "-" if there is none."""
     if found is None or not known(found.value):
         return "-"
+    value = f"{0.0 if abs(found.value) < DUST else found.value:.4g}"
     if found.low is None or found.high is None:
-        return f"{found.value:.4g}"
+        return value
     low, high = (0.0 if side < DUST else side for side in (found.value - found.low, found.high - found.value))
     if math.isclose(low, high, rel_tol=1e-6, abs_tol=DUST):
-        return f"{found.value:.4g} ± {high:{'.2g' if high < 99.5 else '.0f'}}"
-    return f"{found.value:.4g} [{found.low:.3g}, {found.high:.3g}]"
+        return f"{value} ± {high:{'.2g' if high < 99.5 else '.0f'}}"
+    return f"{value} [{found.low:.3g}, {found.high:.3g}]"
 
 
 def metrics_of(runs: Sequence[Run], every: bool = True) -> dict[str, Metric]:

@@ -20,7 +20,10 @@ TEMPLATES = PROJECT_ROOT / "showing" / "templates"
 PAGE = Path("reports/leaderboard.html")
 ACROSS = 3  # columns of values beside each other where all are shown: as many as 420 pixels hold
 MOST_SHORT = 7  # digits of a commit, where people read it
-FEATURES = ("probe_layers_gap", "relearn_area_10", "forget_auroc", "probe_gap", "fresh_head_10", "knn_layers_gap")
+FEATURES = (
+    *("probe_layers_gap", "relearn_area_10", "forget_auroc", "probe_gap", "relearn_10", "fresh_head_10"),
+    "knn_layers_gap",
+)
 """Metrics that look inside, in the order in which they are shown; all others follow."""
 COSTS = ("seconds", "weights_changed", "seconds_offline", "seconds_alone", "edit_bytes")
 COUNTED = ("weights_changed", "edit_bytes")  # whole numbers, shown as such
@@ -34,7 +37,7 @@ class Question:
     Args:
         name: as it is chosen. title: of the table. about: a sentence below the title.
         columns: of a board, by priority.
-        ranks: metrics or costs that rows are ordered by: the first that some row has.
+        ranks: metrics or costs that rows are ordered by: the one that most rows have, of several the first.
         levels: column -> level, of some columns (`reporting.page.LEVELS`).
     """
 
@@ -61,7 +64,13 @@ def _of_answers(board: Board) -> list[str]:
 def _of_features(board: Board) -> list[str]:
     records = _records(board)
     own = [name for name in board.metrics if looks_inside(records, name)]
-    return [*(name for name in FEATURES if name in own), *(name for name in own if name not in FEATURES)]
+    own = [*(name for name in FEATURES if name in own), *(name for name in own if name not in FEATURES)]
+    return sorted(own, key=lambda name: -_measured(board, name))
+
+
+def _measured(board: Board, name: str) -> int:
+    """Count the rows that have a value of a metric or cost."""
+    return sum(known(row.points[0].values.get(name)) for row in board.rows)
 
 
 def _of_cost(board: Board) -> list[str]:
@@ -93,7 +102,7 @@ QUESTIONS = (
     Question(
         "cost",
         "Cost: how long, and how much is changed?",
-        "Seconds on the machine that made the runs: compare them within a source alone.",
+        "Seconds of the machine that made the runs: compare rows that were made together.",
         _of_cost,
         ("seconds",),
         _by_place,
@@ -146,8 +155,8 @@ def _tables(board: Board, question: Question, place: int) -> dict | None:
     columns = question.columns(board)
     if not columns:
         return None
-    ranks = [name for name in question.ranks if any(known(row.points[0].values.get(name)) for row in board.rows)]
-    rank = ranks[0] if ranks else None
+    first = max(question.ranks, key=lambda name: _measured(board, name))
+    rank = first if _measured(board, first) else None
     rows = board.ranked(rank, _about(board, rank)[1] if rank else "lower")
     best = {name: board.leading(name, _about(board, name)[1]) for name in columns}
 

@@ -169,7 +169,8 @@ def looks_inside(records: Iterable[Record], name: str) -> bool:
     No setting and no point is chosen by such a metric, so that `Eval` measures it on test images alone: it is missing
     among the values on validation images.
     """
-    return any(name not in values for record in records for values in record["validation"].values())
+    asked = (record for record in records if name in record["metrics"])
+    return any(name not in values for record in asked for values in record["validation"].values())
 
 
 def boards(runs: Sequence[Run]) -> list[Board]:

@@ -530,7 +530,7 @@ def sentence(err: str) -> str:
 SENTENCES = {
     "unknown command": (
         "nonsense",
-        "choose from run, sweep, train-gcn, report, docs, dashboard, datasets, download, prepare",
+        "choose from run, sweep, train-gcn, demo, report, leaderboard, docs, dashboard, datasets, download, prepare",
     ),
     "config without file": ("run --config", "--config names no file"),
     "forget class": ("--forget-class 10", "DIGITS has classes 0 to 9"),

@@ -430,6 +430,8 @@ def test_shown_by_hand():
         Estimate(12, -148, 172, 2): "12 ± 160",
         Estimate(12, -87.6, 111.6, 2): "12 ± 100",
         Estimate(0, 0, 7.1, 50): "0 [0, 7.1]",
+        Estimate(-2.4e-15, -2.9, 2.9, 3): "0 ± 2.9",
+        Estimate(1.4e-5, None, None, 1): "1.4e-05",
     }
     assert [shown(figure) for figure in cases] == list(cases.values())
     assert shown(None) == "-"

@@ -97,8 +97,9 @@ def test_every_metric_that_looks_inside_is_known_from_the_record_alone():
     """By the rule of `Eval`: groups of INSIDE are not measured on validation images."""
     entries = {name: entry.group in INSIDE for name, entry in METRICS.items()}
     test, val = dict.fromkeys(entries, 1.0), {name: 1.0 for name, inside in entries.items() if not inside}
-    one: dict = {"methods": {"default": test}, "validation": {"default": val}}
-    assert {name: looks_inside([one], name) for name in entries} == entries
+    one: dict = {"metrics": entries, "methods": {"default": test}, "validation": {"default": val}}
+    fewer: dict = {"metrics": {}, "methods": {"default": {}}, "validation": {"default": {}}}  # these were not asked for
+    assert {name: looks_inside([fewer, one], name) for name in entries} == entries
 
 
 def test_rows_are_ordered_by_what_the_question_asks():
