@@ -102,10 +102,11 @@ class Setup:
 
     @property
     def multiplications(self) -> float:
-        """Multiplications of the classifier's forward pass for one image; infinite if it is more than linear layers."""
+        """Multiplications of the classifier's forward pass for one batch; infinite if it is more than linear layers."""
         parts = [part for part in self.outline.modules() if list(part.parameters(recurse=False))]
         linear = all(isinstance(part, nn.Linear) for part in parts)
-        return sum(value.numel() for part in parts for value in part.parameters()) if linear else math.inf
+        weights = sum(value.numel() for part in parts for value in part.parameters())
+        return weights * self.config.train.batch_size if linear else math.inf
 
     @cached_property
     def data(self) -> UnlearningDataset:

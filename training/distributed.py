@@ -244,7 +244,7 @@ def prepare_process(device: torch.device, multiplications: float = math.inf) -> 
     that repeat. With one thread, sums are added up in another order than with several.
 
     Args:
-        multiplications: of the network's forward pass, for one image.
+        multiplications: of the network's forward pass, for one batch.
     """
     reuse_freed_memory()
     choose_threads(device, multiplications)

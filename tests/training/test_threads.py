@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.config import PipelineConfig, SupportedVisionModels
+from core.config import PipelineConfig, SupportedVisionModels, TrainConfig
 from stages.setup import Setup
 from training import threads
 from training.threads import WORTH, allowed_threads, choose_threads
@@ -36,11 +36,12 @@ def test_small_networks_take_one_thread_and_large_ones_all_again(three):
 @pytest.mark.parametrize(
     ("kind", "found"),
     [
-        (SupportedVisionModels.HookedMLPClassifier, 8 * 8 * 128 + 128 * 64 + 64 * 10),
+        (SupportedVisionModels.HookedMLPClassifier, 20 * (8 * 8 * 128 + 128 * 64 + 64 * 10)),
         (SupportedVisionModels.HookedResnet, math.inf),
     ],
 )
 def test_multiplications_are_known_of_linear_layers_alone(kind, found, tmp_path: Path):
-    """By hand for DIGITS' perceptron: each weight is multiplied once; a convolution uses its weights many times."""
-    setup = Setup(PipelineConfig(output_dir=tmp_path, device="cpu", model_architecture=kind))
+    """By hand for DIGITS' perceptron: a weight meets each image once; a convolution uses its weights many times."""
+    train = TrainConfig(batch_size=20)
+    setup = Setup(PipelineConfig(output_dir=tmp_path, device="cpu", model_architecture=kind, train=train))
     assert setup.multiplications == found
