@@ -54,13 +54,16 @@ speed on an idle machine, where waking a thread takes longer than the next piece
 
 
 def set_library_defaults() -> None:
-    """Set what native libraries read from the environment when torch loads them, unless the user has set it.
+    """Set what native libraries read from the environment when they are loaded, unless the user has set it.
 
-    Call it before torch is imported. Processes that are started from here inherit it.
+    Call it before numpy and torch are imported. Processes that are started from here inherit it.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, sums on a GPU differ from run to run
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # What numpy and scipy compute here is small (probes, intervals). On a busy machine threads would take turns.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _trackio_folder(output_dir: Path) -> Path:

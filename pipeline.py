@@ -60,11 +60,11 @@ class Pipeline:
         return records
 
     def prepare_process(self) -> None:
-        """Let this process keep freed memory for the next tensors, and a GPU take algorithms that repeat.
+        """Let this process keep freed memory for the next tensors and take the threads that pay; see `training`.
 
         A program calls this once, before it runs anything; constructing a `Pipeline` sets nothing for the process.
         """
-        prepare_process(self.stages.device)
+        prepare_process(self.stages.device, self.stages.setup.multiplications)
 
     def train_gcn(self) -> Path:
         """Train the graph network alone, or find it (the ELBO: for the first top_k); returns its file."""

@@ -8,6 +8,7 @@ Colours are Okabe and Ito's, distinct for colour-blind readers; markers and dash
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ SMALL, TINY = 7.5, 6.5  # points
 MOST_LETTERS = 40  # of the names below an axis that are written across; of more they are turned
 PAD = 0.12  # of the range of an axis that ends before some values: room to name them
 TITLE = 48  # characters of a title's line that fit into a column
+POWER = re.compile(r"\^\{(-?\d+)\}")
+RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 METADATA: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 START, WORTH = 2, 12  # panels drawn while a process starts; panels from which on a second process saves more than that
 SETTINGS: dict[Any, Any] = {"svg.hashsalt": "mimu", "font.size": SMALL, "axes.linewidth": 0.6}
@@ -110,8 +113,10 @@ def _draw_panel(ax: "Axes", panel: Panel) -> None:
     ax.set_axisbelow(True)
     if panel.x_log:
         ax.set_xscale("log")
+        _name_powers(ax.xaxis)
     if panel.y_log:
         ax.set_yscale("symlog", linthresh=1) if panel.series[0].kind == "steps" else ax.set_yscale("log")
+        _name_powers(ax.yaxis)
     bars = [one for one in panel.series if one.kind == "bars"]
     for place, one in enumerate(bars):
         width = 0.8 / len(bars)
@@ -127,6 +132,28 @@ def _draw_panel(ax: "Axes", panel: Panel) -> None:
         ax.set_xticks(
             range(len(panel.ticks)), [*map(_shown, panel.ticks)], fontsize=TINY, rotation=90 if crowded else 0
         )
+
+
+def _name_powers(axis: "Axis") -> None:
+    """Write the numbers of a logarithmic axis as plain text: as formulas they take as long as the rest of a panel."""
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Plain(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return _without_formula(super().__call__(x, pos))
+
+    major, minor = axis.get_major_formatter(), axis.get_minor_formatter()
+    for found, give in ((major, axis.set_major_formatter), (minor, axis.set_minor_formatter)):
+        if type(found) is LogFormatterSciNotation:
+            plain = Plain()
+            vars(plain).update(vars(found))
+            give(plain)
+
+
+def _without_formula(text: str) -> str:
+    """Turn matplotlib's formula of a number into text: `$\\mathdefault{2\\times10^{-3}}$` into 2 x 10 to the -3."""
+    plain = text.removeprefix(r"$\mathdefault{").removesuffix("}$").replace(r"\times", "\u00d7")
+    return POWER.sub(lambda found: found[1].translate(RAISED), plain).replace("-", "\u2212")
 
 
 def _end_axis(ax: "Axes", panel: Panel) -> None:

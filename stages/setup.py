@@ -3,12 +3,14 @@
 The only file that seeds torch's global generator.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from core.config import GIVEN, PipelineConfig, UserError, changed_settings, derive_seed, plain
 from core.hashes import load_plugins
@@ -97,6 +99,14 @@ class Setup:
     def network(self, path: Path | None = None) -> HookedModel:
         """Build the classifier of this architecture and shape on the CPU, with random weights or those in a file."""
         return vision_model_loader(self.config.model_architecture, *self.shape, path)
+
+    @property
+    def multiplications(self) -> float:
+        """Multiplications of the classifier's forward pass for one batch; infinite if it is more than linear layers."""
+        parts = [part for part in self.outline.modules() if list(part.parameters(recurse=False))]
+        linear = all(isinstance(part, nn.Linear) for part in parts)
+        weights = sum(value.numel() for part in parts for value in part.parameters())
+        return weights * self.config.train.batch_size if linear else math.inf
 
     @cached_property
     def data(self) -> UnlearningDataset:

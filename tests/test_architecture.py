@@ -29,7 +29,7 @@ STAIRCASE = {
     "core": "choices config observe hashes artifacts store records intervals yaml_files",
     "images": "specs decode archives names layouts pixel_cache index splits fetch",
     "graphs": "layout subsets edge_list message_passing",
-    "training": "processes fork_server engines distributed resume optimisers",
+    "training": "processes fork_server threads engines distributed resume optimisers",
     "models": "classifier checkpoints class_names preprocessing frameworks specs prefix targets foreign",
     "utils_data": "",
     "model": "",

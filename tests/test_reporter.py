@@ -534,6 +534,21 @@ def test_what_lies_beyond_an_axis_is_named_at_its_edge(records):
     assert (panel.above, panel.y_range, panel.y_log) == (["a novel method 1e+04"], (1.0, 1.0), False)
 
 
+def test_numbers_of_a_logarithmic_axis_are_text_and_no_formulas():
+    """A formula takes as long as the rest of a panel. Which numbers are named is still for matplotlib to choose."""
+    steps = Series("", [0.0, 1.0, 2.0], [5.0, 500.0], "steps")
+    x, y = (draw([Panel("", "", "", [steps], x_log=log, y_log=not log)]).axes[0] for log in (True, False))
+    x.set_xlim(0.3, 0.9)
+    assert [x.xaxis.get_major_formatter()(value) for value in (1e-3, 1.0, 1e12)] == [
+        "10\u207b\u00b3",
+        "10\u2070",
+        "10\u00b9\u00b2",
+    ]
+    x.xaxis.get_minor_formatter().set_locs([0.4, 0.5])
+    assert x.xaxis.get_minor_formatter()(0.4) == "4\u00d710\u207b\u00b9"
+    assert [y.yaxis.get_major_formatter()(value) for value in (0, -10)] == ["0", "\u221210\u00b9"]
+
+
 def test_a_logarithmic_axis_that_ends_early_holds_intervals_that_reach_below_zero():
     """Over two seeds the loss of MIMU is 5 ± 50; a dropped logit's is named at the edge."""
     runs = [[full(5, kappa, 12, seed=seed, run=str(seed)) for kappa in (100, 400)] for seed in (0, 1)]

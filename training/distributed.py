@@ -36,6 +36,7 @@ from core.choices import Diverged, MachineError, UserError
 from core.hashes import check_same_code, load_plugins, loaded_plugins, whole_code
 from core.observe import log
 from training.processes import end_with_parent, reuse_freed_memory
+from training.threads import choose_threads
 
 PRELOAD = [
     "training.fork_server",
@@ -240,12 +241,17 @@ def make_repeatable(device: torch.device) -> None:
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - a property of the module
 
 
-def prepare_process(device: torch.device) -> None:
+def prepare_process(device: torch.device, multiplications: float = math.inf) -> None:
     """Set what holds for a whole process that trains and measures on a device: for programs, never in a constructor.
 
-    Freed memory is kept for the next tensors, and a GPU takes algorithms that repeat. No result on a CPU changes.
+    Freed memory is kept for the next tensors, a small network on a CPU takes one thread, and a GPU takes algorithms
+    that repeat. With one thread, sums are added up in another order than with several.
+
+    Args:
+        multiplications: of the network's forward pass, for one batch.
     """
     reuse_freed_memory()
+    choose_threads(device, multiplications)
     make_repeatable(device)
 
 

@@ -19,6 +19,7 @@ from graphs.layout import WeightGraph, check_budget
 from graphs.subsets import SAMPLERS
 from model import HookedModel, MaskingGCN, MaskLayer, inspecting
 from trainer import Objective, Part
+from training.threads import allowed_threads
 from unlearn.requests import FrozenHead, Prepared, Recent, Request, Unlearner
 
 PRIOR_FLOOR = 1e-3  # share of the uniform distribution mixed into p, so that KL(q || p) stays finite where p = 0
@@ -166,7 +167,7 @@ class Unlearning(Objective):
         self.unlearner, self.heads, self.models = unlearner, heads, [head.model for head in heads]
         small = device.type == "cpu" and all(head.graph.num_vertices <= MOST_AT_ONCE for head in heads)
         if small and config.sampler is not TopKSamplers.gumbel:  # whose noise is drawn as the requests are answered
-            self.at_once = min(config.requests_per_step, torch.get_num_threads())
+            self.at_once = min(config.requests_per_step, allowed_threads())
         self._prepared: Recent[tuple[int, tuple[int, ...]], Prepared] = Recent()
 
     def _uniform(self) -> float:

@@ -70,7 +70,7 @@ def check(executor: str, folder: Path, expected: list[dict], capsys, more: str =
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
     assert [row[:2] for row in rows[2:]] == [["[100]", "done"], ["[9000]", "failed"], ["[400]", "done"]]
     assert "choose from 1 to 8192" in rows[3][-1]
-    assert "sweep: 2 done, 0 running, 1 failed, 0 left" in err
+    assert "sweep: 2 done, 0 running, 1 failed, 0 waiting" in err
     found = sorted((measured(record) for record in read_records(folder / "out")), key=lambda record: record["kappa"])
     assert found == expected
     _, _, scores = out.partition("HookedMLPClassifier on DIGITS")

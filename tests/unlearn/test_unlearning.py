@@ -341,7 +341,7 @@ def test_requests_answered_at_once_change_no_bit(tiny, tmp_path, monkeypatch):
 
 def test_requests_are_answered_at_once_where_that_is_faster_and_repeats(tiny, monkeypatch):
     head = tiny[2]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr("unlearn.objectives.allowed_threads", lambda: 3)
 
     def at_once(**changes) -> int:
         config = replace(SMALL, **changes)
