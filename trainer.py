@@ -381,6 +381,7 @@ class GCNTrainer:
     def __init__(self, objective: Objective, tracker: Tracker):
         self.objective, self.config, self.tracker = objective, objective.config, tracker
         self.gcn = objective.gcn.to(objective.device)
+        self._learning = [parameter for parameter in self.gcn.parameters() if parameter.requires_grad]
         self._map: Callable[..., Iterator[Any]] = map
         rate, steps = self.config.lr, max(2, self.config.steps)
         self.optimizer = AdamW(self.gcn.parameters(), lr=rate, weight_decay=self.config.weight_decay)
@@ -426,13 +427,12 @@ class GCNTrainer:
         It frees the part's autograd graph, so that a part takes memory only while it is worked on.
         """
         part = work()
-        parameters = list(self.gcn.parameters())
-        gradients = torch.autograd.grad(part.weigh(part.terms["loss"]), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(part.weigh(part.terms["loss"]), self._learning, allow_unused=True)
         return gradients, {name: part.weigh(float(one.detach())) for name, one in part.terms.items()}, part.count
 
     def _add(self, gradients: Sequence[Tensor | None]) -> None:
         """Add a part's gradients to the parameters', in the order of the parts: sums have the same bits every time."""
-        for parameter, gradient in zip(self.gcn.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(self._learning, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
