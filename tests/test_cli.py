@@ -95,6 +95,21 @@ def test_waiting_threads_do_not_spin_for_long(first, given, expected, tmp_path):
     assert set(counts) == {expected}
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1"), ({"OPENBLAS_NUM_THREADS": "3"}, "3"), ({"OMP_NUM_THREADS": "3"}, "None")],
+    ids=["one", "the user's number", "the user's number for all libraries"],
+)
+def test_numpy_takes_one_thread_unless_the_user_says_otherwise(given, expected, tmp_path):
+    """Its library reads the number when it is loaded, which must come after the command line has set it."""
+    code = "import os, sys, main; print('numpy' in sys.modules); main.main(['nonsense'])"
+    code += "; print(os.environ.get('OPENBLAS_NUM_THREADS'))"
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    bare = {name: value for name, value in environment(tmp_path).items() if name not in names}
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=bare | given)
+    assert told.stdout.split() == ["False", expected]
+
+
 def test_sums_on_a_gpu_repeat_unless_the_user_says_otherwise(monkeypatch):
     for given, expected in ((None, ":4096:8"), (":16:8", ":16:8")):
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

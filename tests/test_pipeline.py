@@ -114,7 +114,7 @@ def test_records_say_what_is_documented(whole):
         assert (record["num_graph_vertices"], record["num_graph_edges"]) == (8192, 1556480)
         assert (record["forget_class"], record["mask_layer"], record["seed"]) == ([0], [-2], 0)
         assert record["provenance"]["device"] == "cpu"
-        assert record["provenance"]["repeatability"] == "the same to the bit on this processor with 1 threads"
+        assert record["provenance"]["repeatability"] == "the same to the bit on this processor with 1 thread"
         for key in ("classifier_path", "gcn_path", "mask_path"):
             assert (config.output_dir / record[key]).is_file()
 

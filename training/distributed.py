@@ -261,7 +261,8 @@ def repeatability(device: torch.device) -> str:
         which = "deterministic" if torch.are_deterministic_algorithms_enabled() else "the fastest"
         name = torch.cuda.get_device_name(device)
         return f"{name}, {which} algorithms where PyTorch has them: not tested, last digits may differ"
-    return f"the same to the bit on this processor with {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"the same to the bit on this processor with {threads} thread{'s' if threads > 1 else ''}"
 
 
 def local_device(device: torch.device) -> torch.device:
