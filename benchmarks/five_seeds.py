@@ -1,0 +1,68 @@
+"""Every method on five classifiers of DIGITS: the leaderboard of configs/comparison.yaml as a table of docs/results.md.
+
+    uv run main.py sweep --config configs/comparison.yaml          the runs, in the folder comparison
+    uv run benchmarks/five_seeds.py [--records DIR] [--docs]       the table, from their records
+
+A value is the mean over classes of each seed, then over the seeds, with the 95 % t interval over the seeds; weights are
+the range over all cells. Methods stand in the order of Avg Gap, retrained and untouched models first.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import for_pages, parser, publish_all
+
+from core.records import read_records
+from reporting.families import runs_of
+from reporting.tables import budget, estimate, known, shown, values_of
+from reporting.write import as_text
+from showing.standings import Board, Row, boards
+
+COLUMNS = {
+    "forget_score": "forget %",
+    "retain_score": "retain %",
+    "worst_retained_drop": "worst class",
+    "avg_gap": "Avg Gap",
+    "probe_layers_gap": "probe",
+    "knn_layers_gap": "10-NN",
+    "forget_auroc": "logit AUROC",
+    "constant_recall": "one constant",
+    "relearn_area_10": "relearn 10",
+    "fresh_head_10": "fresh head 10",
+}
+RANK = "avg_gap"
+
+
+def line(row: Row) -> list[str]:
+    """A method's name and values."""
+    cells = [shown(estimate(row.points, name)) if known(row.points[0].values.get(name)) else "-" for name in COLUMNS]
+    weights = budget([int(value) for value in values_of(row.points, "weights_changed").values()])
+    return [row.label, *cells, weights]
+
+
+def table(board: Board) -> list[list[str]]:
+    """Head and body."""
+    rows = board.ranked(RANK, board.metrics[RANK]["better"])
+    return [["method", *COLUMNS.values(), "weights"], *map(line, rows)]
+
+
+def main() -> None:
+    """Read, print, publish."""
+    flags = parser(__doc__)
+    for_pages(flags)
+    flags.add_argument("--records", type=Path, default=Path("comparison"), help="the sweep's output folder")
+    given = flags.parse_args()
+    board, *others = boards(runs_of(read_records(given.records)))
+    if others:
+        flags.error(f"{given.records} holds {len(others) + 1} models or datasets: give the folder of one")
+    (source,) = board.sources
+    rows = table(board)
+    print(as_text(rows))
+    count = f"{len(source.classes)} classes x {source.seeds} classifiers; ± is the 95 % t interval over the classifiers"
+    publish_all(given.docs, {"five_seeds": (count, rows)})
+
+
+if __name__ == "__main__":
+    main()
