@@ -14,7 +14,7 @@ from graphs.subsets import hard_topk, sinkhorn_topk
 from trainer import annealed
 from training.optimisers import Adam
 
-GUIDED_STEPS = 100  # on classes that it learned on as good as 300 from first order (docs/results.md)
+GUIDED_STEPS = 100  # on classes that it learned on about as good as 300 from first order (docs/results.md)
 MEMORY = 0.8  # of the running mean of what features tell
 WIDTH = 0.02  # above the target, in shares of the variance: from there on features are pushed in full
 
