@@ -12,10 +12,10 @@ import torch
 from core.config import PipelineConfig, UserError, plain
 from core.hashes import key_of, load_plugins
 from core.observe import log, unheard
+from pipeline import Pipeline
 from planning.extent import Extent, at_its_place
 from planning.forecast import Forecast, Stage, stages
 from planning.units import Cost, Probe, Units, taken
-from training.distributed import prepare_process
 
 MOST = 100_000  # machines, or workers
 COST_NOTHING = ("seed", "forget_class", "kappa_list", "topK_list", "output_dir", "tracker", "resume", "reporter")
@@ -70,7 +70,9 @@ def foresee(asked: Asked) -> Foreseen:
     with tempfile.TemporaryDirectory() as store:
         for config in asked.configs:
             load_plugins(config.plugins)
-            extent, read = _counted(at_its_place(config, Path(store)))
+            pipeline = Pipeline(at_its_place(config, Path(store)))
+            pipeline.prepare_process()
+            extent, read = _counted(pipeline)
             key = _alike(extent.config)
             if key not in known:
                 log(f"plan: measuring what pieces cost, configuration {len(known) + 1}")
@@ -94,9 +96,9 @@ def _since_start() -> float:
     return up - began / os.sysconf("SC_CLK_TCK")
 
 
-def _counted(config: PipelineConfig) -> tuple[Extent, Cost]:
+def _counted(pipeline: Pipeline) -> tuple[Extent, Cost]:
     found: list[Extent] = []
-    cost = taken(lambda: found.append(Extent.of(config)))
+    cost = taken(lambda: found.append(Extent.of(pipeline.stages.setup)))
     return found[0], cost
 
 
@@ -105,7 +107,6 @@ def _alike(config: PipelineConfig) -> str:
 
 
 def _measured(extent: Extent, load: Cost, read: Cost, threads: int | None) -> Units:
-    prepare_process(extent.setup.device, extent.setup.multiplications)
     if threads:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, unheard():

@@ -48,11 +48,8 @@ def at_its_place(config: PipelineConfig, store: Path) -> PipelineConfig:
     place, name = config.dataset_path, config.vision_dataset
     if name is not SupportedDatasets.DIGITS:
         place = dataset_root(name, place, config.output_dir / "datasets")
-    return replace(config, output_dir=store, dataset_path=place, eval=replace(config.eval, methods=_methods(config)))
-
-
-def _methods(config: PipelineConfig) -> tuple[str, ...]:
-    return chosen_methods(config.eval.methods)
+    methods = chosen_methods(config.eval.methods)
+    return replace(config, output_dir=store, dataset_path=place, eval=replace(config.eval, methods=methods))
 
 
 @dataclass(frozen=True)
@@ -75,13 +72,13 @@ class Extent:
     pixel_bytes: int
 
     @classmethod
-    def of(cls, config: PipelineConfig) -> "Extent":
+    def of(cls, setup: Setup) -> "Extent":
         """Read the labels of a configuration's dataset.
 
         Raises:
-            UserError: the configuration cannot be run.
+            UserError: there are no such images.
         """
-        setup = Setup(config)
+        config = setup.config
         if not SPECS[config.vision_dataset].layout:
             data = setup.data
             labels = {name: data.splits[name].labels for name in SPLITS}
