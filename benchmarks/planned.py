@@ -116,7 +116,7 @@ def main() -> None:
         for stage in STAGES:
             a, b = (runs[name][which][stage]["processor"] for which in ("foreseen", "taken"))
             print(f"{name:20} {stage:12} foreseen {a:8.2f} s, taken {b:8.2f} s, {a / b if b else 0:.2f}", flush=True)
-    keep(given.json, {"runs": runs})
+        keep(given.json, {"runs": runs})
     publish_all(given.docs, tables({"runs": runs}))
 
 

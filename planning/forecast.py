@@ -60,17 +60,16 @@ def stages(extent: Extent, units: Units) -> list[Stage]:
     trained, again = extent.trained_images, extent.retrained_images
     images = units.read if extent.tree is None else units.decoded * extent.decodings
     what = f"{extent.decodings:,} decoded" if extent.tree else f"{extent.images:,} read"
-    checkpoint, graphs = units.files["classifier"], 0 if config.graph_dir else extent.graphs
+    graphs = 0 if config.graph_dir else extent.graphs
     left, steps = _graph_bytes(graphs, units), extent.networks * config.gcn.steps
     learned = units.step * steps + units.head + units.once["gcn"]
     asked = _held(extent, units)
+    networks = extent.networks * units.files["gcn"] + round(steps * units.curves["gcn"])
     made = [
-        _trained("classifier", trained, units, checkpoint if trained else 0, keys["classifier"]),
+        _trained("classifier", trained, units, 1 if trained else 0, keys["classifier"]),
         Stage("graphs", f"{graphs:,} graphs", units.graph * graphs, peak["graphs"], left, keys["graphs"]),
-        Stage(
-            "gcn", f"{steps:,} steps", learned, peak["gcn"] + asked, extent.networks * units.files["gcn"], keys["gcn"]
-        ),
-        _trained("retrained", again, units, checkpoint * config.eval.references, keys["retrained"]),
+        Stage("gcn", f"{steps:,} steps", learned, peak["gcn"] + asked, networks, keys["gcn"]),
+        _trained("retrained", again, units, config.eval.references, keys["retrained"]),
         _evaluation(extent, units),
     ]
     return [
@@ -80,8 +79,9 @@ def stages(extent: Extent, units: Units) -> list[Stage]:
     ]
 
 
-def _trained(name: str, images: int, units: Units, disk: int, key: str) -> Stage:
+def _trained(name: str, images: int, units: Units, models: int, key: str) -> Stage:
     cost = units.trained * images + units.once.get(name, Cost()) * bool(images)
+    disk = models * units.files["classifier"] + round(images * units.curves["classifier"])
     return Stage(name, f"{images:,} training images", cost, units.peak["classifier"], disk, key)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.artifacts import appending_array, write_json
+from core.artifacts import HISTORY, appending_array, write_json
 from core.choices import UserError
 from core.config import Objectives, Trackers
 from core.observe import Tracker
@@ -37,7 +37,7 @@ ENOUGH = 1.0  # seconds that a unit is measured for, about
 BATCHES, MOST_EPOCHS = 40, 100  # of an epoch or of graphs, and epochs, at most
 MOST_JUDGED = 4_000  # images
 MOST_STORED = 2**26  # numbers in the vectors of graphs
-DECODED = 64
+DECODED = 256
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Units:
             one epoch, validation included. seen: an image's pass through the classifier. graph: a graph. head: what a
             graph network learns from. step: one of its steps. judging: measuring methods.
         once: what the first piece of a stage takes beyond any other, such as imports. peak: bytes of this process at
-            most, by stage. files: bytes that a stage leaves, by stage; of graphs, for each. kept: bytes that a request
+            most, by stage. files: bytes that a stage leaves, by stage; of graphs, for each. curves: bytes of training
+            curves for each image or step. kept: bytes that a request
             leaves in each memory of recent requests.
         spent: what measuring took.
     """
@@ -111,6 +112,7 @@ class Units:
     once: dict[str, Cost]
     peak: dict[str, int]
     files: dict[str, int]
+    curves: dict[str, float]
     kept: tuple[int, ...]
     spent: Cost
 
@@ -156,6 +158,7 @@ class Probe:
         self.threads = 2 * len(os.sched_getaffinity(0)) if workers is None else workers
         self.peak: dict[str, int] = {"start": peak_bytes()}
         self.once: dict[str, Cost] = {}
+        self.curves: dict[str, float] = {}
 
     def measure(self, load: Cost, read: Cost) -> Units:
         """Measure all units, in the order of the stages."""
@@ -173,7 +176,7 @@ class Probe:
         self.once["evaluation"] = first - judging.first[many // 2]
         spent, files = Cost(clock() - begun, time.process_time() - used), self._files(objective)
         pieces = (load, read, decoded, trained, seen, graph, head, step, judging)
-        return Units(*pieces, self.once, self.peak, files, self._kept(objective), spent)
+        return Units(*pieces, self.once, self.peak, files, self.curves, self._kept(objective), spent)
 
     def _kept(self, objective: Objective) -> tuple[int, ...]:
         """Bytes of a request's samples, and of what its first pass reads."""
@@ -202,6 +205,7 @@ class Probe:
         def work() -> None:
             bad.update(decode_many(paths, stamps, self.extent.how, self.threads)[1])
 
+        decode_many(paths[:1], stamps[:1], self.extent.how, self.threads)  # what is done once
         cost = taken(work) * (1 / len(chosen))
         if bad and not self.config.data.skip_bad_images:
             place, reason = next(iter(bad.items()))
@@ -229,7 +233,9 @@ class Probe:
         self.batches = max(1, min(BATCHES, int(ENOUGH / max(one.seconds, 1e-9))))
         data = self._some()
         epochs = max(1, min(MOST_EPOCHS, int(ENOUGH / max(some(data, 1).seconds, 1e-9))))
-        return some(data, epochs) * (1 / (epochs * len(data.splits["train"])))
+        cost, images = some(data, epochs), epochs * len(data.splits["train"])
+        self.curves["classifier"] = (self.folder / HISTORY).stat().st_size / images
+        return cost * (1 / images)
 
     def seeing(self) -> Cost:
         """An image's pass through the classifier, as far as its first masked layer."""
@@ -307,7 +313,9 @@ class Probe:
         first, one = some(1), some(1)
         self.once["gcn"] = first - one
         count = max(1, min(self.config.gcn.steps, int(2 * ENOUGH / max(one.seconds, 1e-9))))
-        return some(count) * (1 / count)
+        cost = some(count)
+        self.curves["gcn"] = (self.folder / HISTORY).stat().st_size / count
+        return cost * (1 / count)
 
     # --- methods and metrics ---
 
