@@ -74,7 +74,7 @@ def stages(extent: Extent, units: Units) -> list[Stage]:
     ]
     return [
         Stage("start", "imports", units.load, peak["start"], 0),
-        Stage("images", what, images, peak["images"], extent.cached_bytes, keys["images"]),
+        Stage("images", what, images, peak["images"], extent.cached_bytes, keys["images"] if extent.tree else None),
         *(replace(one, memory=one.memory + extent.pixel_bytes) for one in made),
     ]
 

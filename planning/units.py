@@ -26,6 +26,7 @@ from measure.metrics import Outputs
 from model import HookedModel, MaskingGCN
 from models.classifier import Classifier
 from planning.extent import Extent
+from stages.gcn import given_objective
 from stages.setup import seed_weights
 from trainer import GCNTrainer, Objective, VisionModelTrainer
 from unlearn.objectives import Elbo, Unlearning
@@ -295,15 +296,22 @@ class Probe:
 
         cost = taken(work)
         self.head = held[0]
-        if config.gcn.objective is Objectives.elbo:
-            shape = (config.gcn.num_message_passing_rounds, config.gcn.hidden_dim, config.gcn.aggregation)
-            gcn = MaskingGCN(len(FEATURES), *shape, config.gcn.activation, config.gcn.residual)
-            how = (config.mask_layer, config.topK_list[0], config.gcn, 0, self.device)
-            return cost, Elbo(gcn, self.model, made, *how)
-        return cost, Unlearning(Unlearner.fresh(config.gcn), [self.head], config.gcn, 0, self.device)
+        given, layers = config.gcn_path, config.mask_layer
+        how = (config.gcn, 0, self.device)
+        if (given_objective(given) if given else config.gcn.objective) is Objectives.unlearning:
+            unlearner = Unlearner.load(given)[0] if given else Unlearner.fresh(config.gcn)
+            unlearner.gcn.to(self.device)
+            return cost, Unlearning(unlearner, [self.head], *how)
+        shape = (config.gcn.num_message_passing_rounds, config.gcn.hidden_dim, config.gcn.aggregation)
+        fresh = MaskingGCN(len(FEATURES), *shape, config.gcn.activation, config.gcn.residual)
+        gcn = MaskingGCN.load(given)[0] if given else fresh
+        return cost, Elbo(gcn.to(self.device), self.model, made, layers, config.topK_list[0], *how)
 
     def steps(self, objective: Objective) -> Cost:
-        """A step of the graph network's training."""
+        """A step of the graph network's training; nothing if one is given."""
+        if not self.extent.networks:
+            self.once["gcn"], self.curves["gcn"] = Cost(), 0.0
+            return Cost()
 
         def some(count: int) -> Cost:
             objective.config = replace(self.config.gcn, steps=count)

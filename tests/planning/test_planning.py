@@ -8,7 +8,7 @@ import pytest
 import main
 from core.artifacts import read_json
 from core.choices import Objectives
-from core.config import UserError
+from core.config import PROJECT_ROOT, UserError
 from core.observe import be_quiet
 from data import GraphDataset
 from model import HookedModel
@@ -105,12 +105,12 @@ def test_a_sweep_counts_shared_stages_once(tmp_path):
     over = "sweep: {over: {forget_class: [0, 3, 5], seed: [0, 1]}, workers: 3}"
     found = asked(tmp_path, over, "--machines", "2").forecast
     made = {stage.name: times for stage, times in found.stages}
-    once = {"images": 1, "classifier": 2, "graphs": 2, "gcn": 2}
-    assert made == once | {"start": 6, "evaluation": 6, "retrained": 6}
+    once = {"classifier": 2, "graphs": 2, "gcn": 2}
+    assert made == once | {"start": 6, "images": 6, "evaluation": 6, "retrained": 6}
     assert found.workers == 6
     assert len(found.jobs) == 6
     jobs = found.jobs
-    by_hand = sum(s.cost.seconds for s in jobs[0][1:2]) + sum(s.cost.seconds for job in jobs for s in job[6:])
+    by_hand = sum(s.cost.seconds for job in jobs for s in (job[1], job[6]))
     by_hand += sum(s.cost.seconds for job in jobs[:2] for s in job[2:5]) + 6 * jobs[0][0].cost.seconds
     by_hand += sum(s.cost.seconds for job in jobs for s in job[5:6])
     assert found.total.cost.seconds == pytest.approx(by_hand)
@@ -145,6 +145,14 @@ def test_the_command_prints_one_table_and_writes_nothing(tmp_path, capsys):
 def test_refusals(words, said, capsys):
     assert main.main(["plan", *words]) == 2
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_what_is_given_costs_nothing(tmp_path):
+    be_quiet()
+    network = PROJECT_ROOT / "pretrained" / "gcn_mlp.safetensors"
+    found = {stage.name: stage for stage, _ in asked(tmp_path, f"gcn_path: {network}").forecast.stages}
+    assert (found["gcn"].work, found["gcn"].disk) == ("0 steps", 0)
+    assert (found["retrained"].cost, found["retrained"].disk) == (Cost(), 0)
 
 
 def test_a_line_by_hand():
