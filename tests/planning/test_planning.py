@@ -32,7 +32,8 @@ def short(monkeypatch) -> None:
 
 def config_of(folder: Path, objective: Objectives):
     base = tiny(folder)
-    judged = replace(base.eval, methods=METHODS, metrics=("core", "train", "retrain"), references=1)
+    metrics = ("core", "train", "retrain") if objective is Objectives.unlearning else ("core",)
+    judged = replace(base.eval, methods=METHODS, metrics=metrics, references=1)
     return replace(base, gcn=replace(base.gcn, objective=objective), eval=judged)
 
 
