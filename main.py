@@ -29,6 +29,7 @@ from core.config import PROJECT_ROOT, UserError
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "run": run.run,
     "sweep": run.sweep,
+    "plan": run.plan,
     "train-gcn": run.train_gcn,
     "demo": run.demo,
     "report": report.report,

@@ -7,13 +7,12 @@ stages, memory and files of one job (DIGITS, MLP). Simulated from these: jobs/ho
 that several jobs share is made by the first that needs it while the others wait, as under the sweep's lock.
 """
 
-import heapq
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,6 +25,7 @@ from core.config import EvalConfig, PipelineConfig, Trackers, TrainConfig
 from core.observe import Tracker
 from model import HookedMLPClassifier, HookedModel, HookedResnet
 from pipeline import Pipeline
+from planning.forecast import SimulatedJob, simulate
 from trainer import VisionModelTrainer
 from training.distributed import Group, launch
 from training.processes import reuse_freed_memory
@@ -35,27 +35,6 @@ WORKERS = (1, 2, 4, 8, 16, 32, 64)
 SEEDS, CLASSES = 16, 10
 REPEATS = 3
 METHODS = ("mimu", "taylor_mask", "random", "default")
-
-
-@dataclass(frozen=True)
-class SimulatedJob:
-    """The stages it shares, in order, as (key, seconds), and the seconds of what is its own."""
-
-    shared: tuple[tuple[str, float], ...]
-    own: float
-
-
-def simulate(jobs: Sequence[SimulatedJob], workers: int, starting: float = 0.0) -> float:
-    """Seconds until all jobs are done, taken in order by workers that each take `starting` seconds to be ready."""
-    free = [starting] * workers
-    made: dict[str, float] = {}
-    for job in jobs:
-        at = heapq.heappop(free)
-        for key, seconds in job.shared:
-            at = max(at, made[key]) if key in made else at + seconds
-            made.setdefault(key, at)
-        heapq.heappush(free, at + job.own)
-    return max(free)
 
 
 def nothing(group: Group, device: torch.device) -> dict:

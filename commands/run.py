@@ -1,5 +1,5 @@
 """What runs the pipeline: as a whole (`run`), as far as its graph network (`train-gcn`), many times (`sweep`), or live
-(`demo`).
+(`demo`); and what says beforehand what that would take (`plan`).
 """
 
 import shutil
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import tyro
 
-from commands.command_line import Environment, Files, Settings, show
+from commands.command_line import DEFAULT_CONFIG, Environment, Files, Settings, show
 from core.choices import at_home
 from core.config import GIVEN, PipelineConfig, SupportedDatasets, Trackers, UserError
 from core.observe import be_quiet, log, working
@@ -151,6 +151,36 @@ def sweep(
     for text in scores(ended, _columns()):
         show(f"\n{text}".removesuffix("\n"))
     return 1 if any(outcome["status"] == "failed" for _, outcome in ended) else 0
+
+
+def plan(
+    config: Files = (),
+    machines: int | None = None,
+    workers: int | None = None,
+    plugin: Files = (),
+    quiet: bool = False,
+    rest: tuple[str, ...] = (),
+) -> None:
+    """Say what a run or a sweep would take: seconds, memory and disk of each stage, from a few steps measured here.
+
+    Args:
+        config: YAML file of settings, with or without a section `sweep`; later files win over earlier ones.
+        machines: Machines like this one that carry out a sweep. None: one.
+        workers: Jobs of a sweep at a time on each machine. None: what the section `sweep` says.
+        plugin: Python file of your own that registers a method or another part (docs/extending.md).
+        quiet: Print nothing about progress on stderr.
+    """
+    be_quiet(quiet)
+    if rest:
+        raise UserError(f"plan found {rest[0]}: it takes --config FILE, --machines and --workers, see docs/usage.md")
+    from planning.asking import Asked, check_count, foresee
+
+    check_count("machines", machines)
+    check_count("workers", workers)
+    from commands.sweep import planned
+
+    asked = Asked(*planned(config or (DEFAULT_CONFIG,), plugin, machines, workers))
+    show(foresee(asked).text)
 
 
 def _launched(config: PipelineConfig, here: Environment) -> PipelineConfig:

@@ -7,7 +7,7 @@ wait for its product. Each finished job leaves one JSON file; a second call runs
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -25,7 +25,7 @@ from reporting.families import families, runs_of, told_apart
 from reporting.tables import caption
 from reporting.terminal import scores_table
 from reporting.write import as_text
-from training.engines import Engine, carry_out
+from training.engines import Engine, carry_out, threads_of
 
 SECTION = "sweep"
 SWEEPS = Path("eval/sweeps")
@@ -178,15 +178,41 @@ def expand(sweep: SweepConfig, base: PipelineConfig) -> list[Job]:
     code = whole_code(base.plugins)
     jobs: dict[str, Job] = {}
     known: dict[str, dict] = {}  # hashes by what is named: most jobs of a sweep name the same images and files
-    for values in product(*sweep.over.values()):
-        settings = dict(zip(sweep.over, values, strict=True))
-        config = _typed(base, settings)
+    for settings, config in combinations(sweep, base):
         what = plain(replace(config, output_dir=Path(), resume=False))
         places = key_of({name: what[name] for name in ("vision_dataset", "dataset_path", "data", *GIVEN)})
         known[places] = known.get(places) or contents(config)
         key = key_of({"config": what, "contents": known[places], "code": code, "versions": versions()})
         jobs.setdefault(key, Job(resolved(settings, exactly=True), config, key, code))
     return list(jobs.values())
+
+
+def planned(
+    paths: Sequence[Path], plugins: Sequence[Path], machines: int | None, workers: int | None
+) -> tuple[list[PipelineConfig], int, int, int | None]:
+    """Return the runs that files ask for, machines, workers on each, and the threads of a job (None: its own choice).
+
+    Raises:
+        UserError: machines or workers are named, but no file has a section `sweep`; or as `load_sweep`.
+    """
+    if not any(SECTION in read_words(path).values for path in paths):
+        for name, value in (("machines", machines), ("workers", workers)):
+            if value not in (None, 1):
+                raise UserError(f"--{name} is {value}, but no file has a section `sweep`: a run is foreseen on one")
+        base = load_config(paths)
+        return [replace(base, plugins=(*base.plugins, *plugins))], 1, 1, None
+    sweep, base = load_sweep(paths)
+    base = replace(base, plugins=(*base.plugins, *plugins))
+    each = workers or sweep.workers
+    configs = [config for _, config in combinations(sweep, base)]
+    return configs, machines or 1, each, threads_of(each) if sweep.executor == "local" else None
+
+
+def combinations(sweep: SweepConfig, base: PipelineConfig) -> Iterator[tuple[dict[str, Any], PipelineConfig]]:
+    """Yield each combination of the listed values, in the order written, with the configuration that it makes."""
+    for values in product(*sweep.over.values()):
+        settings = dict(zip(sweep.over, values, strict=True))
+        yield settings, _typed(base, settings)
 
 
 def finished(job: Job) -> dict | None:

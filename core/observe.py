@@ -28,6 +28,17 @@ def be_quiet(quiet: bool = True) -> None:
     _QUIET[0] = quiet
 
 
+@contextmanager
+def unheard() -> Generator[None]:
+    """Not a word about progress meanwhile."""
+    before = _QUIET[0]
+    be_quiet()
+    try:
+        yield
+    finally:
+        be_quiet(before)
+
+
 def visible(text: str, keep: str = "") -> str:
     """Text as it may be shown: what a terminal would obey instead of showing it is spelled out, e.g. `\\x1b`.
 

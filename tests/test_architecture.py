@@ -47,6 +47,7 @@ STAIRCASE = {
     "reporter": "",
     "stages": "setup limits crew classifier graphs gcn chain evaluation preflight",
     "pipeline": "",
+    "planning": "extent units forecast asking",
     "showing": "standings leaderboard answers server",
     "commands": "command_line docs sweep run report inspect forget library masks",
     "main": "",
@@ -57,9 +58,9 @@ MOST_FILES, LEAST_FILES = 9, 3  # of a room
 
 # Room -> who may enter it, beside its own files. A room that is not named is open to every step below it.
 DOORS = {
-    "images": {"utils_data", "stages", "commands", "models", "forgetting"},
-    "reporting": {"reporter", "commands", "release", "showing"},
-    "stages": {"pipeline"},
+    "images": {"utils_data", "stages", "commands", "models", "forgetting", "planning"},
+    "reporting": {"reporter", "commands", "release", "showing", "planning"},
+    "stages": {"pipeline", "planning"},
 }
 # A package that others install: it imports nothing of this project, and of libraries these alone. Its `__init__.py`
 # names its public classes and functions, because `from mimu import Mask` is what its users write.

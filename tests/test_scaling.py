@@ -1,8 +1,8 @@
 """The simulation of many jobs on many workers, against schedules written out by hand."""
 
-from benchmarks.scaling import SimulatedJob, simulate
-
 import pytest
+
+from planning.forecast import SimulatedJob, simulate
 
 A, B = (SimulatedJob(((key, 10.0),), 1.0) for key in "ab")
 CASES = {

@@ -110,7 +110,8 @@ def _run(task: Task, threads: int | None = None) -> dict:
     return task.run(threads)
 
 
-def _threads(workers: int) -> int:
+def threads_of(workers: int) -> int:
+    """Return how many threads each of so many processes on this machine gets."""
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
@@ -136,12 +137,12 @@ def local(tasks: Sequence[T], engine: Engine) -> Iterator[tuple[T, dict]]:
     """
     workers = min(engine.workers, len(tasks))
     done = set()
-    for task, outcome in _pool(tasks, workers, _threads(workers)):
+    for task, outcome in _pool(tasks, workers, threads_of(workers)):
         done.add(id(task))
         yield task, outcome
     for task in tasks:
         if id(task) not in done:
-            ended = list(_pool([task], 1, _threads(1)))
+            ended = list(_pool([task], 1, threads_of(1)))
             yield ended[0] if ended else (task, task.lost("its process died (killed, or out of memory)"))
 
 
@@ -182,7 +183,7 @@ def ray(tasks: Sequence[T], engine: Engine) -> Iterator[tuple[T, dict]]:
     found.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         remote = found.remote(num_cpus=1, max_retries=0)(_run)
-        waiting = {remote.remote(task, _threads(workers)): task for task in tasks}
+        waiting = {remote.remote(task, threads_of(workers)): task for task in tasks}
         while waiting:
             (ended, *_), _ = found.wait(list(waiting), num_returns=1)
             task = waiting.pop(ended)
