@@ -161,7 +161,7 @@ def plan(
     quiet: bool = False,
     rest: tuple[str, ...] = (),
 ) -> None:
-    """Say what a run or a sweep would take: seconds, memory and disk of each stage, from a few steps measured here.
+    """Foresee seconds, memory and disk of a run or sweep, from steps measured here.
 
     Args:
         config: YAML file of settings, with or without a section `sweep`; later files win over earlier ones.

@@ -343,7 +343,7 @@ def check_engine(engine: str, home: Path, folder: Path, capsys, *more: str) -> N
 
 @pytest.mark.slow
 def test_a_library_of_several_processes_has_the_masks_of_one(home, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("training.engines._threads", lambda _: torch.get_num_threads())  # else sums differ in order
+    monkeypatch.setattr("training.engines.threads_of", lambda _: torch.get_num_threads())  # else sums differ in order
     check_engine("local", home, tmp_path, capsys)
 
 
@@ -361,7 +361,7 @@ def test_a_library_by_slurm_has_the_masks_of_one_process(home, tmp_path, capsys,
 def test_a_library_by_ray_has_the_masks_of_one_process(home, tmp_path, capsys, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
-    monkeypatch.setattr("training.engines._threads", lambda _: torch.get_num_threads())
+    monkeypatch.setattr("training.engines.threads_of", lambda _: torch.get_num_threads())
     check_engine("ray", home, tmp_path, capsys)
 
 
