@@ -5,7 +5,6 @@
 The budget's curves are those of the sampler itself, on scores that are drawn with seed 0; the other two are sketches.
 """
 
-import io
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,12 +14,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import parser
+from benchmarks.picture import small_png
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from PIL import Image
 
 from core.artifacts import write_bytes
 from core.config import PROJECT_ROOT
@@ -29,7 +28,6 @@ from graphs.subsets import sinkhorn_topk
 BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#767676", "#E4EDF4"
 ROWS, COLUMNS, CHOSEN = 4, 5, (1, 3)  # output neurons, input neurons, and the weight that is looked at
 WEIGHTS, KAPPA = 60, 12
-DPI, COLOURS = 150, 48
 
 
 def _bare(ax: Any, title: str) -> None:
@@ -121,21 +119,13 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 }
 
 
-def png(figure: Figure) -> bytes:
-    """A figure in few colours."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, dpi=DPI)
-    Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small.getvalue()
-
-
 def main() -> None:
     """Draw all three."""
     flags = parser(__doc__)
     flags.add_argument("--out", type=Path, default=PROJECT_ROOT / "docs")
     folder = flags.parse_args().out
     for name, draw in PICTURES.items():
-        write_bytes(folder / name, png(draw()))
+        write_bytes(folder / name, small_png(draw()))
         print(folder / name)
 
 

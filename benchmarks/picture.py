@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,6 +30,9 @@ from core.config import PROJECT_ROOT, EvalConfig
 from core.records import Record, read_records
 from pipeline import Pipeline
 from training.processes import reuse_freed_memory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KAPPAS = (8, 16, 32, 64, 96, 128, 200, 256, 400)
 LINES = {  # method -> label, colour (Okabe and Ito), marker
@@ -88,6 +92,11 @@ def drawn(records: Sequence[Record]) -> bytes:
         ax.set_title(title, fontsize=10, loc="left")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return small_png(figure)
+
+
+def small_png(figure: "Figure") -> bytes:
+    """A figure as PNG of few colours."""
     file, small = io.BytesIO(), io.BytesIO()
     figure.savefig(file, dpi=DPI)
     Image.open(file).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
