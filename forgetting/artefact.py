@@ -93,7 +93,7 @@ def to_mask(
 def _biases(model: ForeignClassifier, classes: Sequence[int]) -> dict[str, str]:
     """`class_bias`: what the last layer adds to the logits of classes to forget, and of others; no mask changes it."""
     try:
-        added = model.class_biases()
+        added = model.class_biases
     except UserError:  # no weight gives the logits by itself
         return {}
     if added is None:

@@ -100,6 +100,7 @@ class ForeignClassifier(Classifier):
         """Images [B, C, H, W] -> logits [B, classes]."""
         return self.logits(self.net(images))
 
+    @cached_property
     def class_biases(self) -> Tensor | None:
         """What the last layer adds to each logit, [classes], which no mask changes; None: it adds nothing."""
         head = head_of(find_targets(self.net, self.examples), self.num_classes)
