@@ -180,7 +180,7 @@ def zero_retrain_forgetting(e: Evidence) -> float | None:
     """
     if e.untrained is None:
         return None
-    return 1 - mean_between(js, e.train_forget, e.untrained("train", True))
+    return 1 - mean_between(js, e.train_forget, e.half(e.untrained("train", True)))
 
 
 @metric("ZRF_gap", "index", "lower", group="retrain", target="0", source="2205.08096")

@@ -1,14 +1,14 @@
 """The metrics that models are judged by: one decorated function each, with unit, direction, target and definition.
 
 A metric reads an `Evidence`: what one model says about every image set, beside the untouched classifier and the ones
-retrained without the forgotten classes. Sets: D_f and D_r are the training images of the classes to forget and of all
-others; T is the judged split (test images for the report, validation images for choices), in its two parts. Metrics
-against the retrained models are in `measure/comparisons.py`.
+retrained without the forgotten classes. Sets: D_f and D_r are training images of the classes to forget and of all
+others, one half of them for the report and the other for choices; T is the judged split (test images for the report,
+validation images for choices), in its two parts. Metrics against the retrained models are in `measure/comparisons.py`.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
@@ -83,6 +83,10 @@ class PerImage:
         true = log_p.gather(1, labels[:, None]).squeeze(1)
         return cls(predictions(logits), true, entropy, log_p.amax(1).exp())
 
+    def at(self, places: slice | Tensor) -> "PerImage":
+        """The numbers of some of the images."""
+        return PerImage(*(getattr(self, one.name)[places] for one in fields(self)))
+
     @classmethod
     def joined(cls, parts: Sequence["PerImage"]) -> "PerImage":
         """Join the numbers of several parts, in order."""
@@ -148,6 +152,25 @@ class Outputs:
     def num_classes(self) -> int:
         """C."""
         return self.logits.shape[1] if isinstance(self.logits, Tensor) else self.logits.num_classes
+
+    @cached_property
+    def halves(self) -> tuple["Outputs", "Outputs"]:
+        """The images at odd and at even places as two sets; of a single image, which cannot be parted, both are it."""
+        return (self, self) if len(self.labels) < 2 else (self._every_second(1), self._every_second(0))
+
+    def _every_second(self, begin: int) -> "Outputs":
+        """The images at every second place from 0 or 1 on."""
+        labels, kept = self.labels[begin::2], self.logits
+        if isinstance(kept, Tensor):
+            return Outputs(kept[begin::2], labels)
+
+        def make() -> Iterator[Tensor]:
+            place = 0
+            for block in kept.make():
+                yield block[(begin - place) % 2 :: 2]
+                place += len(block)
+
+        return Outputs(replace(kept, make=make), labels, self.made and self.made.at(slice(begin, None, 2)))
 
     def at(self, places: Sequence[int]) -> Tensor:
         """Log-probabilities of some images [k, C]; places ascend."""
@@ -269,15 +292,23 @@ class Evidence:
         """T, all other classes."""
         return self.outputs(self.split, False)
 
+    def half(self, training: Outputs) -> Outputs:
+        """One half of outputs on training images: reports (T = "test") read another one than choices (T = "val").
+
+        Settings and points are chosen by the training images too. Were the same ones reported, the report would be of
+        the best among many tries on them.
+        """
+        return training.halves[self.split == "test"]
+
     @property
     def train_forget(self) -> Outputs:
-        """D_f."""
-        return self.outputs("train", True)
+        """The half of D_f that belongs to T, see `half`."""
+        return self.half(self.outputs("train", True))
 
     @property
     def train_retain(self) -> Outputs:
-        """D_r."""
-        return self.outputs("train", False)
+        """The half of D_r that belongs to T, see `half`."""
+        return self.half(self.outputs("train", False))
 
 
 @dataclass(frozen=True)

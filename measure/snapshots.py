@@ -210,7 +210,7 @@ class Snapshots:
             e = self._retrained(index, "val")
         except Diverged as error:
             return {"index": index, "sane": False, "why": str(error), "forget_score": None, "retain_score": None}
-        seen, kept = e.train_forget, e.retain.score()
+        seen, kept = e.outputs("train", True), e.retain.score()
         retained = self.context.data.num_classes - len(self.config.forget_labels)
         why = reference_fault(seen.score(), len(seen.labels), kept, retained)
         return {"index": index, "sane": why is None, "why": why, "forget_score": seen.score(), "retain_score": kept}

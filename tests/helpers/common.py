@@ -59,12 +59,24 @@ def held(outputs: Outputs) -> torch.Tensor:
     return outputs.logits
 
 
+def twice(outputs: Outputs) -> Outputs:
+    """Every image two times in a row, so that both halves of the set are the outputs written down."""
+    kept, places = outputs.logits, torch.arange(len(outputs.labels)).repeat_interleave(2)
+    if isinstance(kept, torch.Tensor):
+        return Outputs(kept[places], outputs.labels[places])
+    again = replace(kept, make=lambda: (part.repeat_interleave(2, 0) for part in kept.make()))
+    return Outputs(again, outputs.labels[places], outputs.per_image.at(places))
+
+
 def evidence(split: str = "test", model: HookedModel | None = None, **given: Any) -> Evidence:
     """Evidence of a model from outputs written down: test=(forget, retain), val=..., train=...
 
-    Other keywords (original, retrained, untrained, images, forget_class) go to `Evidence` as they are.
+    Metrics of training images read half of them: `train` holds what they shall read. Other keywords (original,
+    retrained, untrained, images, forget_class) go to `Evidence` as they are.
     """
     sets = {name: given.pop(name) for name in ("train", "val", "test") if name in given}
+    if "train" in sets:
+        sets["train"] = tuple(map(twice, sets["train"]))
 
     def outputs(split: str, is_forget_set: bool) -> Outputs:
         return sets[split][0 if is_forget_set else 1]

@@ -18,7 +18,7 @@ from measure.attacks import caught, separation
 from measure.comparisons import js, kl, total_variation, zero_retrain_forgetting
 from measure.exhibits import tables_of
 from measure.metrics import METRICS, MOST_VALUES, Again, Evidence, Outputs, blocks, entropy_mia
-from tests.helpers.common import evidence, held
+from tests.helpers.common import evidence, held, twice
 from unlearn.masks import random_mask
 
 HERE = [
@@ -51,7 +51,7 @@ def evidence_of(sets: dict[str, Drawn]) -> Evidence:
     def given_sets(who: str) -> dict:
         return {split: (sets[who][split, True], sets[who][split, False]) for split in SIZES}
 
-    untrained = {"untrained": lambda split, part: sets["untrained"][split, part]}
+    untrained = {"untrained": lambda split, part: twice(sets["untrained"][split, part])}
     original = evidence(**given_sets("original"), **untrained)
     retrained = tuple(evidence(**given_sets(who), **untrained) for who in ("r0", "r1"))
     return evidence(**given_sets("u"), original=original, retrained=retrained, **untrained)
@@ -118,6 +118,26 @@ def test_no_metric_depends_on_the_batch_size(models):
     for other in found[:-1]:
         assert other == pytest.approx(found[-1], rel=1e-5, abs=1e-6)
     assert len({f"{value:.6f}" for value in found[-1].values()}) > len(HERE) / 2  # not all trivially equal
+
+
+@pytest.mark.parametrize(("size", "most"), [(7, 10), (3, 1), (4, 50), (1000, 10**6)])
+def test_reports_and_choices_read_two_halves_of_the_training_images(models, size, most):
+    """Images at even places for a report and at odd ones for a choice, whatever batches their logits are made in."""
+    inputs, labels = torch.randn(31, 6), torch.arange(31) % CLASSES
+    whole, held_all = inferred(models["u"], inputs, labels, size, most), models["u"](inputs).detach()
+    parts = (whole, whole)
+    reported, chosen = (evidence(split, train=parts) for split in ("test", "val"))
+    for e in (reported, chosen):
+        object.__setattr__(e, "outputs", lambda split, part: parts[0])
+    for e, begin in ((reported, 0), (chosen, 1)):
+        for half in (e.train_forget, e.train_retain):
+            assert torch.equal(half.labels, labels[begin::2])
+            expected = held_all[begin::2].double().log_softmax(1)
+            torch.testing.assert_close(torch.cat(list(half.log_p())), expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(half.right, held_all[begin::2].argmax(1) == labels[begin::2])
+        assert e.train_forget is e.train_forget  # made once, so that what is read of it is computed once
+    single = Outputs(held_all[:1], labels[:1])
+    assert single.halves == (single, single)
 
 
 @pytest.mark.parametrize("most", [1, 10, 40])
@@ -292,7 +312,7 @@ def test_defect_zrf_is_a_cosine_of_logits():
 
     def zrf(logits: Tensor) -> float:
         judged = Outputs(logits, torch.tensor([0]))
-        value = evidence(train=(judged, judged), untrained=lambda *_: fresh).value(zero_retrain_forgetting)
+        value = evidence(train=(judged, judged), untrained=lambda *_: twice(fresh)).value(zero_retrain_forgetting)
         assert value is not None
         return value
 

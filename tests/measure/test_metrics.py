@@ -15,7 +15,7 @@ from measure.attacks import caught, logistic_calls, separation, svc_calls
 from measure.comparisons import AVERAGED, js, kl, total_variation
 from measure.metrics import METRICS, Evidence, Outputs, Undefined, chosen_metrics, forget_loss, metric
 from model import NO_ANSWER
-from tests.helpers.common import evidence, held
+from tests.helpers.common import evidence, held, twice
 
 LN2, LOW = math.log(2), -1e4
 # Four classes, 0 is forgotten. Distributions by the class that they are for: two leaning ones of 1.75 bits, one-hots.
@@ -41,7 +41,7 @@ def world(**changes: object) -> Evidence:
     retrained = evidence(
         train=(said([0] * 4, SURE[1], SURE[1], SURE[1], B), said([1, 2], SURE[1], SURE[2])),
         test=(said([0] * 3, B, B, SURE[1]), said(retained, B, B, C, THREE)),
-        untrained=lambda split, is_forget_set: said([0] * 4, *[EVEN] * 4),
+        untrained=lambda split, is_forget_set: twice(said([0] * 4, *[EVEN] * 4)),
     )
     facts = {
         "train": (said([0] * 4, SURE[0], SURE[1], A, B), said([1, 2], SURE[1], SURE[2])),
