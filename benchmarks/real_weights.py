@@ -12,10 +12,8 @@ score is claimed, only what happens to the answers.
 """
 
 import contextlib
-import hashlib
 import importlib
 import io
-import subprocess
 import sys
 import tempfile
 from collections import OrderedDict
@@ -26,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import keep, parser
+from benchmarks.public_images import ART, clip_art
 
 import torch
 from PIL import Image
@@ -45,19 +44,8 @@ from models.foreign import ForeignClassifier
 from models.preprocessing import Preprocessing
 from models.specs import load, logits_of
 
-NAME, MOST, HEAD_STEPS = "tf_efficientnet_lite0", 300, 600
-ART = {
-    "animals": "animals",
-    "cards": "recreation/games/cards",
-    "flags": "signs_and_symbols/flags",
-    "food": "food",
-    "icons": "computer/icons",
-    "people": "people",
-    "stars": "shapes/stars",
-    "transport": "transportation",
-}
+NAME, HEAD_STEPS = "tf_efficientnet_lite0", 600
 CLASSES = len(ART)
-FOLDERS = ("test",) * 3 + ("val",) * 2 + ("train",) * 5
 KAPPAS = (2_000, 4_000, 8_000)
 WAYS = (Ways.network, Ways.refined)
 
@@ -82,36 +70,6 @@ def trunk(classes: int = 1000) -> nn.Module:
     if classes != 1000:
         model.reset_classifier(classes)
     return model.eval()
-
-
-def pixels(path: Path) -> bytes:
-    """Digest of a picture's decoded pixels, or of a damaged file's bytes."""
-    try:
-        with Image.open(path) as image:
-            return hashlib.sha256(str(image.size).encode() + image.convert("RGBA").tobytes()).digest()
-    except OSError:
-        return hashlib.sha256(path.read_bytes()).digest()
-
-
-def clip_art(folder: Path) -> list[str]:
-    """Link eight folders of the package below `folder`, one for each class; returns their names.
-
-    Of pictures that are equal the first alone is taken: others would lie in the test and in the training images.
-    """
-    listed = subprocess.run(["dpkg", "-L", "openclipart-png"], capture_output=True, text=True, check=True).stdout
-    files = {name: [Path(line) for line in listed.splitlines() if f"/{below}/" in line] for name, below in ART.items()}
-    chosen, seen = sorted(files), set()
-    for name in chosen:
-        pictures = []
-        for path in sorted(path for path in files[name] if path.suffix == ".png"):
-            if (digest := pixels(path)) not in seen:
-                pictures.append(path)
-            seen.add(digest)
-        for number, path in enumerate(pictures[:MOST]):
-            part = folder / FOLDERS[number % len(FOLDERS)] / name
-            part.mkdir(parents=True, exist_ok=True)
-            (part / f"{number}.png").symlink_to(path.resolve())
-    return chosen
 
 
 def new_head(folder: Path, file: Path) -> None:
