@@ -64,6 +64,8 @@ COLUMNS = {
     "weights_changed": "weights",
     "seconds": "seconds",
 }
+TERMS = {"UA": "UA", "RA": "RA", "retain_score": "TA", "MIA_efficacy": "MIA"}  # of Avg Gap
+FORGOTTEN, ALIKE = 1.0, 1.0  # percent of the class that a method leaves at most; points between methods
 PLAIN = ("weights_changed", *SPENT.values())  # said without an interval
 SAID_OF_P = (
     "± is the 95 % t interval over seeds, p a t test of the seeds' means, corrected for the number of methods by Holm; "
@@ -162,11 +164,31 @@ def table(cells: Sequence[dict], methods: Sequence[str], columns: Mapping[str, s
     return rows
 
 
+def saturated(cells: Sequence[dict], methods: Sequence[str]) -> str:
+    """Name the terms of Avg Gap that say the same of every method that forgets, and so tell none from another.
+
+    Returns:
+        A clause; "" where fewer than two methods forget.
+    """
+    means = {
+        method: {term: within_seeds(values_of(cells, method, term)).mean for term in TERMS}
+        for method in methods
+        if all(values_of(cells, method, term) for term in TERMS)
+        and within_seeds(values_of(cells, method, "forget_score")).mean <= FORGOTTEN
+    }
+    if len(means) < 2:
+        return ""
+    spans = {short: [one[term] for one in means.values()] for term, short in TERMS.items()}
+    said = [f"{short} ({min(v):.1f} to {max(v):.1f} %)" for short, v in spans.items() if max(v) - min(v) <= ALIKE]
+    count = f"the {len(means)} methods that leave at most {FORGOTTEN:.0f} % of the class"
+    return f"; saturated terms of Avg Gap, among {count}: {', '.join(said) or 'none'}"
+
+
 def tables(name: str, cells: Sequence[dict], methods: Sequence[str]) -> Tables:
     """Return the table for docs/results.md, with what it averages over."""
     seeds, classes = len({one["seed"] for one in cells}), len({one["class"] for one in cells})
     spread = f"± is the 95 % t-interval over the {seeds} classifiers" if seeds > 2 else "no interval"
-    counted = f"{classes} classes x {seeds} classifiers ({len(cells)} cells); {spread}"
+    counted = f"{classes} classes x {seeds} classifiers ({len(cells)} cells); {spread}{saturated(cells, methods)}"
     return {name: (counted, table(cells, methods))}
 
 

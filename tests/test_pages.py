@@ -331,6 +331,26 @@ def test_the_comparison_says_over_what_it_averages() -> None:
     assert spent == [["method", *SPENT], ["MIMU (ours)", "12", "12.5", "0.5"]]
 
 
+def test_saturated_terms_are_named() -> None:
+    """UA is 99.4 and 100 of the methods that forget, RA 90 and 92; a method that forgets nothing does not count."""
+
+    def values(*numbers: float) -> dict:
+        names = ("forget_score", "UA", "RA", "retain_score", "MIA_efficacy")
+        return {"test": dict(zip(names, numbers, strict=True))}
+
+    methods = {
+        "mimu": values(0, 100, 92, 88, 100),
+        "salun": values(1, 99.4, 90, 88.5, 98.9),
+        "default": values(88, 10, 50, 50, 0),
+    }
+    cells = [{"seed": seed, "class": 0, "methods": methods} for seed in range(2)]
+    assert comparison.saturated(cells, list(methods)) == (
+        "; saturated terms of Avg Gap, among the 2 methods that leave at most 1 % of the class: "
+        "UA (99.4 to 100.0 %), TA (88.0 to 88.5 %)"
+    )
+    assert comparison.saturated(cells, ["mimu", "default"]) == ""
+
+
 def test_the_picture_shows_what_records_say() -> None:
     def record(kappa: int, score: float) -> dict:
         scores = {"forget_score": score, "retain_score": 90.0}
