@@ -38,7 +38,7 @@ RARE = "Component"  # five emoji: hair, no category of pictures
 
 
 def pixels(path: Path) -> bytes:
-    """Digest of a picture's decoded pixels, or of the bytes of a file that PIL does not open: damaged, or far too big."""
+    """Digest of a picture's decoded pixels, or of the bytes of a file that PIL does not open."""
     try:
         with Image.open(path) as image:
             return hashlib.sha256(str(image.size).encode() + image.convert("RGBA").tobytes()).digest()
