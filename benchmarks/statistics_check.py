@@ -1,4 +1,4 @@
-"""Do intervals and tests over seeds keep what they promise, and what do the published means allow to say?
+"""Do intervals and tests over seeds keep what they promise, and what do the published means of seeds show?
 
     uv run benchmarks/statistics_check.py                    a minute
     [--trials N] [--json PATH] [--docs]
@@ -6,13 +6,11 @@
 The simulation draws the difference of two methods, of which neither is better: a part that all classes of a seed share
 (they share a classifier) and a part of each cell, with variances that sum to 1. `core.intervals` averages within each
 seed first; the rule before it took class x seed cells as independent, by a t interval over cells and Wilcoxon's
-signed-rank test. The other tables are computed from docs/results/comparison_mlp.json. Where that file keeps the mean
-of each seed, p is the paired t test's; where it keeps means and intervals over seeds alone, the interval of a
-difference is known between two limits, and so is its p.
+signed-rank test. The other tables are paired t tests of the means of each seed that docs/results/comparison_mlp.json
+keeps.
 """
 
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ import numpy as np
 from scipy.stats import t as student
 from scipy.stats import wilcoxon
 
-from core.intervals import Cell, Test, against, holm, paired
+from core.intervals import Cell, Test, against, paired
 from reporting.write import as_text
 
 CLASSES, TRIALS = 10, 10_000
@@ -36,7 +34,7 @@ LEVEL = 0.05
 SHIFT = 1.0  # of a real difference, in standard deviations of a cell
 OURS = "MIMU refined (ours)"
 LEFT = {"probe gap": "retrained", "relearn 10": "untouched"}  # what is left of a class -> beside which row
-HALF_A_DIGIT = 0.5
+LEAST_SHOWN = 0.0001
 
 
 # --- the simulation ---------------------------------------------------------------------------------------
@@ -123,108 +121,45 @@ def simulation_table(trials: int) -> list[list[str]]:
     return rows
 
 
-# --- what the published means allow -----------------------------------------------------------------------
+# --- what the published means of seeds show ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Published:
-    """A mean with the half width of its t interval, and by how much rounding may have moved each."""
-
-    mean: float
-    half: float
-    mean_off: float
-    half_off: float
-
-
-def last_digit(text: str) -> float:
-    """Half a unit of a number's last digit: .0005 of "0.141"."""
-    digits = re.fullmatch(r"-?[\d,]*\.?(\d*)(e-\d+)?", text)
-    assert digits, text
-    return HALF_A_DIGIT * 10.0 ** (-len(digits[1])) * float("1" + (digits[2] or ""))
-
-
-def published(text: str) -> Published:
-    """Read "0.141 ± 0.013"."""
-    mean, half = text.split(" ± ")
-    return Published(float(mean), float(half), last_digit(mean), last_digit(half))
-
-
-def limits_of_p(one: Published, ours: Published, seeds: int) -> tuple[float, float]:
-    """Least and largest p of the paired t test over seeds that means and intervals of both methods leave open.
-
-    The standard deviation of a difference lies between the difference and the sum of both standard deviations, and
-    half widths of the same number of seeds are in the same proportion.
-    """
-    apart, off = abs(one.mean - ours.mean), one.mean_off + ours.mean_off
-    rounding = one.half_off + ours.half_off
-    narrow, wide = max(0.0, abs(one.half - ours.half) - rounding), one.half + ours.half + rounding
-    quantile = student.ppf(0.975, seeds - 1)
-
-    def p(difference: float, half: float) -> float:
-        return 2 * float(student.sf(quantile * difference / half, seeds - 1)) if half else 0.0 if difference else 1.0
-
-    return p(apart + off, narrow), p(max(0.0, apart - off), wide)
-
-
-def verdict(least: float, most: float) -> str:
-    """Say what is known of a p from its limits."""
-    return "apart" if most < LEVEL else "not told apart" if least >= LEVEL else "open"
-
-
-def between(least: float, most: float) -> str:
-    """Limits of a p in words."""
-    shown = [f"{value:.2g}" if value >= 0.0001 else "<.0001" for value in (least, most)]
-    return shown[0] if shown[0] == shown[1] else " to ".join(shown)
-
-
-def column_of(table: dict, column: str) -> dict[str, Published]:
-    """Method -> its published value; methods without an interval are left out."""
-    place = table["columns"].index(column)
-    return {row[0]: published(row[place]) for row in table["rows"] if " ± " in row[place]}
-
-
-def known_p(table: dict, column: str, ours: str) -> dict[str, tuple[float, float]]:
-    """Method -> p of the paired t test over the seeds' means that the file keeps, as both limits."""
-    kept = {method: columns[column] for method, columns in table["seeds"].items()}
+def against_ours(table: dict, column: str, ours: str = OURS) -> dict[str, Test]:
+    """Every method against `ours` in one column of a published table, by the seeds' means that its file keeps."""
     values = {
-        method: {Cell(seed=seed, classes=()): value for seed, value in means.items()} for method, means in kept.items()
+        method: {Cell(seed=seed, classes=()): value for seed, value in means[column].items()}
+        for method, means in table["seeds"].items()
+        if column in means
     }
-    return {method: (test.p, test.p) for method, test in against(values, ours).items()}
+    return against(values, ours)
 
 
-Judged = dict[str, tuple[float, tuple[float, float], tuple[float, float]]]
+def shown_p(p: float) -> str:
+    """Return a p with two digits; "-" where no test was made."""
+    return "-" if math.isnan(p) else f"{p:.2g}" if p >= LEAST_SHOWN else f"<{LEAST_SHOWN}"
 
 
-def judged(table: dict, column: str, seeds: int, ours: str = OURS) -> Judged:
-    """Method -> its mean minus that of `ours`, limits of p, and limits of p after Holm's correction."""
-    values = column_of(table, column)
-    base = values.pop(ours)
-    known = known_p(table, column, ours) if "seeds" in table else {}
-    limits = [known.get(name) or limits_of_p(value, base, seeds) for name, value in values.items()]
-    corrected = zip(*(holm([pair[side] for pair in limits]) for side in (0, 1)), strict=True)
-    rest = zip(values.items(), limits, corrected, strict=True)
-    return {name: (value.mean - base.mean, pair, held) for (name, value), pair, held in rest}
-
-
-def allowed_table(table: dict, columns: Sequence[str], ours: str = OURS) -> list[list[str]]:
-    """A row a method: difference to one of them, limits of p before and after Holm, and what that says."""
-    seeds = int(re.findall(r"x (\d+) classifiers", table["n"])[0])
-    found = {column: judged(table, column, seeds, ours) for column in columns}
+def compared(table: dict, columns: Sequence[str], ours: str = OURS) -> list[list[str]]:
+    """A row a method: difference with its interval, p, p after Holm's correction, and whether that is below 5 %."""
+    found = {column: against_ours(table, column, ours) for column in columns}
     parts = ("minus ours" if ours == OURS else f"minus {ours}", "p", "p (Holm)", "says")
     rows = [["method", *(f"{column}: {part}" for column in columns for part in parts)]]
-    for method in found[columns[0]]:
-        row = [method]
-        for column in columns:
-            apart, plain, held = found[column][method]
-            row += [f"{apart:+.3g}", between(*plain), between(*held), verdict(*held)]
-        rows.append(row)
+    for method in (row[0] for row in table["rows"] if row[0] in found[columns[0]]):
+        tests = [found[column].get(method) for column in columns]
+        rows.append([method, *(cell for test in tests for cell in (cells_of(test) if test else ["-"] * len(parts)))])
     return rows
+
+
+def cells_of(test: Test) -> list[str]:
+    """The cells of one test."""
+    says = "apart" if test.p_holm < LEVEL else "not told apart"
+    apart = f"{test.difference:+.3g} ± {test.high - test.difference:.2g}"
+    return [apart, shown_p(test.p), shown_p(test.p_holm), says]
 
 
 def counted(table: dict) -> str:
     """Say over what the second table is taken."""
-    kept = "the mean of each seed" if "seeds" in table else "means and intervals; single cells were not kept"
-    return f"{table['n'].partition(' (')[0]}: {kept}"
+    return f"{table['n'].partition(' (')[0]}: paired t tests of the seeds' means"
 
 
 def main() -> None:
@@ -233,14 +168,14 @@ def main() -> None:
     flags.add_argument("--trials", type=int, default=TRIALS, help="draws for each row")
     for_pages(flags)
     arguments = flags.parse_args()
-    published_table = load("comparison_mlp")
+    published = load("comparison_mlp")
     simulated = simulation_table(arguments.trials)
-    allowed = allowed_table(published_table, ("Avg Gap", "retain %"))
-    left = [allowed_table(published_table, [column], ours) for column, ours in LEFT.items()]
-    print("\n\n".join(map(as_text, (simulated, allowed, *left))))
+    shown = compared(published, ("Avg Gap", "retain %"))
+    left = [compared(published, [column], ours) for column, ours in LEFT.items()]
+    print("\n\n".join(map(as_text, (simulated, shown, *left))))
     tables: Tables = {
         "statistics_check": (f"{arguments.trials:,} trials a row, {CLASSES} classes a seed; percent", simulated),
-        "statistics_comparison": (counted(published_table), allowed),
+        "statistics_comparison": (counted(published), shown),
     }
     keep(arguments.json, {name: rows for name, (_, rows) in tables.items()})
     publish_all(arguments.docs, tables)

@@ -1,17 +1,15 @@
-"""Where classes share a classifier: coverage of intervals, false positives of tests, and what published means allow."""
+"""Where classes share a classifier: coverage of intervals, false positives of tests, and what published means show."""
 
 import math
 
 from benchmarks import comparison, docs_tables, statistics_check, unlearning_tables
 from benchmarks.classifiers import Score
 from benchmarks.common import publish_all
-from benchmarks.statistics_check import Setting, judged, last_digit, limits_of_p, published, simulate
+from benchmarks.statistics_check import Setting, simulate
 
 import numpy as np
 import pytest
 from scipy import stats
-
-from core.intervals import Cell, over_seeds, paired
 
 SETTINGS = [Setting(seeds, share) for share in statistics_check.SHARES for seeds in statistics_check.SEEDS]
 TRIALS = 2000
@@ -45,49 +43,7 @@ def test_the_parts_of_a_draw_have_their_variances() -> None:
         assert np.corrcoef(drawn[:, 0, 0], drawn[:, 1, 0])[0, 1] == pytest.approx(0, abs=0.03)
 
 
-def test_published_by_hand() -> None:
-    assert (published("0.141 ± 0.013").mean, published("0.141 ± 0.013").half) == (0.141, 0.013)
-    assert [last_digit(text) for text in ("0.141", "27", "1.2", "1.8e-05")] == pytest.approx([0.0005, 0.5, 0.05, 5e-7])
-
-
-def test_limits_hold_the_p_of_the_cells() -> None:
-    """Of cells that are there: what means and intervals leave open contains the p that the cells give."""
-    generator, spreads = np.random.default_rng(2), []
-    for _ in range(200):
-        ours, theirs = generator.normal(size=3), generator.normal(0.5, 1.5, size=3)
-        sides = [
-            {Cell(seed=seed, classes=(0,)): float(value) for seed, value in enumerate(side)} for side in (ours, theirs)
-        ]
-        shown = [over_seeds(side) for side in sides]
-        mine, other = (published(f"{one.value:.3f} ± {one.high - one.value:.3f}") for one in shown)
-        least, most = limits_of_p(other, mine, 3)
-        p = paired({cell: value - sides[0][cell] for cell, value in sides[1].items()}).p
-        assert p == pytest.approx(stats.ttest_rel(theirs, ours).pvalue)
-        assert least <= p <= most
-        spreads.append(most - least)
-    assert min(spreads) < 0.5  # and says more than "between 0 and 1"
-
-
-def test_judged_by_hand() -> None:
-    """Half widths 1 and 3 of three seeds: the difference's is 2 to 4, t = 4.3027 x 8 / half, that is 17.2 to 8.6."""
-    table = {
-        "columns": ["method", "a"],
-        "rows": [[statistics_check.OURS, "2.000 ± 1.000"], ["x", "10.000 ± 3.000"], ["y", "-"]],
-    }
-    ((name, (apart, plain, held)),) = judged(table, "a", 3).items()
-    assert (name, apart) == ("x", 8)
-    expected = [2 * stats.t.sf(stats.t.ppf(0.975, 2) * 8 / half, 2) for half in (2, 4)]
-    assert plain == pytest.approx(expected, rel=0.01)
-    assert held == plain  # a single other method
-    assert [statistics_check.verdict(*limits) for limits in ((0.01, 0.04), (0.01, 0.2), (0.06, 0.2))] == [
-        *("apart", "open", "not told apart")
-    ]
-    assert statistics_check.between(0.0123, 0.2) == "0.012 to 0.2"
-    assert math.isclose(limits_of_p(published("1 ± 2"), published("1 ± 2"), 3)[1], 1)
-
-
-def test_p_is_known_where_the_seeds_means_are_kept(tmp_path, monkeypatch) -> None:
-    """A comparison writes them, and their test has the p of the cells, not a range."""
+def test_the_published_means_of_seeds_have_the_p_of_the_cells(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(docs_tables, "RESULTS", tmp_path)
     monkeypatch.setattr(docs_tables, "refresh", lambda: None)
     scores = {"mimu_refined": (1.0, 2.0, 4.0), "random": (2.0, 3.5, 4.5)}
@@ -102,11 +58,10 @@ def test_p_is_known_where_the_seeds_means_are_kept(tmp_path, monkeypatch) -> Non
     table = docs_tables.load("t")
     assert table["seeds"][statistics_check.OURS]["Avg Gap"] == {"0": 1.0, "1": 2.0, "2": 4.0}
     p = stats.ttest_rel(scores["random"], scores["mimu_refined"]).pvalue
-    ((_, (apart, plain, held)),) = judged(table, "Avg Gap", 3).items()
-    assert (apart, *plain, *held) == pytest.approx((1.0, p, p, p, p), abs=0.006)
-    assert statistics_check.counted(table) == "2 classes x 3 classifiers: the mean of each seed"
-    head, row = statistics_check.allowed_table(table, ["Avg Gap"])
-    assert row[1:] == ["+1", f"{p:.2g}", f"{p:.2g}", "not told apart"]
+    half = stats.t.ppf(0.975, 2) * np.std([1, 1.5, 0.5], ddof=1) / math.sqrt(3)
+    assert statistics_check.counted(table) == "2 classes x 3 classifiers: paired t tests of the seeds' means"
+    head, row = statistics_check.compared(table, ["Avg Gap"])
+    assert row[1:] == [f"+1 ± {half:.2g}", f"{p:.2g}", f"{p:.2g}", "not told apart"]
     assert len(head) == len(row)
 
 
