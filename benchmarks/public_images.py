@@ -82,9 +82,13 @@ def digits(package: Path, folder: Path) -> None:
 
 
 def emoji(package: Path, folder: Path) -> None:
-    """Copy the emoji of 64 pixels, a class for each category; an emoji and its skin tones are one group."""
+    """Copy the emoji of 64 pixels, a class for each category; an emoji and its skin tones are one group.
+
+    Of pictures that are equal the first alone is taken.
+    """
     listed: Iterable[dict] = json.loads((package / "emoji.json").read_text())
     count: dict[str, int] = {}
+    seen = set()
     for one in sorted(listed, key=lambda one: one["sort_order"]):
         name = one["category"].split(" & ")[0].lower()
         if one["category"] == RARE:
@@ -92,7 +96,8 @@ def emoji(package: Path, folder: Path) -> None:
         count[name] = count.get(name, -1) + 1
         for variant in (one, *one.get("skin_variations", {}).values()):
             file = package / "img" / "google" / "64" / variant["image"]
-            if variant["has_img_google"] and file.exists():
+            if variant["has_img_google"] and file.exists() and (digest := pixels(file)) not in seen:
+                seen.add(digest)
                 place(folder, count[name], name, file.name).write_bytes(file.read_bytes())
 
 
