@@ -181,14 +181,14 @@ def saturated(cells: Sequence[dict], methods: Sequence[str]) -> str:
     spans = {short: [one[term] for one in means.values()] for term, short in TERMS.items()}
     said = [f"{short} ({min(v):.1f} to {max(v):.1f} %)" for short, v in spans.items() if max(v) - min(v) <= ALIKE]
     count = f"the {len(means)} methods that leave at most {FORGOTTEN:.0f} % of the class"
-    return f"; saturated terms of Avg Gap, among {count}: {', '.join(said) or 'none'}"
+    return f"saturated terms of Avg Gap, among {count}: {', '.join(said) or 'none'}"
 
 
 def tables(name: str, cells: Sequence[dict], methods: Sequence[str]) -> Tables:
     """Return the table for docs/results.md, with what it averages over."""
     seeds, classes = len({one["seed"] for one in cells}), len({one["class"] for one in cells})
     spread = f"± is the 95 % t-interval over the {seeds} classifiers" if seeds > 2 else "no interval"
-    counted = f"{classes} classes x {seeds} classifiers ({len(cells)} cells); {spread}{saturated(cells, methods)}"
+    counted = f"{classes} classes x {seeds} classifiers ({len(cells)} cells); {spread}"
     return {name: (counted, table(cells, methods))}
 
 
@@ -237,6 +237,7 @@ def main() -> None:
     plan = Plan(arguments.model, arguments.references, methods, arguments.output_dir)
     cells = [cell(plan, seed, label) for seed in arguments.seeds for label in arguments.classes]
     print(f"\n{len(cells)} cells, {time.perf_counter() - begun:.0f} s\n\n{as_text(table(cells, plan.methods))}")
+    print(saturated(cells, plan.methods))
     if len(cells) > 1 and "mimu_refined" in plan.methods:
         for metric in ("avg_gap", "retain_score"):
             print(as_text(significance(cells, plan.methods, metric)))

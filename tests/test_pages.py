@@ -345,7 +345,7 @@ def test_saturated_terms_are_named() -> None:
     }
     cells = [{"seed": seed, "class": 0, "methods": methods} for seed in range(2)]
     assert comparison.saturated(cells, list(methods)) == (
-        "; saturated terms of Avg Gap, among the 2 methods that leave at most 1 % of the class: "
+        "saturated terms of Avg Gap, among the 2 methods that leave at most 1 % of the class: "
         "UA (99.4 to 100.0 %), TA (88.0 to 88.5 %)"
     )
     assert comparison.saturated(cells, ["mimu", "default"]) == ""
