@@ -239,7 +239,9 @@ def probe_recall(features: Tensor, labels: Tensor, asked: Tensor, true: Tensor) 
         return None
     features, asked = standardised(features, asked)
     probe = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000)
-    probe.fit(features.numpy(), labels.numpy())
+    with warnings.catch_warnings():  # of many classes with an image each, scikit-learn takes labels for quantities
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        probe.fit(features.numpy(), labels.numpy())
     return 100 * float((probe.predict(asked.numpy()) == true.numpy()).mean())
 
 
