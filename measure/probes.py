@@ -7,6 +7,7 @@ the run's, and compare with the retrained models, which themselves relearn fast 
 
 import copy
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
