@@ -1,7 +1,9 @@
-"""Every method on five classifiers of DIGITS: the leaderboard of configs/comparison.yaml as a table of docs/results.md.
+"""Every method on five classifiers of a dataset: the boards of a leaderboard as tables of docs/results.md.
 
-    uv run main.py sweep --config configs/comparison.yaml          the runs, in the folder comparison
-    uv run benchmarks/five_seeds.py [--records DIR] [--docs]       the table, from their records
+    uv run main.py sweep --config configs/comparison.yaml          the runs on DIGITS, in the folder comparison
+    uv run benchmarks/public_images.py pictures
+    uv run main.py sweep --config configs/comparison.yaml --config configs/comparison_pictures.yaml     on pictures
+    uv run benchmarks/five_seeds.py [--records DIR] [--docs]       a table for each dataset, from their records
 
 A value is the mean over classes of each seed, then over the seeds, with the 95 % t interval over the seeds; weights are
 the range over all cells. Methods stand in the order of Avg Gap, retrained and untouched models first.
@@ -12,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import for_pages, parser, publish_all
+from benchmarks.common import Tables, for_pages, parser, publish_all
 
 from core.records import read_records
 from reporting.families import runs_of
@@ -48,20 +50,25 @@ def table(board: Board) -> list[list[str]]:
     return [["method", *COLUMNS.values(), "weights"], *map(line, rows)]
 
 
+def name_of(board: Board) -> str:
+    """A table's name: that of DIGITS has none behind it, a folder tree's is the tree's."""
+    tree = board.dataset.split()[1:]
+    return "_".join(["five_seeds", *tree])
+
+
 def main() -> None:
     """Read, print, publish."""
     flags = parser(__doc__)
     for_pages(flags)
     flags.add_argument("--records", type=Path, default=Path("comparison"), help="the sweep's output folder")
     given = flags.parse_args()
-    board, *others = boards(runs_of(read_records(given.records)))
-    if others:
-        flags.error(f"{given.records} holds {len(others) + 1} models or datasets: give the folder of one")
-    (source,) = board.sources
-    rows = table(board)
-    print(as_text(rows))
-    count = f"{len(source.classes)} classes x {source.seeds} classifiers; ± is the 95 % t interval over the classifiers"
-    publish_all(given.docs, {"five_seeds": (count, rows)})
+    found: Tables = {}
+    for board in boards(runs_of(read_records(given.records))):
+        (source,) = board.sources
+        count = f"{len(source.classes)} classes x {source.seeds} classifiers; ± is the 95 % t interval over these"
+        found[name_of(board)] = count, table(board)
+        print(f"{board.dataset}: {count}\n{as_text(table(board))}\n")
+    publish_all(given.docs, found)
 
 
 if __name__ == "__main__":
