@@ -564,7 +564,7 @@ SENTENCES = {
     "checkpoint garbage": ("--trained-vision-model-path {material}/garbage.safetensors", "neither a whole safetensors"),
     "checkpoint foreign": (
         "--trained-vision-model-path {material}/foreign.safetensors",
-        "3 missing (linears.0",
+        "3 tensors are missing (linears.0",
     ),
     "checkpoint classes": ("--trained-vision-model-path {material}/seven.safetensors", "num_classes 7, needed 10"),
     "checkpoint folder": ("--trained-vision-model-path {material}", "safetensors"),
