@@ -66,6 +66,8 @@ class Eval(Snapshots):
                 self.about[key]["diverged"] = str(error)
                 nothing = dict.fromkeys((*self.metrics, *COSTS))
                 self._measured[key] = {split: dict(nothing) for split in JUDGED}
+            if len(METHODS[name].grid) > 1 and not self.about[key]["tuning"]:
+                log(f"{name}: not tuned, its first settings are used; eval.references 1 tunes it")
         return self._measured[key]
 
     def _enter(
@@ -101,10 +103,7 @@ class Eval(Snapshots):
         """Choose a method's settings from its grid: the smallest Avg Gap to retraining on validation images."""
         grid, key = METHODS[name].grid, METHODS[name].key(self.context, point)
         about = self.about.setdefault(key, {"settings": dict(grid[0]), "tuning": []})
-        if len(grid) > 1 and not about["tuning"]:
-            if not self.retrained("val"):
-                log(f"{name}: not tuned, its first settings are used; eval.references 1 tunes it")
-                return grid[0]
+        if len(grid) > 1 and not about["tuning"] and self.retrained("val"):
             gaps = [self._tried(name, point, settings) for settings in progress(grid, f"tuning {name}")]
             known = [gap if math.isfinite(gap) else None for gap in gaps]  # JSON has no word for infinity
             about["tuning"] = [dict(one) | {"avg_gap": gap} for one, gap in zip(grid, known, strict=True)]
@@ -200,6 +199,11 @@ class Eval(Snapshots):
         """Thumbnails of some test images of the forgotten classes."""
         return thumbnails(self.context.data)
 
+    def _names_of_samples(self, tables: Mapping[str, Mapping[str, list | None]]) -> dict[str, str]:
+        """Names of the classes that `samples` are of or are taken for, by label."""
+        said = (int(label) for one in tables["said_of_samples"].values() for label, _ in one or ())
+        return {str(label): self.context.data.classes[label] for label in sorted({*self.samples["labels"], *said})}
+
     def masks(self, point: Point) -> dict[str, Mask]:
         """Return the masks of the measured mask methods at a point, and in any case that of the answer."""
         names = dict.fromkeys((self.answer, *self.config.eval.methods))
@@ -243,6 +247,7 @@ class Eval(Snapshots):
                 retrained=measured["retrain"]["test"] if sane and "retrain" in measured else None,
                 retrained_drop=drops,
                 bands=self._bands[key],
+                names=self.context.data.classes,
             )
             said[name] = as_facts(verdict(measured[name]["test"], references))
         return said
@@ -254,7 +259,11 @@ class Eval(Snapshots):
         measured = {name: self.eval_unlearning(name, point) for name in names}
         masks = self.masks(point)
         part = {key: {name: values[split] for name, values in measured.items()} for split, key in JUDGED.items()}
-        return part | {
+        tables = {
+            title: {name: self.about[METHODS[name].key(context, point)].get(title) for name in measured}
+            for title in ("settings", "tuning", "integrity", "intervals", "undefined", "by_stage", *TABLES)
+        }
+        return part | tables | {
             "answer": self.answer,
             "metrics": {name: entry.about() for name, entry in self.metrics.items()},
             "costs": COSTS,
@@ -266,11 +275,7 @@ class Eval(Snapshots):
             "mask_efficacy": self.eval_mask_efficacy(top_k),
             "weight_histogram": self.weight_histogram(masks[self.answer]),
             "mask_map": mask_map(masks[self.answer]),
-            "samples": self.samples,
-            **{
-                title: {name: self.about[METHODS[name].key(context, point)].get(title) for name in measured}
-                for title in ("settings", "tuning", "integrity", "intervals", "undefined", "by_stage", *TABLES)
-            },
+            "samples": {**self.samples, "names": self._names_of_samples(tables)},
         }, masks
 
 

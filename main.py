@@ -45,6 +45,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "verify": masks.verify,
     "certificate": masks.certificate,
     "seal": masks.seal,
+    "restore": masks.restore,
     "compose": masks.compose,
 }
 """Name -> function. A new command is one line here and a function in `commands/`, whose parameters are its flags."""
@@ -168,7 +169,7 @@ def _command(arguments: list[str]) -> int:
 def _overview() -> str:
     """Describe the program, and every command by the first line of its docstring."""
     summaries = {name: (command.__doc__ or "").partition("\n")[0] for name, command in COMMANDS.items()}
-    lines = [f"    uv run main.py {name:<10} {summary}" for name, summary in summaries.items()]
+    lines = [f"    uv run main.py {name:<{max(map(len, summaries))}} {summary}" for name, summary in summaries.items()]
     head = "Commands, each with a --help of its own (that of `run` follows here):"
     return "\n".join([__doc__ or "", head, "", *lines, ""])
 

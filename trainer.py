@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from core.artifacts import HISTORY, DamagedError, write_json
 from core.choices import Diverged
 from core.config import GCNConfig, Trackers, TrainConfig, UserError, derive_seed
-from core.observe import Tracker, log, progress
+from core.observe import Tracker, log, progress, seconds_left
 from model import HookedModel, MaskingGCN, inspecting, predictions
 from training.distributed import ALONE, Group, by_torchrun, check_shared_memory, launch, torchrun_meeting
 from training.optimisers import AdamW
@@ -169,9 +169,9 @@ class VisionModelTrainer:
         said, saved = -math.inf, time.monotonic()
         with self.tracker:
             for epoch in range(done.epoch + 1, self.config.epochs + 1):
-                begun = time.perf_counter()
+                begun, count = time.perf_counter(), len(self.data.splits["train"])
                 step = self._epoch(network, loader, group, epoch, step)
-                rate = len(self.data.splits["train"]) / (time.perf_counter() - begun)
+                rate = count / (time.perf_counter() - begun)
                 group.average_buffers(self.model)
                 val_loss, val_score = mean_loss_and_score(self.model, val_loader, self.device, group)
                 if not math.isfinite(val_loss):
@@ -182,7 +182,8 @@ class VisionModelTrainer:
                 if group.leads and (last or time.monotonic() - said > SECONDS_BETWEEN_LINES):
                     said = time.monotonic()
                     place = f"epoch {epoch}/{self.config.epochs}"
-                    log(f"classifier: {place}, validation {val_score:.1f} %, {rate:.0f} images/s")
+                    left = "" if last else f", {seconds_left((self.config.epochs - epoch) * count / rate)}"
+                    log(f"classifier: {place}, validation {val_score:.1f} %, {rate:.0f} images/s{left}")
                 due = (hand_over or group.world > 1) if last else time.monotonic() - saved >= self.config.save_seconds
                 if group.leads and self.state and due:
                     training.save(self.state, Progress(epoch, step, self.tracker.history, values))

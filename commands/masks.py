@@ -1,4 +1,4 @@
-"""What is done with masks that are there: `verify`, `certificate`, `seal`, `compose`."""
+"""What is done with masks that are there: `verify`, `certificate`, `seal`, `restore`, `compose`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mimu import Fit, Mask
     from models.class_names import ClassNames
 
+Sealed = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SEALED")]
+Removed = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="REMOVED")]
 Measure = Callable[["nn.Module"], dict[str, tuple[int, int]]]
 
 
@@ -252,8 +254,24 @@ def seal(
     for name in done.left_out:
         show(f"left out: {name}")
     show(f"written: {done.out}; load it as the parent is loaded")
-    show(f"the removed values are in {kept}" if kept else "the removed values are kept nowhere but in the parent")
+    there = f"in {kept}; `restore {target} {kept}` puts them back" if kept else "kept nowhere but in the parent"
+    show(f"the removed values are {there}")
     upload(target, push)
+
+
+def restore(sealed: Sealed, removed: Removed, out: Path) -> None:
+    """Put removed values back into a copy of a sealed checkpoint: the parent again, bit for bit.
+
+    Args:
+        sealed: What `seal` wrote.
+        removed: The file of removed values that it wrote beside that.
+        out: Where the restored checkpoint goes; nothing may be there.
+    """
+    import mimu
+
+    with as_user_errors():
+        exact = mimu.restore(at_home(sealed), at_home(removed), at_home(out))
+    show(f"written: {out}; {'byte for byte' if exact else 'every tensor, bit for bit,'} the parent")
 
 
 def compose(

@@ -34,6 +34,8 @@ def run(
         raise UserError(f"seeds is {list(seeds)}: name each seed once")
     if seeds and here.torchrun:
         raise UserError("torchrun starts one run: give --seed, or leave torchrun out for --seeds")
+    if seeds and config.seed not in (PipelineConfig().seed, *seeds):
+        log(f"no effect: seed {config.seed} (--seeds says which)")
     configs = [replace(config, seed=seed) for seed in seeds] or [config]
     curves = here.curves(config.output_dir)
     from core.store import running

@@ -54,7 +54,7 @@ class DamagedError(UserError):
 
     def __init__(self, path: Path, why: str):
         self.found = f"{path} is damaged ({why})"
-        super().__init__(f"{self.found}: give a whole one, or leave it out to make it anew")
+        super().__init__(f"{self.found}: copy it again from where it is whole, or give another path")
 
 
 def trouble(path: Path, error: OSError, doing: str) -> Exception:
@@ -63,7 +63,7 @@ def trouble(path: Path, error: OSError, doing: str) -> Exception:
     if doing == "read" and error.errno not in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE):
         missing = isinstance(error, FileNotFoundError)
         found = f"there is no file {path}: check the path" if missing else f"{what}: check its permissions"
-        return UserError(f"{found}, or leave it out to compute it")
+        return UserError(found)
     if error.errno in ADVICE and (error.errno != errno.EROFS or _wrote[0]):
         return MachineError(f"{what}: {ADVICE[error.errno]} and run again, what is finished is kept")
     return UserError(f"{what}: choose a folder that can be written with --output-dir")

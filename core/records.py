@@ -248,6 +248,9 @@ class Layer(TypedDict):
     cells: Annotated[list[list[int]], rows(counts, least=1)]
 
 
+SHOWN = {"images": rows(text(r"[A-Za-z0-9+/=]{0,100000}")), "labels": counts}
+
+
 class Record(TypedDict):
     """One point of a run, as it lies on the disk: every field with its type and its check. None is optional."""
 
@@ -293,8 +296,9 @@ class Record(TypedDict):
     mask_efficacy: Annotated[dict[str, float | None], named(maybe(number()))]
     weight_histogram: Annotated[Histogram, fits(Histogram)]
     mask_map: Annotated[list[Layer], rows(fits(Layer))]
-    samples: Annotated[dict[str, list], only(images=rows(text(r"[A-Za-z0-9+/=]{0,100000}")), labels=rows(whole()))]
-    """Some test images of the forgotten classes, base64 PNG, and their labels."""
+    samples: Annotated[dict[str, Any], named(named(text(), keys=r"\d+"), SHOWN, keys="images|labels|names")]
+    """Some test images of the forgotten classes, base64 PNG, and their labels; by label, the names of all classes that
+    they are of or are taken for, which earlier records lack."""
     settings: Annotated[dict[str, dict | None], each(named(anything))]
     tuning: Annotated[dict[str, list[dict] | None], each(rows(named(anything)))]
     integrity: Annotated[dict[str, dict | None], each(named(anything))]
@@ -376,10 +380,9 @@ def _contradiction(record: Mapping) -> str:
 
 
 def _of_samples(record: Mapping) -> str:
-    shown = len(record["samples"]["images"])
     said = [one for one in record["said_of_samples"].values() if one is not None]
-    fine = all(len(one) == shown for one in (record["samples"]["labels"], *said))
-    return "" if fine else "samples are not all spoken of"
+    lengths = {len(one) for one in (record["samples"]["images"], record["samples"]["labels"], *said)}
+    return "" if len(lengths) == 1 else "samples are not all spoken of"
 
 
 def _of_masks(record: Mapping) -> str:

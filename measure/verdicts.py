@@ -4,10 +4,11 @@ All scores are of test images, in percent. Two models are judged on the same ima
 counts only beyond the 95 % interval of the paired one (`intervals.paired_difference`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from core.intervals import paired_difference, wilson
+from core.observe import visible
 from core.records import WORDS
 
 FORGOTTEN = 5.0  # %: below it the published methods count a class as forgotten; chance among ten classes is 10
@@ -103,7 +104,7 @@ class References:
         by_class: of each retained class, the method's answers against the untouched classifier's.
         is_mask: whether a mask is judged. is_retrained: whether a model that never saw the classes is: held against
             others of its kind it may be, but it need not be.
-        bands: see `word`.
+        bands: see `word`. names: of the classes, in the order of their labels; empty: they are called by label.
         retrained: values of a model retrained without the classes. retrained_drop: of each retained class, by how many
             points that model's score is below the untouched one's.
     """
@@ -118,6 +119,12 @@ class References:
     retrained: Values | None = None
     retrained_drop: Mapping[int, float] = field(default_factory=dict)
     bands: Mapping[str, Band] = field(default_factory=dict)
+    names: Sequence[str] = ()
+
+    def called(self, label: int) -> str:
+        """A class by its label, and by its name where that says more: "5 (sandal)"."""
+        name = self.names[label] if self.names else str(label)
+        return str(label) if name == str(label) else f"{label} ({visible(name)})"
 
 
 def _score(values: Values, name: str) -> float:
@@ -197,7 +204,8 @@ def costs_a_class(values: Values, r: References) -> str | None:
         return None
     worst = max(found, key=lambda c: excess[c])
     more = f", and {len(found) - 1} more classes lose as clearly" if len(found) > 1 else ""
-    return f"retained class {worst} is recognised {r.by_class[worst].points:.1f} points less often than before{more}"
+    by = r.by_class[worst].points
+    return f"retained class {r.called(worst)} is recognised {by:.1f} points less often than before{more}"
 
 
 def suppressed(values: Values, r: References) -> str | None:

@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -398,12 +398,13 @@ def _in_order(stored: Stored, needed: Mapping[str, Tensor]) -> Matched:
 def _check_names(given: Iterable[str], needed: Iterable[str], path: Path, advice: str) -> None:
     missing, strange = sorted(set(needed) - set(given)), sorted(set(given) - set(needed))
     if missing or strange:
-        counted = [
-            f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-            for names, what in ((missing, "missing"), (strange, "unexpected"))
-            if names
-        ]
-        raise UserError(f"{path} does not fit the model: {' and '.join(counted)} tensors; {advice}")
+        counted = [_counted(names, what) for names, what in ((missing, "missing"), (strange, "unexpected")) if names]
+        raise UserError(f"{path} does not fit the model: {' and '.join(counted)}; {advice}")
+
+
+def _counted(names: Sequence[str], what: str) -> str:
+    first = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return f"{len(names)} tensor{' is' if len(names) == 1 else 's are'} {what} ({first})"
 
 
 # --- into a module ----------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def _compared(record: Record) -> list[str]:
 def _bars(
     record: Record, of: dict[str, list], rank: Callable[[int], float], title: str, y_label: str, ranked: str = ""
 ) -> list[Panel]:
-    """Bars by class; of many classes the forgotten ones and those with the largest `rank`.
+    """Bars by class; of many classes the forgotten ones and those with the largest `rank`, as far as that is not 0.
 
     Args:
         ranked: what `rank` is, in a word, where it is not what the bars show.
@@ -86,10 +86,10 @@ def _bars(
     count = len(next(iter(of.values())))
     named = record["forget_class"]
     order = sorted(range(count), key=lambda c: (c not in named, -rank(c)))[:MOST_BARS]
-    chosen = sorted(order)
+    chosen = sorted(order if count <= MOST_BARS else (c for c in order if c in named or rank(c)))
     if count > MOST_BARS:
-        others = [rank(c) for c in range(count) if c not in order]
-        title += f"\n({MOST_BARS} of {count} classes; the others' median{ranked}: {median(others):.2g})"
+        others = [rank(c) for c in range(count) if c not in chosen]
+        title += f"\n({len(chosen)} of {count} classes; the others' median{ranked}: {median(others):.2g})"
     series = [
         Series(record["labels"][name], [float(c) for c in range(len(chosen))], [values[c] or 0.0 for c in chosen],
                "bars", style_of(record, name))
@@ -290,14 +290,16 @@ def relearning(runs: Sequence[Run]) -> list[Panel]:
 def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
     """Make every figure of a run, or of a family's runs: name -> panels.
 
-    Metrics that are shown first have a figure of their own over each axis that is swept; the others share one.
+    Metrics that are shown first have a figure of their own over each axis that is swept; the others share one. A metric
+    of which nothing is known has no panel.
     """
     axes: tuple[Axis, ...] = ("kappa", "top_k")
     swept = [axis for axis in axes if _varies(runs, axis)]
     first, found = metrics_of(runs, every=False), {}
     for axis in swept:
-        found |= {f"{metric}_over_{axis}": [over(runs, metric, axis)] for metric in first}
-        found[f"other_metrics_over_{axis}"] = [over(runs, m, axis) for m in metrics_of(runs) if m not in first]
+        drawn = {metric: panel for metric in metrics_of(runs) if (panel := over(runs, metric, axis)).series}
+        found |= {f"{metric}_over_{axis}": [panel] for metric, panel in drawn.items() if metric in first}
+        found[f"other_metrics_over_{axis}"] = [panel for metric, panel in drawn.items() if metric not in first]
     answered = len(runs) == 1 and runs[0][0]["answer"] in {best.method for best in best_points(runs[0])}
     found |= {name: panels(runs) for name, (panels, alone) in FIGURES.items() if answered or not alone}
     return {name: panels for name, panels in found.items() if panels}

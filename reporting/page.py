@@ -105,7 +105,7 @@ def sentence(record: Record) -> str:
         return f"At kappa {record['kappa']:,} there are no values: training diverged, or nothing was measured."
     lost = before["retain_score"] - after["retain_score"]
     verb = "are" if len(record["forget_class"]) > 1 else "is"
-    change = f"{'lose' if lost >= 0 else 'gain'} {abs(lost):.1f} points"
+    change = f"{'lose' if lost > 0 else 'gain'} {abs(lost):.1f} points" if abs(lost) >= 0.05 else "keep their score"
     return (
         f"At kappa {record['kappa']:,} ({share_changed(record)}) {named_classes(record)} {verb} recognised "
         f"{after['forget_score']:.1f} % of the time; the other classes {change}."
@@ -141,6 +141,12 @@ def _shares(record: Record, panel: Panel) -> dict:
     return {"title": panel.title, "ticks": panel.ticks, "methods": methods, "values": [one.y for one in panel.series]}
 
 
+def _names_of_samples(run: Run) -> dict[str, str]:
+    """Names of the classes that the images are of or are taken for at any point, by label, where they say more."""
+    names = {label: name for one in run for label, name in one["samples"].get("names", {}).items()}
+    return {label: visible(name) for label, name in names.items() if name != label}
+
+
 def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) -> dict:
     first, metrics = run[0], list(metrics_of([run], every=False))
     panels = figures_of([run]) | (dict(training) if every else {})
@@ -158,7 +164,7 @@ def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) ->
         "answer": first["answer"],
         "chosen": [best["kappa"], best["top_k"]],
         "points": points,
-        "samples": first["samples"],
+        "samples": first["samples"] | {"names": _names_of_samples(run)},
         "layers": [[layer["layer"], *layer["shape"]] for layer in first["mask_map"]],
         "figures": figures,
         "groups": _sections([name for name in figures if name != "trade_off"]),
@@ -207,7 +213,7 @@ def costs(record: Record) -> list[tuple[str, str, str]]:
         ("weights changed", after["weights_changed"], "{:,}", share_changed(record)),
         ("other classes", change, "{:+.1f} points", f"{before['retain_score']:.1f} to {after['retain_score']:.1f} %"),
         ("worst other class", after.get("worst_retained_drop"), "{:.1f} points", "lost by the one that loses most"),
-        ("Avg Gap", after.get("avg_gap"), "{:.2f} points", "from a retrained model, mean of four percentages"),
+        ("Avg Gap", two_digits(after.get("avg_gap")), "{} points", "from a retrained model, mean of four percentages"),
         ("time", seconds, "{} s", versus),
         ("before any request", prepared, "{} s", "once for all requests, on this machine"),
         ("size of the change", after.get("edit_bytes"), "{:,} bytes", "to be stored"),

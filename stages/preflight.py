@@ -107,7 +107,7 @@ def understood(stages: Stages, measures: bool = True) -> list[str]:
     lines = [
         *(f"plugin: {one.path} registers {', '.join(one.registered)}" for one in map(plugin, config.plugins)),
         f"dataset: {data.name.value}{where}, {len(names)} classes ({shown})",
-        f"images: {', '.join(counts)}",
+        f"images: {', '.join(counts)}; {_pixels(stages)}",
         *(f"left out: {line}" for line in _left_out(stages)),
     ]
     if measures:
@@ -118,6 +118,15 @@ def understood(stages: Stages, measures: bool = True) -> list[str]:
     lines += [f"to be made, unless it is there: {made}"] if made else []
     model = f"{config.model_architecture.value}, seed {config.seed}, {stages.device}"
     return [*lines, f"model: {model}", *without_effect(config, stages.objective, measures)]
+
+
+def _pixels(stages: Stages) -> str:
+    """How images enter the classifier; of a tree of files, whose pictures are scaled, also what says so."""
+    _, channels, side = stages.setup.shape
+    kinds = {1: "grey", 3: "colour"}
+    found = f"{side}x{side} px, {kinds.get(channels, f'{channels} channels')}"
+    is_tree = bool(SPECS[stages.data.name].layout)
+    return f"scaled to {found}: --data.image-size sets the side, and with it the time" if is_tree else found
 
 
 def _left_out(stages: Stages) -> Iterator[str]:

@@ -276,6 +276,16 @@ def test_seeds_are_checked_before_anything_is_made(tiny, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_seed_beside_seeds_is_said_to_have_no_effect(tiny, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("commands.run._measured", lambda config, _: seen.append(config.seed))  # as in torchrun's helper
+    for seed, count in (("3", 1), ("1", 0), ("0", 0)):
+        line = ["run", "--config", str(tiny), "--output-dir", str(tmp_path / "out"), "--seeds", "1", "--seed", seed]
+        assert main.main(line) == 0
+        assert capsys.readouterr().err.count("no effect: seed 3 (--seeds says which)") == count
+    assert seen == [1, 1, 1]
+
+
 @pytest.mark.slow
 def test_an_unchanged_run_needs_no_torch(finished, tiny):
     """Most of the seconds of a run that changes nothing were the import of torch."""
@@ -564,7 +574,7 @@ SENTENCES = {
     "checkpoint garbage": ("--trained-vision-model-path {material}/garbage.safetensors", "neither a whole safetensors"),
     "checkpoint foreign": (
         "--trained-vision-model-path {material}/foreign.safetensors",
-        "3 missing (linears.0",
+        "3 tensors are missing (linears.0",
     ),
     "checkpoint classes": ("--trained-vision-model-path {material}/seven.safetensors", "num_classes 7, needed 10"),
     "checkpoint folder": ("--trained-vision-model-path {material}", "safetensors"),

@@ -114,6 +114,9 @@ def test_records_say_what_is_documented(whole):
         assert (record["num_graph_vertices"], record["num_graph_edges"]) == (8192, 1556480)
         assert (record["forget_class"], record["mask_layer"], record["seed"]) == ([0], [-2], 0)
         assert record["provenance"]["device"] == "cpu"
+        said = {int(label) for one in record["said_of_samples"].values() for label, _ in one or ()}
+        names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+        assert record["samples"]["names"] == {str(label): names[label] for label in sorted({0} | said)}
         assert record["provenance"]["repeatability"] == "the same to the bit on this processor with 1 thread"
         for key in ("classifier_path", "gcn_path", "mask_path"):
             assert (config.output_dir / record[key]).is_file()

@@ -54,6 +54,7 @@ def test_every_command_shown_is_taken(line, monkeypatch, tmp_path):
         "forgetting.opening.open_model",
         "models.specs.parse",
         "mimu.Mask.load",
+        "mimu.restore",
     ):
         monkeypatch.setattr(name, reached)
     for name in ("images.fetch.download", "images.fetch.prepare", "images.fetch.listing", "trackio.show"):

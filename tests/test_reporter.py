@@ -602,9 +602,18 @@ def test_many_classes_are_cut_or_joined_and_it_says_so():
     assert len(panel.ticks or []) == MOST_BARS
     assert {"1", "250"} <= set(panel.ticks or [])
     assert "20 of 300 classes" in panel.title
+    one["class_probability"] = {name: [0.0] * 300 for name in one["class_probability"]}
+    one["class_probability"]["mimu"][250] = 1.0
+    (panel,) = class_probability([[one]])
+    assert panel.ticks == ["1", "250"]  # the forgotten class, and no class of which there is nothing to draw
+    assert "(2 of 300 classes; the others' median: 0)" in panel.title
+    one = record(5, 100, (50, 80), (50, 80), classes=300)
+    one["class_probability"]["mimu"][250] = 0.5
+    (panel,) = class_probability([[one]])
     (ax,) = draw([panel]).axes
     assert len(ax.patches) == 2 * MOST_BARS
     (panel,) = per_class([[one]])
+    assert panel.ticks == ["1"]  # the one class that changes
     assert panel.title.endswith("the others' median change: 0)")  # the bars are accuracies of 100
     (panel,) = confusion_difference([[one]])
     assert "blocks of 15 of 300 classes" in panel.title

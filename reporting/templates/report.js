@@ -175,10 +175,11 @@ function showPoint(run, box, point, known) {
     series: point.bars.values.map((y, i) => ({ label: run.labels[names[i]], x: y.map((_, j) => j), y, kind: "bars", style: styles.indexOf(names[i]) })) }, { known })); }
   parts.push(row);
   if (run.samples && point.said[run.answer]) {
-    const text = s => `${s[0]} (${Math.round(100 * s[1])}\u00a0%)`, before = point.said.default || [], after = point.said[run.answer];
+    const named = label => run.samples.names[label] ?? label;
+    const text = s => `${named(s[0])} (${Math.round(100 * s[1])}\u00a0%)`, before = point.said.default || [], after = point.said[run.answer];
     parts.push(el("h3", {}, "Forgotten test images, before and after"), el("div", { class: "thumbs" }, ...run.samples.images.map((data, i) => el("figure", {},
-      el("img", { src: "data:image/png;base64," + data, alt: `test image of class ${run.samples.labels[i]}, before taken for ${before[i] ? before[i][0] : "unknown"}, after for ${after[i][0]}` }),
-      el("figcaption", {}, `class ${run.samples.labels[i]}\nbefore ${before[i] ? text(before[i]) : "-"}\nafter ${text(after[i])}`)))));
+      el("img", { src: "data:image/png;base64," + data, alt: `test image of class ${named(run.samples.labels[i])}, before taken for ${before[i] ? named(before[i][0]) : "unknown"}, after for ${named(after[i][0])}` }),
+      el("figcaption", {}, `class ${named(run.samples.labels[i])}\nbefore ${before[i] ? text(before[i]) : "-"}\nafter ${text(after[i])}`)))));
   }
   parts.push(el("details", {}, el("summary", {}, `every method at kappa ${point.kappa}`), el("div", { class: "sheet", role: "region", "aria-label": "every method at this point" }, el("table", {},
     el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "method"), ...metrics.map(([name, m]) => el("th", { scope: "col", ...column(name) }, ...breakable(`${name} [${m.unit}]`))))), el("tbody", {}, ...rows)),

@@ -53,6 +53,15 @@ def test_no_flipped_bit_of_a_json_file_passes(tmp_path):
     assert all(one.startswith(f"{path} is damaged (") for one in found)
 
 
+def test_a_damaged_file_of_the_users_is_to_be_copied_again(tmp_path):
+    """What a run made is made anew without a question, so that the sentence is for files that somebody named."""
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"a\.json is damaged \(.*\): copy it again .*, or give another path$"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"there is no file .*none\.json: check the path$"):
+        read_json(tmp_path / "none.json")
+
+
 def test_no_flipped_bit_of_a_tensor_file_passes(tmp_path):
     path, facts = tmp_path / "a.safetensors", {"epoch": 3, "shape": (2, 3), "by": {1: "a", 10: "b", 2: "c"}}
     arrays = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(3), "none": np.zeros((0, 2))}

@@ -207,6 +207,22 @@ def replacing(net) -> Mask:
     return Mask(flat, {"forgotten": forgets, "parent": describe_parent(net, flat)}, values)
 
 
+def test_restore_brings_the_parent_back(home, tmp_path, capsys):
+    """The command that `seal` names; without the values of that very file nothing is written."""
+    forgotten(home, tmp_path / "m", "--kappa", 70)
+    out, key, again = (tmp_path / name for name in ("sealed.pt", "key.safetensors", "again.pt"))
+    words = ["seal", spec_of(home), str(tmp_path / "m"), "--fill", "noise", "--out", str(out), "--removed", str(key)]
+    assert main.main(words) == 0
+    assert f"`restore {out} {key}` puts them back" in capsys.readouterr().out
+    assert main.main(["restore", str(home / "net.pt"), str(key), "--out", str(again)]) == 2
+    assert "is not the file that" in capsys.readouterr().err
+    assert not again.exists()
+    assert main.main(["restore", str(out), str(key), "--out", str(again)]) == 0
+    assert capsys.readouterr().out.startswith(f"written: {again}; ")
+    parent, back = (torch.load(path, weights_only=True) for path in (home / "net.pt", again))
+    assert {name: value.tolist() for name, value in back.items()} == {n: v.tolist() for n, v in parent.items()}
+
+
 def test_a_mask_that_replaces_weights_is_verified_sealed_and_composed(home, net, replacing, tmp_path, capsys):
     """Against the module with its row and its bias written by hand."""
     replacing.save(tmp_path / "m")

@@ -52,3 +52,4 @@ def test_the_walk_ends_with_a_sealed_model_that_has_forgotten_one_class(tmp_path
     assert after["trouser"] < 10
     others = [after[name] - before[name] for name in before if name != "trouser"]
     assert sum(others) / len(others) > -5
+    assert recognised(run(tmp_path, "count.py", "again.pt")) == before

@@ -182,6 +182,9 @@ def test_costs_a_class():
     assert said.sentence == (
         "retained class 2 is recognised 88.9 points less often than before, and 1 more classes lose as clearly"
     )
+    (said,) = (one for one in verdict(one, replace(whole, names=("cat", "1", "dog"))) if one.key == "costs a class")
+    assert said.sentence.startswith("retained class 2 (dog) is")
+    assert replace(whole, names=("cat", "1", "dog")).called(1) == "1"
 
 
 def test_the_worst_of_many_classes_loses_by_chance():

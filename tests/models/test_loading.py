@@ -193,7 +193,7 @@ def test_what_is_no_tensor_is_left_aside_or_missing(container, tmp_path):
     assert same(loaded, module)
     assert any("left aside extra" in note for note in loaded.notes)
     file = saved({"classifier.1.bias": None})
-    assert "does not fit the model: 1 missing (classifier.1.bias)" in refusal(f"torchvision:{SMALL}@{file}")
+    assert "does not fit the model: 1 tensor is missing (classifier.1.bias)" in refusal(f"torchvision:{SMALL}@{file}")
 
 
 def test_lightning_keeps_other_things_beside_the_model(tmp_path):
@@ -250,7 +250,10 @@ def test_what_does_not_fit_is_counted_and_named(tmp_path):
     torch.save({name + "x" * (name in names[:4]): value for name, value in state.items()}, tmp_path / "x.pt")
     said = refusal(f"torchvision:{SMALL}@{tmp_path}/x.pt")
     missing, unexpected = sorted(names[:4])[:3], sorted(name + "x" for name in names[:4])[:3]
-    assert f"4 missing ({', '.join(missing)}, ...) and 4 unexpected ({', '.join(unexpected)}, ...)" in said
+    assert (
+        f"4 tensors are missing ({', '.join(missing)}, ...) and 4 tensors are unexpected ({', '.join(unexpected)}, ...)"
+        in said
+    )
     torch.save(state | {"classifier.1.bias": torch.zeros(3)}, tmp_path / "x.pt")
     assert "classifier.1.bias [3], needed [7]" in refusal(f"torchvision:{SMALL}@{tmp_path}/x.pt")
 

@@ -177,6 +177,27 @@ def test_a_change_is_seen_by_the_digest(home, copy, capsys):
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "message"), [
+    ("mask/mask.safetensors", "the mask is damaged|mask.safetensors is damaged"),
+    ("mask/mask_config.json", "mask_config.json (is damaged|does not say what)"),
+    ("net.pt", "the model is not, to the bit, the parent that it names|not the mask's parent"),
+    ("mask-certificate/certificate.json", r"certificate\.json is damaged"),
+    ("mask-certificate/certificate.html", r"certificate\.html is not the page"),
+    ("mask-certificate/MODEL_CARD.md", r"MODEL_CARD\.md is not the page"),
+])  # fmt: skip
+def test_taken_elsewhere_it_holds_until_one_byte_changes(home, copy, capsys, name, message):
+    for one in ("net.py", "net.pt"):
+        shutil.copy(home / one, copy / one)
+    assert verify(copy, copy) == 0
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) * 55 // 100] ^= 1
+    (copy / name).write_bytes(data)
+    capsys.readouterr()
+    assert verify(copy, copy) in (1, 2)
+    said = capsys.readouterr()
+    assert len(re.findall(message, said.out + said.err)) == 1, said
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda facts: facts["measured"][0].update(value=12.0), "measured.0.value"),
     (lambda facts: facts["word"][0].update(key="erased"), "word.0.key"),

@@ -254,6 +254,36 @@ def test_command_may_be_pasted_from_the_page(name):
     assert words[:4] == [b"uv", b"run", b"main.py", b"run"]
 
 
+def test_sample_images_have_the_names_of_their_classes():
+    """Of all points, since the slider moves between them; a name that is the label itself says nothing."""
+    records = [full(5, kappa, 12) for kappa in (100, 200)]
+    for one, names in zip(records, ({"1": "cat", "0": "0"}, {"1": "cat", "2": "a\x1bdog"}), strict=True):
+        one["samples"]["names"] = names
+    (run,) = page_data(page(records))
+    assert run["samples"]["names"] == {"1": "cat", "2": "a\\x1bdog"}
+    for one in records:  # as earlier records are
+        del one["samples"]["names"]
+    (run,) = page_data(page(records))
+    assert run["samples"]["names"] == {}
+
+
+def test_nothing_is_said_to_be_lost_or_gained_that_rounds_to_zero():
+    one = full(5, 100, 12)
+    for change, said in ((0.04, "keep their score"), (-0.04, "keep their score"), (0.06, "gain 0.1 points")):
+        one["methods"]["mimu"]["retain_score"] = one["methods"]["default"]["retain_score"] + change
+        assert sentence(one).endswith(f"the other classes {said}.")
+
+
+def test_a_metric_of_which_nothing_is_known_has_no_plot():
+    records = [full(5, kappa, 12) for kappa in (100, 200)]
+    assert "unheard_of_over_kappa" in figures_of([records])
+    for one in records:
+        for values in one["methods"].values():
+            values["unheard_of"] = None
+    assert "unheard_of_over_kappa" not in figures_of([records])
+    assert "forget_score_over_kappa" in figures_of([records])
+
+
 @pytest.mark.slow
 def test_five_hundred_points_stay_small():
     """Ten runs of fifty points, ten classes, six methods, maps of full size and eight colour images."""

@@ -19,7 +19,7 @@ from rivals.compared import METHODS
 from rivals.trained import RETAINED, boundary_labels, distillation, last_inputs, salient, scrub_retain_loss, sgd
 from tests.helpers.knowing import CPU, Flat, digits, knowing
 from unlearn.finetuning import Finetuner
-from unlearn.registry import Context, Edit, Point, Shared
+from unlearn.registry import Context, Edit, NotApplicable, Point, Shared
 from utils_data import Images, UnlearningDataset
 
 POINT = Point(top_k=1, kappa=1, seed=0)
@@ -194,6 +194,22 @@ def test_weights_that_end_as_no_numbers_have_diverged(context, monkeypatch):
     monkeypatch.setitem(METHODS, "spoilt", replace(METHODS["finetune"], grid=({},), function=spoilt))
     judge = Eval(replace(context, retrain=None))
     assert judge.eval_unlearning("spoilt", POINT)["test"]["forget_score"] is None
+
+
+def test_only_a_method_that_could_be_asked_is_said_to_be_untuned(context, monkeypatch, capsys):
+    from eval import Eval
+
+    def elsewhere(context: Context, point: Point, **_: float) -> Edit:
+        raise NotApplicable("works on other models")
+
+    monkeypatch.setitem(METHODS, "elsewhere", replace(METHODS["finetune"], function=elsewhere))
+    judge = Eval(replace(context, retrain=None))
+    with pytest.raises(NotApplicable):
+        judge.eval_unlearning("elsewhere", POINT)
+    assert "not tuned" not in capsys.readouterr().err
+    judge.eval_unlearning("finetune", POINT)
+    judge.eval_unlearning("finetune", POINT)
+    assert capsys.readouterr().err.count("finetune: not tuned, its first settings are used") == 1
 
 
 # --- every method -----------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_the_block_says_what_was_understood(tmp_path, finished):
     lines = understood(stages)
     assert lines[0] == ("dataset: DIGITS, 10 classes (zero, one, two, three, four, five, six, seven, ...)")
     sizes = {name: len(part) for name, part in stages.data.splits.items()}
-    assert lines[1] == f"images: {sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test"
+    assert lines[1] == f"images: {sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test; 8x8 px, grey"
     assert "left out: images beyond data.max_test_samples 100" in lines
     assert "to forget: zero (label 0), three (label 3)" in lines
     assert f"given: graph network for unlearning {path}" in lines
