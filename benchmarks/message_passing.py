@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -292,7 +293,7 @@ def one_whole(name: str, width: int) -> dict:
     return taken | {"weights": graph.num_vertices, "extra_bytes": extra, "peak_bytes": peak_memory()}
 
 
-def apart(name: str, width: int) -> dict:
+def apart(name: str, width: int) -> dict[str, Any]:
     """`one_whole` in a process of its own."""
     command = [sys.executable, __file__, "--one-whole", name, str(width)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -300,17 +301,14 @@ def apart(name: str, width: int) -> dict:
 
 def measure_whole() -> dict:
     """Passes over whole models at several widths, and the growth of the processor's time at the default one."""
-    wholes = [
-        {"model": name, "width": width, "threads": torch.get_num_threads()} | apart(name, width)
-        for name in WHOLE
-        for width in WIDTHS
-    ]
+    wholes = [{"model": name, "width": width} | apart(name, width) for name in WHOLE for width in WIDTHS]
     layers = [apart(str(power), WIDTH) for power in GROWTH]
     ends = [one for one in wholes if one["width"] == WIDTH]
     exponents = [
         exponent([one["weights"] for one in ones], [one["processor"] for one in ones]) for ones in (ends, layers)
     ]
-    return {"wholes": wholes, "layers": layers, "between_models": exponents[0], "over_layers": exponents[1]}
+    found = {"between_models": exponents[0], "over_layers": exponents[1], "threads": torch.get_num_threads()}
+    return found | {"wholes": wholes, "layers": layers}
 
 
 def tables_whole(results: dict) -> Tables:
@@ -322,7 +320,7 @@ def tables_whole(results: dict) -> Tables:
         + [f"{one[name] / 1e9:.2f}" for name in ("extra_bytes", "peak_bytes")]
         for one in results["wholes"]
     ]
-    threads, repeats = results["wholes"][0]["threads"], [one["repeats"] for one in results["wholes"]]
+    threads, repeats = results["threads"], [one["repeats"] for one in results["wholes"]]
     n = (
         f"medians of {min(repeats)} to {max(repeats)} passes, forward and backward, {threads} thread"
         f"{'s' * (threads > 1)}; the processor's time grows as N^{results['between_models']:.2f} between the models at "
