@@ -301,7 +301,9 @@ def apart(name: str, width: int) -> dict[str, Any]:
 
 def measure_whole() -> dict:
     """Passes over whole models at several widths, and the growth of the processor's time at the default one."""
-    wholes = [{"model": name, "width": width} | apart(name, width) for name in WHOLE for width in WIDTHS]
+    wholes: list[dict[str, Any]] = [
+        {"model": name, "width": width} | apart(name, width) for name in WHOLE for width in WIDTHS
+    ]
     layers = [apart(str(power), WIDTH) for power in GROWTH]
     ends = [one for one in wholes if one["width"] == WIDTH]
     exponents = [

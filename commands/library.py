@@ -1,5 +1,6 @@
 """One mask for every class of a user's classifier: `library`, here or over the engines that `sweep` has."""
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ def library(
     engine: str = ONE_BY_ONE,
     workers: int = 2,
     slurm: Words = (),
+    plan: bool = False,
     asking: Asked = AS_USUAL,
     read: Read = AS_IT_IS,
 ) -> int:
@@ -40,11 +42,15 @@ def library(
         engine: What makes them: none (this process), local (several processes), slurm or ray.
         workers: Of an engine, how many: each reads the model and all images, and makes its share of the masks.
         slurm: Parameter of submitit's executor as NAME=VALUE, e.g. timeout_min=60; once for each.
+        plan: Say what that would take, from a few images and masks, and write nothing.
     """
     be_quiet(asking.quiet)
     block = Block(spec, at_home(out), asking, read)
     opened = asking.opened(read, spec)
     names = opened.loaded.classes
+    if plan:
+        show(block.foreseen(opened, None if engine == ONE_BY_ONE else _engine(engine, workers, slurm)))
+        return 0
     if engine == ONE_BY_ONE:
         answering = opened.answering(asking.layers, lambda asked: block.check(asked, names))
         held = _held(answering)
@@ -155,6 +161,33 @@ class Block:
             mask = to_mask(answering, answer, names, opened.parent, opened.loaded.preprocessing.describe(), target)
             mask.save(self.place(names, label))
         return mask, answer.search is None or answer.search.achieved
+
+    def foreseen(self, opened: "Opened", engine: Any) -> str:
+        """What the library would take, in words: nothing is written that stays.
+
+        Args:
+            engine: what makes the masks; None: this process.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        from planning.library import Asked, foresee_library, said
+        from training.engines import threads_of
+
+        listed = opened.foreseen(self.asking.layers)
+        self.check(listed, opened.loaded.classes)
+        number = self.asking.number(listed, [], opened.loaded.classes.names)
+        with tempfile.TemporaryDirectory() as folder:
+            aside = replace(self, out=Path(folder))
+
+            def make(answering: "Answering", label: int) -> int:
+                aside._made(opened, answering, label, number)
+                place = aside.place(opened.loaded.classes, label)
+                return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+
+            workers, threads = (engine.workers, threads_of(engine.workers)) if engine else (1, None)
+            asked = Asked(opened, self.asking.layers, _held(listed), make, workers, threads)
+            return said(asked, foresee_library(asked))
 
     # --- as a task ---
 
