@@ -111,17 +111,24 @@ def tables(results: dict) -> Tables:
 
 def whole(words: Sequence[str], folder: Path) -> dict[str, float]:
     """Run a command and all processes that it starts; return their processor seconds, peak bytes, and bytes on disk."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(words, cwd=PROJECT_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    watched = [sys.executable, str(Path(__file__).resolve()), "--watched", *words]
+    done = subprocess.run(watched, cwd=PROJECT_ROOT, env=variables, capture_output=True, text=True, check=True)
+    disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return json.loads(done.stdout) | {"disk": disk}
+
+
+def watch(words: Sequence[str]) -> dict[str, float]:
+    """What `whole` starts, so that no earlier command is counted: wait for a command and all that descend from it."""
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    subprocess.run(words, stdout=sys.stderr, check=True)
     while True:
         try:
             os.wait()
         except ChildProcessError:
             break
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-    disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {"processor": seconds, "memory": used.ru_maxrss * 1024, "disk": disk}
+    return {"processor": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss * 1024}
 
 
 def total_of(text: str) -> dict[str, float]:
@@ -143,8 +150,9 @@ def a_sweep(root: Path, workers: int) -> dict:
     """Two seeds and three classes of DIGITS."""
     with tempfile.TemporaryDirectory(dir=root) as name:
         config, folder = Path(name, "sweep.yaml"), Path(name, "out")
-        over = "{over: {forget_class: [0, 1, 2], seed: [0, 1]}, executor: local, workers: %d}" % workers
-        config.write_text(f"device: cpu\noutput_dir: {folder}\nsweep: {over}\n")
+        over = "{forget_class: [0, 1, 2], seed: [0, 1]}"
+        lines = ["device: cpu", f"output_dir: {folder}", "sweep:", f"  over: {over}", "  executor: local"]
+        config.write_text("\n".join([*lines, f"  workers: {workers}", ""]))
         return both(["plan", "--config", str(config)], ["sweep", "--config", str(config)], folder)
 
 
@@ -200,7 +208,6 @@ def trained_on(tree: Path) -> dict[str, torch.Tensor]:
 
 def several(root: Path) -> dict[str, dict]:
     """All of these, by what the table calls them."""
-    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     root.mkdir(parents=True, exist_ok=True)
     cases = {
         "sweep of DIGITS, 3 classes x 2 seeds, 1 worker": lambda: a_sweep(root, 1),
@@ -236,9 +243,13 @@ def main() -> None:
     made.add_argument("--classes", type=int, nargs="*", default=(10, 100))
     made.add_argument("--only", choices=("foreseen", "taken", "trained"), help=argparse.SUPPRESS)
     made.add_argument("--tree", type=Path, help=argparse.SUPPRESS)
+    made.add_argument("--watched", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     made.add_argument("--several", action="store_true", help="hold plans of several runs, masks or processes instead")
     for_pages(made)
     given: argparse.Namespace = made.parse_args()
+    if given.watched:
+        print(json.dumps(watch(given.watched)))
+        return
     if given.only == "trained":
         be_quiet()
         train(given.tree)

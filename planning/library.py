@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,8 +43,55 @@ class Asked:
     threads: int | None = None
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What a library's pieces cost.
+
+    Args:
+        load: a process until it reads. read: an image, decoded and passed. check: of the untouched model. first,
+            further: a mask. peak: bytes of this process at most, by stage. row: bytes that an image leaves in memory.
+            left: bytes that a mask leaves on the disk.
+    """
+
+    load: Cost
+    read: Cost
+    check: Cost
+    first: Cost
+    further: Cost
+    peak: Mapping[str, int]
+    row: int
+    left: float
+
+    def jobs(self, images: int, classes: int, workers: int) -> list[list[Stage]]:
+        """Return the stages of each worker: all read every image, and make every so-many-th mask."""
+        held = images * self.row
+        twice = 2 * held if held <= MOST_BYTES else held  # batches are joined; a file is mapped
+        found = []
+        for worker in range(min(workers, classes)):
+            count = len(range(worker, classes, workers))
+            made, peak = self.first + self.further * (count - 1), self.peak
+            found.append([
+                Stage("start", "imports, the model, names of images", self.load, peak["start"], 0),
+                Stage("images", f"{images:,} read and passed", self.read * images, peak["images"] + twice, 0),
+                Stage("check", "the untouched model", self.check, peak["images"] + held, 0),
+                Stage("masks", f"{count} masks of {classes} classes", made, peak["masks"] + held,
+                      round(self.left * count)),
+            ])  # fmt: skip
+        return found
+
+
 def foresee_library(asked: Asked) -> Forecast:
-    """Read a few images, make a few masks in their place among all, and multiply.
+    """Measure pieces, and multiply.
+
+    Raises:
+        UserError: as `measured`.
+    """
+    jobs = measured(asked).jobs(len(asked.opened.images), len(asked.held), asked.workers)
+    return Forecast(jobs, len(jobs))
+
+
+def measured(asked: Asked) -> Pieces:
+    """Read a few images, and make a few masks in their place among all.
 
     Raises:
         UserError: the images cannot be read, or no mask can be made of them.
@@ -69,20 +116,8 @@ def foresee_library(asked: Asked) -> Forecast:
         left = list[int]()
         costs = [taken(lambda label=label: left.append(asked.make(answering, label))) for label in chosen]
     peak["masks"] = peak_bytes()
-    held = whole * rows[:1].nbytes
-    twice = 2 * held if held <= MOST_BYTES else held  # batches are joined; a file is mapped
-    first, further = costs[0], sum(costs[1:], Cost()) * (1 / max(1, len(costs) - 1)) if costs[1:] else costs[0]
-    each, jobs = sum(left) / len(left), []
-    for worker in range(min(asked.workers, len(asked.held))):
-        count = len(asked.held[worker :: asked.workers])
-        work, made = f"{count} masks of {len(asked.held)} classes", first + further * (count - 1)
-        jobs.append([
-            Stage("start", "imports, the model, names of images", load, peak["start"], 0),
-            Stage("images", f"{whole:,} read and passed", read * whole, peak["images"] + twice, 0),
-            Stage("check", f"{sum(map(len, judged)):,} recognised or not", check, peak["images"] + held, 0),
-            Stage("masks", work, made, peak["masks"] + held, round(each * count)),
-        ])  # fmt: skip
-    return Forecast(jobs, len(jobs))
+    further = sum(costs[1:], Cost()) * (1 / (len(costs) - 1)) if costs[1:] else costs[0]
+    return Pieces(load, read, check, costs[0], further, peak, rows[:1].nbytes, sum(left) / len(left))
 
 
 def spaced(labels: Sequence[int], count: int) -> list[int]:
