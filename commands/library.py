@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from forgetting.opening import Opened
     from mimu import Mask
     from models.class_names import ClassNames
+    from planning.library import Asked as ToForesee
 
 ONE_BY_ONE = "none"
 NOT_MET = ", target not met"
@@ -171,23 +172,32 @@ class Block:
         Raises:
             UserError: they cannot be made.
         """
-        from planning.library import Asked, foresee_library, said
+        from planning.library import foresee_library, said
+
+        with tempfile.TemporaryDirectory() as folder:
+            asked = self.to_foresee(opened, Path(folder), engine)
+            return said(asked, foresee_library(asked))
+
+    def to_foresee(self, opened: "Opened", folder: Path, engine: Any = None) -> "ToForesee":
+        """What is asked of a plan; its masks are written below a folder that does not stay.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        from planning.library import Asked as ToForesee
         from training.engines import threads_of
 
-        listed = opened.foreseen(self.asking.layers)
-        self.check(listed, opened.loaded.classes)
-        number = self.asking.number(listed, [], opened.loaded.classes.names)
-        with tempfile.TemporaryDirectory() as folder:
-            aside = replace(self, out=Path(folder))
+        names, listed = opened.loaded.classes, opened.foreseen(self.asking.layers)
+        self.check(listed, names)
+        number = self.asking.number(listed, [], names.names)
+        aside = replace(self, out=folder)
 
-            def make(answering: "Answering", label: int) -> int:
-                aside._made(opened, answering, label, number)
-                place = aside.place(opened.loaded.classes, label)
-                return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        def make(answering: "Answering", label: int) -> int:
+            aside._made(opened, answering, label, number)
+            return sum(path.stat().st_size for path in aside.place(names, label).rglob("*") if path.is_file())
 
-            workers, threads = (engine.workers, threads_of(engine.workers)) if engine else (1, None)
-            asked = Asked(opened, self.asking.layers, _held(listed), make, workers, threads)
-            return said(asked, foresee_library(asked))
+        workers, threads = (engine.workers, threads_of(engine.workers)) if engine else (1, None)
+        return ToForesee(opened, self.asking.layers, _held(listed), make, workers, threads)
 
     # --- as a task ---
 
