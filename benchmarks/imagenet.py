@@ -3,11 +3,11 @@
     uv run benchmarks/imagenet.py [--root DIR] [--json PATH] [--docs]
     uv run benchmarks/imagenet.py --units PATH [--docs]    from what an earlier --json kept, or another machine's
 
-Nothing of ImageNet is read. Decoding is measured on generated JPEGs of its usual size (500 x 375, scaled to 224), a step
-of training and a forward pass on a ResNet-50 with random weights, and a library as `library --plan` does, on a tree of
-1,000 classes whose files are links to a few of these JPEGs. All are processor seconds of one thread; a machine has CORES
-cores, and on each a process of one thread. The network between machines is assumed. A shared file system, a scheduler,
-and waiting for the slowest process cost nothing.
+Nothing of ImageNet is read. Decoding is measured on generated JPEGs of its usual size (500 x 375, scaled to 224), a
+step of training and a forward pass on a ResNet-50 with random weights, and a library as `library --plan` does, on a
+tree of 1,000 classes whose files are links to a few of these JPEGs. All are processor seconds of one thread; a machine
+has CORES cores, and on each a process of one thread. The network between machines is assumed. A shared file system, a
+scheduler, and waiting for the slowest process cost nothing.
 """
 
 import argparse
