@@ -33,6 +33,7 @@ class Asked:
         opened: the model and its images. layers: to mask, by name. held: the classes that have images.
         make: makes the mask of a class and says how many bytes it left.
         workers: processes, each of which reads all images. threads: of torch in each; None: as it is.
+        read, tried: how many images are read and masks are made to measure.
     """
 
     opened: Opened
@@ -41,6 +42,8 @@ class Asked:
     make: Callable[[Answering, int], int]
     workers: int = 1
     threads: int | None = None
+    read: int = READ
+    tried: int = MADE
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def measured(asked: Asked) -> Pieces:
         torch.set_num_threads(asked.threads)
     opened, whole = asked.opened, len(asked.opened.images)
     model = opened.classifier(asked.layers)
-    chosen = spaced(asked.held, max(1, min(MADE, len(asked.held) // 2)))
-    folder = some_of(opened.images, chosen, READ)
+    chosen = spaced(asked.held, max(1, min(asked.tried, len(asked.held) // 2)))
+    folder = some_of(opened.images, chosen, asked.read)
     log(f"plan: reading {len(folder)} of {whole:,} images, making {len(chosen)} of {len(asked.held):,} masks")
     with unheard(), inspecting(model):
         _read(model, some_of(opened.images, chosen, WARM))
