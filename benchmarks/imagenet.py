@@ -11,17 +11,19 @@ scheduler, and waiting for the slowest process cost nothing.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import Tables, for_pages, keep, parser, publish_all
+from benchmarks.common import Tables, for_pages, keep, parser, peak_memory, publish_all
 
 import numpy as np
 import torch
@@ -132,40 +134,55 @@ def make_links(root: Path) -> Path:
     return part.rename(tree)
 
 
+def training(_: int) -> tuple[float, int]:
+    """Processor seconds of an image in a step of training, and bytes of a process that does nothing else."""
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    model, images = resnet50().train(), torch.randn(TRAINED, 3, SIDE, SIDE)
+    labels, optimiser = torch.randint(CLASSES, (TRAINED,)), torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+
+    return processor(step) / TRAINED, peak_memory()
+
+
+def alone(work: Callable[[int], tuple[float, int]]) -> tuple[float, int]:
+    """Measure in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, 0).result()
+
+
 def measure(root: Path) -> dict:
     """All units, and what they were measured on."""
     from torchvision.models import resnet50
 
-    tree = make_links(root)
+    loaded, tree = time.process_time(), make_links(root)
     index = open_folder(tree)
-    rows = range(JPEGS)
-    paths, stamps = [index.path(row) for row in rows], [index.stamp(row) for row in rows]
+    paths, stamps = [index.path(row) for row in range(JPEGS)], [index.stamp(row) for row in range(JPEGS)]
     decode = processor(lambda: decode_many(paths, stamps, How(SIDE), 1)) / JPEGS
     torch.manual_seed(0)
-    model, images = resnet50(), torch.randn(TRAINED, 3, SIDE, SIDE)
+    model, images = resnet50().eval(), torch.randn(TRAINED, 3, SIDE, SIDE)
     torch.save(model.state_dict(), root / "resnet50.pt")
-    labels, optimiser = torch.randint(CLASSES, (TRAINED,)), torch.optim.AdamW(model.parameters())
 
     def forward() -> None:
         with torch.no_grad():
-            model.eval()(images)
+            model(images)
 
-    def step() -> None:
-        optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(model.train()(images), labels).backward()
-        optimiser.step()
-
+    seen, (trained, memory) = processor(forward) / TRAINED, alone(training)
     read = Reading(size=SIDE, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     spec, asking = f"torchvision:resnet50@{root / 'resnet50.pt'}", Asking(images=tree, kappa=KAPPA)
-    seen = processor(forward) / TRAINED
+    before = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         asked = Block(spec, root, asking, read).to_foresee(asking.opened(read, spec), Path(folder))
         pieces = measured(replace(asked, read=JPEGS, tried=2))
-    trained, memory = processor(step) / TRAINED, pieces.peak["masks"]
+    start = loaded + pieces.load.processor - before
     gradients = sum(one.nbytes for one in model.parameters())
-    kilobytes = statistics.mean(size for size, _ in stamps) / 1e3
-    units = Units(decode, trained, seen, gradients, memory, pieces)
-    return asdict(units) | {"jpeg_kilobytes": kilobytes}
+    units = Units(decode, trained, seen, gradients, memory, replace(pieces, load=Cost(start, start)))
+    return asdict(units) | {"jpeg_kilobytes": statistics.mean(size for size, _ in stamps) / 1e3}
 
 
 def units_of(kept: dict) -> Units:
@@ -196,6 +213,7 @@ def tables(units: Units) -> Tables:
     library = [requests(units, count) for count in MACHINES]
     totals = [one.total for one in library]
     same = f"{hours(epoch(units, 1))}, as no job is spread over machines"
+    reading = hours(units.library.read.seconds * EACH * CLASSES)
     rows = [
         ["torchrun", "an epoch", *(hours(epoch(units, count)) for count in MACHINES)],
         ["torchrun", "of that, exchange of gradients", *(hours(exchange(units, count)) for count in MACHINES)],
@@ -204,7 +222,7 @@ def tables(units: Units) -> Tables:
         ["Slurm, Ray", "an epoch of one training", *[same] * len(MACHINES)],
         ["Slurm, Ray", "64,000 graphs, made once", *[hours(graphs(units))] * len(MACHINES)],
         ["Slurm, Ray", "masks for all classes", *(hours(one.seconds) for one in library)],
-        ["Slurm, Ray", f"of that, reading {EACH * CLASSES:,} images", *[hours(units.library.read.seconds * EACH * CLASSES)] * 3],
+        ["Slurm, Ray", f"of that, reading {EACH * CLASSES:,} images", *[reading] * len(MACHINES)],
         ["all", "memory of a machine that trains, GB", *[f"{CORES * units.memory / 1e9:.1f}"] * len(MACHINES)],
         ["all", "memory of a machine that makes masks, GB", *(f"{CORES * one.memory / 1e9:.0f}" for one in totals)],
         ["all", "disk: graphs, saved state, masks, GB",
