@@ -35,7 +35,7 @@ def test_imagenet_on_paper_by_hand():
     assert epoch(units, 1) == pytest.approx(1_281_167 * 0.1 / 2)
     assert epoch(units, 8) == pytest.approx(1_281_167 * 0.1 / 16 + exchange(units, 8))
     assert graphs(units) == pytest.approx(64_000 * 0.04 / 2)
-    # 64 machines, 128 processes: each reads 10,000 images, and the fullest makes 8 of 1,000 masks
-    assert requests(units, 64).seconds == pytest.approx(5 + 100 + 2 + 30 + 7 * 10)
+    # 64 machines, 128 processes: each reads 50,000 images, and the fullest makes 8 of 1,000 masks
+    assert requests(units, 64).seconds == pytest.approx(5 + 500 + 2 + 30 + 7 * 10)
     assert requests(units, 1).total.disk == 100_000
-    assert requests(units, 1).total.memory == 2 + 2 * 10_000 * 4_000  # batches are joined: 40 MB of rows, twice
+    assert requests(units, 1).total.memory == 2 + 2 * 50_000 * 4_000  # batches are joined: 200 MB of rows, twice
