@@ -212,14 +212,14 @@ def tables(units: Units) -> Tables:
     vectors = graph_count() * (4 * (HEAD[0] + 2 * HEAD[1]) + 8)
     library = [requests(units, count) for count in MACHINES]
     totals = [one.total for one in library]
-    same = f"{hours(epoch(units, 1))}, as no job is spread over machines"
+    exchanged = ["none", *(hours(exchange(units, count)) for count in MACHINES[1:])]
     reading = hours(units.library.read.seconds * EACH * CLASSES)
     rows = [
         ["torchrun", "an epoch", *(hours(epoch(units, count)) for count in MACHINES)],
-        ["torchrun", "of that, exchange of gradients", *(hours(exchange(units, count)) for count in MACHINES)],
+        ["torchrun", "of that, exchange of gradients", *exchanged],
         ["torchrun", "64,000 graphs, by rank 0 alone", *[hours(graphs(units))] * len(MACHINES)],
-        ["torchrun", "masks for all classes", *["not spread: Slurm or Ray"] * len(MACHINES)],
-        ["Slurm, Ray", "an epoch of one training", *[same] * len(MACHINES)],
+        ["torchrun", "masks for all classes", *["-"] * len(MACHINES)],
+        ["Slurm, Ray", "an epoch of one training", *[hours(epoch(units, 1))] * len(MACHINES)],
         ["Slurm, Ray", "64,000 graphs, made once", *[hours(graphs(units))] * len(MACHINES)],
         ["Slurm, Ray", "masks for all classes", *(hours(one.seconds) for one in library)],
         ["Slurm, Ray", f"of that, reading {EACH * CLASSES:,} images", *[reading] * len(MACHINES)],
