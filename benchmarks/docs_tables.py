@@ -36,6 +36,7 @@ NOT_SHOWN = (
     "--markdown",
     "--output-dir",
     "--masks",
+    "--root",
 )  # flags that change no value of a table
 
 
@@ -99,7 +100,7 @@ def command_of(words: Sequence[str]) -> str:
     kept, skipped = [], False
     for word in words[1:]:
         if not skipped and word != "--docs" and word.partition("=")[0] not in NOT_SHOWN:
-            kept.append(word)
+            kept.append("DIR" if Path(word).is_absolute() else word)  # a folder of this machine
         skipped = word in NOT_SHOWN
     return shlex.join(["uv", "run", f"benchmarks/{Path(words[0]).name}", *kept])
 

@@ -2,6 +2,7 @@
 
     uv run benchmarks/many_classes.py                              MLP, 10, 100 and 1,000 classes of 40 images, 32 px
     uv run benchmarks/many_classes.py --model HookedResnet --size 64 --train-epochs 1
+    uv run benchmarks/many_classes.py --plot                       draw docs/many-classes.png from what was published
 
 Trees are generated below --root: a coloured pattern for each class, images that vary it. Each run is a process of its
 own, with nothing there but the tree: images are decoded, a classifier, its graphs, a graph network and a retrained
@@ -23,13 +24,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Tables, for_pages, keep, parser, publish_all
+from benchmarks.docs_tables import load
+from benchmarks.picture import small_png
 
 import numpy as np
 from PIL import Image
 
+from core.artifacts import write_bytes
 from core.config import PROJECT_ROOT
 from core.records import read_records
 
+PLOT = PROJECT_ROOT / "docs" / "many-classes.png"
 EACH, SIDE, ROUGH = 40, 32, 4
 SHOWN = ("classifier", "graphs", "gcn", "evaluation")
 
@@ -104,8 +109,32 @@ def tables(results: dict, given: argparse.Namespace) -> Tables:
     return {name: (f"1 run each; memory grows as classes^{results['exponent']:.2f}", [head, *rows])}
 
 
+def drawn(table: dict) -> bytes:
+    """Memory against classes, of a published table, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    classes, peaks = ([float(row[place].replace(",", "")) for row in table["rows"]] for place in (0, 2))
+    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, ax = pyplot.subplots(figsize=(5.2, 3), layout="constrained")
+    ax.plot(classes, peaks, "o-", color="#0072B2", label="whole default run")
+    # What grows in proportion to classes goes through the first two runs; on a logarithmic axis it is a curve.
+    slope = (peaks[1] - peaks[0]) / (classes[1] - classes[0])
+    steps = np.geomspace(classes[0], classes[-1], 50)
+    linear = peaks[0] + slope * (steps - classes[0])
+    ax.plot(steps, linear, ":", color="#767676", label="in proportion, after the first two")
+    ax.set(xlabel=f"classes of {EACH} images", ylabel="peak memory, GB", xscale="log", ylim=(0, 1.05 * linear[-1]))
+    ax.set_xticks(classes, [row[0] for row in table["rows"]])
+    ax.minorticks_off()
+    ax.legend(frameon=False, loc="upper left")
+    return small_png(figure)
+
+
 def main() -> None:
     made = parser(__doc__)
+    made.add_argument("--plot", action="store_true", help="draw the memory of the published runs; nothing is run")
     made.add_argument("--root", type=Path, default=Path("/tmp/mimu-classes"))
     made.add_argument("--classes", type=int, nargs=3, default=(10, 100, 1000))
     made.add_argument("--model", default="HookedMLPClassifier")
@@ -113,6 +142,9 @@ def main() -> None:
     made.add_argument("--train-epochs", type=int, help="of the classifiers, if not the default")
     for_pages(made)
     given: argparse.Namespace = made.parse_args()
+    if given.plot:
+        write_bytes(PLOT, drawn(load("speed_many_classes_mlp")))
+        return
     flags = ["--model-architecture", given.model, "--data.image-size", str(given.size)]
     flags += ["--train.epochs", str(given.train_epochs)] if given.train_epochs else []
     runs = {}

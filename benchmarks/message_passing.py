@@ -2,6 +2,7 @@
 
     uv run benchmarks/message_passing.py [--full] [--json PATH] [--plot PATH] [--docs]
     uv run benchmarks/message_passing.py --busy [--json PATH]
+    uv run benchmarks/message_passing.py --whole [--json PATH] [--docs]
 
 Forward + backward of `MaskingGCN` (3 rounds, width 32) on one graph, both forms in turn, in one process. The edge list
 of 128 x 512 (41.8 million edges) takes over a minute and about 9 GB, so by default it is timed on 64 x 128 and scaled
@@ -11,6 +12,10 @@ round costs at the memory bandwidth, measured by copying arrays far larger than 
 
 --busy asks something else: what a pass over 64 x 128 takes on an idle machine and beside as many busy loops as there
 are cores, with OpenMP's own spin count and with the one that `main.py` sets, each in processes of their own.
+
+--whole passes over all weights of a model, with the network of a default run (x added to each round's result): the MLP,
+and ResNet-18 with its convolutions as matrices [out, in x taps]; then over single layers of 2^12 to 2^21 weights. Each
+is a process of its own, in which the first pass tells the memory and later ones the seconds.
 """
 
 import ctypes
@@ -25,6 +30,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,12 +49,16 @@ from benchmarks.common import (
 
 import torch
 
+from core.config import GCNConfig
 from data import FEATURES
 from graphs.edge_list import edge_index
-from graphs.layout import layer_graph
+from graphs.layout import WeightGraph, layer_graph
 from graphs.subsets import hard_topk, sinkhorn_topk
 from main import SPIN_COUNT
-from model import MaskingGCN
+from model import HookedMLPClassifier, HookedResnet, MaskingGCN
+from models.foreign import ForeignClassifier
+from models.targets import find_targets
+from reporting.write import as_text
 from training.processes import reuse_freed_memory
 from unlearn.masks import Mask
 
@@ -57,6 +67,8 @@ SMALL, LARGE, HEAD = (64, 128), (128, 512), (1000, 2048)
 COPIED = 2**27  # float32 values: 512 MB, beyond any cache
 GROWTH = tuple(range(12, 22))
 SPIN_COUNTS = {"OpenMP's own": "300000", "main.py's": SPIN_COUNT}
+WIDTHS = (8, 16, 32)
+WHOLE = {"MLP": HookedMLPClassifier, "ResNet-18": HookedResnet}
 BUSY_PASSES = 25  # of each process, after the warm-up: few, because a single one may take a second
 
 
@@ -247,6 +259,78 @@ def show_busy(taken: dict) -> None:
     print(f"means, idle, after / before: {after['idle'] / before['idle']:.2f}")
 
 
+def whole_graph(name: str) -> WeightGraph:
+    """The graph over all weights of a model of WHOLE, or over a single layer of 2^`name` weights."""
+    if name not in WHOLE:
+        return layer_graph(2 ** (int(name) // 2), 2 ** (int(name) - int(name) // 2))
+    model = WHOLE[name](10, 1, 28).eval()
+    if name == "MLP":
+        return model.weight_graph(None)
+    image = torch.zeros(1, 1, 28, 28)
+    return ForeignClassifier(
+        model, lambda logits: logits, image, 10, [one.name for one in find_targets(model, image)]
+    ).weight_graph()
+
+
+def one_whole(name: str, width: int) -> dict:
+    """Memory of the first pass over a graph, and seconds of later ones, about ten seconds of them."""
+    graph = whole_graph(name)
+    gcn = MaskingGCN(num_message_passing_rounds=ROUNDS, hidden_dim=width, residual=GCNConfig().residual)
+    features = torch.randn(1, graph.num_vertices, gcn.num_node_features)
+    features = features.view(1, *graph.shape, -1)
+
+    def run() -> None:
+        gcn.zero_grad(set_to_none=True)
+        gcn(features, graph).square().mean().backward()
+
+    extra, processor, clock = extra_memory(run), [], []
+    while len(clock) < 3 or (sum(clock) < 10 and len(clock) < 21):
+        begun, used = time.perf_counter(), time.process_time()
+        run()
+        processor.append(time.process_time() - used)
+        clock.append(time.perf_counter() - begun)
+    taken = {"processor": statistics.median(processor), "clock": statistics.median(clock), "repeats": len(clock)}
+    return taken | {"weights": graph.num_vertices, "extra_bytes": extra, "peak_bytes": peak_memory()}
+
+
+def apart(name: str, width: int) -> dict[str, Any]:
+    """`one_whole` in a process of its own."""
+    command = [sys.executable, __file__, "--one-whole", name, str(width)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def measure_whole() -> dict:
+    """Passes over whole models at several widths, and the growth of the processor's time at the default one."""
+    wholes: list[dict[str, Any]] = [
+        {"model": name, "width": width} | apart(name, width) for name in WHOLE for width in WIDTHS
+    ]
+    layers = [apart(str(power), WIDTH) for power in GROWTH]
+    ends = [one for one in wholes if one["width"] == WIDTH]
+    exponents = [
+        exponent([one["weights"] for one in ones], [one["processor"] for one in ones]) for ones in (ends, layers)
+    ]
+    found = {"between_models": exponents[0], "over_layers": exponents[1], "threads": torch.get_num_threads()}
+    return found | {"wholes": wholes, "layers": layers}
+
+
+def tables_whole(results: dict) -> Tables:
+    """Return the table of docs/speed.md."""
+    head = ["model", "weights", "width", "processor, s", "clock, s", "extra memory, GB", "peak of the process, GB"]
+    rows = [
+        [one["model"], f"{one['weights']:,}", str(one["width"])]
+        + [f"{one[name]:.3g}" for name in ("processor", "clock")]
+        + [f"{one[name] / 1e9:.2f}" for name in ("extra_bytes", "peak_bytes")]
+        for one in results["wholes"]
+    ]
+    threads, repeats = results["threads"], [one["repeats"] for one in results["wholes"]]
+    n = (
+        f"medians of {min(repeats)} to {max(repeats)} passes, forward and backward, {threads} thread"
+        f"{'s' * (threads > 1)}; the processor's time grows as N^{results['between_models']:.2f} between the models at "
+        f"width {WIDTH}, as N^{results['over_layers']:.2f} over layers of 2^{GROWTH[0]} to 2^{GROWTH[-1]} weights"
+    )
+    return {"speed_whole_models": (n, [head, *rows])}
+
+
 def tables(results: dict) -> Tables:
     """Return the table of docs/speed.md."""
     closed, name = statistics.median(results["closed_large"]), f"{LARGE[0]} x {LARGE[1]}"
@@ -292,6 +376,8 @@ def main() -> None:
     made.add_argument("--full", action="store_true", help="time the edge list of 128 x 512 itself")
     made.add_argument("--plot", type=Path, help="draw time and memory against N into this file")
     made.add_argument("--busy", action="store_true", help="measure a pass beside busy processes instead")
+    made.add_argument("--whole", action="store_true", help="measure passes over all weights of models instead")
+    made.add_argument("--one-whole", nargs=2, metavar=("GRAPH", "WIDTH"), help="what --whole starts: one, as JSON")
     made.add_argument("--one-process", action="store_true", help="what --busy starts: the seconds of passes, as JSON")
     for_pages(made)
     arguments = made.parse_args()
@@ -299,6 +385,16 @@ def main() -> None:
     if arguments.one_process:
         gcn = MaskingGCN(num_message_passing_rounds=ROUNDS, hidden_dim=WIDTH)
         print(json.dumps(seconds(closed_pass(gcn, *SMALL), BUSY_PASSES)))
+        return
+    if arguments.one_whole:
+        print(json.dumps(one_whole(arguments.one_whole[0], int(arguments.one_whole[1]))))
+        return
+    if arguments.whole:
+        results = measure_whole()
+        keep(arguments.json, results)
+        for n, rows in tables_whole(results).values():
+            print(as_text(rows) + n)
+        publish_all(arguments.docs, tables_whole(results))
         return
     if arguments.busy:
         taken = measure_busy()

@@ -2,18 +2,23 @@
 
     uv run benchmarks/planned.py                          DIGITS, and generated trees of 10 and 100 classes
     uv run benchmarks/planned.py --classes 10 100 1000    the largest takes five minutes of a processor
+    uv run benchmarks/planned.py --several                sweeps, libraries, and a training by two processes, as wholes
 
 Plan and run are processes of their own, of one thread. Their processor seconds are compared, not those on the clock,
 which say how busy a machine is. Trees are those of benchmarks/many_classes.py, below --root.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import Tables, for_pages, keep, parser, peak_memory, publish_all
 from benchmarks.many_classes import EACH, SIDE, make_tree
 
+import torch
+
 from core.config import PROJECT_ROOT, PipelineConfig, SupportedDatasets
 from core.observe import be_quiet
 from pipeline import Pipeline
 from planning.asking import Asked, foresee
 
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: processes whose parent has ended become this one's, and can be waited for
+KAPPA, EPOCHS = "1%", 3
 STAGES = ("start", "images", "classifier", "graphs", "gcn", "retrained", "evaluation")
 
 
@@ -97,14 +106,160 @@ def tables(results: dict) -> Tables:
     return {"scaling_planned": ("1 plan and 1 run each; processor seconds of one thread", rows)}
 
 
+# --- sweeps, libraries, several processes -----------------------------------------------------------------
+
+
+def whole(words: Sequence[str], folder: Path) -> dict[str, float]:
+    """Run a command and all processes that it starts; return their processor seconds, peak bytes, and bytes on disk."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    watched = [sys.executable, str(Path(__file__).resolve()), "--watched", *words]
+    done = subprocess.run(watched, cwd=PROJECT_ROOT, env=variables, capture_output=True, text=True, check=True)
+    disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return json.loads(done.stdout) | {"disk": disk}
+
+
+def watch(words: Sequence[str]) -> dict[str, float]:
+    """What `whole` starts, so that no earlier command is counted: wait for a command and all that descend from it."""
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    subprocess.run(words, stdout=sys.stderr, check=True)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            break
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"processor": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss * 1024}
+
+
+def total_of(text: str) -> dict[str, float]:
+    """What the last line of a plan's table says of all stages: processor seconds, bytes in memory and on disk."""
+    (line,) = re.findall(r"^\| total .*$", text, re.MULTILINE)
+    _, processor, memory, disk = (float(cell.replace(",", "")) for cell in line.strip("| ").split("|")[2:])
+    return {"processor": processor, "memory": memory * 1e9, "disk": disk * 1e6}
+
+
+def both(plan: Sequence[str], words: Sequence[str], folder: Path) -> dict:
+    """Plan something, then do it, each by a command of main.py."""
+    main_py = [sys.executable, str(PROJECT_ROOT / "main.py")]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    said = subprocess.run([*main_py, *plan], env=variables, capture_output=True, text=True, check=True).stdout
+    return {"foreseen": total_of(said), "taken": whole([*main_py, *words], folder)}
+
+
+def a_sweep(root: Path, workers: int) -> dict:
+    """Two seeds and three classes of DIGITS."""
+    with tempfile.TemporaryDirectory(dir=root) as name:
+        config, folder = Path(name, "sweep.yaml"), Path(name, "out")
+        over = "{forget_class: [0, 1, 2], seed: [0, 1]}"
+        lines = ["device: cpu", f"output_dir: {folder}", "sweep:", f"  over: {over}", "  executor: local"]
+        config.write_text("\n".join([*lines, f"  workers: {workers}", ""]))
+        return both(["plan", "--config", str(config)], ["sweep", "--config", str(config)], folder)
+
+
+def a_training(root: Path) -> dict:
+    """DIGITS' classifier by two processes; the plan is of a whole run, of which the first stages count."""
+    config = configured(None)
+    plan = foreseen(replace(config, train=replace(config.train, use_ddp=True, num_workers=2)))
+    stages = [plan[name] for name in ("start", "images", "classifier")]
+    joined = {"processor": sum, "memory": max, "disk": sum}
+    with tempfile.TemporaryDirectory(dir=root) as name:
+        words = [sys.executable, str(Path(__file__).resolve()), "--only", "trained", "--tree", name]
+        real = whole(words, Path(name))
+    return {"foreseen": {one: how(stage[one] for stage in stages) for one, how in joined.items()}, "taken": real}
+
+
+def train(folder: Path) -> None:
+    """What `a_training` starts."""
+    config = configured(None)
+    config = replace(config, output_dir=folder, train=replace(config.train, use_ddp=True, num_workers=2))
+    run = Pipeline(config)
+    run.prepare_process()
+    run.run_vision_model_training()
+
+
+def a_library(root: Path, workers: int) -> dict:
+    """A mask for each of ten classes of 100 images, of torchvision's ResNet-18."""
+    tree, file = make_tree(root, 10, 100), root / "resnet18.pt"
+    if not file.exists():
+        torch.save(trained_on(tree), file)
+    spec, how = f"torchvision:resnet18@{file}", ["--size", str(SIDE), "--mean", "0.5", "--std", "0.25"]
+    with tempfile.TemporaryDirectory(dir=root) as name:
+        words = ["library", spec, "--images", str(tree), *how, "--kappa", KAPPA, "--out", name]
+        words += ["--engine", "local", "--workers", str(workers)] if workers > 1 else []
+        return both([*words, "--plan"], words, Path(name))
+
+
+def trained_on(tree: Path) -> dict[str, torch.Tensor]:
+    """Weights of a ResNet-18 that knows the classes of a tree."""
+    from torchvision import datasets, models, transforms
+
+    torch.manual_seed(0)
+    steps = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.25] * 3)]
+    images = datasets.ImageFolder(str(tree), transforms.Compose(steps))
+    model = models.resnet18(num_classes=len(images.classes))
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(EPOCHS):
+        for pixels, labels in torch.utils.data.DataLoader(images, 64, shuffle=True):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(model(pixels), labels).backward()
+            optimiser.step()
+    return model.state_dict()
+
+
+def several(root: Path) -> dict[str, dict]:
+    """All of these, by what the table calls them."""
+    root.mkdir(parents=True, exist_ok=True)
+    cases = {
+        "sweep of DIGITS, 3 classes x 2 seeds, 1 worker": lambda: a_sweep(root, 1),
+        "the same, 2 workers": lambda: a_sweep(root, 2),
+        "training of DIGITS' classifier by 2 processes": lambda: a_training(root),
+        "library, ResNet-18, ten classes x 100 images, 1 process": lambda: a_library(root, 1),
+        "the same, 2 processes": lambda: a_library(root, 2),
+    }
+    found = {}
+    for name, work in cases.items():
+        found[name] = one = work()
+        print(name, {side: {key: f"{value:.4g}" for key, value in one[side].items()} for side in one}, flush=True)
+    return found
+
+
+def tables_of_several(found: dict[str, dict]) -> Tables:
+    """Return the second table of docs/scaling.md."""
+    rows = [["what", "processor seconds: foreseen / taken", "ratio", "peak memory of a process, GB", "disk, MB"]]
+    for name, one in found.items():
+        a, b = one["foreseen"], one["taken"]
+        cells = [f"{a['processor']:.1f} / {b['processor']:.1f}", f"{a['processor'] / b['processor']:.2f}"]
+        cells += [
+            f"{a['memory'] / 1e9:.2f} / {b['memory'] / 1e9:.2f}",
+            f"{a['disk'] / 1e6:.1f} / {b['disk'] / 1e6:.1f}",
+        ]
+        rows.append([name, *cells])
+    return {"scaling_planned_several": ("1 plan and 1 run each; all processes together, of one thread each", rows)}
+
+
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--root", type=Path, default=Path("/tmp/mimu-classes"))
     made.add_argument("--classes", type=int, nargs="*", default=(10, 100))
-    made.add_argument("--only", choices=("foreseen", "taken"), help=argparse.SUPPRESS)
+    made.add_argument("--only", choices=("foreseen", "taken", "trained"), help=argparse.SUPPRESS)
     made.add_argument("--tree", type=Path, help=argparse.SUPPRESS)
+    made.add_argument("--watched", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    made.add_argument("--several", action="store_true", help="hold plans of several runs, masks or processes instead")
     for_pages(made)
     given: argparse.Namespace = made.parse_args()
+    if given.watched:
+        print(json.dumps(watch(given.watched)))
+        return
+    if given.only == "trained":
+        be_quiet()
+        train(given.tree)
+        return
+    if given.several:
+        be_quiet()
+        found = several(given.root)
+        keep(given.json, {"several": found})
+        publish_all(given.docs, tables_of_several(found))
+        return
     if given.only:
         be_quiet()
         print(json.dumps((foreseen if given.only == "foreseen" else taken)(configured(given.tree))))

@@ -1,5 +1,6 @@
 """One mask for every class of a user's classifier: `library`, here or over the engines that `sweep` has."""
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from forgetting.opening import Opened
     from mimu import Mask
     from models.class_names import ClassNames
+    from planning.library import Asked as ToForesee
 
 ONE_BY_ONE = "none"
 NOT_MET = ", target not met"
@@ -29,6 +31,7 @@ def library(
     engine: str = ONE_BY_ONE,
     workers: int = 2,
     slurm: Words = (),
+    plan: bool = False,
     asking: Asked = AS_USUAL,
     read: Read = AS_IT_IS,
 ) -> int:
@@ -40,11 +43,15 @@ def library(
         engine: What makes them: none (this process), local (several processes), slurm or ray.
         workers: Of an engine, how many: each reads the model and all images, and makes its share of the masks.
         slurm: Parameter of submitit's executor as NAME=VALUE, e.g. timeout_min=60; once for each.
+        plan: Say what that would take, from a few images and masks, and write nothing.
     """
     be_quiet(asking.quiet)
     block = Block(spec, at_home(out), asking, read)
     opened = asking.opened(read, spec)
     names = opened.loaded.classes
+    if plan:
+        show(block.foreseen(opened, None if engine == ONE_BY_ONE else _engine(engine, workers, slurm)))
+        return 0
     if engine == ONE_BY_ONE:
         answering = opened.answering(asking.layers, lambda asked: block.check(asked, names))
         held = _held(answering)
@@ -155,6 +162,42 @@ class Block:
             mask = to_mask(answering, answer, names, opened.parent, opened.loaded.preprocessing.describe(), target)
             mask.save(self.place(names, label))
         return mask, answer.search is None or answer.search.achieved
+
+    def foreseen(self, opened: "Opened", engine: Any) -> str:
+        """What the library would take, in words: nothing is written that stays.
+
+        Args:
+            engine: what makes the masks; None: this process.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        from planning.library import foresee_library, said
+
+        with tempfile.TemporaryDirectory() as folder:
+            asked = self.to_foresee(opened, Path(folder), engine)
+            return said(asked, foresee_library(asked))
+
+    def to_foresee(self, opened: "Opened", folder: Path, engine: Any = None) -> "ToForesee":
+        """What is asked of a plan; its masks are written below a folder that does not stay.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        from planning.library import Asked as ToForesee
+        from training.engines import threads_of
+
+        names, listed = opened.loaded.classes, opened.foreseen(self.asking.layers)
+        self.check(listed, names)
+        number = self.asking.number(listed, [], names.names)
+        aside = replace(self, out=folder)
+
+        def make(answering: "Answering", label: int) -> int:
+            aside._made(opened, answering, label, number)
+            return sum(path.stat().st_size for path in aside.place(names, label).rglob("*") if path.is_file())
+
+        workers, threads = (engine.workers, threads_of(engine.workers)) if engine else (1, None)
+        return ToForesee(opened, self.asking.layers, _held(listed), make, workers, threads)
 
     # --- as a task ---
 

@@ -144,12 +144,51 @@ class _Rounds:
     activation: _Activation
     residual: bool
 
+    def rounds(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """S, V and b of each round, from the arguments of `_MessagePassing`."""
+        return [tensors[i : i + 3] for i in range(len(self.agg.graph.shapes), len(tensors) - 2, 3)]
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What a pass makes of all rounds, that its gradient is computed from.
+
+    Args:
+        outputs: node features, then y of each round; for each layer [B, m, n, d].
+        sums: for each round, sums of its x at each row of neurons, [B, count, d].
+        x: what the readout reads, for each layer [B, m, n, k]: the sum of all y with `residual`, else the last y.
+    """
+
+    outputs: list[list[Tensor]]
+    sums: list[list[Tensor]]
+    x: list[Tensor]
+
+    @classmethod
+    def of(cls, how: _Rounds, tensors: Sequence[Tensor]) -> "_Passed":
+        """Carry out all rounds; arguments as those of `_MessagePassing`."""
+        agg, layers = how.agg, len(how.agg.graph.shapes)
+        outputs, sums, x = [list(tensors[:layers])], [], list(tensors[:layers])
+        for index, (alone, neighbour, bias) in enumerate(how.rounds(tensors)):
+            sums.append(agg.gather(x))
+            spread = [total @ neighbour for total in sums[-1]]
+            out = [agg.scatter(place, spread, bias) for place in range(layers)]
+            for place, y in enumerate(out):
+                y.flatten(0, 2).addmm_(x[place].flatten(0, 2), agg.local(place, neighbour, alone))
+                how.activation.apply_(y)
+            outputs.append(out)
+            # The first sum needs a place of its own, because the y that it begins with is kept.
+            adding = how.residual and index
+            x = [torch.add(a, y, out=a if index > 1 else None) for a, y in zip(x, out, strict=True)] if adding else out
+        return cls(outputs, sums, x)
+
 
 class _MessagePassing(torch.autograd.Function):
     """All rounds y = act(x S + agg(x) V + b), x' = y (residual: x + y, from the second on), and the readout.
 
-    Autograd would keep every intermediate [B, m, n, k]. This function keeps y alone of each round, and the sums at the
-    neurons, which are small; x is the sum of all y so far, and is made again on the way back.
+    Autograd would keep every intermediate [B, m, n, k]. This function keeps y alone of each round, the last x, and the
+    sums at the neurons, which are small; earlier x are made again on the way back. The way back uses up what was kept,
+    round by round, and takes one layer after the other, so that it holds little more than the way there. A second way
+    back, as `retain_graph` allows, first goes there again.
 
     Args of `apply`:
         how: what all rounds share.
@@ -162,57 +201,42 @@ class _MessagePassing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, how: _Rounds, *tensors: Any) -> tuple[Tensor, ...]:
-        agg, layers = how.agg, len(how.agg.graph.shapes)
-        rounds = [tensors[i : i + 3] for i in range(layers, len(tensors) - 2, 3)]
-        outputs, sums, x = [list(tensors[:layers])], [], list(tensors[:layers])
-        for index, (alone, neighbour, bias) in enumerate(rounds):
-            sums.append(agg.gather(x))
-            spread = [total @ neighbour for total in sums[-1]]
-            out = [agg.scatter(place, spread, bias) for place in range(layers)]
-            for place, y in enumerate(out):
-                y.flatten(0, 2).addmm_(x[place].flatten(0, 2), agg.local(place, neighbour, alone))
-                how.activation.apply_(y)
-            outputs.append(out)
-            x = [a + y for a, y in zip(x, out, strict=True)] if how.residual and index else out
-        ctx.how, ctx.rounds = how, len(rounds)
-        flat = [tensor for group in (*outputs, *sums) for tensor in group]
-        ctx.save_for_backward(*flat, *tensors[layers:])
+        ctx.how, ctx.passed = how, _Passed.of(how, tensors)
+        ctx.save_for_backward(*tensors)
         weight, bias = tensors[-2:]
-        return tuple(nn.functional.linear(y, weight, bias).squeeze(-1) for y in x)
+        return tuple(nn.functional.linear(y, weight, bias).squeeze(-1) for y in ctx.passed.x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # works in place: a second derivative is refused
     def backward(ctx: Any, *grad_theta: Tensor) -> tuple[Tensor | None, ...]:
-        how, agg, layers, saved = ctx.how, ctx.how.agg, len(ctx.how.agg.graph.shapes), ctx.saved_tensors
-        middle = (ctx.rounds + 1) * layers
-        outputs = [saved[i : i + layers] for i in range(0, middle, layers)]
-        width = len(agg.graph.neurons)
-        sums = [saved[i : i + width] for i in range(middle, middle + ctx.rounds * width, width)]
-        parameters = saved[middle + ctx.rounds * width :]
-        summed = outputs[1:] if how.residual else outputs[-1:]
-        # x of the readout: the sum of all y with `residual`, else the last y.
-        x: list[Tensor] = [_total(group) for group in zip(*summed, strict=True)]
+        how, agg, tensors = ctx.how, ctx.how.agg, ctx.saved_tensors
+        passed, ctx.passed = ctx.passed or _Passed.of(how, tensors), None
+        outputs, sums, x = passed.outputs, passed.sums, passed.x
         gradients: list[Tensor | None] = [
             _total([_matched(g.unsqueeze(-1), y) for g, y in zip(grad_theta, x, strict=True)]),
             _total([g.sum() for g in grad_theta]).reshape(1),
         ]
-        grad: list[Any] = [g.unsqueeze(-1) * parameters[-2][0] for g in grad_theta]
-        for index in reversed(range(ctx.rounds)):
-            alone, neighbour, _ = parameters[3 * index : 3 * index + 3]
+        grad: list[Any] = [g.unsqueeze(-1) * tensors[-2][0] for g in grad_theta]
+        rounds = how.rounds(tensors)
+        for index in reversed(range(len(rounds))):
+            alone, neighbour, _ = rounds[index]
             adding = how.residual and index > 0
             # From here on x is this round's input, and `inner` the gradient of what its non-linearity was applied to.
-            # Where x was added to the result, `grad` also reaches x past this round: then it must not be overwritten.
-            x = [a - y for a, y in zip(x, outputs[index + 1], strict=True)] if adding else list(outputs[index])
-            inner = [torch.empty_like(g) if adding else g for g in grad]
-            for g, y, place in zip(grad, outputs[index + 1], inner, strict=True):
-                how.activation.backward(g, y, place)
+            # Where x was added to the result, `grad` also reaches x past this round: then `inner` takes the place of y.
+            out = outputs.pop()
+            x = [a.sub_(y) for a, y in zip(x, out, strict=True)] if adding else list(outputs[-1])
+            inner: list[Any] = [
+                how.activation.backward(g, y, y if adding else g) for g, y in zip(grad, out, strict=True)
+            ]
+            del out
             heard = agg.transposed().gather(inner)  # sums of the gradient at the neurons, for V and for x alike
             gradients = _parameter_gradients(agg, x, sums[index], inner, heard, alone) + gradients
-            if index or ctx.needs_input_grad[1]:  # node features are data mostly: the first round's gradient is spared
-                sent = [_grad_input(agg, place, g, heard, neighbour, alone) for place, g in enumerate(inner)]
-                grad = [a.add_(b) for a, b in zip(sent, grad, strict=True)] if adding else sent
-            else:
-                grad = [None] * layers
+            for place, g in enumerate(grad):
+                grad[place] = None
+                if index or ctx.needs_input_grad[1]:  # node features are data mostly: their gradient is spared
+                    sent = _grad_input(agg, place, inner[place], heard, neighbour, alone)
+                    grad[place] = sent.add_(g) if adding else sent
+                inner[place] = None
         return None, *grad, *gradients
 
 

@@ -62,7 +62,7 @@ def foresee(asked: Asked) -> Foreseen:
     Raises:
         UserError: a configuration cannot be run.
     """
-    load = Cost(_since_start(), time.process_time())
+    load = Cost(since_start(), time.process_time())
     known: dict[str, Units] = {}
     jobs: list[list[Stage]] = []
     unforeseen: dict[str, None] = {}
@@ -86,8 +86,8 @@ def foresee(asked: Asked) -> Foreseen:
     return Foreseen(forecast, "\n".join([heads[0], "", forecast.table(), "", *remarks]))
 
 
-def _since_start() -> float:
-    """Seconds since this process began, where the system says; else those that it worked."""
+def since_start() -> float:
+    """Return the seconds since this process began, where the system says; else those that it worked."""
     try:
         began = int(Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()[19])
         up = float(Path("/proc/uptime").read_text("utf-8").split()[0])

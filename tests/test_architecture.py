@@ -47,7 +47,7 @@ STAIRCASE = {
     "reporter": "",
     "stages": "setup limits crew classifier graphs gcn chain evaluation preflight",
     "pipeline": "",
-    "planning": "extent units forecast asking",
+    "planning": "extent units forecast asking library",
     "showing": "standings leaderboard answers server",
     "commands": "command_line docs sweep run report inspect forget library masks",
     "main": "",

@@ -1,9 +1,11 @@
 """Benchmarks start as their docstrings say, from any folder, without installing anything."""
 
 import ast
+import re
 from pathlib import Path
 
 from benchmarks.many_classes import make_tree
+from benchmarks.run_all import commands
 
 import pytest
 
@@ -59,3 +61,16 @@ def test_a_tree_of_many_classes_is_made_once_and_of_different_images(tmp_path: P
     assert make_tree(tmp_path, 3, 5) == tree
     assert [file.stat().st_mtime_ns for file in files] == times
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_measures_everything_publishes_everything(tmp_path: Path) -> None:
+    """Every part ends in a benchmark that writes its table; each table of the page is made here or said not to be."""
+    parts = commands(tmp_path, docs=True)
+    lines = [line for part in parts.values() for line in part]
+    assert all(Path(line[1]).is_file() for line in lines)
+    assert all(part[-1][-1] == "--docs" for part in parts.values())
+    assert not any("--docs" in line for part in commands(tmp_path, docs=False).values() for line in part)
+    told = (ROOT / "benchmarks" / "run_all.py").read_text("utf-8").partition('"""\n')[0]
+    for name in re.findall(r"<!-- table: speed_(\w+) -->", (ROOT / "docs" / "speed.md").read_text("utf-8")):
+        short = {"many_classes_mlp": "many_classes", "million": "--million"}.get(name, name)
+        assert short in parts or short in told or name == "pictures"  # pictures need a package of the system

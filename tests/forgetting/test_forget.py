@@ -23,10 +23,12 @@ from core.config import PROJECT_ROOT, AutoConfig
 from forgetting.answers import TARGET, Ways, _standing_on
 from forgetting.opening import Opening, open_model
 from forgetting.python import forget
+from forgetting.samples import read_samples
 from measure.auto_kappa import Attempt, kappas
 from mimu import Mask, describe_parent, restore, state_sha256
 from models.foreign import ForeignClassifier
 from models.preprocessing import Given
+from planning.library import repeated
 from tests.helpers.foreign import bits
 from tests.helpers.patterns import (
     FLAGS,
@@ -311,6 +313,37 @@ def test_a_library_has_the_masks_that_forget_finds(home, tmp_path, capsys):
     assert main.main(words) == 0
     assert "there already" not in capsys.readouterr().out
     assert Mask.load(tmp_path / "all" / folders[0]).switched_off == 41
+
+
+def test_a_planned_library_is_the_one_that_is_made_and_writes_nothing(home, tmp_path, capsys):
+    words = ["library", *asked(home), "--kappa", "50%", "--out", str(tmp_path / "all")]
+    assert main.main([*words, "--plan", "--engine", "local", "--workers", "2"]) == 0
+    said = re.sub(" +", " ", capsys.readouterr().out)
+    assert not (tmp_path / "all").exists()
+    count, images = len(NAMES), len(NAMES) * 60
+    assert re.search(rf"\| images \| 2 x {images} read and passed", said)
+    assert re.search(rf"\| masks \| 2 x {count - count // 2} masks of {count} classes", said)
+    assert "2 processes at a time" in said
+    assert main.main(words) == 0
+    disk = sum(path.stat().st_size for path in (tmp_path / "all").rglob("*") if path.is_file())
+    foreseen = float(re.findall(r"\| masks .*\| ([\d.]+) \|\n", said)[0])
+    assert foreseen == pytest.approx(disk / 1e6, abs=0.051)
+
+
+def test_rows_that_stand_for_all_images_are_parted_as_those_are(home):
+    opened = open_model(spec_of(home), home / "photos", Opening(given=GIVEN))
+    model = opened.classifier()
+    real = read_samples(model, opened.images)
+    rows = torch.arange(6.0).view(6, 1).expand(6, real.train.rows.shape[1])
+    labels = torch.tensor([0, 1, 1, 2, 3, 0])
+    parts = repeated(opened.images, rows, labels, [1], len(NAMES))
+    assert torch.equal(parts.counts, real.counts)
+    for name in ("train", "val", "test"):
+        one, other = getattr(parts, name), getattr(real, name)
+        assert torch.equal(one.labels == 1, other.labels == 1)
+        assert set(one.h[one.labels == 1, 0].tolist()) == {1, 2}
+        assert set(one.h[one.labels != 1, 0].tolist()) == {0, 3, 4, 5}
+        assert torch.equal(labels[one.h[:, 0].long()], one.labels)
 
 
 @pytest.mark.slow

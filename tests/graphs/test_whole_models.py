@@ -61,10 +61,11 @@ def test_whole_mlp_is_counted():
     assert graph.names == ("linears.0.weight", "linears.1.weight", "linears.2.weight")
 
 
-def test_backward_twice_and_single_precision():
-    """The backward pass works in place, on its own tensors: a second one gives the same."""
+@pytest.mark.parametrize("residual", [False, True])
+def test_backward_twice_and_single_precision(residual):
+    """The backward pass uses up what the forward pass has kept: a second one makes it again, and gives the same."""
     torch.manual_seed(0)
-    gcn, x = MaskingGCN(4, 3, 8), torch.randn(1, 16, 32, 4)
+    gcn, x = MaskingGCN(4, 3, 8, residual=residual), torch.randn(1, 16, 32, 4)
     theta = gcn(x)
     first, second = (torch.autograd.grad(theta.sum(), list(gcn.parameters()), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
