@@ -28,6 +28,11 @@ def be_quiet(quiet: bool = True) -> None:
     _QUIET[0] = quiet
 
 
+def is_quiet() -> bool:
+    """Whether progress goes unsaid."""
+    return _QUIET[0]
+
+
 @contextmanager
 def unheard() -> Generator[None]:
     """Not a word about progress meanwhile."""

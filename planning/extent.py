@@ -196,7 +196,6 @@ class Extent:
         said += ["the search for kappa (kappa: auto)"] if config.kappa is KappaModes.auto else []
         several = config.gcn.train_seeds or config.gcn.train_batch_sizes
         said += ["classifiers of other seeds that the graph network learns on"] if several and self.networks else []
-        said += ["what several processes gain (train.use_ddp)"] if config.train.use_ddp else []
         return said
 
 

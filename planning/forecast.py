@@ -80,7 +80,7 @@ def stages(extent: Extent, units: Units) -> list[Stage]:
 
 
 def _trained(name: str, images: int, units: Units, models: int, key: str) -> Stage:
-    cost = units.trained * images + units.once.get(name, Cost()) * bool(images)
+    cost = units.trained * images + units.once.get(name, Cost()) * (models if images else 0)
     disk = models * units.files["classifier"] + round(images * units.curves["classifier"])
     return Stage(name, f"{images:,} training images", cost, units.peak["classifier"], disk, key)
 

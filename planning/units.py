@@ -220,23 +220,37 @@ class Probe:
 
     def training(self) -> Cost:
         """A training image in one epoch; the judgement of validation images at its end included."""
-        model = self.setup.network().to(self.device)
-
-        def some(data: UnlearningDataset, epochs: int) -> Cost:
-            train = replace(self.config.train, epochs=epochs, use_ddp=False)
-            trainer = VisionModelTrainer(model, data, train, self.device, Tracker(Trackers.none, "", {}))
-            return taken(lambda: trainer.train(self.folder))
-
         self.batches = 1
-        first = some(self._some(), 1)
-        one = some(self._some(), 1)
+        first = self._train(self._some(), 1)
+        one = self._train(self._some(), 1)
         self.once["classifier"] = first - one
         self.batches = max(1, min(BATCHES, int(ENOUGH / max(one.seconds, 1e-9))))
         data = self._some()
-        epochs = max(1, min(MOST_EPOCHS, int(ENOUGH / max(some(data, 1).seconds, 1e-9))))
-        cost, images = some(data, epochs), epochs * len(data.splits["train"])
+        epochs = max(1, min(MOST_EPOCHS, int(ENOUGH / max(self._train(data, 1).seconds, 1e-9))))
+        cost, images = self._train(data, epochs), epochs * len(data.splits["train"])
         self.curves["classifier"] = (self.folder / HISTORY).stat().st_size / images
-        return cost * (1 / images)
+        return self._together(data, epochs) if self.config.train.use_ddp else cost * (1 / images)
+
+    def _train(self, data: UnlearningDataset, epochs: int, use_ddp: bool = False) -> Cost:
+        train = replace(self.config.train, epochs=epochs, use_ddp=use_ddp)
+        model = self.setup.network().to(self.device)
+        trainer = VisionModelTrainer(model, data, train, self.device, Tracker(Trackers.none, "", {}))
+        return taken(lambda: trainer.train(self.folder))
+
+    def _together(self, data: UnlearningDataset, epochs: int) -> Cost:
+        """The same by the run's processes; what starts them is kept apart, the first time with the fork server.
+
+        Processors are taken to work all the time that the processes train, because a process of the fork server tells
+        nobody here what it used.
+        """
+        count = len(data.splits["train"])
+        first, one, many = (self._train(data, n, True).seconds for n in (1, 1, 1 + epochs))
+        busy = min(self.config.train.num_workers, len(os.sched_getaffinity(0)))
+        image = max(0.0, many - one) / (epochs * count)
+        for name, seconds in (("classifier", first), ("retrained", one)):
+            start = max(0.0, seconds - image * count)
+            self.once[name] = Cost(start, busy * start)
+        return Cost(image, busy * image)
 
     def seeing(self) -> Cost:
         """An image's pass through the classifier, as far as its first masked layer."""

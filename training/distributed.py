@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from core.choices import Diverged, MachineError, UserError
 from core.hashes import check_same_code, load_plugins, loaded_plugins, whole_code
-from core.observe import log
+from core.observe import be_quiet, is_quiet, log
 from training.processes import end_with_parent, reuse_freed_memory
 from training.threads import choose_threads
 
@@ -306,6 +306,7 @@ def _worker(
     code: str,
     device: torch.device,
     threads: int,
+    quiet: bool,
     seconds: float,
     *given: Any,
 ) -> dict:
@@ -316,6 +317,7 @@ def _worker(
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole terminal: go without a traceback
     torch.set_num_threads(threads)
+    be_quiet(quiet)
     check_same_code(code, loaded_plugins())
     try:
         own = local_device(device)
@@ -409,7 +411,7 @@ def launch(
     threads = threads or max(1, torch.get_num_threads() // workers)
     for tries_left in range(restarts, -1, -1):
         try:
-            return _launch_once(function, (device, threads, seconds, *given), workers)
+            return _launch_once(function, (device, threads, is_quiet(), seconds, *given), workers)
         except SignalException as error:
             if error.sigval is signal.SIGINT:
                 raise KeyboardInterrupt from None
