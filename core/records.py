@@ -248,7 +248,7 @@ class Layer(TypedDict):
     cells: Annotated[list[list[int]], rows(counts, least=1)]
 
 
-SHOWN = {"images": rows(text(r"[A-Za-z0-9+/=]{0,100000}")), "labels": counts}
+SHOWN = {"images": rows(text(r"[A-Za-z0-9+/=]{0,100000}")), "labels": rows(whole())}
 
 
 class Record(TypedDict):
