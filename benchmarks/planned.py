@@ -77,7 +77,15 @@ def taken(config: PipelineConfig) -> dict[str, dict[str, float]]:
 def foreseen(config: PipelineConfig) -> dict[str, dict[str, float]]:
     """Plan the same run."""
     made = [stage for stage, _ in foresee(Asked([config])).forecast.stages]
-    return {one.name: {"processor": one.cost.processor, "memory": one.memory, "disk": one.disk} for one in made}
+    return {
+        one.name: {
+            "seconds": one.cost.seconds,
+            "processor": one.cost.processor,
+            "memory": one.memory,
+            "disk": one.disk,
+        }
+        for one in made
+    }
 
 
 def apart(which: str, tree: Path | None) -> dict:
@@ -110,7 +118,7 @@ def tables(results: dict) -> Tables:
 
 
 def whole(words: Sequence[str], folder: Path) -> dict[str, float]:
-    """Run a command and all processes that it starts; return their processor seconds, peak bytes, and bytes on disk."""
+    """Run a command and all processes that it starts; return seconds, processor seconds, peak bytes, bytes on disk."""
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
     watched = [sys.executable, str(Path(__file__).resolve()), "--watched", *words]
     done = subprocess.run(watched, cwd=PROJECT_ROOT, env=variables, capture_output=True, text=True, check=True)
@@ -121,21 +129,26 @@ def whole(words: Sequence[str], folder: Path) -> dict[str, float]:
 def watch(words: Sequence[str]) -> dict[str, float]:
     """What `whole` starts, so that no earlier command is counted: wait for a command and all that descend from it."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    begun = time.perf_counter()
     subprocess.run(words, stdout=sys.stderr, check=True)
+    seconds = time.perf_counter() - begun
     while True:
         try:
             os.wait()
         except ChildProcessError:
             break
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"processor": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss * 1024}
+    return {"seconds": seconds, "processor": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss * 1024}
 
 
 def total_of(text: str) -> dict[str, float]:
-    """What the last line of a plan's table says of all stages: processor seconds, bytes in memory and on disk."""
+    """What the last line of a plan's table says of all stages; of several processes, when the last of them ends."""
     (line,) = re.findall(r"^\| total .*$", text, re.MULTILINE)
-    _, processor, memory, disk = (float(cell.replace(",", "")) for cell in line.strip("| ").split("|")[2:])
-    return {"processor": processor, "memory": memory * 1e9, "disk": disk * 1e6}
+    cells = [float(cell.replace(",", "")) for cell in line.strip("| ").split("|")[2:]]
+    seconds, processor, memory, disk = cells
+    ends = re.search(r"([\d,]+) s until the last ends", text)
+    seconds = float(ends[1].replace(",", "")) if ends else seconds
+    return {"seconds": seconds, "processor": processor, "memory": memory * 1e9, "disk": disk * 1e6}
 
 
 def both(plan: Sequence[str], words: Sequence[str], folder: Path) -> dict:
@@ -161,7 +174,7 @@ def a_training(root: Path) -> dict:
     config = configured(None)
     plan = foreseen(replace(config, train=replace(config.train, use_ddp=True, num_workers=2)))
     stages = [plan[name] for name in ("start", "images", "classifier")]
-    joined = {"processor": sum, "memory": max, "disk": sum}
+    joined = {"seconds": sum, "processor": sum, "memory": max, "disk": sum}
     with tempfile.TemporaryDirectory(dir=root) as name:
         words = [sys.executable, str(Path(__file__).resolve()), "--only", "trained", "--tree", name]
         real = whole(words, Path(name))
@@ -225,16 +238,19 @@ def several(root: Path) -> dict[str, dict]:
 
 def tables_of_several(found: dict[str, dict]) -> Tables:
     """Return the second table of docs/scaling.md."""
-    rows = [["what", "processor seconds: foreseen / taken", "ratio", "peak memory of a process, GB", "disk, MB"]]
+    columns = {
+        "seconds to the end: foreseen / taken": ("seconds", 1, 1),
+        "processor seconds": ("processor", 1, 1),
+        "peak memory of a process, GB": ("memory", 1e9, 2),
+        "disk, MB": ("disk", 1e6, 1),
+    }
+    rows = [["what", *columns]]
     for name, one in found.items():
-        a, b = one["foreseen"], one["taken"]
-        cells = [f"{a['processor']:.1f} / {b['processor']:.1f}", f"{a['processor'] / b['processor']:.2f}"]
-        cells += [
-            f"{a['memory'] / 1e9:.2f} / {b['memory'] / 1e9:.2f}",
-            f"{a['disk'] / 1e6:.1f} / {b['disk'] / 1e6:.1f}",
+        pairs = [
+            (one["foreseen"][key] / unit, one["taken"][key] / unit, digits) for key, unit, digits in columns.values()
         ]
-        rows.append([name, *cells])
-    return {"scaling_planned_several": ("1 plan and 1 run each; all processes together, of one thread each", rows)}
+        rows.append([name, *(f"{a:.{digits}f} / {b:.{digits}f} ({a / b:.2f})" for a, b, digits in pairs)])
+    return {"scaling_planned_several": ("1 plan and 1 run each, processes of one thread; in brackets the ratio", rows)}
 
 
 def main() -> None:
