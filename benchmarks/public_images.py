@@ -46,6 +46,15 @@ def pixels(path: Path) -> bytes:
         return hashlib.sha256(path.read_bytes()).digest()
 
 
+def opens(path: Path) -> bool:
+    """Whether PIL opens a picture; one of the package has 623 million pixels, which it refuses."""
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, Image.DecompressionBombError):
+        return False
+
+
 def place(folder: Path, group: int, name: str, file: str) -> Path:
     """Where a picture of class `name` goes; pictures of one group go to the same part."""
     part = folder / PARTS[group % len(PARTS)] / name
@@ -68,7 +77,8 @@ def clip_art(folder: Path) -> list[str]:
                 pictures.append(path)
             seen.add(digest)
         for number, path in enumerate(pictures[:MOST]):
-            place(folder, number, name, f"{number}.png").symlink_to(path.resolve())
+            if opens(path):
+                place(folder, number, name, f"{number}.png").symlink_to(path.resolve())
     return chosen
 
 
