@@ -171,8 +171,7 @@ def a_sweep(root: Path, workers: int) -> dict:
 
 def a_training(root: Path) -> dict:
     """DIGITS' classifier by two processes; the plan is of a whole run, of which the first stages count."""
-    config = configured(None)
-    plan = foreseen(replace(config, train=replace(config.train, use_ddp=True, num_workers=2)))
+    plan = apart("foreseen-together", None)
     stages = [plan[name] for name in ("start", "images", "classifier")]
     joined = {"seconds": sum, "processor": sum, "memory": max, "disk": sum}
     with tempfile.TemporaryDirectory(dir=root) as name:
@@ -181,11 +180,15 @@ def a_training(root: Path) -> dict:
     return {"foreseen": {one: how(stage[one] for stage in stages) for one, how in joined.items()}, "taken": real}
 
 
+def together() -> PipelineConfig:
+    """The run on DIGITS with a classifier that two processes train."""
+    config = configured(None)
+    return replace(config, train=replace(config.train, use_ddp=True, num_workers=2))
+
+
 def train(folder: Path) -> None:
     """What `a_training` starts."""
-    config = configured(None)
-    config = replace(config, output_dir=folder, train=replace(config.train, use_ddp=True, num_workers=2))
-    run = Pipeline(config)
+    run = Pipeline(replace(together(), output_dir=folder))
     run.prepare_process()
     run.run_vision_model_training()
 
@@ -257,7 +260,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--root", type=Path, default=Path("/tmp/mimu-classes"))
     made.add_argument("--classes", type=int, nargs="*", default=(10, 100))
-    made.add_argument("--only", choices=("foreseen", "taken", "trained"), help=argparse.SUPPRESS)
+    made.add_argument("--only", choices=("foreseen", "foreseen-together", "taken", "trained"), help=argparse.SUPPRESS)
     made.add_argument("--tree", type=Path, help=argparse.SUPPRESS)
     made.add_argument("--watched", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     made.add_argument("--several", action="store_true", help="hold plans of several runs, masks or processes instead")
@@ -278,7 +281,8 @@ def main() -> None:
         return
     if given.only:
         be_quiet()
-        print(json.dumps((foreseen if given.only == "foreseen" else taken)(configured(given.tree))))
+        config = together() if given.only == "foreseen-together" else configured(given.tree)
+        print(json.dumps((taken if given.only == "taken" else foreseen)(config)))
         return
     trees = {"DIGITS": None} | {f"{count:,} classes x {EACH}": make_tree(given.root, count) for count in given.classes}
     runs = {}

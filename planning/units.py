@@ -240,8 +240,8 @@ class Probe:
     def _together(self, data: UnlearningDataset, epochs: int) -> Cost:
         """The same by the run's processes; what starts them is kept apart, the first time with the fork server.
 
-        Processors are taken to work all the time that the processes train, because a process of the fork server tells
-        nobody here what it used.
+        A process of the fork server tells nobody here what it used: all of them are taken to work while they train,
+        and one while they are started.
         """
         count = len(data.splits["train"])
         first, one, many = (self._train(data, n, True).seconds for n in (1, 1, 1 + epochs))
@@ -249,7 +249,7 @@ class Probe:
         image = max(0.0, many - one) / (epochs * count)
         for name, seconds in (("classifier", first), ("retrained", one)):
             start = max(0.0, seconds - image * count)
-            self.once[name] = Cost(start, busy * start)
+            self.once[name] = Cost(start, start)
         return Cost(image, busy * image)
 
     def seeing(self) -> Cost:
