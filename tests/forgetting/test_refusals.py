@@ -151,7 +151,7 @@ MODELS: dict[str, tuple[Callable[[Path], Case], str]] = {
     "regression": (lambda home: saved(of(home, outputs=1).state_dict(), home), "fc.bias"),
     "other names": (
         lambda home: saved({f"a.{n}": value for n, value in enumerate(of(home).state_dict().values())}, home),
-        r"15 missing \(.*15 unexpected",
+        r"15 tensors are missing \(.*15 tensors are unexpected",
     ),
     "chance": (
         lambda home: saved(of(home).state_dict(), home),

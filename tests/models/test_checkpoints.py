@@ -199,8 +199,8 @@ REFUSALS = [
     (other_size, r"linears\.0\.weight \[128, 81\], needed \[128, 64\]"),
     (
         other_names,
-        r"3 missing \(linears\.0\.weight, .*, linears\.2\.weight\) and "
-        r"6 unexpected \(fc0\.bias, fc0\.weight, fc1\.bias, \.\.\.\)",
+        r"3 tensors are missing \(linears\.0\.weight, .*, linears\.2\.weight\) and "
+        r"6 tensors are unexpected \(fc0\.bias, fc0\.weight, fc1\.bias, \.\.\.\)",
     ),
     (integers, r"int8 in linears\.0\.weight: give the model with plain float32 weights"),
     (sparse, r"linears\.0\.weight: give the model with plain float32 weights"),

@@ -20,7 +20,7 @@ import main
 from commands.sweep import expand, load_sweep, run_job
 from core.choices import Diverged
 from core.config import PipelineConfig, SupportedDatasets, SupportedVisionModels, Trackers, TrainConfig, UserError
-from core.observe import Tracker, log, unheard
+from core.observe import Tracker, be_quiet, is_quiet, unheard
 from core.yaml_files import load_config
 from model import HookedMLPClassifier, HookedResnet
 from pipeline import Pipeline
@@ -563,15 +563,13 @@ def test_torchrun_without_ddp_is_refused(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def speak(group: Group, device: torch.device) -> dict:
-    """Say something in a worker."""
-    log("said by a worker")
-    return {}
+def told(group: Group, device: torch.device) -> dict:
+    """Whether progress goes unsaid in a worker."""
+    return {"quiet": is_quiet()}
 
 
-def test_workers_of_a_quiet_run_say_nothing(capfd):
+def test_workers_of_a_quiet_run_are_quiet():
+    be_quiet(False)
     with unheard():
-        launch(speak, (), workers=1, device=CPU, seconds=30, restarts=0)
-    assert "said by a worker" not in capfd.readouterr().err
-    launch(speak, (), workers=1, device=CPU, seconds=30, restarts=0)
-    assert "said by a worker" in capfd.readouterr().err
+        assert launch(told, (), workers=1, device=CPU, seconds=30, restarts=0) == {"quiet": True}
+    assert launch(told, (), workers=1, device=CPU, seconds=30, restarts=0) == {"quiet": False}
