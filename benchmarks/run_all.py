@@ -1,4 +1,4 @@
-"""Every table of docs/speed.md, one benchmark after the other, each in a process of its own: six minutes on 2 idle cores.
+"""Every table of docs/speed.md, one benchmark after the other, each in a process of its own: six minutes on 2 cores.
 
     uv run benchmarks/run_all.py [--docs] [--only NAME ...] [--root DIR] [--list]
 
