@@ -8,8 +8,9 @@
 Fashion-MNIST; MLP: all images, batch 128, 8 epochs; ResNet-18: 12,000 images, 2 epochs. The graph network is the
 shipped one, which has seen none of these classifiers. Settings (at most 5 a method) and kappa (5 values) are chosen for
 every cell, a class of a classifier, by Avg Gap to the retrained models on validation images and one half of the
-training images; results are of test images and the other half. What is measured is kept cell by cell below the output folder: a second run, or two at once over different
-seeds, only adds. Metrics that look at features of every layer are left to benchmarks/features.py.
+training images; results are of test images and the other half. What is measured is kept cell by cell below the output
+folder: a second run, or two at once over different seeds, only adds. Metrics that look at features of every layer are
+left to benchmarks/features.py.
 """
 
 import math
