@@ -21,11 +21,11 @@ from measure.exhibits import TABLES, intervals_of, mask_map, tables_of, thumbnai
 from measure.integrity import COSTS, changed_outside, extent, unchanged
 from measure.metrics import INSIDE, chosen_metrics
 from measure.snapshots import Snapshots
-from measure.verdicts import DIVERGED, Band, Other, Pair, References, Verdict, as_facts, verdict
+from measure.verdicts import DIVERGED, NOT_APPLICABLE, Band, Other, Pair, References, Verdict, as_facts, verdict
 from models.classifier import as_matrices
 from rivals.compared import METHODS, mask_of
 from unlearn.masks import Mask, masked
-from unlearn.registry import Context, Edit, Point, Settings
+from unlearn.registry import Context, Edit, NotApplicable, Point, Settings
 
 JUDGED = {"test": "methods", "val": "validation"}  # split -> its key in a record
 HISTOGRAM_BINS = 40
@@ -45,6 +45,8 @@ class Eval(Snapshots):
         self.metrics = chosen_metrics((*self.config.eval.metrics, *SCORES))
         self.about: dict[tuple, dict] = {}
         """By method key: settings and what tuning tried, integrity, and the tables that are no single number."""
+        self.lacking: dict[tuple, Verdict] = {}
+        """By method key: why a method has no values."""
         self._measured: dict[tuple, dict] = {}
         self._efficacy: dict[int, dict[str, float]] = {}
         self._bands: dict[tuple, dict[str, Band]] = {}  # by method key: where features lie beside retrained models'
@@ -53,19 +55,26 @@ class Eval(Snapshots):
     # --- what is measured ---
 
     def eval_unlearning(self, name: str, point: Point) -> dict[str, dict]:
-        """Measure every metric of one method at one point, once per method key: {"test": {...}, "val": {...}}."""
-        key = METHODS[name].key(self.context, point)
+        """Measure every metric of one method at one point, once per method key: {"test": {...}, "val": {...}}.
+
+        A method that cannot be used on this classifier, or whose training diverges, has None for every metric, and
+        `lacking` says why: the others go on.
+        """
+        key = self._key(name, point)
         if key not in self._measured:
             for is_forget_set in (True, False):  # shared by all methods, so no method's seconds hold it
                 self.context.activations("val", is_forget_set)
-            settings = self.tuned(name, point)
             try:
-                self._measured[key] = self._enter(name, point, settings, self._judge)
-            except Diverged as error:  # this rival has no model here; all others have
-                log(f"{name} is recorded as diverged: {error}")
-                self.about[key]["diverged"] = str(error)
+                self._measured[key] = self._enter(name, point, self.tuned(name, point), self._judge)
+            except (Diverged, NotApplicable) as error:  # this method has no model here; all others have
+                diverged = isinstance(error, Diverged)
+                self.lacking[key] = (
+                    Verdict(DIVERGED, str(error)) if diverged else Verdict(NOT_APPLICABLE, f"it {error}")
+                )
+                log(f"{name} is recorded as {self.lacking[key].key}: {self.lacking[key].sentence}")
                 nothing = dict.fromkeys((*self.metrics, *COSTS))
                 self._measured[key] = {split: dict(nothing) for split in JUDGED}
+                return self._measured[key]
             if len(METHODS[name].grid) > 1 and not self.about[key]["tuning"]:
                 log(f"{name}: not tuned, its first settings are used; eval.references 1 tunes it")
         return self._measured[key]
@@ -83,7 +92,7 @@ class Eval(Snapshots):
             Diverged: the method's training diverged, or its weights are not finite.
             RuntimeError: it changed a weight that it may not change, or did not restore the shared classifier.
         """
-        context, key = self.context, METHODS[name].key(self.context, point)
+        context, key = self.context, self._key(name, point)
         with METHODS[name].enter(context, point, **settings) as edit:
             if not all(bool(value.isfinite().all()) for value in edit.model.parameters()):
                 raise Diverged(f"the weights that {name} leaves are no longer finite")
@@ -101,7 +110,7 @@ class Eval(Snapshots):
 
     def tuned(self, name: str, point: Point) -> Settings:
         """Choose a method's settings from its grid: the smallest Avg Gap to retraining on validation images."""
-        grid, key = METHODS[name].grid, METHODS[name].key(self.context, point)
+        grid, key = METHODS[name].grid, self._key(name, point)
         about = self.about.setdefault(key, {"settings": dict(grid[0]), "tuning": []})
         if len(grid) > 1 and not about["tuning"] and self.retrained("val"):
             gaps = [self._tried(name, point, settings) for settings in progress(grid, f"tuning {name}")]
@@ -207,7 +216,11 @@ class Eval(Snapshots):
     def masks(self, point: Point) -> dict[str, Mask]:
         """Return the masks of the measured mask methods at a point, and in any case that of the answer."""
         names = dict.fromkeys((self.answer, *self.config.eval.methods))
-        return {name: mask_of(name, self.context, point) for name in names if METHODS[name].mask}
+        made = (name for name in names if METHODS[name].mask and self._key(name, point) not in self.lacking)
+        return {name: mask_of(name, self.context, point) for name in made}
+
+    def _key(self, name: str, point: Point) -> tuple:
+        return METHODS[name].key(self.context, point)
 
     def _against(self, name: str, other: str, point: Point, measured: Mapping[str, Mapping[str, dict]]) -> Other | None:
         """Compare a method's test predictions with another's at a point; None if either has none."""
@@ -231,10 +244,10 @@ class Eval(Snapshots):
         gold = self.retrained("test")[:1]
         drops = {c: p.points for one in gold for c, p in self._by_class(one.retain.right, before).items()}
         for name in measured:
-            key = METHODS[name].key(self.context, point)
+            key = self._key(name, point)
             untouched = self._against(name, "default", point, measured)
             if untouched is None:
-                said[name] = as_facts([Verdict(DIVERGED, self.about[key]["diverged"])])
+                said[name] = as_facts([self.lacking[key]])
                 continue
             references = References(
                 self.context.data.num_classes,

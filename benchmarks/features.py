@@ -41,7 +41,7 @@ from measure.metrics import METRICS, Evidence
 from reporting.write import as_text
 from rivals.compared import METHODS
 from unlearn.methods import deep_edit, eraser_of
-from unlearn.registry import Context, Edit, NotApplicable, Point, method
+from unlearn.registry import Context, Edit, Point, method
 
 OURS = ("default", "retrain", "head_row_new", "mimu_deep")
 RIVALS = ("salun", "scrub", "bad_teacher", "head_retrain", "svd_projection")
@@ -166,10 +166,9 @@ def cell(models: Models, seed: int, label: int, methods: Sequence[str]) -> list[
     """Every method on one classifier and class; values of two-sided metrics less the retrained models' mean."""
     judge, point, rows = models.judge(seed, label), Point(0, 0, seed), []
     for name in methods:
-        try:
-            values = judge.eval_unlearning(name, point)["test"]
-        except NotApplicable as reason:
-            print(f"{name}: not here, it {reason}", flush=True)
+        values = judge.eval_unlearning(name, point)["test"]
+        if lacking := judge.lacking.get(METHODS[name].key(judge.context, point)):
+            print(f"{name}: no values, {lacking.sentence}", flush=True)
             continue
         others = judge.others(name, "test")
 

@@ -276,7 +276,7 @@ def _compare(found: "Opened", answering: "Answering", answer: "Answer", methods:
     show(as_text(rows))
     for one in compared:
         if "why" in one:
-            show(f"{one['label']}: not here, it {one['why']}")
+            show(f"{one['label']}: no values, {one['why']}")
     file = place.with_name(f"{place.name}-methods.json")
     write_json(file, {"kappa": answer.kappa, "methods": compared})
     show("nothing is compared with a model retrained without the class: there is none")

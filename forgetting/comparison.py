@@ -77,7 +77,7 @@ def compare(
         level: mean and std [C, 1, 1] of the model's input, in levels of 0 to 255.
 
     Yields:
-        `method`, `label`, `source`, and either `why`, of a method that cannot be used here, or its metrics on test
+        `method`, `label`, `source`, and either `why`, of a method that has none, or its metrics on test
         images; those that need a retrained model are not there.
     """
     metrics = tuple(name for name, entry in METRICS.items() if entry.group not in INSIDE)
@@ -92,11 +92,11 @@ def compare(
     for name in chosen:
         log(f"{name} on test images")
         facts = {"method": name, "label": METHODS[name].label, "source": METHODS[name].source}
-        try:
-            values = judge.eval_unlearning(name, point)["test"]
+        values = judge.eval_unlearning(name, point)["test"]
+        if lacking := judge.lacking.get(METHODS[name].key(context, point)):
+            yield facts | {"why": lacking.sentence}
+        else:
             yield facts | {metric: value for metric, value in values.items() if value is not None}
-        except NotApplicable as reason:
-            yield facts | {"why": str(reason)}
 
 
 def levels_of(mean: Sequence[float], std: Sequence[float], scale: float) -> tuple[Tensor, Tensor]:

@@ -326,7 +326,7 @@ CHECKS: dict[str, Callable[[Values, References], str | None]] = {
     "too random": too_random,
 }
 """By key: what there may be to say, the sentence or None."""
-DIVERGED, UNCHECKED, FINE = "diverged", "unchecked", "fine"
+DIVERGED, NOT_APPLICABLE, UNCHECKED, FINE = "diverged", "not applicable", "unchecked", "fine"
 
 
 def meanings() -> dict[str, str]:
@@ -344,6 +344,7 @@ def meanings() -> dict[str, str]:
         texts = {key: text.replace(name, f"{value:g}") for key, text in texts.items()}
     return texts | {
         DIVERGED: "Its training diverged with every setting: there is no model, and there are no values.",
+        NOT_APPLICABLE: "It cannot be used on this classifier, for the reason that is given, and there are no values.",
         UNCHECKED: "None of these, but not every value that they need was measured.",
         FINE: "None of these: every check was made and passed.",
     }

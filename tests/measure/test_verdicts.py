@@ -106,7 +106,7 @@ def test_suppressed_where_no_probe_looked_at_the_features():
 
 def test_meanings_give_thresholds_by_value():
     texts = meanings()
-    assert list(texts) == list(dict.fromkeys([*CHECKS, *WORDS, "diverged", "unchecked", "fine"]))
+    assert list(texts) == list(dict.fromkeys([*CHECKS, *WORDS, "diverged", "not applicable", "unchecked", "fine"]))
     assert texts["collapsed"].startswith(f"The retained score is at most {NEAR_CHANCE:g} points above chance")
     assert f"more than {COLLAPSE_DROP:g} points below" in texts["collapsed"]
     assert f"still {FORGOTTEN:g} % of the time" in texts["half forgotten"]

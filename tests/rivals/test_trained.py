@@ -181,6 +181,29 @@ def test_a_rival_whose_every_setting_diverges_is_recorded_and_stops_nobody(conte
     assert "random" in masks
 
 
+def test_a_method_that_cannot_be_used_here_is_recorded_and_stops_nobody(context, monkeypatch):
+    """A mask among them: no mask of its own is written, and the answer's is."""
+    from eval import COSTS, Eval
+
+    def elsewhere(context: Context, point: Point, **_: object) -> Edit:
+        raise NotApplicable("works on other models")
+
+    for name in ("finetune", "magnitude"):  # one with settings to tune, and one of masks
+        monkeypatch.setitem(METHODS, name, replace(METHODS[name], function=elsewhere))
+    judged = replace(context.config.eval, methods=("finetune", "magnitude", "random", "default"), metrics=("core",))
+    config = replace(context.config, eval=replace(judged, references=1))
+    monkeypatch.setattr("measure.snapshots.reference_fault", lambda *_: None)
+    made = {"retrain": lambda index: context.untrained(), "learn_importance": lambda top_k: torch.rand(10, 64, 128)}
+    judge = Eval(replace(context, config=config, **made))
+    record, masks = judge.eval(POINT.top_k, POINT.kappa)
+    for name in ("finetune", "magnitude"):
+        assert set(record["methods"][name]) == {*judge.metrics, *COSTS}
+        assert set(record["methods"][name].values()) == {None}
+        assert record["verdicts"][name] == [{"key": "not applicable", "sentence": "it works on other models"}]
+    assert set(masks) == {"random", judge.answer}
+    assert record["methods"]["random"]["retain_score"] is not None
+
+
 def test_weights_that_end_as_no_numbers_have_diverged(context, monkeypatch):
     """The last step can do it: no loss follows that would show it."""
     from eval import Eval
@@ -202,10 +225,9 @@ def test_only_a_method_that_could_be_asked_is_said_to_be_untuned(context, monkey
     def elsewhere(context: Context, point: Point, **_: float) -> Edit:
         raise NotApplicable("works on other models")
 
-    monkeypatch.setitem(METHODS, "elsewhere", replace(METHODS["finetune"], function=elsewhere))
+    monkeypatch.setitem(METHODS, "elsewhere", replace(METHODS["finetune"], name="elsewhere", function=elsewhere))
     judge = Eval(replace(context, retrain=None))
-    with pytest.raises(NotApplicable):
-        judge.eval_unlearning("elsewhere", POINT)
+    judge.eval_unlearning("elsewhere", POINT)
     assert "not tuned" not in capsys.readouterr().err
     judge.eval_unlearning("finetune", POINT)
     judge.eval_unlearning("finetune", POINT)
