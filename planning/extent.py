@@ -28,17 +28,24 @@ FORESEEN = ("mimu", "mimu_refined", "taylor_mask", "random", "sft", "logit_drop"
 
 
 class Drawn(UnlearningDataset):
-    """A dataset of the right shapes, labels and class names, whose images are all the same noise and take no memory."""
+    """A dataset of the right shapes, labels and class names, whose images are noise and take next to no memory.
+
+    Each image begins one byte after the one ahead of it, in one run of noise. All differ: BatchNorm divides by how far
+    the images of a batch are from one another, and the gradients of equal ones are not finite.
+    """
 
     def __init__(
         self, like: SupportedDatasets, labels: Mapping[str, Tensor], setup: Setup, classes: Sequence[str], batch: int
     ):
         _, channels, size = setup.shape
-        noise = torch.randint(0, 256, (1, channels, size, size), generator=torch.Generator().manual_seed(0))
-        pixels, level = noise.to(torch.uint8), torch.full((channels, 1, 1), 100.0)
+        most, strides = max(map(len, labels.values())), (1, size * size, size, 1)
+        shape, generator = (most + channels * size * size,), torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        level = torch.full((channels, 1, 1), 100.0)
         self.name, self.batch_size, self.seed, self.tree = like, batch, setup.config.seed, None
         self.splits = {
-            name: Images(pixels.expand(len(one), -1, -1, -1), one, level, level) for name, one in labels.items()
+            name: Images(noise.as_strided((len(one), channels, size, size), strides), one, level, level)
+            for name, one in labels.items()
         }
         self.classes, self.forget_class = tuple(classes), setup.config.forget_labels
 

@@ -7,7 +7,7 @@ import pytest
 
 import main
 from core.artifacts import read_json
-from core.choices import Objectives
+from core.choices import Objectives, SupportedVisionModels
 from core.config import PROJECT_ROOT, UserError
 from core.observe import be_quiet
 from data import GraphDataset
@@ -89,6 +89,19 @@ def test_counts_are_those_of_a_real_run(objective, tmp_path, monkeypatch):
         files = [path for folder in found for path in folder.iterdir() if path.name != "manifest.json"]
         size = sum(path.stat().st_size for path in files)  # beside weights and curves, headers that are not foreseen
         assert left[name] == pytest.approx(size, rel=0.25, abs=5_000), name
+
+
+def test_images_of_a_plan_differ_and_take_next_to_no_memory(tmp_path):
+    """Where all were equal, no ResNet could be trained on them: BatchNorm divides by their differences."""
+    config = replace(
+        config_of(tmp_path / "out", Objectives.unlearning), model_architecture=SupportedVisionModels("HookedResnet")
+    )
+    extent = Extent.of(Pipeline(at_its_place(config, tmp_path)).stages.setup)
+    for name, part in extent.drawn().splits.items():
+        assert len(part.pixels.flatten(1).unique(dim=0)) == len(part.pixels) == len(extent.labels[name])
+        assert part.pixels.untyped_storage().nbytes() < len(extent.labels["train"]) + part.pixels[0].numel() + 1
+    (tmp_path / "probe").mkdir()
+    assert Probe(extent, tmp_path / "probe").training().seconds > 0
 
 
 def asked(folder: Path, text: str, *words: str) -> Foreseen:
