@@ -21,15 +21,8 @@ from reporting.families import Run, families, family_key, runs_of, told_apart
 from reporting.figures import figures_of, training
 from reporting.page import write_page
 from reporting.panels import Panel
-from reporting.tables import (
-    answer_of,
-    caption,
-    grid,
-    known,
-    metrics_of,
-    table,
-    without_records,
-)
+from reporting.sentences import answer_of
+from reporting.tables import caption, grid, known, metrics_of, table, without_records
 from reporting.write import as_csv, as_latex, as_text
 
 PAGE = Path("reports/index.html")

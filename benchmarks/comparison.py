@@ -31,6 +31,7 @@ from core.hashes import code_key, key_of, provenance, sha256_file
 from core.intervals import Cell, against, over_seeds, within_seeds
 from eval import Eval
 from pipeline import Pipeline
+from reporting.sentences import TERMS, saturated
 from reporting.tables import SPENT
 from reporting.write import as_text
 from rivals.compared import METHODS
@@ -65,8 +66,6 @@ COLUMNS = {
     "weights_changed": "weights",
     "seconds": "seconds",
 }
-TERMS = {"UA": "UA", "RA": "RA", "retain_score": "TA", "MIA_efficacy": "MIA"}  # of Avg Gap
-FORGOTTEN, ALIKE = 1.0, 1.0  # percent of the class that a method leaves at most; points between methods
 PLAIN = ("weights_changed", *SPENT.values())  # said without an interval
 SAID_OF_P = (
     "± is the 95 % t interval over seeds, p a t test of the seeds' means, corrected for the number of methods by Holm; "
@@ -165,24 +164,14 @@ def table(cells: Sequence[dict], methods: Sequence[str], columns: Mapping[str, s
     return rows
 
 
-def saturated(cells: Sequence[dict], methods: Sequence[str]) -> str:
-    """Name the terms of Avg Gap that say the same of every method that forgets, and so tell none from another.
-
-    Returns:
-        A clause; "" where fewer than two methods forget.
-    """
+def saturated_terms(cells: Sequence[dict], methods: Sequence[str]) -> str:
+    """Name the terms of Avg Gap that tell no method that forgets from another, by means over seeds."""
+    terms = ("forget_score", *TERMS)
     means = {
-        method: {term: within_seeds(values_of(cells, method, term)).mean for term in TERMS}
+        method: {term: within_seeds(values).mean for term in terms if (values := values_of(cells, method, term))}
         for method in methods
-        if all(values_of(cells, method, term) for term in TERMS)
-        and within_seeds(values_of(cells, method, "forget_score")).mean <= FORGOTTEN
     }
-    if len(means) < 2:
-        return ""
-    spans = {short: [one[term] for one in means.values()] for term, short in TERMS.items()}
-    said = [f"{short} ({min(v):.1f} to {max(v):.1f} %)" for short, v in spans.items() if max(v) - min(v) <= ALIKE]
-    count = f"the {len(means)} methods that leave at most {FORGOTTEN:.0f} % of the class"
-    return f"saturated terms of Avg Gap, among {count}: {', '.join(said) or 'none'}"
+    return saturated(means)
 
 
 def tables(name: str, cells: Sequence[dict], methods: Sequence[str]) -> Tables:
@@ -238,7 +227,7 @@ def main() -> None:
     plan = Plan(arguments.model, arguments.references, methods, arguments.output_dir)
     cells = [cell(plan, seed, label) for seed in arguments.seeds for label in arguments.classes]
     print(f"\n{len(cells)} cells, {time.perf_counter() - begun:.0f} s\n\n{as_text(table(cells, plan.methods))}")
-    print(saturated(cells, plan.methods))
+    print(saturated_terms(cells, plan.methods))
     if len(cells) > 1 and "mimu_refined" in plan.methods:
         for metric in ("avg_gap", "retain_score"):
             print(as_text(significance(cells, plan.methods, metric)))

@@ -267,8 +267,9 @@ def _print(config: PipelineConfig, runs: list["Run"], as_json: bool, curves: Pat
         return code
     from core.records import RECORDS
     from reporter import Reporter
-    from reporting.tables import caption, headline, is_answered, remarks, warnings
-    from reporting.terminal import scores_table, terminal_table
+    from reporting.sentences import headline, is_answered, remarks, warnings
+    from reporting.tables import caption
+    from showing.terminal import scores_table, terminal_table
 
     one = runs[0] if len(runs) == 1 else None
     show(terminal_table(one, _columns()) if one else f"{caption(*runs)}\n\n{scores_table(runs, _columns())}")
@@ -296,7 +297,7 @@ def _print(config: PipelineConfig, runs: list["Run"], as_json: bool, curves: Pat
 def _places(config: PipelineConfig, records: "Run") -> dict[str, str]:
     """Name the folders and files of a run: output, plots, page, and the mask of the chosen point if there is one."""
     from reporter import Reporter
-    from reporting.tables import answer_of
+    from reporting.sentences import answer_of
 
     reporter, chosen = Reporter(config.output_dir), answer_of(records)
     places = {"output": config.output_dir, "plots": reporter.plots / reporter.run_name(records[0])}
@@ -321,7 +322,8 @@ def _for_programs(config: PipelineConfig, runs: list["Run"], code: int) -> str:
 
 def _one_for_programs(config: PipelineConfig, records: "Run") -> dict[str, object]:
     from core.records import record_path
-    from reporting.tables import as_json, headline, is_answered, remarks, warnings
+    from reporting.sentences import headline, is_answered, remarks, warnings
+    from reporting.tables import as_json
 
     places = _places(config, records)
     answer = headline(records) if is_answered(records) else None

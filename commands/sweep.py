@@ -23,8 +23,8 @@ from core.store import running, sha256_folder
 from core.yaml_files import load_config, read_words, resolved, typed
 from reporting.families import families, runs_of, told_apart
 from reporting.tables import caption
-from reporting.terminal import scores_table
 from reporting.write import as_text
+from showing.terminal import scores_table
 from training.engines import Engine, carry_out, threads_of
 
 SECTION = "sweep"

@@ -13,7 +13,7 @@ from pathlib import PurePath
 
 from core.config import PROJECT_ROOT, plain
 from core.hashes import key_of
-from core.observe import log
+from core.observe import log, visible
 from core.records import Record
 from core.yaml_files import load_config
 
@@ -214,3 +214,21 @@ def _quoted(word: str) -> str:
         return shlex.quote(word)
     codes = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
     return f"$'{codes}'"
+
+
+# --- in words: which classes ---
+
+
+def classes_of(record: Record) -> str:
+    """ "class 0", or "classes 0 and 3"."""
+    return _listed([str(label) for label in labels_of(record)])
+
+
+def named_classes(record: Record) -> str:
+    """Return the same with their names: "class 0 (zero)"."""
+    pairs = zip(map(str, labels_of(record)), map(visible, record["forget_names"]), strict=True)
+    return _listed([label if name == label else f"{label} ({name})" for label, name in pairs])
+
+
+def _listed(classes: list[str]) -> str:
+    return f"class {classes[0]}" if len(classes) == 1 else f"classes {', '.join(classes[:-1])} and {classes[-1]}"

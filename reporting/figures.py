@@ -6,19 +6,9 @@ from dataclasses import replace
 from statistics import median
 
 from core.records import Axis, Record, axes_of
-from reporting.families import Run
+from reporting.families import Run, classes_of
 from reporting.panels import FIGURES, Panel, Series, extent, figure, over, style_of, with_limits
-from reporting.tables import (
-    Best,
-    best_points,
-    cell_of,
-    choose,
-    chosen_in,
-    classes_of,
-    known,
-    metrics_of,
-    over_cells,
-)
+from reporting.tables import Best, best_points, cell_of, choose, chosen_in, known, metrics_of, over_cells
 
 FEATURES = ("probes", "relearning")  # figures of what is left inside a model
 LEAST = 20  # points that an axis of percentages spans, where several are compared
@@ -306,6 +296,6 @@ def figures_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
 
 
 def _varies(runs: Sequence[Run], axis: Axis) -> bool:
-    """Return whether a method depends on an axis and that has several values (kappa: in any case)."""
-    first, several = runs[0][0], len({record[axis] for run in runs for record in run}) > 1 or axis == "kappa"
+    """Return whether a method depends on an axis that has several values."""
+    first, several = runs[0][0], len({record[axis] for run in runs for record in run}) > 1
     return several and any(axis in axes_of(first, method) for method in first["axes"])

@@ -20,26 +20,11 @@ from core.artifacts import write_text
 from core.config import PROJECT_ROOT
 from core.observe import visible
 from core.records import SCORES, Record, axes_of, record_path
-from reporting.families import Run, command, dataset_of, told_apart
+from reporting.families import Run, command, dataset_of, named_classes, told_apart
 from reporting.figures import FEATURES, figures_of, forgotten_taken_for
 from reporting.panels import Panel
-from reporting.tables import (
-    caption,
-    choose,
-    grid,
-    headline_pieces,
-    is_answered,
-    known,
-    metrics_of,
-    named_classes,
-    of_features,
-    remarks,
-    share_changed,
-    table,
-    two_digits,
-    warnings,
-    without_records,
-)
+from reporting.sentences import headline_pieces, is_answered, of_features, remarks, share_changed, warnings
+from reporting.tables import caption, choose, grid, known, metrics_of, table, two_digits, without_records
 from reporting.write import SHOWN_VALUE, Lead
 
 if TYPE_CHECKING:

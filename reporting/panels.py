@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from core.choices import NotRegistered, Registry
 from core.records import SCORES, Axis, Metric, Record, axes_of
-from reporting.families import Run
+from reporting.families import Run, classes_of
 from reporting.tables import (
     REFERENCES,
     Estimate,
@@ -18,7 +18,6 @@ from reporting.tables import (
     cell_of,
     choose,
     chosen_in,
-    classes_of,
     estimate,
     known,
     measurable,

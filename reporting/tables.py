@@ -12,13 +12,11 @@ from typing import TypeGuard
 
 from core.config import SupportedDatasets, SupportedVisionModels
 from core.intervals import DUST, Cell, Cells, minus, over_seeds, same, within_seeds
-from core.observe import visible
-from core.records import SCORES, WORDS, Limits, Metric, Record, axes_of
-from reporting.families import Run, dataset_of, labels_of, told_apart
+from core.records import Limits, Metric, Record, axes_of
+from reporting.families import Run, classes_of, dataset_of, labels_of, told_apart
 from reporting.write import Lead
 
 ARROWS = {"higher": "↑", "lower": "↓", "retrain": "→ retrained"}
-DEEP = "mimu_deep"  # goes on to the features, so that its word stands beside the answer's
 REFERENCES = ("retrain", "default")  # what methods are held against: never the best themselves
 MOST_NATS = 103.3  # -log of 2^-149, the smallest probability that float32 tells from 0
 SPENT = {
@@ -323,113 +321,3 @@ def over_seeds_as_json(runs: Sequence[Run]) -> list[dict]:
         measured = {metric: asdict(over_cells(cells)) for metric, cells in found.items() if cells}
         objects.append({"method": name, "label": points[0].label, **measured})
     return objects
-
-
-# --- in words ---------------------------------------------------------------------------------------------
-
-
-def classes_of(record: Record) -> str:
-    """ "class 0", or "classes 0 and 3"."""
-    return _listed([str(label) for label in labels_of(record)])
-
-
-def named_classes(record: Record) -> str:
-    """Return the same with their names: "class 0 (zero)"."""
-    pairs = zip(map(str, labels_of(record)), map(visible, record["forget_names"]), strict=True)
-    return _listed([label if name == label else f"{label} ({name})" for label, name in pairs])
-
-
-def _listed(classes: list[str]) -> str:
-    return f"class {classes[0]}" if len(classes) == 1 else f"classes {', '.join(classes[:-1])} and {classes[-1]}"
-
-
-def warnings(records: Run) -> list[str]:
-    """Say that the classifier is near chance, if it is, and name the references that failed their check."""
-    near_chance = records[0]["footing"]["near_chance"]
-    unfit = (one for one in records[0]["references"] if not one["sane"])
-    left_out = (
-        f"Retrained model {one['index']}, not used to choose or to compare with: {one['why']}." for one in unfit
-    )
-    return [*([f"Warning: {near_chance}."] if near_chance else []), *left_out]
-
-
-def remarks(records: Run) -> list[str]:
-    """Return each verdict as a sentence with its methods; also why a metric has no value."""
-    said: dict[str, list[str]] = {}
-    for best in best_points(records):
-        reasons = best.record["undefined"].get(best.method) or {}
-        sentences = [f"{name} is not defined: {why}" for name, why in reasons.items()]
-        for sentence in (*(one["sentence"] for one in best.verdicts), *sentences):
-            said.setdefault(sentence, []).append(best.label)
-    return [f"{', '.join(labels)}: {sentence}." for sentence, labels in said.items() if sentence != "nothing found"]
-
-
-def is_answered(records: Run) -> bool:
-    """Return whether the run's answer can be put into words: its method and the untouched classifier have values."""
-    answer = records[0]["answer"]
-    if not {answer, "default"} <= set(records[0]["labels"]):
-        return False
-    record = choose(records, answer)
-    needed = [record["methods"][name].get(score) for name in (answer, "default") for score in SCORES]
-    return all(map(known, [*needed, record["methods"][answer].get("weights_changed")]))
-
-
-def answer_of(records: Run) -> Record | None:
-    """Return the record at the chosen point of the answer's method; None if several were not measured."""
-    answer = records[0]["answer"]
-    if any(answer in record["validation"] for record in records):
-        return choose(records, answer)
-    return records[0] if len(records) == 1 else None
-
-
-def share_changed(record: Record) -> str:
-    """Say which share of the masked layers the answer's mask switches off: "20.0 % of the layer"."""
-    share = 100 * record["methods"][record["answer"]]["weights_changed"] / record["num_graph_vertices"]
-    return f"{share:.1f} % of the {'masked layers' if len(record['mask_layer']) > 1 else 'layer'}"
-
-
-def _in_a_word(record: Record, method: str) -> list[str]:
-    """Its word and what that rests on, as sentences in pieces; the word itself is a `Lead`."""
-    words = (one for one in record["verdicts"][method] if one["key"] in WORDS)
-    pieces = ([" In a word: ", Lead(one["key"]), f", {one['sentence']}."] for one in words)
-    return [piece for some in pieces for piece in some]
-
-
-def of_features(record: Record) -> list[str]:
-    """What the method that goes on to the features does, where a word is said of it and it is not the answer."""
-    word = _in_a_word(record, DEEP) if DEEP in record["labels"] and record["answer"] != DEEP else []
-    if not word:
-        return []
-    values, is_or_are = record["methods"][DEEP], "are" if len(record["forget_class"]) > 1 else "is"
-    return [
-        f" {record['labels'][DEEP]} changes {values['weights_changed']} numbers: {classes_of(record)} {is_or_are} "
-        f"recognised {values['forget_score']:.1f} % of the time, the other classes score "
-        f"{values['retain_score']:.1f} %.",
-        *word,
-    ]
-
-
-def headline(records: Run) -> str:
-    """Put the run's answer into words, from the chosen point of the method that gives it; then the features' word."""
-    return "".join(headline_pieces(records))
-
-
-def headline_pieces(records: Run) -> list[str]:
-    """The same in pieces, of which those that matter most (`Lead`) are bold where a format has bold."""
-    record = choose(records, records[0]["answer"])
-    after, before = record["methods"][record["answer"]], record["methods"]["default"]
-    is_or_are, them = ("are", "them") if len(record["forget_class"]) > 1 else ("is", "it")
-    text = (
-        f"Switching off {after['weights_changed']} weights ({share_changed(record)}), {named_classes(record)} "
-        f"{is_or_are} recognised {after['forget_score']:.1f} % of the time (before: "
-        f"{before['forget_score']:.1f} %); the other classes score {after['retain_score']:.1f} % "
-        f"(before: {before['retain_score']:.1f} %)."
-    )
-    auto = record["auto"]
-    if auto and not auto["achieved"]:
-        target = f"forget score <= {auto['tau']} %, retain score at most {auto['epsilon']} points lower"
-        text = (
-            f"Not achievable: no kappa tried shows {target}, with 95 % intervals on validation images. The best "
-            f"trade-off found, not to be taken for {them} forgotten: {text}"
-        )
-    return [text, *_in_a_word(record, record["answer"]), *of_features(record)]

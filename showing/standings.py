@@ -11,17 +11,8 @@ from functools import cached_property
 from core.intervals import within_seeds
 from core.observe import log
 from core.records import Metric, Record
-from reporting.families import SHORT, Run, as_told, command, dataset_of, differing, families, family_key
-from reporting.tables import (
-    REFERENCES,
-    Best,
-    cell_of,
-    chosen_in,
-    classes_of,
-    leaders,
-    losses_of,
-    metrics_of,
-)
+from reporting.families import SHORT, Run, as_told, classes_of, command, dataset_of, differing, families, family_key
+from reporting.tables import REFERENCES, Best, cell_of, chosen_in, leaders, losses_of, metrics_of
 
 BESIDE = ("eval.methods",)
 """What runs of a row may differ in beside seeds and classes: no value depends on which other methods were measured."""

@@ -26,7 +26,7 @@ from core.choices import Choice, OpenChoice, bare, hints
 from core.config import GCNConfig, PipelineConfig, SupportedDatasets, SupportedVisionModels, UserError, plain
 from core.records import read_records
 from model import save_classifier, vision_model_loader
-from reporting import terminal
+from showing import terminal
 from tests.helpers.common import LOG_LINE, TINY, settings_of
 from unlearn.masks import Mask
 

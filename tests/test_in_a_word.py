@@ -23,9 +23,9 @@ from measure.verdicts import LEAST_BAND
 from pipeline import Pipeline
 from reporter import Reporter
 from reporting.page import WORD_OF
-from reporting.tables import DEEP, headline, remarks
-from reporting.terminal import terminal_table
+from reporting.sentences import DEEP, headline, remarks
 from rivals.compared import METHODS
+from showing.terminal import terminal_table
 from tests.helpers.common import tiny
 from unlearn.registry import Context, Edit, Point, method
 

@@ -344,11 +344,11 @@ def test_saturated_terms_are_named() -> None:
         "default": values(88, 10, 50, 50, 0),
     }
     cells = [{"seed": seed, "class": 0, "methods": methods} for seed in range(2)]
-    assert comparison.saturated(cells, list(methods)) == (
+    assert comparison.saturated_terms(cells, list(methods)) == (
         "saturated terms of Avg Gap, among the 2 methods that leave at most 1 % of the class: "
         "UA (99.4 to 100.0 %), TA (88.0 to 88.5 %)"
     )
-    assert comparison.saturated(cells, ["mimu", "default"]) == ""
+    assert comparison.saturated_terms(cells, ["mimu", "default"]) == ""
 
 
 def test_the_picture_shows_what_records_say() -> None:

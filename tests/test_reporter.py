@@ -17,7 +17,7 @@ from scipy import stats
 from core.artifacts import read_json, write_json, write_text
 from core.config import ReporterConfig, UserError
 from core.intervals import Cell
-from core.records import read_records, record_path
+from core.records import EACH, read_records, record_path
 from reporter import Reporter
 from reporting.compare import compared, find_side, in_words, side
 from reporting.draw import COLUMN, METADATA, SETTINGS, WORTH, _shared, draw, save, save_all
@@ -32,22 +32,19 @@ from reporting.figures import (
     training,
 )
 from reporting.panels import Panel, Series, over, pareto, shown_range, time_against_quality
+from reporting.sentences import TERMS, answer_of, headline, remarks, warnings
 from reporting.tables import (
     Estimate,
-    answer_of,
     best_points,
     caption,
     choose,
     chosen_in,
     grid,
-    headline,
     leaders,
     measurable,
     over_cells,
-    remarks,
     shown,
     table,
-    warnings,
     without_records,
 )
 from reporting.write import Lead, as_csv, as_latex, as_text
@@ -171,6 +168,44 @@ def test_a_value_that_is_not_there_says_why_of_the_chosen_point(records):
     for one in records:
         one["undefined"] |= {"default": {"IDI": "it is a ratio to nothing"}, "novel": None}
     assert remarks(records) == ["MIMU, untouched: IDI is not defined: it is a ratio to nothing."]
+
+
+def test_what_holds_of_most_methods_names_the_others(records):
+    """Reasons that several metrics share are said once."""
+    names = [f"novel-{i}" for i in range(6)]
+    reason = {"IDI": "nothing to divide by", "UA": "nothing to divide by", "RA": "no images"}
+    for field in EACH:
+        for one in records:
+            one[field] |= dict.fromkeys(names, one[field]["novel"])
+    for one in records:
+        one["labels"] |= {name: f"method {name[-1]}" for name in names}
+        one["undefined"] |= dict.fromkeys(names, reason)
+    said = "IDI, UA are not defined: nothing to divide by."
+    assert remarks(records) == [
+        f"all methods but MIMU, untouched, a novel method: {said}",
+        "all methods but MIMU, untouched, a novel method: RA is not defined: no images.",
+    ]
+    for one in records:
+        one["undefined"] |= dict.fromkeys(("mimu", "default", "novel"), reason)
+    assert remarks(records)[0] == f"all methods: {said}"
+    for one in records:
+        one["undefined"] |= dict.fromkeys(names[:4])
+    assert remarks(records)[0] == f"MIMU, untouched, a novel method, method 4, method 5: {said}"
+
+
+def test_terms_that_tell_no_method_from_another_are_named(records):
+    """Of methods that forget: neither the untouched classifier nor one that forgets nothing counts."""
+    values = {"mimu": (0, 100, 95, 90, 100), "default": (90, 0, 0, 0, 0), "novel": (0.5, 99, 91, 91.5, 99.2)}
+    for one in records:
+        for name, figures in values.items():
+            one["methods"][name] |= dict(zip(("forget_score", *TERMS), figures, strict=True))
+    assert remarks(records) == [
+        "Saturated terms of Avg Gap, among the 2 methods that leave at most 1 % of the class: UA (99.0 to 100.0 %), "
+        "MIA (99.2 to 100.0 %)."
+    ]
+    for one in records:
+        one["methods"]["novel"]["forget_score"] = 1.5
+    assert remarks(records) == []
 
 
 def test_a_reference_that_failed_its_check_is_named(records):

@@ -19,7 +19,8 @@ from reporting.compare import compared, side
 from reporting.families import families, runs_of
 from reporting.figures import figures_of
 from reporting.page import as_page
-from reporting.tables import best_points, caption, headline, remarks, table
+from reporting.sentences import headline, remarks
+from reporting.tables import best_points, caption, table
 from tests.helpers.records import whole
 
 NUMBERS = (True, -1, 0, 3, 2**70, 0.5, math.nan, math.inf, 1e300)

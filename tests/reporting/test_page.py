@@ -274,6 +274,10 @@ def test_nothing_is_said_to_be_lost_or_gained_that_rounds_to_zero():
         assert sentence(one).endswith(f"the other classes {said}.")
 
 
+def test_one_kappa_is_no_curve():
+    assert not [name for name in figures_of([[full(5, 100, 12)]]) if "_over_" in name]
+
+
 def test_a_metric_of_which_nothing_is_known_has_no_plot():
     records = [full(5, kappa, 12) for kappa in (100, 200)]
     assert "unheard_of_over_kappa" in figures_of([records])

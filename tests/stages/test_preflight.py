@@ -21,7 +21,7 @@ from core.config import (
 from core.observe import Tracker, be_quiet
 from core.yaml_files import made, merged, typed
 from pipeline import Pipeline
-from reporting.tables import warnings
+from reporting.sentences import warnings
 from stages.chain import Stages
 from stages.classifier import ClassifierStage
 from stages.evaluation import Footing

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from reporting.tables import table
-from reporting.terminal import COLUMNS, DROPPED_FIRST, scores_table, terminal_table
+from showing.terminal import COLUMNS, DROPPED_FIRST, scores_table, terminal_table
 from tests.helpers.records import full
 
 NUMBER = re.compile(r"(?<![\w.,])[\d,]+\.?\d*(?![\w.,])")
