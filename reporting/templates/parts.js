@@ -8,6 +8,7 @@ const el = (tag, attrs = {}, ...kids) => {
 };
 
 document.querySelectorAll("table.sortable").forEach(table => table.querySelectorAll("thead th").forEach((th, column) => {
+  th.dataset.head = th.textContent.trim();  // for paper, where browsers leave the buttons of a repeated head out
   const button = el("button", { type: "button" }, ...th.childNodes); th.replaceChildren(button);
   button.addEventListener("click", () => {
     const up = th.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0], value = r => { const t = r.cells[column].textContent, n = parseFloat(t.replaceAll(",", "")); return isNaN(n) ? t : n; };
