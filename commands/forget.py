@@ -160,8 +160,9 @@ def forget(
     be_quiet(asking.quiet)
     _check_words(class_, methods)
     check_push(push)
-    from forgetting.artefact import answer_to, to_mask
+    from forgetting.artefact import answer_to, mask_there, to_mask
     from forgetting.scores import check_clean
+    from mimu import state_sha256
     from mimu.mask import check_place
 
     begun = time.monotonic()
@@ -169,10 +170,11 @@ def forget(
     names = found.loaded.classes
     labels = sorted({names.find(one) for one in class_})
     target, chosen = asking.target(), asking.chosen()
-    place = out and at_home(out)
-    place = place or Path("masks") / file_name("+".join(names.names[label] for label in labels))
+    forgotten = [names.names[label] for label in labels]
+    place = at_home(out) if out else Path("masks") / file_name("+".join(forgotten))
     with as_user_errors():
         check_place(place)
+    older = mask_there(place, state_sha256(found.loaded.module), forgotten)
 
     def weights(asked: "Answering") -> int | None:
         return asking.number(asked, [labels], names.names)
@@ -186,6 +188,8 @@ def forget(
         mask.save(place)
     _show(mask)
     show(f"written: {place} ({_kilobytes(place)}), in {time.monotonic() - begun:.0f} s")
+    if older:
+        show("the same as before" if older.digest == mask.digest else f"the one before is replaced: {older.summary()}")
     if methods:
         _compare(found, answering, answer, methods, place)
     missed = answer.search is not None and not answer.search.achieved

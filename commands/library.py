@@ -53,13 +53,13 @@ def library(
         show(block.foreseen(opened, None if engine == ONE_BY_ONE else _engine(engine, workers, slurm)))
         return 0
     if engine == ONE_BY_ONE:
-        answering = opened.answering(asking.layers, lambda asked: block.check(asked, names))
+        answering = opened.answering(asking.layers, lambda asked: block.check(asked, opened))
         held = _held(answering)
         rows = block.rows(opened, answering, held)
     else:
         found = _engine(engine, workers, slurm)
         held = _held(asked := opened.foreseen(asking.layers))
-        block.check(asked, names)
+        block.check(asked, opened)
         rows = _fanned_out(block, held, found)
     width = max(len(names.names[label]) for label in held)
     made = missed = 0
@@ -118,18 +118,23 @@ class Block:
         """The folder of a class's mask."""
         return self.out / file_name(f"{label}-{names.names[label]}")
 
-    def check(self, asked: "Answering", names: "ClassNames") -> None:
+    def check(self, asked: "Answering", opened: "Opened") -> None:
         """See that all masks can be sought and written, before anything is computed.
 
         Raises:
-            UserError: one cannot.
+            UserError: one cannot, or a mask of another model has its place.
         """
+        from forgetting.artefact import mask_there
+        from mimu import state_sha256
         from mimu.mask import check_place
 
         self.asking.chosen()
-        with as_user_errors():
-            for label in _held(asked):
-                check_place(self.place(names, label))
+        names, parent = opened.loaded.classes, state_sha256(opened.loaded.module)
+        for label in _held(asked):
+            place = self.place(names, label)
+            with as_user_errors():
+                check_place(place)
+            mask_there(place, parent, [names.names[label]])
         self.asking.number(asked, [[label] for label in _held(asked)], names.names)
 
     def rows(self, opened: "Opened", answering: "Answering", labels: Sequence[int]) -> Iterator[tuple[str, ...]]:
@@ -188,7 +193,7 @@ class Block:
         from training.engines import threads_of
 
         names, listed = opened.loaded.classes, opened.foreseen(self.asking.layers)
-        self.check(listed, names)
+        self.check(listed, opened)
         number = self.asking.number(listed, [], names.names)
         aside = replace(self, out=folder)
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from erasing.erasure import SHARE
 from forgetting.answers import Answer, Answering, Twice, Ways
 from forgetting.scores import judge
 from mimu import Config, Mask, MaskError, Parent, describe_parent
+from mimu.mask import FILE
 from models.class_names import ClassNames
 from models.foreign import ForeignClassifier
 from models.targets import AUTO, DEEP
@@ -88,6 +90,28 @@ def to_mask(
         "data_sha256": answering.parts.digest,
     })  # fmt: skip
     return Mask(flat, config, values)
+
+
+def mask_there(place: Path, parent: str, classes: Sequence[str]) -> Mask | None:
+    """Read the mask that a folder already holds, if it is of the same classes of the same model: one to replace.
+
+    Args:
+        parent: the model's `state_sha256`. classes: names of those to forget, in the order of their outputs.
+
+    Raises:
+        UserError: it is of another request or cannot be read, so that replacing it might lose something.
+    """
+    if not (place / FILE).exists():
+        return None
+    instead = "choose another folder with --out, or move that one away"
+    try:
+        older = Mask.load(place)
+    except MaskError as error:
+        raise UserError(f"{place} holds a mask that cannot be read ({error}): {instead}") from None
+    other = "" if older.config.parent.state_sha256 == parent else " of another model"
+    if other or older.forgotten != tuple(classes):
+        raise UserError(f"{place} holds the mask that forgets {', '.join(older.forgotten)}{other}: {instead}")
+    return older
 
 
 def _biases(model: ForeignClassifier, classes: Sequence[int]) -> dict[str, str]:

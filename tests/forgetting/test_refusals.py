@@ -181,6 +181,35 @@ def test_one_output(home, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("command", ["forget", "library"])
+def test_a_folder_that_holds_the_mask_of_another_model(command, home, tmp_path, capsys):
+    """It is lost otherwise. The same request again replaces its own mask, and says so."""
+    torch.save(of(home, outputs=4).state_dict(), tmp_path / "other.pt")
+    words = ["--images", str(home / "photos"), *FLAGS, "--quiet"]
+    place = {"forget": tmp_path / "m", "library": tmp_path}[command]
+    one = ["--class", "bars", "--kappa", "50"]
+    assert main.main(["forget", spec_of(home), *words, *one, "--out", str(tmp_path / "m")]) == 0
+    if command == "library":
+        (tmp_path / "m").rename(tmp_path / "0-bars")
+        one = ["--kappa", "50"]
+    spec = f"py:{home}/net.py:net@{tmp_path}/other.pt"
+    message = "holds the mask that forgets bars of another model: choose another folder with --out, or move that"
+    refused([command, spec, *words, *one, "--out", str(place)], message, capsys, tmp_path)
+
+
+def test_a_folder_that_holds_another_request_s_mask(home, tmp_path, capsys):
+    words = ["forget", *words_for(home), "--out", str(tmp_path / "m"), "--kappa"]
+    assert main.main([*words, "50", "--class", "bars"]) == 0
+    refused([*words, "50", "--class", "dots"], r"m holds the mask that forgets bars: choose another", capsys, tmp_path)
+    capsys.readouterr()
+    assert main.main([*words, "50", "--class", "bars"]) == 0
+    assert "the same as before" in capsys.readouterr().out
+    assert main.main([*words, "60", "--class", "bars"]) == 0
+    assert "the one before is replaced: switched off: 50 of " in capsys.readouterr().out
+    (tmp_path / "m/mask.safetensors").write_bytes(b"no mask")
+    refused([*words, "50", "--class", "bars"], "m holds a mask that cannot be read .*move that one", capsys, tmp_path)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
