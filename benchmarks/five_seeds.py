@@ -3,6 +3,7 @@
     uv run main.py sweep --config configs/comparison.yaml          the runs on DIGITS, in the folder comparison
     uv run benchmarks/public_images.py pictures
     uv run main.py sweep --config configs/comparison.yaml --config configs/comparison_pictures.yaml     on pictures
+    (as well with comparison_fashion.yaml: Fashion-MNIST; with comparison_resnet.yaml: ResNet-18 on DIGITS)
     uv run benchmarks/five_seeds.py [--records DIR] [--docs]       a table for each dataset, from their records
 
 A value is the mean over classes of each seed, then over the seeds, with the 95 % t interval over the seeds; weights are
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Tables, for_pages, parser, publish_all
 
+from core.choices import SupportedDatasets, SupportedVisionModels
 from core.records import read_records
 from reporting.families import runs_of
 from reporting.tables import budget, estimate, known, shown, values_of
@@ -51,9 +53,13 @@ def table(board: Board) -> list[list[str]]:
 
 
 def name_of(board: Board) -> str:
-    """A table's name: that of DIGITS has none behind it, a folder tree's is the tree's."""
-    tree = board.dataset.split()[1:]
-    return "_".join(["five_seeds", *tree])
+    """A table's name: that of the MLP on DIGITS has none behind it, a folder tree's is the tree's."""
+    dataset, *tree = board.dataset.split()
+    other = [] if dataset in (SupportedDatasets.DIGITS, SupportedDatasets.FOLDER) else [dataset.lower()]
+    model = (
+        [] if board.model == SupportedVisionModels.HookedMLPClassifier else [board.model.removeprefix("Hooked").lower()]
+    )
+    return "_".join(["five_seeds", *other, *tree, *model])
 
 
 def main() -> None:

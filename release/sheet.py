@@ -66,10 +66,10 @@ def score_rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
     ]
 
 
-def _clipped(text: object) -> str:
-    """A text of a card in one line, and not longer than a page bears."""
+def _clipped(text: object, most: int = MOST_LETTERS) -> str:
+    """A text of a card without line breaks, and not longer than a page bears."""
     whole = visible(str(text))
-    return whole if len(whole) <= MOST_LETTERS else f"{whole[: MOST_LETTERS - 1]}…"
+    return whole if len(whole) <= most else f"{whole[: most - 1]}…"
 
 
 def _several(names: Sequence[str], most: int) -> str:
@@ -109,7 +109,7 @@ def _model(facts: Mapping[str, Any]) -> Part:
         ("SHA-256 of the mask's content", mask["digest"]),
         ("SHA-256 of mask.safetensors", mask["file_sha256"]),
         ("weights", _changes(mask)),
-        ("how they were found", _clipped(mask["method"] or "not recorded")),
+        ("how they were found", _clipped(mask["method"] or "not recorded", 2 * MOST_LETTERS)),
         ("written by", _clipped(mask["tool"])),
     ))  # fmt: skip
 
