@@ -18,6 +18,7 @@ from core.records import Record
 from core.yaml_files import load_config
 
 Run = list[Record]
+MANY_ENTRIES, MOST_OWN = 6, 3  # of a list that is told by its length; of those entries that it has and others have not
 APART = {
     # what runs of a family may differ in
     *("seed", "forget_class"),
@@ -130,11 +131,29 @@ def differing(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
     names = dict.fromkeys(name for group in held for one in group for name in one)
     found = {}
     for name in names:
-        values = [[_short(name, one[name]) if name in one else "" for one in group] for group in held]
+        values = _told(name, [[one.get(name, "") for one in group] for group in held])
         joined = [" or ".join(dict.fromkeys(group)) for group in values]
         if len(set(joined)) > 1:
             found[name] = joined
     return found
+
+
+def _told(name: str, held: Sequence[Sequence[object]]) -> list[list[str]]:
+    """Values of a setting for people; of long lists their length and what is not in all of them, if that is enough."""
+    whole = [[_short(name, value) if value != "" else "" for value in group] for group in held]
+    lists = [value for group in held for value in group if isinstance(value, list)]
+    if name == "plugins" or not lists or max(map(len, lists)) <= MANY_ENTRIES:
+        return whole
+    common = set(map(str, lists[0])).intersection(*(map(str, one) for one in lists[1:]))
+
+    def brief(value: object) -> str:
+        own = [str(one) for one in value if str(one) not in common] if isinstance(value, list) else []
+        more = f" with {' '.join(own[:MOST_OWN])}{' ...' if len(own) > MOST_OWN else ''}" if own else ""
+        return f"{len(value)}{more}" if isinstance(value, list) else _short(name, value) if value != "" else ""
+
+    told = [[brief(value) for value in group] for group in held]
+    pairs = {pair for group in zip(whole, told, strict=True) for pair in zip(*group, strict=True)}
+    return told if len({short for _, short in pairs}) == len(pairs) else whole
 
 
 def as_told(found: Mapping[str, list[str]], count: int) -> list[str]:

@@ -317,6 +317,25 @@ def changed(run: list[dict], /, **more) -> list[dict]:
 
 
 @pytest.mark.parametrize(
+    ("lists", "told"),
+    [
+        (("abcdefgh", "abcdefghi"), ["8", "9 with i"]),
+        (("abcdefgh", "abcdefij"), ["8 with g h", "8 with i j"]),
+        (("abcd", "abcdefghijk"), ["4", "11 with e f g ..."]),
+        (("abc", "abd"), ["a b c", "a b d"]),  # short ones are told whole
+        (
+            ("abcdefg", "bacdefg"),
+            ["a b c d e f g", "b a c d e f g"],
+        ),  # and where the short form is no difference
+    ],
+)
+def test_long_lists_are_told_by_their_length_and_what_others_lack(lists, told):
+    runs = family()[:2]
+    runs = [changed(run, config__eval={"methods": list(one)}) for run, one in zip(runs, lists, strict=True)]
+    assert told_apart(families(runs)) == [f"eval.methods {text}" for text in told]
+
+
+@pytest.mark.parametrize(
     "facts",
     [
         {"images": "other"},
