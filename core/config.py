@@ -376,6 +376,7 @@ def written(config: PipelineConfig) -> PipelineConfig:
     return replace(config, forget_class=spelled(config.forget_class), gcn=gcn)
 
 
+MOST_LETTERS = 40  # of a list of values in a name
 UNTOLD = ("seed", "forget_class", "model_architecture", "vision_dataset", "topK_list", "kappa_list")
 """Fields that names of runs say in words of their own, or that are points of a run."""
 NO_VALUES = ("output_dir", "tracker", "resume", "device", "reporter", "plugins")
@@ -391,9 +392,17 @@ def changed_settings(config: PipelineConfig) -> list[str]:
         known = defaults[name] if isinstance(value, dict) else {"": defaults[name]}
         for inner, one in (value if isinstance(value, dict) else {"": value}).items():
             if one != known[inner]:
-                text = "+".join(map(str, one)) if isinstance(one, list) else str(one)
-                found.append(f"{name}{'.' * bool(inner)}{inner}-{text.rpartition('/')[2]}")
+                found.append(f"{name}{'.' * bool(inner)}{inner}-{_in_a_name(one)}")
     return found
+
+
+def _in_a_name(value: object) -> str:
+    """A setting's value as part of a name; a long list by its length and the first digits of its hash."""
+    if not isinstance(value, list):
+        return str(value).rpartition("/")[2]
+    text = "+".join(map(str, value))
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return text.rpartition("/")[2] if len(text) <= MOST_LETTERS else f"{len(value)}-{digest[:4]}"
 
 
 def derive_seed(root: int, *parts: object) -> int:

@@ -33,6 +33,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS, DASHES = "osD^vP<>", ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 LEVELS = ((0, (4, 2)), (0, (1, 1.5)), (0, (8, 2)), (0, (5, 1.5, 1, 1.5)))  # dashes of horizontal lines
 COLUMN, HEIGHT = 3.4, 2.5  # inches: the width of one column of a paper, the height of a panel
+FEW_LINES, LINE = 4, 0.14  # of a legend, for which there is room in any case; inches of each further one
 SIDE_BY_SIDE = 4  # from as many panels on they stand in two columns
 SMALL, TINY = 7.5, 6.5  # points
 MOST_LETTERS = 40  # of the names below an axis that are written across; of more they are turned
@@ -61,7 +62,10 @@ def draw(panels: Sequence[Panel]) -> "Figure":
             ax.remove()
         named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         if max(len(panel.series) for panel in panels) > 1:
-            place = {"loc": "outside lower center", "ncols": 2 * across, "fontsize": TINY, "frameon": False}
+            columns = 2 * across
+            taller = max(0, -(-len(named) // columns) - FEW_LINES) * LINE  # else many methods leave the axes no room
+            figure.set_figheight(figure.get_figheight() + taller)
+            place = {"loc": "outside lower center", "ncols": columns, "fontsize": TINY, "frameon": False}
             figure.legend(named.values(), named.keys(), handlelength=2.4, columnspacing=1, **place)
         _remember_ticks(figure)
     return figure

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from core.config import GIVEN, PipelineConfig, UserError, changed_settings, derive_seed, plain
-from core.hashes import load_plugins
-from core.observe import Tracker
+from core.hashes import key_of, load_plugins
+from core.observe import Tracker, visible
 from core.store import Stage, build_stage
 from graphs.layout import check_budget
 from model import HookedModel, vision_model_loader
@@ -22,7 +22,7 @@ from trainer import check_recipe
 from training.distributed import by_torchrun, choose_device, local_device
 from utils_data import UnlearningDataset, dataset_facts, get_unlearning_dataset
 
-MOST_NAMED = 6  # settings that differ from the defaults, in the name of a tracked run
+MOST_NAMED, MOST_BYTES = 6, 200  # settings that differ from the defaults, in the name of a tracked run; of that name
 
 
 def seed_weights(seed: int, *parts: object) -> None:
@@ -155,6 +155,9 @@ class Setup:
         apart = [one for one in changed if not sections or one.partition(".")[0] in sections]
         more = [f"and-{len(apart) - MOST_NAMED}-more"] if len(apart) > MOST_NAMED else []
         name = "_".join([self.label, stage, f"seed-{self.config.seed}", *apart[:MOST_NAMED], *more])
+        written = visible(name).encode()
+        if len(written) > MOST_BYTES:  # trackio makes a folder of this name
+            name = f"{written[: MOST_BYTES - 9].decode(errors='ignore')}-{key_of({'': name})[:8]}"
         return Tracker(self.config.tracker, name, plain(self.config))
 
     def keep(self, name: str, folder: str, label: str, inputs: dict, make: Callable[[Path], dict]) -> Path:

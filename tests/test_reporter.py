@@ -12,6 +12,7 @@ import matplotlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
 from core.artifacts import read_json, write_json, write_text
@@ -821,6 +822,19 @@ def test_a_figure_whose_panels_did_not_change_is_kept(records, tmp_path, monkeyp
     Reporter(tmp_path).plot(records)
     Reporter(tmp_path, ReporterConfig(dpi=99)).plot(records)
     assert handed == [["a", "b"], ["b", "c"], ["a", "b", "c"], ["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("count", [3, 34, 80])
+def test_many_methods_leave_a_figure_its_height(count):
+    """Their names stand below it: the figure grows with them."""
+    series = [Series(f"method {place} of those", [0, 1], [place, 1], "line", place) for place in range(count)]
+    figure = draw([Panel("title", "x", "y", series, "alt")])
+    FigureCanvasAgg(figure).draw()
+    assert figure.axes[0].get_position().height * figure.get_figheight() > 1.4
+    (legend,) = figure.legends
+    low, high = legend.get_window_extent().intervaly
+    assert low > -1
+    assert high / figure.dpi < figure.axes[0].get_position().y0 * figure.get_figheight()
 
 
 def test_levels_are_told_apart_in_grey(records):

@@ -1,6 +1,8 @@
 """What a run says before it computes: its block, what has no effect, sizes that cannot fit, and models near chance."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from core.config import (
     RefineConfig,
     SFTConfig,
     TrainConfig,
+    changed_settings,
 )
 from core.observe import Tracker, be_quiet
 from core.yaml_files import made, merged, typed
@@ -26,6 +29,7 @@ from stages.chain import Stages
 from stages.classifier import ClassifierStage
 from stages.evaluation import Footing
 from stages.preflight import changed, understood, without_effect
+from stages.setup import Setup
 from tests.helpers.common import TINY
 from trainer import WARM_UP, GCNTrainer
 from unlearn.objectives import Unlearning
@@ -256,3 +260,20 @@ def test_chance_is_inside_or_outside_the_interval(finished):
     assert not [line for line in warnings([first["record"]]) if "near chance" in line]
     assert Footing(20.0, 9.9, 30.0, 10.0).near_chance
     assert not Footing(20.0, 10.1, 30.0, 10.0).near_chance
+
+
+def test_a_tracked_run_s_name_is_one_of_a_file(tmp_path):
+    """All methods by name are more than a file's name may hold; runs that differ in one of them have other names."""
+    methods = [f"method_{place}" for place in range(40)]
+    names = []
+    for chosen in (methods, [*methods[:-1], "another"]):
+        config = PipelineConfig(eval=EvalConfig(methods=tuple(chosen)), dataset_path=Path("\u4e2d" * 90))
+        setup = SimpleNamespace(config=config, label="HookedMLPClassifier_DIGITS")
+        names.append(Setup.tracker(setup, "results").name)
+    assert len(set(names)) == 2
+    for name in names:
+        assert name.startswith("HookedMLPClassifier_DIGITS_results_seed-0_")
+        assert len(name.encode()) <= 200
+    (tmp_path / names[0]).mkdir()
+    (methods_said,) = (one for one in changed_settings(config) if one.startswith("eval.methods"))
+    assert re.fullmatch(r"eval\.methods-40-[0-9a-f]{4}", methods_said)
