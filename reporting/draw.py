@@ -186,7 +186,11 @@ def _colour(series: Series) -> str:
 
 
 def _draw_series(ax: "Axes", one: Series) -> None:
-    colour, marker = _colour(one), MARKERS[one.style % len(MARKERS)]
+    colour, turn = _colour(one), max(0, one.style) // len(COLOURS)
+    marker = MARKERS[(one.style + turn // 4) % len(MARKERS)]  # hollow in every second turn, small in two of four
+    shape: dict[str, Any] = {"marker": marker, "ms": 3.5 if turn % 4 < 2 else 2.2} | (
+        {"mfc": "none"} if turn % 2 else {}
+    )
     dash = DASHES[one.style // len(COLOURS) % len(DASHES)]
     if one.kind == "level":
         ax.axhline(one.y[0], color=colour, ls=LEVELS[one.style % len(LEVELS)], lw=1, label=_shown(one.label))
@@ -201,7 +205,7 @@ def _draw_series(ax: "Axes", one: Series) -> None:
     else:
         few = len(one.x) <= 30
         style: dict[str, Any] = {"ls": "none"} if one.kind == "points" else {"ls": dash, "lw": 1.1}
-        ax.plot(one.x, one.y, color=colour, marker=marker if few else None, ms=3.5, label=_shown(one.label), **style)
+        ax.plot(one.x, one.y, color=colour, label=_shown(one.label), **style, **(shape if few else {}))
         if one.low and one.high and one.kind == "line":
             ax.fill_between(one.x, one.low, one.high, color=colour, alpha=0.15, lw=0)
         elif one.low and one.high:

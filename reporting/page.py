@@ -22,7 +22,7 @@ from core.observe import visible
 from core.records import SCORES, Record, axes_of, record_path
 from reporting.families import Run, command, dataset_of, named_classes, told_apart
 from reporting.figures import FEATURES, figures_of, forgotten_taken_for
-from reporting.panels import Panel
+from reporting.panels import Panel, in_style
 from reporting.sentences import headline_pieces, is_answered, of_features, remarks, share_changed, warnings
 from reporting.tables import caption, choose, grid, known, metrics_of, table, two_digits, without_records
 from reporting.write import SHOWN_VALUE, Lead
@@ -122,7 +122,7 @@ def _point(record: Record, metrics: Sequence[str]) -> dict:
 
 def _shares(record: Record, panel: Panel) -> dict:
     """Bars of one point: by class, for each of some methods."""
-    methods = [list(record["labels"])[one.style] for one in panel.series]
+    methods = [in_style(record)[one.style] for one in panel.series]
     return {"title": panel.title, "ticks": panel.ticks, "methods": methods, "values": [one.y for one in panel.series]}
 
 
@@ -144,7 +144,7 @@ def _run_data(run: Run, training: Mapping[str, Sequence[Panel]], every: bool) ->
         "id": first["run"],
         "metrics": {name: first["metrics"][name] for name in metrics},
         "levels": levels_of(metrics),
-        "labels": first["labels"],
+        "labels": {name: first["labels"][name] for name in in_style(first)},
         "swept": [name for name in first["labels"] if "kappa" in axes_of(first, name)],
         "answer": first["answer"],
         "chosen": [best["kappa"], best["top_k"]],

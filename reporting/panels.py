@@ -25,6 +25,7 @@ from reporting.tables import (
     over_cells,
 )
 
+AHEAD = 6  # methods whose colour comes before those of the references
 FAR = 6  # times the range of what is shown: a value further away than that is named at the edge of the axis
 SLIGHT = 0.01  # share of a value that counts as a range: what lies closer together than that is not crushed
 MOST_NAMES = 4  # at an edge
@@ -71,9 +72,22 @@ class Panel:
     below: list[str] = field(default_factory=list)
 
 
+def in_style(record: Record) -> list[str]:
+    """List the methods in the order of their colours and markers, which are the same in every figure of a run.
+
+    Of more methods than colours some share one. The answer, the retrained and the untouched classifier are bars beside
+    each other, so that they stand among the first, which have a colour each.
+    """
+    others = [name for name in record["labels"] if name not in REFERENCES]
+    if record["answer"] in others[AHEAD:]:
+        others = [record["answer"], *(name for name in others if name != record["answer"])]
+    references = [name for name in REFERENCES if name in record["labels"]]
+    return [*others[:AHEAD], *references, *others[AHEAD:]]
+
+
 def style_of(record: Record, method: str) -> int:
-    """Choose a method's colour and marker by its place in the record, so that they are the same in every figure."""
-    return list(record["labels"]).index(method)
+    """Choose a method's colour and marker by its place among all methods of the record."""
+    return in_style(record).index(method)
 
 
 # --- the registry -----------------------------------------------------------------------------------------

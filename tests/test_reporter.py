@@ -21,7 +21,7 @@ from core.intervals import Cell
 from core.records import EACH, read_records, record_path
 from reporter import Reporter
 from reporting.compare import compared, find_side, in_words, side
-from reporting.draw import COLUMN, METADATA, SETTINGS, WORTH, _shared, draw, save, save_all
+from reporting.draw import COLOURS, COLUMN, METADATA, SETTINGS, WORTH, _shared, draw, save, save_all
 from reporting.families import Run, families, family_key, runs_of, told_apart
 from reporting.figures import (
     MOST_BARS,
@@ -32,7 +32,7 @@ from reporting.figures import (
     per_class,
     training,
 )
-from reporting.panels import Panel, Series, over, pareto, shown_range, time_against_quality
+from reporting.panels import Panel, Series, in_style, over, pareto, shown_range, style_of, time_against_quality
 from reporting.sentences import TERMS, answer_of, headline, remarks, warnings
 from reporting.tables import (
     Estimate,
@@ -822,6 +822,26 @@ def test_a_figure_whose_panels_did_not_change_is_kept(records, tmp_path, monkeyp
     Reporter(tmp_path).plot(records)
     Reporter(tmp_path, ReporterConfig(dpi=99)).plot(records)
     assert handed == [["a", "b"], ["b", "c"], ["a", "b", "c"], ["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("answer", ["novel-1", "novel-20"])
+def test_what_stands_beside_each_other_has_colours_of_its_own(records, answer):
+    """With more methods than colours too: bars are of the untouched, the answer's and the retrained classifier."""
+    names = [f"novel-{i}" for i in range(30)]
+    for one in records:
+        one["answer"] = answer
+        one["labels"] = {name: name for name in [*names, "default", "retrain"]}
+    first = records[0]
+    assert sorted(in_style(first)) == sorted(first["labels"])
+    assert [style_of(first, name) for name in in_style(first)] == list(range(32))
+    assert len({style_of(first, name) % len(COLOURS) for name in (answer, "default", "retrain")}) == 3
+
+
+def test_no_two_of_sixty_methods_have_the_same_mark():
+    series = [Series(str(style), [0], [style], "points", style) for style in range(60)]
+    marks = draw([Panel("", "", "", series, "")]).axes[0].lines
+    told = {(one.get_color(), one.get_marker(), one.get_markersize(), one.get_markerfacecolor()) for one in marks}
+    assert len(told) == len(marks) == 60
 
 
 @pytest.mark.parametrize("count", [3, 34, 80])

@@ -3,16 +3,16 @@ let W = 320, H = 225, M = { l: 56, r: 10, t: 8, b: 36 }, clips = 0; // size and 
 const short = v => v === null || v === undefined ? "-" : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(1).replace(".0e", "e") : String(+v.toPrecision(4));
 const breakable = text => text.split("_").flatMap((part, i) => i ? ["_", el("wbr"), part] : [part]);
 
-// --- marks: eight colours and shapes; the next eight methods have hollow ones, the next small ones ---
+// --- marks: eight colours and shapes; the next eight methods have hollow ones, the next small ones, then small hollow ones ---
 
 const colour = s => s < 0 ? "var(--soft)" : `var(--c${s % 8})`;
 const DASHES = ["", "6 3", "2 2", "6 2 2 2"], LEVELS = ["5 3", "2 3", "10 3", "7 3 2 3"], level = s => LEVELS[Math.max(0, s) % 4];
 function marker(style, x, y) {
-  const round = Math.floor(Math.max(0, style) / 8) % 3, r = round === 2 ? 2 : 3.2, k = ((style % 8) + 8) % 8;
-  const c = round === 1 ? { fill: "var(--bg)", stroke: colour(style), "stroke-width": 1.2 } : { fill: colour(style), stroke: "var(--bg)", "stroke-width": .6 };
+  const round = Math.floor(Math.max(0, style) / 8), r = round % 4 < 2 ? 3.2 : 2, k = (Math.max(0, style) + Math.floor(round / 4)) % 8, f = r / 3.2;
+  const c = round % 2 ? { fill: "var(--bg)", stroke: colour(style), "stroke-width": 1.2 } : { fill: colour(style), stroke: "var(--bg)", "stroke-width": .6 };
   const poly = n => Array.from({ length: n }, (_, i) => { const t = -Math.PI / 2 + [0, Math.PI / 4, 0, 0, Math.PI, 0, Math.PI / 2, -Math.PI / 2][k] + 2 * Math.PI * i / n;
     return `${x + 1.3 * r * Math.cos(t)},${y + 1.3 * r * Math.sin(t)}`; }).join(" ");
-  return k === 5 ? el("path", { d: `M${x - 3.6},${y - 1.3}h2.3v-2.3h2.6v2.3h2.3v2.6h-2.3v2.3h-2.6v-2.3h-2.3z`, ...c }) : k === 0 ? el("circle", { cx: x, cy: y, r, ...c }) : el("polygon", { points: poly([0, 4, 4, 3, 3, 0, 3, 3][k]), ...c });
+  return k === 5 ? el("path", { d: `M${x - 3.6 * f},${y - 1.3 * f}${"h1v-1h1v1h1v1h-1v1h-1v-1h-1z".replace(/-?1/g, d => 2.4 * f * d)}`, ...c }) : k === 0 ? el("circle", { cx: x, cy: y, r, ...c }) : el("polygon", { points: poly([0, 4, 4, 3, 3, 0, 3, 3][k]), ...c });
 }
 function star(style, x, y, r = 8) {
   const points = Array.from({ length: 10 }, (_, i) => { const far = i % 2 ? .44 * r : r, t = -Math.PI / 2 + Math.PI * i / 5; return `${x + far * Math.cos(t)},${y + far * Math.sin(t)}`; });
