@@ -216,6 +216,8 @@ def suppressed(values: Values, r: References) -> str | None:
     looked = values.get("probe_gap") is not None or word(values, r.bands) is not None
     if r.is_retrained or not forgets or values["weights_changed"] == 0 or looked:
         return None
+    if values.get("probe_layers_gap") is not None:
+        return "outputs only, features not judged: that takes two retrained models, to know how far apart they are"
     return "outputs only, features not checked: probe_gap, which needs a retrained model, was not measured"
 
 

@@ -196,7 +196,8 @@ function sweep(section, run, known, apply) {
     out.textContent = p.kappa.toLocaleString("en"); slider.setAttribute("aria-valuetext", `kappa ${p.kappa}`); showPoint(run, box, p, known); apply(); };
   pickK.value = run.chosen[1]; slider.max = here().length - 1; slider.value = here().findIndex(p => p.kappa === run.chosen[0]);
   slider.addEventListener("input", show); pickK.addEventListener("change", show);
-  section.querySelector(".sweep").append(el("h2", {}, "How many weights: the sweep"), el("div", { class: "controls" }, ...(budgets.length > 1 ? [el("label", {}, "top_k", pickK)] : []), el("label", { for: uid }, "kappa", slider, out)), box);
+  const controls = el("div", { class: "controls" }, ...(budgets.length > 1 ? [el("label", {}, "top_k", pickK)] : []), el("label", { for: uid }, "kappa", slider, out));
+  section.querySelector(".sweep").append(...(run.points.length > 1 ? [el("h2", {}, "How many weights: the sweep"), controls] : [el("h2", {}, "Which weights")]), box);
   show();
 }
 function build(section, run) {

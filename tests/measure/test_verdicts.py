@@ -31,6 +31,7 @@ from measure.verdicts import (
     References,
     meanings,
     reference_fault,
+    suppressed,
     verdict,
     word,
 )
@@ -100,6 +101,9 @@ def test_suppressed_where_no_probe_looked_at_the_features():
     assert keys(values(0, 88, probe_gap=None)) == ["suppressed"]
     assert keys(values(FORGOTTEN, 88, probe_gap=None)) == ["half forgotten"]  # nothing is suppressed
     assert keys(values(0, 88, 0, probe_gap=None)) == ["outputs only"]
+    references = References(10, held_against(values(0, 88), BEFORE, 1000, 9000))
+    for looked, said in (({}, "not checked: probe_gap"), ({"probe_layers_gap": 3.0}, "not judged: that takes two")):
+        assert f"features {said}" in (suppressed(values(0, 88, probe_gap=None, **looked), references) or "")
     gold = values(0, 88, probe_gap=None, entropy_gap=None)
     assert keys(gold, is_retrained=True) == ["fine"]  # a single one has no other to be held against
 
