@@ -90,5 +90,7 @@ def complaints(facts: dict[str, Any], where: Path, mask: Mask, path: Path) -> li
     made = _texts(now, key_of(now))
     there = {name: read_bytes(where.with_name(name)) for name in made if where.with_name(name).exists()}
     return [
-        f"{name} is not the page of this certificate" for name, data in there.items() if data != made[name].encode()
+        f"{name} is not the page of this certificate as this version of MIMU writes it"
+        for name, data in there.items()
+        if data != made[name].encode()
     ]
