@@ -56,9 +56,8 @@ def name_of(board: Board) -> str:
     """A table's name: that of the MLP on DIGITS has none behind it, a folder tree's is the tree's."""
     dataset, *tree = board.dataset.split()
     other = [] if dataset in (SupportedDatasets.DIGITS, SupportedDatasets.FOLDER) else [dataset.lower()]
-    model = (
-        [] if board.model == SupportedVisionModels.HookedMLPClassifier else [board.model.removeprefix("Hooked").lower()]
-    )
+    usual = board.model == SupportedVisionModels.HookedMLPClassifier
+    model = [] if usual else [board.model.removeprefix("Hooked").lower()]
     return "_".join(["five_seeds", *other, *tree, *model])
 
 
